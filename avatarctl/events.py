@@ -1,0 +1,84 @@
+"""What a running job tells the world: plain immutable events, handed to one callback.
+
+Nothing below `cli/` prints. A library user passes any callable; `cli/` passes one that draws
+with rich or writes JSON lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = [
+    "ChunkFinished",
+    "Emit",
+    "Event",
+    "Notice",
+    "OutputFinished",
+    "Planned",
+    "Stage",
+    "StepFinished",
+    "silent",
+]
+
+
+@dataclass(frozen=True)
+class Notice:
+    """One line that a person should read: a choice made, a fallback taken, a doubt about an input."""
+
+    text: str
+    level: Literal["info", "warning"] = "info"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A phase begins: "loading", "reading sound", "encoding", "sampling"."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The work is known: spans (chunks, windows or blocks), steps per span, pixel frames, size."""
+
+    spans: int
+    steps: int
+    frames: int
+    fps: int
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class StepFinished:
+    """One sampling step of one span is done; both counted from 0."""
+
+    span: int
+    step: int
+
+
+@dataclass(frozen=True)
+class ChunkFinished:
+    """Frames of a span are decoded and handed to the encoder; `frames` counts all so far."""
+
+    span: int
+    frames: int
+
+
+@dataclass(frozen=True)
+class OutputFinished:
+    """The output stands under its final name."""
+
+    path: str
+    frames: int
+    seconds_to_first_frame: float
+    frames_per_second: float
+
+
+Event = Notice | Stage | Planned | StepFinished | ChunkFinished | OutputFinished
+Emit = Callable[[Event], None]
+
+
+def silent(event: Event) -> None:
+    """An `Emit` that drops everything."""
