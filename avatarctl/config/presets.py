@@ -1,0 +1,46 @@
+"""The configurations that ship with avatarctl, found by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from avatarctl.config.suggest import nearest
+from avatarctl.errors import PathNotFound
+
+__all__ = ["find_config", "preset_folder", "preset_names"]
+
+
+def preset_folder() -> Path:
+    """`avatarctl/configs` in an installed wheel, the top-level `configs` in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def preset_names() -> tuple[str, ...]:
+    """All names, such as "infer/omniavatar-14b"."""
+    folder = preset_folder()
+    return tuple(
+        sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.glob("*/*.yaml"))
+    )
+
+
+def find_config(name: str, command: str) -> Path:
+    """The file that `--config NAME` means.
+
+    A path wins; a folder means its run.yaml; otherwise a shipped name, with or without the job folder
+    ("omniavatar-14b" for `infer` is "infer/omniavatar-14b"). Raises PathNotFound.
+    """
+    path = Path(name)
+    if "\0" in name:
+        raise PathNotFound("a path cannot hold a NUL character", where="--config")
+    if path.is_dir() and (path / "run.yaml").exists():
+        return path / "run.yaml"
+    if path.exists():
+        return path
+    for candidate in (name, f"{command.split()[0]}/{name}"):
+        if candidate in preset_names():
+            return preset_folder() / f"{candidate}.yaml"
+    like = nearest(name, preset_names()) or nearest(f"{command}/{name}", preset_names())
+    fix = f"did you mean {like}?" if like else f"shipped are {', '.join(preset_names())}"
+    raise PathNotFound("no such configuration file, and no shipped one of this name", where=name, fix=fix)

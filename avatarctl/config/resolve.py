@@ -1,0 +1,106 @@
+"""Sparse layers to one resolved RunConfig, every value with its origin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from avatarctl.config.checks import check_compat, check_together
+from avatarctl.config.reader import ConfigFile, Setting
+from avatarctl.config.sections import RunConfig, keys, section_types
+from avatarctl.config.values import BadValue, check_value
+from avatarctl.errors import ConfigError
+
+__all__ = ["ModelRowDefaults", "Resolved", "resolve"]
+
+DECIDES_OTHERS = ("model.name", "model.compat")
+"""Keys whose change makes the resolved values of a run file stale; what was asked is kept."""
+
+
+@dataclass(frozen=True)
+class ModelRowDefaults:
+    """What a registry row contributes: values by dotted key.
+
+    audio_offset_stated: the row's own weights say which offset they were made with, so that no compat
+    layer may change it.
+    """
+
+    name: str
+    defaults: Mapping[str, Any]
+    audio_offset_stated: bool = False
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The configuration of a run.
+
+    asked:   what a person set, in a file or by options; run files repeat it.
+    origins: where each value that is not a plain default comes from.
+    notices: lines that a person should read.
+    """
+
+    cfg: RunConfig
+    asked: Mapping[str, Setting]
+    origins: Mapping[str, str]
+    notices: tuple[str, ...]
+
+
+def resolve(
+    row_of: Callable[[str], ModelRowDefaults],
+    compat: Mapping[str, Mapping[str, Any]],
+    file: ConfigFile | None,
+    asked: Mapping[str, Setting],
+    *,
+    default_model: str = "cartoon-i2v",
+    ambient: Mapping[str, Setting] | None = None,
+) -> Resolved:
+    """Merge defaults < model row < compat < ambient < file < asked.
+
+    row_of:  finds the row of `model.name`, which is settled first; raises for unknown names.
+    compat:  what each `model.compat` other than "none" sets, by dotted key.
+    ambient: settings of the surroundings, such as environment variables.
+    Raises ConfigError for values that are impossible together.
+    """
+    own = dict(file.settings) if file else {}
+    if any(name in asked and name in own and asked[name].value != own[name].value for name in DECIDES_OTHERS):
+        own = {name: setting for name, setting in own.items() if file and name in file.asked}
+    all_asked = {name: setting for name, setting in own.items() if file and name in file.asked} | dict(asked)
+
+    name = (asked.get("model.name") or own.get("model.name") or Setting(default_model, "default")).value
+    row = row_of(name)
+    row_layer = _layer(row.defaults, f"model row {row.name}")
+    base = {"model.name": Setting(name, "default")} | row_layer
+    modes = row_layer | own | dict(asked)
+    mode = modes["model.compat"].value if "model.compat" in modes else "none"
+    compat_layer = _layer(compat.get(mode, {}), f"compat {mode}")
+    check_compat(mode, compat_layer, all_asked)
+    notices = []
+    if row.audio_offset_stated and "model.audio_offset" in compat_layer:
+        stated, wanted = row.defaults["model.audio_offset"], compat_layer.pop("model.audio_offset").value
+        if stated != wanted:
+            notices.append(f"{row.name} states audio_offset {stated} and keeps it under compat {mode}")
+
+    settings = base | compat_layer | dict(ambient or {}) | own | dict(asked)
+    cfg = _build({dotted: setting.value for dotted, setting in settings.items()})
+    origins = {dotted: setting.origin for dotted, setting in settings.items()}
+    check_together(cfg, origins)
+    return Resolved(cfg, all_asked, origins, tuple(notices))
+
+
+def _layer(values: Mapping[str, Any], origin: str) -> dict[str, Setting]:
+    layer = {}
+    for dotted, value in values.items():
+        try:
+            layer[dotted] = Setting(check_value(keys()[dotted], value), origin)
+        except BadValue as error:
+            raise ConfigError(f"{dotted}: {error}", where=origin) from error
+    return layer
+
+
+def _build(values: Mapping[str, Any]) -> RunConfig:
+    sections = {}
+    for section, cls in section_types().items():
+        own = {key.partition(".")[2]: value for key, value in values.items() if key.startswith(f"{section}.")}
+        sections[section] = cls(**own)
+    return RunConfig(**sections)

@@ -1,0 +1,360 @@
+"""RunConfig: every setting of every command, as nested frozen dataclasses.
+
+All sections and keys exist and are validated whoever uses them; a command declares the sections it
+reads. A field that is None and marked `from_row` takes its value from the model's registry row.
+Sources of the numbers: the reference's published configuration (spec 0) and its trainer (g.4, g.5).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal, get_type_hints
+
+from avatarctl.config import rules
+from avatarctl.config.keys import ANY, KeySpec, key
+
+__all__ = [
+    "Aux",
+    "Checkpoint",
+    "Data",
+    "Input",
+    "LongVideo",
+    "Memory",
+    "Model",
+    "Output",
+    "RunConfig",
+    "Runtime",
+    "Sampling",
+    "Train",
+    "Validation",
+    "keys",
+    "section_names",
+]
+
+MAX_FRAMES = 100_001
+MAX_SIDE = 8192
+LAST_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which network runs, and where its files are."""
+
+    name: str | None = key(None, "registry name of the model (see `avatarctl models list`)", rule=rules.PATH)
+    channels: Literal[33, 49, 65] | None = key(
+        None, "input channels: 33 picture, 49 video, 65 video with reference sequence", from_row=True,
+        not_yet=(49, 65),
+    )  # fmt: skip
+    audio_offset: Literal[0, 1] | None = key(
+        None, "1: audio frame k drives video frame k + 1 (published I2V weights); 0: frame k", from_row=True
+    )
+    weights_root: str | None = key(
+        None, "folder with the published files, one sub-folder per repository", rule=rules.PATH
+    )
+    weights: Mapping[str, str] = key(
+        {}, "path of a part's own file, by part name", rule=rules.PARTS, not_yet=ANY
+    )
+    lora: tuple[str, ...] = key((), "LoRA files to merge, each `path[:scale]`", split=None, not_yet=ANY)
+    compat: Literal["none", "reference", "fork"] = key(
+        "none", "reproduce the published script (reference) or the trainer's (fork) where they differ"
+    )
+
+
+@dataclass(frozen=True)
+class Input:
+    """What the video is made from."""
+
+    image: str | None = key(None, "picture of the person", rule=rules.PATH)
+    video: str | None = key(
+        None, "video of the person, to be given a new mouth", rule=rules.PATH, not_yet=ANY
+    )
+    audio: str | None = key(None, "sound file with the voice", rule=rules.PATH)
+    prompt: str | None = key(None, "what the video shows", from_row=True)
+    negative_prompt: str | None = key(None, "what the video should not show", from_row=True)
+    jobs: str | None = key(None, "list of jobs, one output each", rule=rules.PATH, not_yet=ANY)
+    latents: str | None = key(None, "saved latents to start from", rule=rules.PATH, not_yet=ANY)
+    face: str = key(
+        "none", "which face to follow: none, largest, its index, or x,y,w,h", rule=rules.FACE, not_yet=ANY
+    )
+    face_detector: Literal["auto", "yunet", "insightface", "haar"] = key("auto", "face detector", not_yet=ANY)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The way from noise to latents."""
+
+    steps: int | None = key(None, "sampling steps", low=1, high=1000, from_row=True)
+    guidance_scale: float | None = key(
+        None, "guidance by the prompt; 1 runs the conditional pass only", low=0, high=100, from_row=True
+    )
+    audio_guidance_scale: float | None = key(
+        None, "guidance by the audio; the same as guidance_scale unless given", low=0, high=100
+    )
+    guidance_interval: tuple[float, float] | None = key(
+        None, "part of the steps that is guided, as two fractions", low=0, high=1, rule=rules.INTERVAL,
+        not_yet=ANY,
+    )  # fmt: skip
+    shift: float | None = key(None, "shift of the sigma schedule", above=0, high=100, from_row=True)
+    solver: Literal["euler", "dpm++", "unipc"] = key("euler", "solver", not_yet=("dpm++", "unipc"))
+    cache: Literal["none", "teacache", "first_block", "mag"] = key(
+        "none", "step cache: skip passes that would change little", not_yet=("teacache", "first_block", "mag")
+    )
+    cache_threshold: float | None = key(
+        None, "how much change the step cache ignores", above=0, high=10, not_yet=ANY
+    )
+    preset: str | None = key(
+        None, "named sampling settings; fills only what nothing else sets", rule=rules.PATH, not_yet=ANY
+    )
+
+
+@dataclass(frozen=True)
+class LongVideo:
+    """How a video longer than one window is made."""
+
+    strategy: Literal["off", "chunks", "fused", "stream"] = key(
+        "chunks", "off: one window only; chunks: one after another, each continues the last",
+        not_yet=("fused", "stream"),
+    )  # fmt: skip
+    num_frames: int | None = key(
+        None, "pixel frames of a chunk; wins over max_tokens", low=5, high=MAX_FRAMES, rule=rules.FRAMES_4K1
+    )
+    overlap_frames: int | None = key(
+        None, "pixel frames that a chunk repeats from the one before", low=0, high=MAX_FRAMES,
+        rule=rules.OVERLAP, from_row=True,
+    )  # fmt: skip
+    schedule: Literal["step", "wavefront"] = key(
+        "step", "order of the windows (fused only)", not_yet=("wavefront",)
+    )
+    carry: Literal["pixels", "latents"] = key(
+        "pixels", "what a chunk hands to the next: decoded frames or latents", not_yet=("latents",)
+    )
+    max_tokens: int | None = key(
+        None, "tokens of a chunk, from which its length follows", low=1, high=10_000_000
+    )
+    max_size: Literal[720, 1280] | None = key(None, "which table of picture sizes to choose from")
+    audio_window: float = key(30.0, "seconds of sound encoded in one piece", low=5, high=86_400)
+
+
+@dataclass(frozen=True)
+class Output:
+    """The file that is written."""
+
+    path: str | None = key(None, "the video to write", rule=rules.PATH)
+    fps: int = key(25, "frames per second; the models know 25 only", low=1, high=240, not_yet=ANY)
+    width: int | None = key(
+        None,
+        "width in pixels; from the picture unless given",
+        low=16,
+        high=MAX_SIDE,
+        rule=rules.MULTIPLE_OF_16,
+    )
+    height: int | None = key(
+        None,
+        "height in pixels; from the picture unless given",
+        low=16,
+        high=MAX_SIDE,
+        rule=rules.MULTIPLE_OF_16,
+    )
+    lead_silence: float = key(0.0, "seconds of silence put before the sound", low=0, high=60)
+    length: Literal["pingpong", "hold", "video"] = key(
+        "pingpong", "what a source video does when the sound is longer", not_yet=ANY
+    )
+    soundtrack: str = key(
+        "input", "sound of the video: input, source, or the path of a file", rule=rules.PATH, not_yet=ANY
+    )
+    paste: Literal["face", "mouth-only"] | None = key(
+        None, "paste this part of the result back into the source video", not_yet=ANY
+    )
+    crf: int = key(18, "H.264 quality: 0 lossless, 51 worst", low=0, high=51)
+    preview: bool = key(False, "write a quick preview as well", not_yet=ANY)
+    save_latents: bool = key(False, "write the latents beside the video", not_yet=ANY)
+    overwrite: bool = key(False, "replace an output that exists")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What lives where."""
+
+    mode: Literal["full", "model", "group", "sequential", "auto"] = key(
+        "full", "offload: full keeps everything on the device",
+        not_yet=("model", "group", "sequential", "auto"),
+    )  # fmt: skip
+    vae_gradient: Literal["full", "checkpoint", "segment", "offload"] = key(
+        "segment", "how the decoder's gradient is made in training", not_yet=ANY
+    )
+    activation_checkpointing: Literal["none", "block", "block_offload"] = key(
+        "block", "what is computed again in the backward pass", not_yet=ANY
+    )
+    base_precision: Literal["bf16", "fp8"] = key("bf16", "storage of frozen weights", not_yet=ANY)
+    optimizer_device: Literal["auto", "cpu", "cuda"] = key("auto", "where optimizer states live", not_yet=ANY)
+    swap_blocks: int = key(0, "transformer blocks kept in host memory", low=0, high=1000, not_yet=ANY)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The training set and its preparation."""
+
+    path: str | None = key(None, "folder of samples, or a list of them", rule=rules.PATH)
+    num_frames: int | None = key(
+        None, "pixel frames of a training clip", low=5, high=MAX_FRAMES, rule=rules.FRAMES_4K1, from_row=True
+    )
+    width: int | None = key(
+        None, "width of a training clip", low=16, high=MAX_SIDE, rule=rules.MULTIPLE_OF_16, from_row=True
+    )
+    height: int | None = key(
+        None, "height of a training clip", low=16, high=MAX_SIDE, rule=rules.MULTIPLE_OF_16, from_row=True
+    )
+    fps: int = key(25, "frames per second after reading", low=1, high=240)
+    sample_rate: int = key(16_000, "samples of sound per second after reading", low=8_000, high=192_000)
+    window: int | None = key(
+        None, "pixel frames cut from a longer clip; num_frames unless given", low=5, high=MAX_FRAMES,
+        rule=rules.FRAMES_4K1,
+    )  # fmt: skip
+    stride: int | None = key(None, "pixel frames between two windows of a clip", low=1, high=MAX_FRAMES)
+    max_windows: int | None = key(None, "windows taken from one clip at most", low=1, high=1_000_000)
+    faces: str = key("auto", "faces: auto, none, all, or the path of a file with boxes", rule=rules.PATH)
+    audio_name: str = key("audio.wav", "file name of the sound in a sample folder", rule=rules.PATH)
+    mask: str | None = key(None, "picture of the mouth mask; white is kept", rule=rules.PATH)
+    mask_rule: Literal["all", "first_keep", "legacy_two_step"] = key("all", "which frames are masked")
+    reference_sequence: bool = key(False, "give a second clip of the person as reference")
+    reference_frames: int | None = key(
+        None, "pixel frames of the reference sequence", low=1, high=MAX_FRAMES, rule=rules.FRAMES_4K1
+    )
+    format: Literal["safetensors", "pt"] = key("safetensors", "format of written artifacts")
+    shard: str | None = key(None, "work on part i of n, as i/n counted from 0", rule=rules.SHARD)
+    workers: int = key(2, "reading processes", low=0, high=256)
+    force: bool = key(False, "make artifacts again that are up to date")
+
+
+@dataclass(frozen=True)
+class Train:
+    """What is learnt, and how."""
+
+    mode: Literal["lora", "full"] = key("lora", "train low-rank adapters or every weight")
+    init: Literal["zero_channels", "published"] = key(
+        "zero_channels", "start of input channels the checkpoint does not have"
+    )
+    optimizer: Literal["adamw", "adamw8bit"] = key("adamw", "optimizer")
+    learning_rate: float = key(1e-4, "learning rate", above=0, high=10)
+    weight_decay: float = key(0.01, "weight decay", low=0, high=10)
+    warmup_steps: int = key(0, "optimizer steps until the full learning rate", low=0, high=10_000_000)
+    max_steps: int = key(10_000, "optimizer steps in all", low=1, high=100_000_000)
+    batch_size: int = key(1, "samples per process and forward pass", low=1, high=4096)
+    gradient_accumulation: int = key(1, "forward passes per optimizer step", low=1, high=4096)
+    lora_rank: int = key(128, "rank of the adapters", low=1, high=4096)
+    lora_alpha: float = key(64.0, "alpha of the adapters; their scale is alpha / rank", above=0, high=65_536)
+    lora_targets: tuple[str, ...] = key(
+        ("q", "k", "v", "o", "ffn.0", "ffn.2"), "layers with adapters, by the end of their name"
+    )
+    text_dropout: float = key(0.1, "share of samples trained without prompt", low=0, high=1)
+    audio_dropout: float = key(0.1, "share of samples trained without audio", low=0, high=1)
+    prefix_frames: tuple[int, ...] = key(
+        (1, 5, 9, 13),
+        "clean pixel frames in front, one drawn per sample",
+        low=0,
+        high=MAX_FRAMES,
+        rule=rules.PREFIXES,
+    )
+    mouth_weight: float = key(1.0, "weight of the loss inside the mouth mask", low=0, high=1000)
+    clip_norm: float = key(1.0, "largest gradient norm", above=0, high=1e6)
+    ema: float = key(0.0, "decay of the averaged weights; 0 keeps none", low=0, high=0.999_999)
+
+
+@dataclass(frozen=True)
+class Aux:
+    """Auxiliary losses on decoded frames."""
+
+    losses: tuple[Literal["sync", "lpips", "trepa"], ...] = key((), "which losses")
+    sync_weight: float = key(0.1, "coefficient of the sync loss", low=0, high=1e6)
+    lpips_weight: float = key(0.1, "coefficient of the LPIPS loss", low=0, high=1e6)
+    trepa_weight: float = key(10.0, "coefficient of the TREPA loss", low=0, high=1e6)
+    recon_weight: float = key(1.0, "coefficient of the flow-matching loss", low=0, high=1e6)
+    sync_mode: Literal["logits", "prob"] = key("prob", "what the sync loss compares")
+    lpips_backend: Literal["builtin", "package"] = key("builtin", "whose LPIPS")
+    window: int = key(16, "pixel frames of a sync window", low=5, high=MAX_FRAMES)
+    stride: int = key(8, "pixel frames between sync windows", low=1, high=MAX_FRAMES)
+    mouth_crop: bool = key(False, "decode the mouth region only")
+    max_sigma: float = key(1.0, "noise level above which auxiliary losses are not computed", above=0, high=1)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Saving and resuming training."""
+
+    every: int = key(500, "optimizer steps between checkpoints", low=1, high=100_000_000)
+    keep_last: int = key(3, "checkpoints kept; older ones are removed", low=1, high=100_000)
+    resume: str | None = key(None, "auto, or the run or checkpoint folder to continue", rule=rules.PATH)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Looking at a model while it trains."""
+
+    every: int = key(0, "optimizer steps between validations; 0 for never", low=0, high=100_000_000)
+    sets: tuple[str, ...] = key((), "folders of samples to validate on", split=None)
+    samples: int = key(4, "samples per set", low=1, high=1_000_000)
+    steps: int | None = key(None, "sampling steps; the model's own unless given", low=1, high=1000)
+    metrics: tuple[str, ...] = key((), "scores to compute")
+    holdout: float = key(0.0, "share of the training set kept for validation", low=0, high=0.9)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The machine, not the result."""
+
+    seed: int = key(42, "seed of all random numbers", low=0, high=LAST_SEED)
+    device: str = key("auto", "auto, cpu, cuda or cuda:N", rule=rules.DEVICE)
+    dtype: Literal["float32", "bfloat16"] | None = key(None, "arithmetic of the transformer", from_row=True)
+    attention: Literal["auto", "native", "flash", "flash3", "sage"] = key("auto", "attention kernel")
+    compile: bool = key(False, "compile the transformer", not_yet=ANY)
+    gpus: int = key(1, "processes, one device each", low=1, high=1024, not_yet=ANY)
+    trackers: tuple[Literal["jsonl", "tensorboard", "wandb", "trackio"], ...] = key(
+        ("jsonl",), "where training curves go", not_yet=ANY
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = key("info", "how much is said on the screen")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run, resolved. Immutable; `dataclasses.replace` makes variants."""
+
+    model: Model = field(default_factory=Model)
+    input: Input = field(default_factory=Input)
+    sampling: Sampling = field(default_factory=Sampling)
+    long_video: LongVideo = field(default_factory=LongVideo)
+    output: Output = field(default_factory=Output)
+    memory: Memory = field(default_factory=Memory)
+    data: Data = field(default_factory=Data)
+    train: Train = field(default_factory=Train)
+    aux: Aux = field(default_factory=Aux)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    validation: Validation = field(default_factory=Validation)
+    runtime: Runtime = field(default_factory=Runtime)
+
+
+@functools.cache
+def section_types() -> Mapping[str, type]:
+    """Section name to dataclass, in the order of `RunConfig`."""
+    return MappingProxyType(get_type_hints(RunConfig))
+
+
+@functools.cache
+def keys() -> Mapping[str, KeySpec]:
+    """Every key by its dotted name, in the order of `RunConfig`."""
+    specs = {}
+    for section, cls in section_types().items():
+        hints = get_type_hints(cls)
+        for item in dataclasses.fields(cls):
+            default = item.default if item.default is not dataclasses.MISSING else {}
+            spec = KeySpec(section, item.name, hints[item.name], default, item.metadata["key"])
+            specs[spec.dotted] = spec
+    return MappingProxyType(specs)
+
+
+def section_names() -> tuple[str, ...]:
+    """The sections in the order of `RunConfig`."""
+    return tuple(section_types())
