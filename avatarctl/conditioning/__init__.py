@@ -1,0 +1,1 @@
+"""Inputs without parameters: channel layouts, geometry, chunk plans, feature windows."""

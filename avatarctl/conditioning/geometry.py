@@ -1,0 +1,80 @@
+"""Output size, chunk length and the fit of a picture into a frame (spec/omniavatar.md f.3).
+
+Sizes are (height, width) unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["SIZE_BUCKETS", "chunk_frames", "choose_bucket", "cover_size", "fit_picture"]
+
+# Published size buckets by the largest side allowed, (height, width).
+SIZE_BUCKETS: dict[int, tuple[tuple[int, int], ...]] = {
+    720: ((400, 720), (720, 720), (720, 400)),
+    1280: ((720, 720), (528, 960), (960, 528), (720, 1280), (1280, 720)),
+}
+
+# A latent frame holds 4 pixel frames and a token 16 x 16 pixels.
+_PIXELS_PER_TOKEN = 16 * 16 * 4
+
+
+def choose_bucket(height: int, width: int, max_size: int) -> tuple[int, int]:
+    """The bucket whose height/width ratio is nearest to the picture's.
+
+    Of equally near buckets the first wins, unless a later one's longer side differs from the picture's
+    longer side by exactly as much (the published tie rule; it keeps the later one).
+    """
+    ratio = height / width
+    best = SIZE_BUCKETS[max_size][0]
+    for bucket in SIZE_BUCKETS[max_size][1:]:
+        distance, best_distance = abs(bucket[0] / bucket[1] - ratio), abs(best[0] / best[1] - ratio)
+        as_large = abs(max(bucket) - max(height, width)) == abs(max(best) - max(height, width))
+        if distance < best_distance or (distance == best_distance and as_large):
+            best = bucket
+    return best
+
+
+def cover_size(height: int, width: int, target: tuple[int, int]) -> tuple[int, int]:
+    """The picture's size after scaling it, aspect kept, until it covers the target.
+
+    Truncation to whole pixels may leave one pixel short, as published.
+    """
+    scale = max(target[0] / height, target[1] / width)
+    return int(height * scale), int(width * scale)
+
+
+def fit_picture(picture: Tensor, target: tuple[int, int]) -> Tensor:
+    """[B, 3, h, w] float -> [B, 3, H, W]: bilinear with antialias to cover, then a centre crop.
+
+    The odd pixel of a crop goes at the top and left, the odd pixel of a pad at the bottom and right, as in
+    the reference: top = floor(difference / 2).
+    """
+    scaled = F.interpolate(
+        picture,
+        size=cover_size(picture.shape[-2], picture.shape[-1], target),
+        mode="bilinear",
+        antialias=True,
+        align_corners=False,
+    )
+    missing_h, missing_w = target[0] - scaled.shape[-2], target[1] - scaled.shape[-1]
+    top, left = math.floor(missing_h / 2), math.floor(missing_w / 2)
+    return F.pad(scaled, (left, missing_w - left, top, missing_h - top))
+
+
+def chunk_frames(max_tokens: int, height: int, width: int) -> int:
+    """Pixel frames of a chunk under a token budget, always 4n + 1 (spec f.4).
+
+    The divisions run left to right in float64 and are truncated once, as published.
+    """
+    frames = int(max_tokens * _PIXELS_PER_TOKEN / height / width)
+    return frames // 4 * 4 + 1 if frames % 4 else frames - 3
+
+
+def to_model_range(pixels: Tensor) -> Tensor:
+    """uint8 [..., H, W, 3] -> float32 [..., 3, H, W] in [0, 1]."""
+    return torch.movedim(pixels, -1, -3).to(torch.float32) / 255

@@ -1,0 +1,16 @@
+"""One stateless object per model family: everything that differs between them."""
+
+from avatarctl.errors import NotYetSupported
+from avatarctl.families.omniavatar import OmniAvatar
+from avatarctl.family import Family
+
+__all__ = ["OmniAvatar", "family_named"]
+
+_FAMILIES: dict[str, Family] = {"omniavatar": OmniAvatar()}
+
+
+def family_named(name: str) -> Family:
+    """The family object of a registry row. Raises NotYetSupported for one without code."""
+    if name not in _FAMILIES:
+        raise NotYetSupported(f"the model family {name} is not yet supported", where="model.name")
+    return _FAMILIES[name]

@@ -1,0 +1,242 @@
+"""OmniAvatar: a picture and a voice -> chunks of video, sound added to the tokens of early blocks.
+
+Specification: spec/omniavatar.md a, b, f. Chunks overlap in pixel frames; the picture's latent is the
+reference of every chunk, and the first latent frames of a chunk are given (the picture, then the tail of the
+chunk before).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from avatarctl.conditioning.channels import condition_channels, prefix_mask
+from avatarctl.conditioning.chunks import ChunkPlan, plan_chunks
+from avatarctl.conditioning.geometry import choose_bucket, chunk_frames
+from avatarctl.config import RunConfig
+from avatarctl.errors import UsageError
+from avatarctl.family import Carry, Condition, Conventions, Decoder, Guidance, Inputs, Modules, Plan, Prepared, Span
+from avatarctl.flow_matching import shifted_sigmas
+from avatarctl.models.encode import AudioFeatures, encode_prompt
+from avatarctl.models.omniavatar import PreparedTensors
+from avatarctl.sampling.guidance import branch_weights, combine
+from avatarctl.timeline import SAMPLES_PER_FRAME, frames_of_samples, reference_frames_of_samples
+from avatarctl.weights.key_map import KeyMap
+from avatarctl.weights.wan import WAN_TRANSFORMER
+
+__all__ = ["OmniAvatar"]
+
+_LATENT_CHANNELS = 16
+_PIXELS_PER_LATENT = 8
+_BRANCH_TEXT = {"full": "prompt", "silent": "prompt", "negative": "negative"}
+
+
+@dataclass
+class _State:
+    """One job: what stays the same in every chunk, computed when it is first needed."""
+
+    reference: Tensor  # [1, 16, 1, h, w]
+    features: AudioFeatures
+    overlap: int
+    text: dict[str, Tensor]  # prompt, negative: [1, text_len, width]
+    text_ready: dict[str, PreparedTensors] = field(default_factory=dict)
+    silence_ready: PreparedTensors | None = None
+    rotary: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """reference [B, 16, 1, h, w]; given [B, 16, k, h, w]; audio [B, L, A]; frames: latent frames."""
+
+    reference: Tensor
+    given: Tensor
+    audio: Tensor
+    text: Mapping[str, Tensor]
+    frames: int
+
+
+class OmniAvatar:
+    """The `Family` of all rows with `family: omniavatar`. Holds nothing."""
+
+    name = "omniavatar"
+    key_map = WAN_TRANSFORMER + KeyMap(
+        (
+            ("audio_proj.{rest}", "audio_proj.{rest}"),
+            ("audio_cond_projs.{rest}", "audio_cond_projs.{rest}"),
+        )
+    )
+
+    def conventions(self, cfg: RunConfig) -> Conventions:
+        """What a file of this family must agree on."""
+        assert cfg.model.audio_offset is not None and cfg.sampling.shift is not None
+        return Conventions(
+            audio_offset=cfg.model.audio_offset, mask_keep=0, hole=0.0, fps=25, sigma_shift=cfg.sampling.shift
+        )
+
+    def frame_size(self, picture: tuple[int, int], cfg: RunConfig) -> tuple[int, int]:
+        """Height and width of the video for a picture of (height, width)."""
+        height, width = cfg.output.height, cfg.output.width
+        if height is not None and width is not None:
+            return height, width
+        if height is not None or width is not None:
+            raise UsageError("width and height come together", where="output.width", fix="use --size WxH")
+        return choose_bucket(*picture, cfg.long_video.max_size or 720)
+
+    def plan(self, samples: int, cfg: RunConfig) -> Plan:
+        """Chunks for `samples` at 16 kHz; needs output.width and output.height."""
+        chunks = self._chunks(samples, cfg)
+        height, width = cfg.output.height, cfg.output.width
+        assert height is not None and width is not None
+        strategy = cfg.long_video.strategy
+        if strategy not in ("off", "chunks"):
+            raise UsageError(
+                f"{self.name} makes long videos by chunks, not {strategy}", where="long_video.strategy"
+            )
+        if strategy == "off" and chunks.count > 1:
+            seconds = chunks.length / 25
+            raise UsageError(
+                f"the sound fills {chunks.video_frames} frames and one window holds {chunks.length} ({seconds:g} s)",
+                where="long_video.strategy",
+                fix="add --chunked",
+            )
+        return Plan(
+            kind="chunks",
+            spans=chunks.spans,
+            count=chunks.count,
+            frames=chunks.video_frames,
+            shape=(_LATENT_CHANNELS, height // _PIXELS_PER_LATENT, width // _PIXELS_PER_LATENT),
+        )
+
+    def _chunks(self, samples: int, cfg: RunConfig) -> ChunkPlan:
+        reference = cfg.model.compat == "reference"
+        long_video, output = cfg.long_video, cfg.output
+        assert output.height is not None and output.width is not None
+        length = long_video.num_frames
+        if length is None:
+            assert long_video.max_tokens is not None
+            length = chunk_frames(long_video.max_tokens, output.height, output.width)
+        assert long_video.overlap_frames is not None and cfg.model.audio_offset is not None
+        return plan_chunks(
+            reference_frames_of_samples(samples) if reference else frames_of_samples(samples),
+            length=length,
+            overlap=long_video.overlap_frames,
+            offset=cfg.model.audio_offset,
+        )
+
+    def guidance(self, cfg: RunConfig) -> Guidance:
+        """The scales of a run. The reference drops audio guidance when text guidance is 1 (spec f.5)."""
+        text, audio = cfg.sampling.guidance_scale, cfg.sampling.audio_guidance_scale
+        assert text is not None
+        if cfg.model.compat == "reference" and text == 1:
+            audio = None
+        return Guidance(text, audio)
+
+    def sigmas(self, steps: int, shift: float) -> Tensor:
+        return shifted_sigmas(steps, shift)
+
+    def open(self, modules: Modules, inputs: Inputs, cfg: RunConfig) -> _State:
+        chunks = self._chunks(inputs.samples, cfg)
+        text = {"prompt": encode_prompt(modules.text, inputs.prompt, inputs.emit)}
+        if any(_BRANCH_TEXT[name] == "negative" for name in branch_weights(self.guidance(cfg))):
+            text["negative"] = encode_prompt(modules.text, inputs.negative_prompt, inputs.emit)
+        whole = cfg.model.compat == "reference"
+        return _State(
+            reference=modules.vae.encode(inputs.picture.unsqueeze(2)),
+            features=AudioFeatures(
+                modules.audio,
+                inputs.waveform,
+                samples=inputs.samples,
+                mean=inputs.mean,
+                variance=inputs.variance,
+                frames=chunks.padded_frames,
+                window_seconds=None if whole else cfg.long_video.audio_window,
+                device=inputs.picture.device,
+            ),
+            overlap=chunks.overlap,
+            text=text,
+        )
+
+    def encode(self, modules: Modules, inputs: Inputs, span: Span, state: _State, carry: Carry) -> _Encoded:
+        """carry: the last pixel frames of the chunk before, [1, 3, overlap, H, W]; None for the first."""
+        first, last = (sample // SAMPLES_PER_FRAME for sample in span.audio)
+        return _Encoded(
+            reference=state.reference,
+            given=state.reference if carry is None else modules.vae.encode(carry),
+            audio=state.features.rows(first, last),
+            text=state.text,
+            frames=span.frames,
+        )
+
+    def build_condition(self, encoded: _Encoded) -> Condition:
+        given = encoded.given.shape[2]
+        mask = prefix_mask(encoded.reference, encoded.frames, given)
+        batch, channels, _, height, width = encoded.reference.shape
+        clean = encoded.reference.new_zeros((batch, channels, encoded.frames, height, width))
+        clean[:, :, :given] = encoded.given
+        return Condition(
+            channels=condition_channels(encoded.reference, mask),
+            clean=clean,
+            fixed_mask=mask[..., :1, :1] == 0,
+            audio={"features": encoded.audio},
+            text=encoded.text,
+        )
+
+    def noise_key(self, span: Span, inputs: Inputs) -> tuple[tuple[int, ...], int]:
+        return (inputs.job, span.index), 0
+
+    def branches(self, guidance: Guidance, step: int) -> tuple[str, ...]:
+        return tuple(branch_weights(guidance))
+
+    def prepare(
+        self, dit: nn.Module, condition: Condition, branches: Sequence[str], state: _State
+    ) -> Prepared:
+        """Audio residuals of this chunk. Text keys and values, the residual of silence and the rotary
+        table are the same in every chunk: computed once per job and kept in the state."""
+        assert condition.channels is not None
+        features = condition.audio["features"]
+        if state.rotary is None:
+            state.rotary = dit(mode="prepare", grid=tuple(condition.channels.shape[2:])).rotary
+        for name in {_BRANCH_TEXT[branch] for branch in branches} - state.text_ready.keys():
+            state.text_ready[name] = dit(mode="prepare", text=condition.text[name])
+        if state.silence_ready is None and set(branches) - {"full"}:
+            state.silence_ready = dit(mode="prepare", audio=torch.zeros_like(features))
+        heard = dit(mode="prepare", audio=features) if "full" in branches else None
+        ready: dict[str, Any] = {}
+        for branch in branches:
+            sound = heard if branch == "full" else state.silence_ready
+            assert sound is not None
+            ready[branch] = PreparedTensors(
+                text=state.text_ready[_BRANCH_TEXT[branch]].text, audio=sound.audio, rotary=state.rotary
+            )
+        return Prepared(shared=condition.channels, branch=ready)
+
+    def predict(
+        self,
+        dit: nn.Module,
+        x: Tensor,
+        t: Tensor,
+        prepared: Prepared,
+        branches: Sequence[str],
+        *,
+        span: Span,
+        step: int,
+        state: _State,
+    ) -> dict[str, Tensor]:
+        inputs = torch.cat([x, prepared.shared], dim=1)
+        return {name: dit(inputs, t, prepared.branch[name], mode="denoise").float() for name in branches}
+
+    def combine(self, velocities: Mapping[str, Tensor], guidance: Guidance, step: int) -> Tensor:
+        return combine(velocities, guidance)
+
+    def advance(
+        self, modules: Modules, state: _State, span: Span, latents: Tensor, pixels: Tensor
+    ) -> Carry:
+        """The tail in pixels: published behaviour, coded again by the next chunk."""
+        return pixels[:, :, -state.overlap :].clone()
+
+    def decoder(self, modules: Modules, state: _State) -> Decoder:
+        return modules.vae.decoder()

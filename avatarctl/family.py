@@ -1,0 +1,294 @@
+"""The seam between model families and everything else.
+
+A family is one stateless object. Loops, pipelines, the profiler and the commands call it and nothing
+else; whatever differs between families lives in it and in its network. Networks are passed in, because
+others wrap, offload, shard and fake them.
+
+Inference calls, once per job: `plan`, `open`, `sigmas`, `decoder`; once per span: `encode`,
+`build_condition`, `noise_key`, `prepare`, `advance`; once per step: `branches`, `predict`, `combine`.
+Training adds the calls of `TrainableFamily`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor, nn
+
+    from avatarctl.config import RunConfig
+    from avatarctl.events import Emit
+
+__all__ = [
+    "AudioEncoder",
+    "Carry",
+    "Condition",
+    "Conventions",
+    "Decoder",
+    "Family",
+    "FusedFamily",
+    "Guidance",
+    "Inputs",
+    "Modules",
+    "Plan",
+    "Prepared",
+    "Span",
+    "TextEncoder",
+    "Timesteps",
+    "TrainableFamily",
+    "VideoCodec",
+    "WaveformReader",
+]
+
+
+@dataclass(frozen=True)
+class Span:
+    """One unit of sampling: a chunk, a window or a block.
+
+    start, frames: absolute latent frames. audio: samples at 16 kHz that drive it; may reach outside the
+    recording, `Family.encode` pads. fixed: clean latent frames in front. keep_from: first pixel frame to
+    keep, counted within the span.
+    """
+
+    index: int
+    start: int
+    frames: int
+    audio: tuple[int, int]
+    fixed: int
+    keep_from: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be sampled. spans() can be walked again; count is its length; frames counts pixel frames
+    of the finished video; shape is [C, h, w] of the latents."""
+
+    kind: Literal["chunks", "fused", "causal"]
+    spans: Callable[[], Iterator[Span]]
+    count: int
+    frames: int
+    shape: tuple[int, int, int]
+
+
+@dataclass
+class Condition:
+    """Everything a network is conditioned on: tensors only, batched, the same in training and inference.
+
+    channels: [B, C_y, T, h, w] appended to the noisy latents; clean: [B, C, T, h, w] given latents (all of
+    them in training); fixed_mask: bool [B, 1, T, 1, 1], true where `clean` replaces what is sampled.
+    """
+
+    channels: Tensor | None
+    clean: Tensor | None
+    fixed_mask: Tensor | None
+    audio: Mapping[str, Tensor]
+    text: Mapping[str, Tensor]
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Prepared:
+    """What a network needs in every step of one span and that no step changes; dropped after the last.
+
+    branch: per guidance branch. cache: step caches per branch.
+    """
+
+    shared: Any
+    branch: dict[str, Any]
+    cache: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Guidance scales: text follows the prompt, audio the sound. audio None means the same as text."""
+
+    text: float
+    audio: float | None = None
+
+
+@dataclass(frozen=True)
+class Timesteps:
+    """Training draw: id in the grid, network time t, sigma, loss weight; each [B] or [B, T]."""
+
+    id: Tensor
+    t: Tensor
+    sigma: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class Conventions:
+    """Facts that do silent damage when two files disagree; written into every file we make.
+
+    audio_offset: pixel frames by which a frame lags its sound. mask_keep: value of the mask channel where
+    pixels are given. hole: value of erased pixels in [-1, 1].
+    """
+
+    audio_offset: int
+    mask_keep: int
+    hole: float
+    fps: int
+    sigma_shift: float
+
+
+Carry = Any  # What one span hands to the next; only its family looks inside.
+
+
+class Decoder(Protocol):
+    """Latents in, pixels out, in order."""
+
+    def push(self, latents: Tensor) -> Tensor:
+        """[B, C, t, h, w] normalised latents -> [B, 3, n, H, W] pixels in [-1, 1]."""
+
+
+class VideoCodec(Protocol):
+    """The VAE as families see it: latents are normalised on both sides."""
+
+    def encode(self, video: Tensor) -> Tensor:
+        """[B, 3, 4T - 3, H, W] pixels in [-1, 1] -> [B, C, T, H/8, W/8]."""
+
+    def decoder(self) -> Decoder:
+        """A fresh decoder; the first latent pushed is the first of a clip."""
+
+
+class TextEncoder(Protocol):
+    def encode(self, prompt: str) -> Tensor:
+        """One prompt -> [1, text_len, width], rows behind the prompt exactly zero."""
+
+
+class AudioEncoder(Protocol):
+    @property
+    def width(self) -> int:
+        """Features per frame."""
+
+    def features(self, waveform: Tensor, frames: int) -> Tensor:
+        """Normalised mono sound [B, 640 * frames] -> [B, frames, width]."""
+
+
+class WaveformReader(Protocol):
+    """Sound at 16 kHz mono, read in slices."""
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """float32 [stop - start]; zeros outside the recording."""
+
+
+@dataclass
+class Modules:
+    """The networks of one job. extra: whatever one family alone has, by name."""
+
+    dit: nn.Module
+    vae: VideoCodec
+    text: TextEncoder
+    audio: AudioEncoder
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One job: picture [1, 3, H, W] in [-1, 1]; sound as a reader with its length and moments (of the
+    samples at 16 kHz, lead silence included); job: key of its random numbers."""
+
+    picture: Tensor
+    waveform: WaveformReader
+    samples: int
+    mean: float
+    variance: float
+    prompt: str
+    negative_prompt: str
+    job: int
+    emit: Emit
+
+
+class Family(Protocol):
+    """Inference. `cfg` is always a resolved RunConfig; `state` is the family's own, made by `open`."""
+
+    name: str
+
+    def frame_size(self, picture: tuple[int, int], cfg: RunConfig) -> tuple[int, int]:
+        """Height and width of the video for a picture of (height, width)."""
+
+    def guidance(self, cfg: RunConfig) -> Guidance:
+        """The guidance scales of a run."""
+
+    def conventions(self, cfg: RunConfig) -> Conventions:
+        """What two files of this family must agree on."""
+
+    def plan(self, samples: int, cfg: RunConfig) -> Plan:
+        """Spans for a sound of `samples` at 16 kHz. Raises UsageError for impossible requests."""
+
+    def open(self, modules: Modules, inputs: Inputs, cfg: RunConfig) -> Any:
+        """Once per job: text, reference, KV caches, prefill."""
+
+    def encode(self, modules: Modules, inputs: Inputs, span: Span, state: Any, carry: Carry) -> Any:
+        """Inputs of one span as tensors."""
+
+    def build_condition(self, encoded: Any) -> Condition:
+        """Pure: no network, no random number."""
+
+    def noise_key(self, span: Span, inputs: Inputs) -> tuple[tuple[int, ...], int]:
+        """Key of the span's noise and its first latent frame under that key (rng.latent_noise)."""
+
+    def branches(self, guidance: Guidance, step: int) -> tuple[str, ...]:
+        """Branches to run in this step; one without weight is not run."""
+
+    def prepare(
+        self, dit: nn.Module, condition: Condition, branches: Sequence[str], state: Any
+    ) -> Prepared:
+        """What is constant over the steps of a span; branches: the union over its steps."""
+
+    def predict(
+        self,
+        dit: nn.Module,
+        x: Tensor,
+        t: Tensor,
+        prepared: Prepared,
+        branches: Sequence[str],
+        *,
+        span: Span,
+        step: int,
+        state: Any,
+    ) -> dict[str, Tensor]:
+        """Velocity per branch, float32; x [B, C, T, h, w], t [B] in 0..1000."""
+
+    def combine(self, velocities: Mapping[str, Tensor], guidance: Guidance, step: int) -> Tensor:
+        """The guided velocity."""
+
+    def advance(
+        self, modules: Modules, state: Any, span: Span, latents: Tensor, pixels: Tensor
+    ) -> Carry:
+        """What the next span starts from (chunks, causal)."""
+
+    def decoder(self, modules: Modules, state: Any) -> Decoder:
+        """chunks: one per chunk; fused, causal: one per job."""
+
+    def sigmas(self, steps: int, shift: float) -> Tensor:
+        """Noise levels, float32 [steps + 1], the last 0."""
+
+
+class FusedFamily(Family, Protocol):
+    """A family whose overlapping windows are blended in every step."""
+
+    def fuse(self, new: Tensor, written: Tensor, span: Span, step: int) -> Tensor:
+        """Blend a window's new latents with what earlier windows of this step wrote into its head;
+        written: [B, C, overlap, h, w], may be empty."""
+
+
+class TrainableFamily(Family, Protocol):
+    """Training. Random numbers come by key, one key per sample of the batch."""
+
+    def sample_timesteps(self, keys: Sequence[int], frames: int) -> Timesteps:
+        """Noise levels to train at."""
+
+    def draw(self, condition: Condition, keys: Sequence[int]) -> Condition:
+        """Dropouts and prefixes, per sample."""
+
+    def training_forward(self, dit: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Exactly one `dit.forward` from the raw condition."""
+
+    def loss(
+        self, velocity: Tensor, target: Tensor, condition: Condition, timesteps: Timesteps
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Scalar loss and its parts."""

@@ -1,0 +1,76 @@
+"""Rectified flow in the convention of Wan: x_sigma = (1 - sigma) x + sigma noise, v = noise - x.
+
+Everything is float32 or wider: the reference rounds timesteps to bfloat16, which maps 706 of the 1000
+training timesteps to another one (spec/omniavatar.md e). We carry the exact value and never look it up.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "TRAIN_TIMESTEPS",
+    "add_noise",
+    "clean_estimate",
+    "euler_step",
+    "shifted_sigmas",
+    "timesteps_of",
+    "training_weights",
+    "velocity_target",
+]
+
+TRAIN_TIMESTEPS = 1000
+
+
+def shifted_sigmas(steps: int, shift: float) -> Tensor:
+    """Noise levels of `steps` Euler steps and the final 0: float32 [steps + 1].
+
+    s_i = 1 - i / steps, sigma_i = shift s_i / (1 + (shift - 1) s_i); the first is 1.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    s = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float32)
+    return shift * s / (1 + (shift - 1) * s)
+
+
+def timesteps_of(sigmas: Tensor) -> Tensor:
+    """The network's time scale: 1000 * sigma, so in 0..1000, never 0..1."""
+    return sigmas * TRAIN_TIMESTEPS
+
+
+def _per_sample(sigma: Tensor | float, like: Tensor) -> Tensor:
+    sigma = torch.as_tensor(sigma, dtype=torch.float32, device=like.device)
+    return sigma.reshape(-1, *([1] * (like.ndim - 1))) if sigma.ndim == 1 else sigma
+
+
+def add_noise(clean: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
+    """(1 - sigma) clean + sigma noise; sigma is a scalar or [B], clean and noise [B, ...]."""
+    sigma = _per_sample(sigma, clean)
+    return (1 - sigma) * clean + sigma * noise
+
+
+def velocity_target(clean: Tensor, noise: Tensor) -> Tensor:
+    """What the network is trained to predict: noise - clean."""
+    return noise - clean
+
+
+def clean_estimate(noisy: Tensor, velocity: Tensor, sigma: Tensor | float) -> Tensor:
+    """x0 = x_sigma - sigma v, the clean latents implied by a prediction; sigma scalar or [B]."""
+    return noisy - _per_sample(sigma, noisy) * velocity
+
+
+def euler_step(x: Tensor, velocity: Tensor, sigma: Tensor | float, sigma_next: Tensor | float) -> Tensor:
+    """One step of dx/dsigma = v from `sigma` down to `sigma_next`, both scalars."""
+    return x + velocity * (sigma_next - sigma)
+
+
+def training_weights(shift: float) -> Tensor:
+    """Loss weight of every training timestep, float32 [1000], mean 1 (spec/omniavatar.md e).
+
+    A Gaussian bell over the timestep, lowered so that its smallest value is 0.
+    """
+    timesteps = timesteps_of(shifted_sigmas(TRAIN_TIMESTEPS, shift)[:-1])
+    bell = torch.exp(-2 * ((timesteps - TRAIN_TIMESTEPS / 2) / TRAIN_TIMESTEPS) ** 2)
+    weights = bell - bell.min()
+    return weights * (TRAIN_TIMESTEPS / weights.sum())

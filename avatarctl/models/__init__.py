@@ -1,0 +1,1 @@
+"""Networks with parameters, how they are loaded, and how sound, pictures and text become tensors."""

@@ -1,0 +1,136 @@
+"""Sound, pictures and text -> tensors: the one place that inference and preparation share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from avatarctl.conditioning.geometry import fit_picture
+from avatarctl.events import Notice
+from avatarctl.models.wav2vec import normalise_waveform
+from avatarctl.timeline import FPS, SAMPLES_PER_FRAME
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from avatarctl.events import Emit
+    from avatarctl.family import AudioEncoder, WaveformReader
+
+__all__ = ["PIECE_OVERLAP_SECONDS", "AudioFeatures", "Piece", "encode_prompt", "pieces", "picture_tensor"]
+
+PIECE_OVERLAP_SECONDS = 2.0
+
+
+def picture_tensor(pixels: np.ndarray, size: tuple[int, int]) -> Tensor:
+    """uint8 [h, w, 3] -> float32 [1, 3, H, W] in [-1, 1], scaled to cover `size` (H, W) and cropped."""
+    picture = torch.from_numpy(pixels).movedim(-1, 0).unsqueeze(0).to(torch.float32) / 255
+    return fit_picture(picture, size) * 2 - 1
+
+
+def encode_prompt(encoder: Any, prompt: str, emit: Emit) -> Tensor:
+    """One prompt -> [1, text_len, width]; says so when the prompt is longer than the model reads."""
+    tokens = encoder.tokens(prompt)
+    if tokens > encoder.text_len:
+        emit(Notice(f"the prompt has {tokens} tokens; the model reads the first {encoder.text_len}", "warning"))
+    return encoder.encode(prompt)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Frames [start, stop) go through the encoder together; frames [keep, keep_stop) of it are used."""
+
+    start: int
+    stop: int
+    keep: int
+    keep_stop: int
+
+
+def pieces(frames: int, window: int | None, overlap: int) -> list[Piece]:
+    """Cut `frames` into pieces of `window` frames that overlap by at least `overlap`.
+
+    window None, or one that holds everything: a single exact piece. Otherwise neighbours are cut in the
+    middle of what they share, and the last piece is moved back to full length so that no frame is encoded
+    with less context than the others.
+    """
+    if window is None or frames <= window:
+        return [Piece(0, frames, 0, frames)]
+    hop = window - overlap
+    starts = [min(k * hop, frames - window) for k in range(1 + -(-(frames - window) // hop))]
+    cuts = [0, *((b + a + window) // 2 for a, b in zip(starts, starts[1:], strict=False)), frames]
+    return [
+        Piece(start, start + window, keep, keep_stop)
+        for start, keep, keep_stop in zip(starts, cuts, cuts[1:], strict=False)
+    ]
+
+
+class AudioFeatures:
+    """Features of a recording by pixel frame, computed when asked for and dropped behind the reader.
+
+    The recording is normalised by the moments of the whole, then padded with zeros to `frames` frames, as
+    the reference does (spec/omniavatar.md b). Up to `window_seconds` it is encoded in one piece and equals
+    the reference; beyond, in overlapping pieces, because the encoder attends to everything at once and its
+    memory would grow with the recording. docs/benchmarks.md states what that changes.
+    """
+
+    def __init__(
+        self,
+        encoder: AudioEncoder,
+        waveform: WaveformReader,
+        *,
+        samples: int,
+        mean: float,
+        variance: float,
+        frames: int,
+        window_seconds: float | None,
+        device: torch.device,
+    ) -> None:
+        self._encoder, self._waveform, self._device = encoder, waveform, device
+        self._samples, self._mean, self._variance = samples, mean, variance
+        window = None if window_seconds is None else int(window_seconds * FPS)
+        self._waiting = pieces(frames, window, int(PIECE_OVERLAP_SECONDS * FPS))
+        self._ready: list[tuple[Piece, Tensor]] = []
+        self.frames = frames
+
+    @property
+    def width(self) -> int:
+        """Features per frame."""
+        return self._encoder.width
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Features of frames [start, stop): float32 [1, stop - start, width].
+
+        Frames before 0 are all-zero rows (nothing is heard). Calls must not go back in time by more than
+        they overlap: what lies before `start` is dropped. Raises ValueError outside the padded recording.
+        """
+        if stop > self.frames:
+            raise ValueError(f"frames up to {stop} asked for, the recording is padded to {self.frames}")
+        parts = []
+        if start < 0:
+            parts.append(torch.zeros(1, min(stop, 0) - start, self.width, device=self._device))
+        parts.extend(self._encoded(max(start, 0), stop))
+        self._ready = [item for item in self._ready if item[0].keep_stop > start]
+        return torch.cat(parts, dim=1)
+
+    def _encoded(self, start: int, stop: int) -> Iterator[Tensor]:
+        while self._waiting and self._waiting[0].keep < stop:
+            piece = self._waiting.pop(0)
+            if piece.keep_stop > start:
+                kept = slice(piece.keep - piece.start, piece.keep_stop - piece.start)
+                self._ready.append((piece, self._encode(piece)[:, kept].clone()))
+        if stop > start and (not self._ready or self._ready[0][0].keep > start):
+            raise ValueError(f"frame {start} has already been dropped")
+        for piece, features in self._ready:
+            first, last = max(start, piece.keep), min(stop, piece.keep_stop)
+            if first < last:
+                yield features[:, first - piece.keep : last - piece.keep]
+
+    def _encode(self, piece: Piece) -> Tensor:
+        first, last = piece.start * SAMPLES_PER_FRAME, piece.stop * SAMPLES_PER_FRAME
+        waveform = torch.from_numpy(self._waveform.read(first, last)).to(torch.float32)
+        waveform = normalise_waveform(waveform, self._mean, self._variance)
+        waveform[max(0, self._samples - first) :] = 0  # padding is silence after normalisation
+        return self._encoder.features(waveform.unsqueeze(0).to(self._device), piece.stop - piece.start)

@@ -1,0 +1,228 @@
+"""The OmniAvatar diffusion transformer: Wan 2.1 text-to-video plus additive audio residuals.
+
+Specification: spec/omniavatar.md a. Internal names are those of diffusers; exported files carry the original
+ones (weights/wan.py plus `audio_proj.*` and `audio_cond_projs.*`, which keep their names).
+
+Shapes: B batch, C input channels (33, 49 or 65), T latent frames, h x w latent size, L = 4T - 3 pixel
+frames, A audio width, D model width, P = layers // 2 - 1 audio projections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.configuration_utils import register_to_config
+from einops import rearrange
+from torch import Tensor, nn
+
+from avatarctl.models.wan_blocks import AvatarBlock, ComplexRotaryEmbedding, KeyValue
+
+__all__ = ["AudioPack", "OmniAvatarTransformer", "PreparedTensors"]
+
+
+class AudioPack(nn.Module):
+    """Four consecutive audio frames -> one vector per latent frame (spec a.4)."""
+
+    def __init__(self, audio_width: int, hidden_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(4 * audio_width, hidden_size)
+        self.norm_out = nn.LayerNorm(hidden_size)  # eps 1e-5, unlike every other norm of the model
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, 4 T, A] -> [B, T, hidden]; frame-major, channel-minor inside a group."""
+        return self.norm_out(self.proj(rearrange(features, "b (t four) a -> b t (four a)", four=4)))
+
+
+@dataclass(frozen=True)
+class PreparedTensors:
+    """Results of `mode="prepare"`; None where nothing was asked for.
+
+    text: keys and values per block; audio: [B, P, T, D]; rotary: complex64 [1, S, 1, d / 2].
+    """
+
+    text: tuple[KeyValue, ...] | None = None
+    audio: Tensor | None = None
+    rotary: Tensor | None = None
+
+
+class OmniAvatarTransformer(WanTransformer3DModel):
+    """One `forward`, three modes, because a sharded model may be entered only through its forward.
+
+    raw      everything from the raw condition in one pass: training, parity
+    prepare  what no sampling step changes: text keys and values, audio residuals, rotary table
+    denoise  one step from prepared tensors
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar = ["AvatarBlock"]
+    _repeated_blocks: ClassVar = ["AvatarBlock"]
+    _keep_in_fp32_modules: ClassVar = ["time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"]
+    _skip_layerwise_casting_patterns: ClassVar = [
+        "patch_embedding", "condition_embedder", "norm", "lora", "audio_proj", "audio_cond_projs",
+    ]  # fmt: skip
+    _cp_plan = None  # the parent's plan splits a cos/sin pair that this model does not have
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: tuple[int, ...] = (1, 2, 2),
+        num_attention_heads: int = 40,
+        attention_head_dim: int = 128,
+        in_channels: int = 33,
+        out_channels: int = 16,
+        text_dim: int = 4096,
+        freq_dim: int = 256,
+        ffn_dim: int = 13824,
+        num_layers: int = 40,
+        cross_attn_norm: bool = True,
+        qk_norm: str | None = "rms_norm_across_heads",
+        eps: float = 1e-6,
+        audio_input_dim: int = 10752,
+        audio_hidden_size: int = 32,
+    ) -> None:
+        super().__init__(
+            patch_size=patch_size,
+            num_attention_heads=num_attention_heads,
+            attention_head_dim=attention_head_dim,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            text_dim=text_dim,
+            freq_dim=freq_dim,
+            ffn_dim=ffn_dim,
+            num_layers=num_layers,
+            cross_attn_norm=cross_attn_norm,
+            qk_norm=qk_norm,
+            eps=eps,
+            rope_max_seq_len=1,  # the parent's table is replaced below
+        )
+        width = num_attention_heads * attention_head_dim
+        self.rope = ComplexRotaryEmbedding(attention_head_dim)
+        for block in self.blocks:
+            AvatarBlock.adopt(block)
+        self.audio_proj = AudioPack(audio_input_dim, audio_hidden_size)
+        self.audio_cond_projs = nn.ModuleList(
+            nn.Linear(audio_hidden_size, width) for _ in range(num_layers // 2 - 1)
+        )
+
+    def forward(self, *args: Any, mode: Literal["raw", "prepare", "denoise"] = "raw", **kwargs: Any) -> Any:
+        """Dispatches to `raw`, `prepare` or `denoise`; arguments are theirs."""
+        if mode == "prepare":
+            return self._prepare(*args, **kwargs)
+        if mode == "denoise":
+            return self._denoise(*args, **kwargs)
+        return self._raw(*args, **kwargs)
+
+    def _raw(
+        self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, audio: Tensor
+    ) -> Tensor:
+        """hidden_states [B, C, T, h, w], timestep [B] in 0..1000, encoder_hidden_states [B, S, text_dim],
+        audio [B, L, A] -> velocity [B, 16, T, h, w]. Samples of a batch are independent."""
+        text = self.condition_embedder.text_embedder(encoder_hidden_states.to(self._compute_dtype))
+        return self._run(
+            hidden_states,
+            timestep,
+            rotary=self._rotary(hidden_states),
+            audio=self._audio_residuals(audio),
+            text=text,
+        )
+
+    def _prepare(
+        self,
+        text: Tensor | None = None,
+        audio: Tensor | None = None,
+        grid: tuple[int, int, int] | None = None,
+    ) -> PreparedTensors:
+        """text [B, S, text_dim], audio [B, L, A], grid = latent (T, h, w); each optional."""
+        key_values = None
+        if text is not None:
+            context = self.condition_embedder.text_embedder(text.to(self._compute_dtype))
+            # hidden_states stands in for an argument that `only` never reads.
+            key_values = tuple(block(context, context, None, None, only="kv") for block in self.blocks)
+        return PreparedTensors(
+            text=key_values,
+            audio=None if audio is None else self._audio_residuals(audio),
+            rotary=None if grid is None else self._rotary_of_grid(grid),
+        )
+
+    def _denoise(self, hidden_states: Tensor, timestep: Tensor, prepared: PreparedTensors) -> Tensor:
+        """As `_raw`, from prepared tensors."""
+        if prepared.text is None or prepared.audio is None or prepared.rotary is None:
+            raise ValueError("denoise needs prepared text, audio and rotary tensors")
+        return self._run(
+            hidden_states,
+            timestep,
+            rotary=prepared.rotary,
+            audio=prepared.audio,
+            text_key_values=prepared.text,
+        )
+
+    @property
+    def _compute_dtype(self) -> torch.dtype:
+        return self.patch_embedding.weight.dtype
+
+    def _rotary_of_grid(self, grid: tuple[int, int, int]) -> Tensor:
+        tokens = tuple(n // p for n, p in zip(grid, self.config.patch_size, strict=True))
+        return self.rope(tokens, self.patch_embedding.weight.device)
+
+    def _rotary(self, hidden_states: Tensor) -> Tensor:
+        _, _, frames, height, width = hidden_states.shape
+        return self._rotary_of_grid((frames, height, width))
+
+    def _audio_residuals(self, audio: Tensor) -> Tensor:
+        """[B, L, A] -> [B, P, T, D]. The first frame is repeated to fill the first latent's group of four:
+        latent 0 hears frame 0 alone, latent g >= 1 the frames 4g - 3 .. 4g."""
+        audio = audio.to(self.audio_proj.proj.weight.dtype)
+        packed = self.audio_proj(torch.cat([audio[:, :1].expand(-1, 3, -1), audio], dim=1))
+        return torch.stack([projection(packed) for projection in self.audio_cond_projs], dim=1)
+
+    def _run(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        *,
+        rotary: Tensor,
+        audio: Tensor,
+        text: Tensor | None = None,
+        text_key_values: Sequence[KeyValue] | None = None,
+    ) -> Tensor:
+        embedder, dtype = self.condition_embedder, self._compute_dtype
+        time = embedder.timesteps_proj(timestep.float())
+        time = embedder.time_embedder(time.to(embedder.time_embedder.linear_1.weight.dtype)).to(dtype)
+        modulation = embedder.time_proj(embedder.act_fn(time)).unflatten(1, (6, -1))
+
+        _, _, frames, height, width = hidden_states.shape
+        tokens = self.patch_embedding(hidden_states.to(dtype))
+        tokens = rearrange(tokens, "b d t h w -> b (t h w) d").contiguous()
+        checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing
+        for index, block in enumerate(self.blocks):
+            # Positional, and None where a block gets no sound: hooks look arguments up by position.
+            arguments = (
+                tokens,
+                text,
+                modulation,
+                rotary,
+                audio[:, index - 2] if 2 <= index <= len(self.blocks) // 2 else None,
+                None if text_key_values is None else text_key_values[index],
+            )
+            if checkpointing:
+                tokens = self._gradient_checkpointing_func(block, *arguments)
+            else:
+                tokens = block(*arguments)
+
+        shift, scale = (self.scale_shift_table + time.unsqueeze(1)).chunk(2, dim=1)
+        tokens = (self.norm_out(tokens.float()) * (1 + scale) + shift).to(dtype)
+        patch_t, patch_h, patch_w = self.config.patch_size
+        return rearrange(
+            self.proj_out(tokens),
+            "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)",
+            t=frames // patch_t,
+            h=height // patch_h,
+            w=width // patch_w,
+            pt=patch_t,
+            ph=patch_h,
+            pw=patch_w,
+        )

@@ -1,0 +1,60 @@
+"""Prompts -> UMT5 states (spec/omniavatar.md d)."""
+
+from __future__ import annotations
+
+import html
+import re
+from typing import Any
+
+import ftfy
+import torch
+from torch import Tensor, nn
+
+__all__ = ["PromptEncoder", "clean_prompt", "zero_padding"]
+
+
+def clean_prompt(text: str) -> str:
+    """Mended Unicode, HTML entities resolved twice, every run of white space one blank. Case is kept."""
+    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def zero_padding(states: Tensor, mask: Tensor) -> Tensor:
+    """Zero the rows behind each prompt's own end: states [B, S, D], mask [B, S] of 0 and 1.
+
+    Per row: the published code cuts a batch to its shortest prompt.
+    """
+    return states * mask.unsqueeze(-1).to(states.dtype)
+
+
+class PromptEncoder(nn.Module):
+    """A tokenizer and `UMT5EncoderModel` behind the `TextEncoder` protocol."""
+
+    def __init__(self, encoder: nn.Module, tokenizer: Any, text_len: int = 512) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.tokenizer = tokenizer
+        self.text_len = text_len
+
+    def tokens(self, prompt: str) -> int:
+        """Tokens of the cleaned prompt, end token included, before it is cut to text_len."""
+        return len(self.tokenizer(clean_prompt(prompt), add_special_tokens=True).input_ids)
+
+    @torch.no_grad()
+    def encode(self, prompt: str) -> Tensor:
+        """One prompt -> [1, text_len, width]; longer prompts are cut, rows behind the prompt are 0.
+
+        The end token is real: the empty prompt keeps one row.
+        """
+        batch = self.tokenizer(
+            clean_prompt(prompt),
+            padding="max_length",
+            truncation=True,
+            max_length=self.text_len,
+            add_special_tokens=True,
+            return_tensors="pt",
+        )
+        device = next(self.encoder.parameters()).device
+        ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
+        states = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        return zero_padding(states, mask)

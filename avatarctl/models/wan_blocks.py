@@ -1,0 +1,137 @@
+"""What our Wan transformers share: complex rotary embedding, attention, the block with an audio input.
+
+Shapes: B batch, S video tokens in (frame, row, column) order, column fastest, D width, N heads,
+d = D / N head width, T latent frames.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformerBlock
+from einops import rearrange
+from torch import Tensor, nn
+
+__all__ = ["AvatarAttnProcessor", "AvatarBlock", "ComplexRotaryEmbedding", "KeyValue"]
+
+KeyValue = tuple[Tensor, Tensor]  # keys and values [B, S_text, N, d]
+
+
+class ComplexRotaryEmbedding(nn.Module):
+    """Rotary positions of a video grid as unit complex numbers (spec/omniavatar.md a.3 point 5).
+
+    Angles are float64, the table complex64: rounding costs 2.3e-7, while computing angles in float32 would
+    cost far more at large positions. There is no buffer, so casting or sharding a model cannot touch it.
+    """
+
+    def __init__(self, head_width: int, theta: float = 10_000.0) -> None:
+        super().__init__()
+        spatial = 2 * (head_width // 6)
+        self.axis_widths = (head_width - 2 * spatial, spatial, spatial)
+        self.theta = theta
+
+    def forward(self, grid: tuple[int, int, int], device: torch.device) -> Tensor:
+        """grid (frames, rows, columns) of tokens -> complex64 [1, S, 1, d / 2]."""
+        frames, rows, columns = grid
+        axes = []
+        for axis, (length, width) in enumerate(zip(grid, self.axis_widths, strict=True)):
+            exponent = torch.arange(0, width, 2, dtype=torch.float64) / width
+            angle = torch.outer(torch.arange(length, dtype=torch.float64), self.theta**-exponent)
+            shape = [1, 1, 1, width // 2]
+            shape[axis] = length
+            axes.append(angle.view(shape).expand(frames, rows, columns, -1))
+        angles = rearrange(torch.cat(axes, dim=-1), "f h w c -> 1 (f h w) 1 c")
+        return torch.polar(torch.ones_like(angles), angles).to(device=device, dtype=torch.complex64)
+
+
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """Turn adjacent pairs (2j, 2j + 1) of x [B, S, N, d] by the table; float32 inside."""
+    pairs = torch.view_as_complex(rearrange(x.float(), "b s n (c two) -> b s n c two", two=2).contiguous())
+    return torch.view_as_real(pairs * rotary).flatten(-2).type_as(x)
+
+
+class AvatarAttnProcessor:
+    """Attention of one `WanAttention`: q and k normalised over the full width, optional rotation, and text
+    keys and values that may have been computed before."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    @staticmethod
+    def key_value(attn: WanAttention, context: Tensor) -> KeyValue:
+        """Keys and values of a context [B, S, D]."""
+        key = attn.norm_k(attn.to_k(context)).unflatten(2, (attn.heads, -1))
+        return key, attn.to_v(context).unflatten(2, (attn.heads, -1))
+
+    def __call__(
+        self,
+        attn: WanAttention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: Tensor | None = None,
+        key_value: KeyValue | None = None,
+    ) -> Tensor:
+        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+        if key_value is None:
+            context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+            key_value = self.key_value(attn, context)
+        key, value = key_value
+        if rotary_emb is not None:
+            query, key = rotate(query, rotary_emb), rotate(key, rotary_emb)
+        out = dispatch_attention_fn(
+            query, key, value, attn_mask=attention_mask, backend=self._attention_backend
+        )
+        return attn.to_out[0](out.flatten(2, 3).type_as(query))
+
+
+class AvatarBlock(WanTransformerBlock):
+    """A Wan block that adds an audio residual to its input.
+
+    Applied by `block.__class__ = AvatarBlock` on a built block: same parameters, bit-equal gradients.
+    The residual is an argument, not state on a hook: gradient checkpointing recomputes the block and must
+    find it again (spec/building-blocks.md 1).
+    """
+
+    @classmethod
+    def adopt(cls, block: WanTransformerBlock) -> None:
+        block.__class__ = cls
+        for attention in (block.attn1, block.attn2):
+            attention.set_processor(AvatarAttnProcessor())
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        temb: Tensor | None,
+        rotary_emb: Tensor | None,
+        audio_residual: Tensor | None = None,
+        text_key_value: KeyValue | None = None,
+        only: str | None = None,
+    ) -> Tensor | KeyValue:
+        """hidden_states [B, S, D]; encoder_hidden_states [B, S_text, D]; temb [B, 6, D];
+        audio_residual [B, T, D], the same for every token of a latent frame.
+
+        only="kv" returns the text keys and values of this block and nothing else: under FSDP2 a block's
+        parameters exist only inside its own forward.
+        """
+        if only == "kv":
+            return AvatarAttnProcessor.key_value(self.attn2, encoder_hidden_states)
+        if audio_residual is not None:
+            by_frame = rearrange(hidden_states, "b (t s) d -> b t s d", t=audio_residual.shape[1])
+            residual = rearrange(audio_residual, "b t d -> b t 1 d").type_as(hidden_states)
+            hidden_states = rearrange(by_frame + residual, "b t s d -> b (t s) d")
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + temb.float()).chunk(6, dim=1)
+
+        normed = (self.norm1(hidden_states.float()) * (1 + scale1) + shift1).type_as(hidden_states)
+        attended = self.attn1(normed, None, None, rotary_emb)
+        hidden_states = (hidden_states.float() + attended * gate1).type_as(hidden_states)
+
+        normed = self.norm2(hidden_states.float()).type_as(hidden_states)
+        hidden_states = hidden_states + self.attn2(
+            normed, encoder_hidden_states, None, None, key_value=text_key_value
+        )
+
+        normed = (self.norm3(hidden_states.float()) * (1 + scale2) + shift2).type_as(hidden_states)
+        forwarded = self.ffn(normed)
+        return (hidden_states.float() + forwarded.float() * gate2).type_as(hidden_states)

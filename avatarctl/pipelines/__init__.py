@@ -1,0 +1,1 @@
+"""Jobs from inputs to files: condition, sample, decode, stream."""

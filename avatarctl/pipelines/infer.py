@@ -1,0 +1,148 @@
+"""A checked job -> frames -> a video file that grows while it is made."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+
+from avatarctl.errors import AvatarctlError
+from avatarctl.events import ChunkFinished, Emit, Notice, OutputFinished, Planned, Stage, silent
+from avatarctl.family import Inputs
+from avatarctl.media import Soundtrack, VideoWriter, Waveform
+from avatarctl.models.encode import picture_tensor
+from avatarctl.models.loading import load_modules, resolve_device
+from avatarctl.pipelines.job import Job, JobPlan
+from avatarctl.registry import Row
+from avatarctl.sampling.chunks import FrameBlock, sample_chunks
+from avatarctl.sampling.denoise import Denoiser
+from avatarctl.timeline import FPS
+
+__all__ = ["FrameBlock", "generate", "write_video"]
+
+
+def _never() -> bool:
+    return False
+
+
+def generate(
+    row: Row,
+    job: Job,
+    plan: JobPlan,
+    *,
+    emit: Emit = silent,
+    should_stop: Callable[[], bool] = _never,
+) -> Iterator[FrameBlock]:
+    """Load the networks and yield finished frames, one block per chunk.
+
+    Raises WeightsMissing, ExtraMissing or EnvironmentMissing before the first block, Interrupted at the
+    next step once `should_stop` returns true.
+    """
+    cfg, family = plan.cfg, plan.family
+    assert cfg.sampling.steps is not None and cfg.sampling.shift is not None
+    assert cfg.output.width is not None and cfg.output.height is not None
+    device = resolve_device(cfg.runtime.device)
+    emit(Stage("loading the model"))
+    modules = load_modules(row, cfg, device, emit)
+    denoise = Denoiser(
+        family=family,
+        dit=modules.dit,
+        guidance=family.guidance(cfg),
+        sigmas=family.sigmas(cfg.sampling.steps, cfg.sampling.shift),
+        emit=emit,
+        should_stop=should_stop,
+    )
+    emit(
+        Planned(
+            spans=plan.plan.count,
+            steps=cfg.sampling.steps,
+            frames=plan.plan.frames,
+            fps=FPS,
+            width=cfg.output.width,
+            height=cfg.output.height,
+        )
+    )
+    with Waveform(job.sound, lead_samples=plan.lead_samples) as waveform:
+        inputs = Inputs(
+            picture=picture_tensor(job.picture.pixels, (cfg.output.height, cfg.output.width)).to(device),
+            waveform=waveform,
+            samples=plan.samples,
+            mean=plan.mean,
+            variance=plan.variance,
+            prompt=job.prompt,
+            negative_prompt=job.negative_prompt,
+            job=job.key,
+            emit=emit,
+        )
+        emit(Stage("sampling"))
+        yield from sample_chunks(denoise, modules, inputs, plan.plan, cfg)
+
+
+def write_video(
+    row: Row,
+    job: Job,
+    plan: JobPlan,
+    path: Path,
+    *,
+    emit: Emit = silent,
+    should_stop: Callable[[], bool] = _never,
+) -> OutputFinished:
+    """Make the video of a job at `path`, by way of `NAME.partial.mp4`.
+
+    A run that ends early with finished chunks leaves the playable part and names it in the error; without
+    any it leaves nothing. Raises what `generate` raises, OutputRefused and WriteFailed.
+    """
+    output = plan.cfg.output
+    assert output.width is not None and output.height is not None
+    started = time.monotonic()
+    first_frame = sampling_started = started
+    writer = VideoWriter(
+        path,
+        width=output.width,
+        height=output.height,
+        fps=FPS,
+        soundtrack=Soundtrack(job.sound, plan.sound_delay),
+        crf=output.crf,
+        overwrite=output.overwrite,
+    )
+    try:
+        for notice in writer.notices:
+            emit(Notice(notice, "warning"))
+        for block in generate(row, job, plan, emit=emit, should_stop=should_stop):
+            writer.write(_to_bytes(block.pixels))
+            if block.first == 0:
+                first_frame = time.monotonic()
+            emit(ChunkFinished(block.span, writer.frames_written))
+        writer.finish()
+    except BaseException as error:
+        _abandon(writer, error, emit)
+        raise
+    finished = OutputFinished(
+        path=str(path.absolute()),
+        frames=writer.frames_written,
+        seconds_to_first_frame=first_frame - started,
+        frames_per_second=writer.frames_written / (time.monotonic() - sampling_started),
+    )
+    emit(finished)
+    return finished
+
+
+def _abandon(writer: VideoWriter, error: BaseException, emit: Emit) -> None:
+    kept = writer.abandon()
+    if kept is None:
+        return
+    part = f"the finished part, {writer.frames_written} frames, is kept as {kept}"
+    if isinstance(error, AvatarctlError) and error.fix is None:
+        error.fix = part
+    else:
+        emit(Notice(part, "warning"))
+
+
+def _to_bytes(pixels: torch.Tensor) -> np.ndarray:
+    """[3, n, H, W] in [-1, 1] -> uint8 [n, H, W, 3], rounded to nearest."""
+    frames = rearrange(pixels, "c n h w -> n h w c")
+    return ((frames + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()

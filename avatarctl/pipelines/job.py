@@ -1,0 +1,122 @@
+"""One job: what goes in, and what will be done with it, known before any weight is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any
+
+from avatarctl.config import RunConfig
+from avatarctl.events import Emit, Notice, Stage
+from avatarctl.families import family_named
+from avatarctl.family import Family, Plan
+from avatarctl.media import Picture, Sound, SoundSurvey, survey
+from avatarctl.registry import Row
+from avatarctl.rng import stable_hash
+from avatarctl.timeline import FPS, SAMPLE_RATE
+
+__all__ = ["Job", "JobPlan", "check_job"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A picture, a voice and two prompts."""
+
+    picture: Picture
+    sound: Sound
+    prompt: str
+    negative_prompt: str
+
+    @property
+    def key(self) -> int:
+        """Key of the job's random numbers: its own fields and the contents of its inputs, so that a result
+        does not depend on file names, on other jobs or on their order."""
+        return stable_hash(self.picture.sha256, self.sound.sha256(), self.prompt, self.negative_prompt)
+
+
+@dataclass(frozen=True)
+class JobPlan:
+    """A checked job. cfg has the output size filled in; lead_samples of silence stand before the sound;
+    mean and variance are those of silence and sound together, at 16 kHz."""
+
+    cfg: RunConfig
+    family: Family
+    plan: Plan
+    survey: SoundSurvey
+    lead_samples: int
+    mean: float
+    variance: float
+
+    @property
+    def samples(self) -> int:
+        """Samples at 16 kHz that the model hears."""
+        return self.lead_samples + self.survey.samples
+
+    @property
+    def sound_delay(self) -> Fraction:
+        """Seconds of silence before the user's sound in the finished file."""
+        offset = self.family.conventions(self.cfg).audio_offset
+        return Fraction(self.lead_samples, SAMPLE_RATE) + Fraction(offset, FPS)
+
+    def summary(self) -> dict[str, Any]:
+        """What `--dry-run` and `--json` show."""
+        cfg = self.cfg
+        return {
+            "model": cfg.model.name,
+            "width": cfg.output.width,
+            "height": cfg.output.height,
+            "fps": FPS,
+            "frames": self.plan.frames,
+            "seconds_of_sound": round(self.survey.samples / SAMPLE_RATE, 3),
+            "strategy": self.plan.kind,
+            "spans": self.plan.count,
+            "latent_frames_per_span": next(self.plan.spans()).frames,
+            "steps": cfg.sampling.steps,
+            "branches": list(self.family.branches(self.family.guidance(cfg), 0)),
+            "audio_offset": cfg.model.audio_offset,
+            "sound_delay_seconds": float(self.sound_delay),
+            "seed": cfg.runtime.seed,
+        }
+
+
+def check_job(cfg: RunConfig, row: Row, job: Job, emit: Emit) -> JobPlan:
+    """Read the sound once, choose the size, plan the spans.
+
+    Raises UnusableAudio for a sound without usable samples, UsageError for impossible requests.
+    """
+    family = family_named(row.family)
+    emit(Stage("reading the sound"))
+    heard = survey(job.sound)
+    for warning in (*job.picture.warnings, *heard.warnings):
+        emit(Notice(warning, "warning"))
+    height, width = family.frame_size(job.picture.pixels.shape[:2], cfg)
+    cfg = replace(cfg, output=replace(cfg.output, width=width, height=height))
+    for notice in _untrained_values(cfg, row):
+        emit(Notice(notice, "warning"))
+    if cfg.model.compat == "reference":
+        emit(Notice("compat reference: the VAE is not tiled, as the published script tiles it"))
+    lead = round(cfg.output.lead_silence * SAMPLE_RATE)
+    mean, variance = _with_silence(heard, lead)
+    return JobPlan(
+        cfg=cfg,
+        family=family,
+        plan=family.plan(lead + heard.samples, cfg),
+        survey=heard,
+        lead_samples=lead,
+        mean=mean,
+        variance=variance,
+    )
+
+
+def _with_silence(heard: SoundSurvey, lead: int) -> tuple[float, float]:
+    """Mean and population variance of `lead` zeros followed by the sound."""
+    if lead == 0:
+        return heard.mean, heard.variance
+    share = heard.samples / (heard.samples + lead)
+    mean = heard.mean * share
+    return mean, (heard.variance + heard.mean**2) * share - mean**2
+
+
+def _untrained_values(cfg: RunConfig, row: Row) -> list[str]:
+    """One line for each value that lies outside what the model was trained for."""
+    return []

@@ -1,0 +1,1 @@
+"""From noise to latents: guidance and the loops over a family."""

@@ -1,0 +1,55 @@
+"""Long video in chunks: each starts from the tail of the one before.
+
+    for span: condition(carry); prepare; for step: clamp, predict, combine, Euler; decode; carry = advance
+
+Only one chunk is alive at a time, so memory does not grow with the length of the video.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from avatarctl.config import RunConfig
+from avatarctl.family import Carry, Inputs, Modules, Plan
+from avatarctl.rng import latent_noise
+from avatarctl.sampling.denoise import Denoiser
+
+__all__ = ["FrameBlock", "sample_chunks"]
+
+
+@dataclass(frozen=True)
+class FrameBlock:
+    """Finished frames: index of the span and of the first frame, pixels [3, n, H, W] in [-1, 1]."""
+
+    span: int
+    first: int
+    pixels: Tensor
+
+
+def sample_chunks(
+    denoise: Denoiser, modules: Modules, inputs: Inputs, plan: Plan, cfg: RunConfig
+) -> Iterator[FrameBlock]:
+    """Blocks of finished frames in order, `plan.frames` in all."""
+    family = denoise.family
+    device = inputs.picture.device
+    with torch.no_grad():
+        state = family.open(modules, inputs, cfg)
+    carry: Carry = None
+    done = 0
+    for span in plan.spans():
+        with torch.no_grad():
+            condition = family.build_condition(family.encode(modules, inputs, span, state, carry))
+            key, first = family.noise_key(span, inputs)
+            noise = latent_noise(cfg.runtime.seed, key, first, span.frames, plan.shape).to(device)
+            latents = denoise(noise, condition, span, state)
+            del condition, noise
+            pixels = family.decoder(modules, state).push(latents)
+            carry = family.advance(modules, state, span, latents, pixels)
+        kept = pixels[0, :, span.keep_from :][:, : plan.frames - done]
+        del pixels, latents
+        yield FrameBlock(span.index, done, kept)
+        done += kept.shape[1]
