@@ -1,0 +1,369 @@
+"""Which models, encoders and other published files exist: rows of data, no classes of networks.
+
+Sources: spec/omniavatar.md 0, a.1, c, d for dimensions and defaults, spec/cartoon-world.md 3 to 5 for the
+built-in model, spec/weight-sources.md for the files. An empty hub id means that nobody confirmed one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from avatarctl.config import ModelRowDefaults, nearest
+from avatarctl.errors import ConfigError, NotYetSupported
+
+__all__ = [
+    "COMPAT",
+    "ROWS",
+    "Row",
+    "TrainedFor",
+    "Wanted",
+    "find",
+    "find_model",
+    "missing_files",
+    "outside_training",
+]
+
+Kind = Literal["model", "base", "adapter", "encoder", "loss", "metric", "detector", "separator"]
+Status = Literal["works", "needs weights: loading of published files has not landed", "not yet supported"]
+
+
+@dataclass(frozen=True)
+class TrainedFor:
+    """What a model saw in training or is published with; other values run, with a notice.
+
+    sizes: (width, height) in pixels; num_frames, overlap_frames: pixel frames. Empty means unknown.
+    """
+
+    sizes: tuple[tuple[int, int], ...] = ()
+    num_frames: tuple[int, ...] = ()
+    overlap_frames: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing that can be named.
+
+    source:  "package" needs no file; "hub" is a repository; "other" is described by `obtained`.
+    files:   names relative to the repository; "a|b" is satisfied by either, a trailing "/" is a folder.
+    network: constructor arguments by part: "dit" (`OmniAvatarTransformer`), "vae" (`AutoencoderKLWan`),
+             "text" (`UMT5Config`), "audio" (`Wav2Vec2Config`).
+    defaults: RunConfig values by dotted key.
+    audio_offset_stated: the weights themselves say which audio offset they were made with.
+    needs:   names of the rows whose files it needs as well.
+    """
+
+    name: str
+    kind: Kind
+    title: str
+    status: Status
+    source: Literal["package", "hub", "other"] = "hub"
+    hub_id: str = ""
+    files: tuple[str, ...] = ()
+    obtained: str = ""
+    license: str = ""
+    family: str = ""
+    network: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    audio_offset_stated: bool = False
+    trained: bool = True
+    trained_for: TrainedFor = TrainedFor()
+    needs: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder that holds its files below a weights root."""
+        return self.hub_id.rpartition("/")[2] or self.name
+
+    @property
+    def for_config(self) -> ModelRowDefaults:
+        """What `avatarctl.config.resolve` needs of it."""
+        return ModelRowDefaults(self.name, self.defaults, self.audio_offset_stated)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A file that is not there: its name in the repository, the folder it goes to, the repository."""
+
+    file: str
+    folder: str
+    hub_id: str
+
+
+COMPAT: Final[Mapping[str, Mapping[str, Any]]] = {
+    "reference": {"output.lead_silence": 0.3, "model.audio_offset": 1},
+    "fork": {"model.audio_offset": 0},
+}
+"""What each `model.compat` sets, above the model row and below everything that a person sets."""
+
+WORKS: Final[Status] = "works"
+NEEDS_LOADER: Final[Status] = "needs weights: loading of published files has not landed"
+NOT_YET: Final[Status] = "not yet supported"
+
+PROMPT: Final = "a person is talking"
+NEGATIVE_PROMPT: Final = (
+    "Vivid color tones, background/camera moving quickly, screen switching, subtitles and special effects, "
+    "mutation, overexposed, static, blurred details, subtitles, style, work, painting, image, still, "
+    "overall grayish, worst quality, low quality, JPEG compression residue, ugly, incomplete, extra fingers, "
+    "poorly drawn hands, poorly drawn face, deformed, disfigured, malformed limbs, fingers merging, "
+    "motionless image, chaotic background, three legs, crowded background with many people, walking backward"
+)
+
+_CARTOON_NETWORK: Final[Mapping[str, Mapping[str, Any]]] = {
+    "dit": {
+        "num_attention_heads": 4, "attention_head_dim": 24, "num_layers": 6, "ffn_dim": 384, "freq_dim": 128,
+        "text_dim": 32, "in_channels": 33, "out_channels": 16, "audio_hidden_size": 32, "audio_input_dim": 192,
+    },
+    "vae": {"base_dim": 16, "dim_mult": (1, 2, 4, 4), "num_res_blocks": 1, "z_dim": 16},
+    "text": {"vocab_size": 384, "d_model": 32, "d_ff": 64, "d_kv": 8, "num_heads": 4, "num_layers": 2},
+    "audio": {
+        "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 144,
+        "conv_dim": (32,) * 7, "feat_extract_norm": "group", "num_conv_pos_embeddings": 15,
+        "num_conv_pos_embedding_groups": 4,
+    },
+}  # fmt: skip
+
+
+def _omniavatar_network(heads: int, layers: int, ffn_dim: int) -> dict[str, dict[str, Any]]:
+    """The published network; only the transformer differs between the two sizes."""
+    return {
+        "dit": {
+            "num_attention_heads": heads, "attention_head_dim": 128, "num_layers": layers, "ffn_dim": ffn_dim,
+            "freq_dim": 256, "text_dim": 4096, "in_channels": 33, "out_channels": 16, "audio_hidden_size": 32,
+            "audio_input_dim": 14 * 768,
+        },
+        "vae": {"base_dim": 96, "dim_mult": (1, 2, 4, 4), "num_res_blocks": 2, "z_dim": 16},
+        "text": {
+            "vocab_size": 256_384, "d_model": 4096, "d_ff": 10_240, "d_kv": 64, "num_heads": 64, "num_layers": 24,
+        },
+        "audio": {
+            "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
+            "conv_dim": (512,) * 7, "feat_extract_norm": "group", "num_conv_pos_embeddings": 128,
+            "num_conv_pos_embedding_groups": 16,
+        },
+    }  # fmt: skip
+
+
+_OMNIAVATAR_DEFAULTS: Final[Mapping[str, Any]] = {
+    "model.channels": 33,
+    "model.audio_offset": 1,
+    "input.prompt": PROMPT,
+    "input.negative_prompt": NEGATIVE_PROMPT,
+    "sampling.steps": 50,
+    "sampling.guidance_scale": 4.5,
+    "sampling.shift": 5.0,
+    "long_video.overlap_frames": 13,
+    "long_video.max_tokens": 30_000,
+    "long_video.max_size": 720,
+    "data.num_frames": 81,
+    "data.width": 512,
+    "data.height": 512,
+    "runtime.dtype": "bfloat16",
+}
+
+_OMNIAVATAR_TRAINED: Final = TrainedFor(
+    sizes=((720, 400), (720, 720), (400, 720), (960, 528), (528, 960), (1280, 720), (720, 1280)),
+    overlap_frames=(1, 13),
+)
+
+_WAN21_ENCODERS: Final = ("models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth", "google/umt5-xxl/")
+
+
+def _shards(count: int) -> tuple[str, ...]:
+    names = (f"diffusion_pytorch_model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1))
+    return (*names, "diffusion_pytorch_model.safetensors.index.json")
+
+
+_MODELS: Final = (
+    Row(
+        "cartoon-i2v", "model", "built-in cartoon model, picture and voice to video", WORKS, "package",
+        family="omniavatar",
+        network=_CARTOON_NETWORK,
+        defaults={
+            "model.channels": 33,
+            "model.audio_offset": 0,
+            "input.prompt": PROMPT,
+            "input.negative_prompt": "",
+            "sampling.steps": 4,
+            "sampling.guidance_scale": 1.0,
+            "sampling.shift": 5.0,
+            "long_video.num_frames": 33,
+            "long_video.overlap_frames": 1,
+            "output.width": 64,
+            "output.height": 64,
+            "data.num_frames": 33,
+            "data.width": 64,
+            "data.height": 64,
+            "runtime.dtype": "float32",
+        },
+        audio_offset_stated=True,
+        trained=False,
+        trained_for=TrainedFor(sizes=((64, 64),), num_frames=(33,), overlap_frames=(1,)),
+    ),
+    Row(
+        "omniavatar-14b", "model", "OmniAvatar on Wan 2.1 T2V 14B", NEEDS_LOADER,
+        family="omniavatar",
+        network=_omniavatar_network(heads=40, layers=40, ffn_dim=13_824),
+        defaults=_OMNIAVATAR_DEFAULTS,
+        trained_for=_OMNIAVATAR_TRAINED,
+        needs=("wan2.1-t2v-14b", "omniavatar-14b-adapter", "wav2vec2-base-960h"),
+    ),
+    Row(
+        "omniavatar-1.3b", "model", "OmniAvatar on Wan 2.1 T2V 1.3B", NEEDS_LOADER,
+        family="omniavatar",
+        network=_omniavatar_network(heads=12, layers=30, ffn_dim=8960),
+        defaults=_OMNIAVATAR_DEFAULTS,
+        trained_for=_OMNIAVATAR_TRAINED,
+        needs=("wan2.1-t2v-1.3b", "omniavatar-1.3b-adapter", "wav2vec2-base-960h"),
+    ),
+    Row(
+        "stableavatar-1.3b", "model", "StableAvatar on Wan 2.1 Fun InP 1.3B", NOT_YET,
+        hub_id="FrancisRing/StableAvatar",
+        files=("StableAvatar-1.3B/transformer3d-square.pt|StableAvatar-1.3B/transformer3d-rec-vec.pt",),
+        family="stableavatar",
+        needs=("wan2.1-fun-1.3b-inp", "wav2vec2-base-960h"),
+    ),
+    Row(
+        "liveavatar-14b", "model", "LiveAvatar on Wan 2.2 S2V 14B", NOT_YET,
+        family="liveavatar",
+        needs=("wan2.2-s2v-14b", "liveavatar-adapter"),
+    ),
+)  # fmt: skip
+
+_FILES: Final = (
+    Row(
+        "wan2.1-t2v-14b", "base", "Wan 2.1 text to video 14B, with text encoder and VAE", NEEDS_LOADER,
+        hub_id="Wan-AI/Wan2.1-T2V-14B", files=(*_shards(6), *_WAN21_ENCODERS),
+    ),
+    Row(
+        "wan2.1-t2v-1.3b", "base", "Wan 2.1 text to video 1.3B, with text encoder and VAE", NEEDS_LOADER,
+        hub_id="Wan-AI/Wan2.1-T2V-1.3B", files=("diffusion_pytorch_model.safetensors", *_WAN21_ENCODERS),
+    ),
+    Row(
+        "wan2.1-fun-1.3b-inp", "base", "Wan 2.1 Fun InP 1.3B", NOT_YET,
+        hub_id="FrancisRing/StableAvatar", files=("Wan2.1-Fun-V1.1-1.3B-InP/",),
+    ),
+    Row(
+        "wan2.2-s2v-14b", "base", "Wan 2.2 speech to video 14B", NOT_YET,
+        hub_id="Wan-AI/Wan2.2-S2V-14B",
+        files=(*_shards(4), *_WAN21_ENCODERS, "wav2vec2-large-xlsr-53-english/"),
+    ),
+    Row(
+        "omniavatar-14b-adapter", "adapter", "LoRA, audio layers and patch embedding of OmniAvatar 14B",
+        NEEDS_LOADER, hub_id="OmniAvatar/OmniAvatar-14B", files=("config.json", "pytorch_model.pt"),
+    ),
+    Row(
+        "omniavatar-1.3b-adapter", "adapter", "LoRA, audio layers and patch embedding of OmniAvatar 1.3B",
+        NEEDS_LOADER, hub_id="OmniAvatar/OmniAvatar-1.3B", files=("config.json", "pytorch_model.pt"),
+    ),
+    Row(
+        "liveavatar-adapter", "adapter", "LoRA of LiveAvatar", NOT_YET,
+        hub_id="Quark-Vision/Live-Avatar", files=("liveavatar.safetensors",),
+    ),
+    Row(
+        "wav2vec2-base-960h", "encoder", "wav2vec 2.0 base", NEEDS_LOADER,
+        hub_id="facebook/wav2vec2-base-960h",
+        files=("config.json", "model.safetensors|pytorch_model.bin", "preprocessor_config.json"),
+    ),
+    Row(
+        "stable-syncnet", "loss", "StableSyncNet, judge of the sync loss", NOT_YET,
+        hub_id="ByteDance/LatentSync-1.6", files=("stable_syncnet.pt",),
+    ),
+    Row(
+        "videomae-v2-g", "loss", "VideoMAE v2 ViT-g, features of TREPA", NOT_YET,
+        files=("vit_g_hybrid_pt_1200e_ssv2_ft.pth",),
+    ),
+    Row(
+        "lpips-vgg16", "loss", "VGG-16 trunk of LPIPS", NOT_YET, "other",
+        files=("vgg16-397923af.pth",), obtained="torchvision's published file",
+    ),
+    Row("syncnet-v2", "metric", "SyncNet v2, judge of Sync-C and Sync-D", NOT_YET, files=("syncnet_v2.model",)),
+    Row("yunet", "detector", "YuNet face detector", NOT_YET, files=("face_detection_yunet_2023mar.onnx",)),
+    Row(
+        "buffalo-l", "detector", "insightface buffalo_l face detector", NOT_YET, "other",
+        files=("models/buffalo_l/",), obtained="the insightface package", license="non-commercial",
+    ),
+    Row(
+        "kim-vocal-2", "separator", "MDX vocal separator", NOT_YET,
+        hub_id="FrancisRing/StableAvatar", files=("Kim_Vocal_2.onnx",),
+    ),
+)  # fmt: skip
+
+ROWS: Final[Mapping[str, Row]] = {row.name: row for row in (*_MODELS, *_FILES)}
+"""Every row by name, models first."""
+
+
+def find(name: str) -> Row:
+    """The row of this name. Raises ConfigError with the nearest name."""
+    if name in ROWS:
+        return ROWS[name]
+    like = nearest(name, ROWS)
+    raise ConfigError(
+        f"there is no model {name[:100]!r}",
+        fix=f"did you mean {like}?" if like else "`avatarctl models list` shows all",
+    )
+
+
+def find_model(name: str) -> Row:
+    """The row that `model.name` means.
+
+    Raises ConfigError for unknown names and for rows that are no models; NotYetSupported for paths.
+    """
+    if name not in ROWS and ("/" in name or Path(name).exists()):
+        raise NotYetSupported(f"model.name {name[:200]}: checkpoint files and folders cannot be run yet")
+    row = find(name)
+    if row.kind != "model":
+        users = [model.name for model in _MODELS if name in model.needs]
+        raise ConfigError(
+            f"model.name {name} is a row of kind {row.kind}, which cannot run alone",
+            fix=f"did you mean {users[0]}?" if users else None,
+        )
+    return row
+
+
+def missing_files(row: Row, weights_root: str | None) -> tuple[Wanted, ...]:
+    """The files of `row` and of the rows it needs that are not on this disk.
+
+    Looked for in `weights_root`, or else where other toolkits put them: `pretrained_models`,
+    `checkpoints` and `ckpt` in the current directory.
+    """
+    roots = (weights_root,) if weights_root else ("pretrained_models", "checkpoints", "ckpt")
+    wanted = []
+    for each in _with_needs(row):
+        folders = [Path(root).expanduser() / each.folder for root in roots]
+        for names in each.files:
+            if not any(_present(folder, name) for folder in folders for name in names.split("|")):
+                wanted.append(Wanted(names.replace("|", " or "), str(folders[0]), each.hub_id))
+    return tuple(wanted)
+
+
+def _with_needs(row: Row) -> Iterator[Row]:
+    yield row
+    for name in row.needs:
+        yield from _with_needs(ROWS[name])
+
+
+def _present(folder: Path, name: str) -> bool:
+    path = folder / name
+    if name.endswith("/"):
+        return path.is_dir() and any(path.iterdir())
+    return path.is_file()
+
+
+def outside_training(
+    row: Row, *, width: int, height: int, num_frames: int, overlap_frames: int
+) -> tuple[str, ...]:
+    """One line for each value that the row's model was not trained for; sizes in pixels and pixel frames."""
+    known = row.trained_for
+    checks = (
+        ("size", f"{width}x{height}", (width, height), known.sizes),
+        ("frames per chunk", str(num_frames), num_frames, known.num_frames),
+        ("overlap", str(overlap_frames), overlap_frames, known.overlap_frames),
+    )
+    return tuple(
+        f"{row.name} was not trained for {what} {shown}"
+        for what, shown, value, seen in checks
+        if seen and value not in seen
+    )
