@@ -114,7 +114,8 @@ NEGATIVE_PROMPT: Final = (
 _CARTOON_NETWORK: Final[Mapping[str, Mapping[str, Any]]] = {
     "dit": {
         "num_attention_heads": 4, "attention_head_dim": 24, "num_layers": 6, "ffn_dim": 384, "freq_dim": 128,
-        "text_dim": 32, "in_channels": 33, "out_channels": 16, "audio_hidden_size": 32, "audio_input_dim": 192,
+        "text_dim": 32, "in_channels": 33, "out_channels": 16, "audio_hidden_size": 32,
+        "audio_input_dim": 4 * 48,
     },
     "vae": {"base_dim": 16, "dim_mult": (1, 2, 4, 4), "num_res_blocks": 1, "z_dim": 16},
     "text": {"vocab_size": 384, "d_model": 32, "d_ff": 64, "d_kv": 8, "num_heads": 4, "num_layers": 2},
@@ -136,7 +137,8 @@ def _omniavatar_network(heads: int, layers: int, ffn_dim: int) -> dict[str, dict
         },
         "vae": {"base_dim": 96, "dim_mult": (1, 2, 4, 4), "num_res_blocks": 2, "z_dim": 16},
         "text": {
-            "vocab_size": 256_384, "d_model": 4096, "d_ff": 10_240, "d_kv": 64, "num_heads": 64, "num_layers": 24,
+            "vocab_size": 256_384, "d_model": 4096, "d_ff": 10_240, "d_kv": 64, "num_heads": 64,
+            "num_layers": 24,
         },
         "audio": {
             "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
@@ -279,7 +281,7 @@ _FILES: Final = (
         "lpips-vgg16", "loss", "VGG-16 trunk of LPIPS", NOT_YET, "other",
         files=("vgg16-397923af.pth",), obtained="torchvision's published file",
     ),
-    Row("syncnet-v2", "metric", "SyncNet v2, judge of Sync-C and Sync-D", NOT_YET, files=("syncnet_v2.model",)),
+    Row("syncnet-v2", "metric", "SyncNet v2, for Sync-C and Sync-D", NOT_YET, files=("syncnet_v2.model",)),
     Row("yunet", "detector", "YuNet face detector", NOT_YET, files=("face_detection_yunet_2023mar.onnx",)),
     Row(
         "buffalo-l", "detector", "insightface buffalo_l face detector", NOT_YET, "other",
