@@ -234,9 +234,7 @@ class Family(Protocol):
     def branches(self, guidance: Guidance, step: int) -> tuple[str, ...]:
         """Branches to run in this step; one without weight is not run."""
 
-    def prepare(
-        self, dit: nn.Module, condition: Condition, branches: Sequence[str], state: Any
-    ) -> Prepared:
+    def prepare(self, dit: nn.Module, condition: Condition, branches: Sequence[str], state: Any) -> Prepared:
         """What is constant over the steps of a span; branches: the union over its steps."""
 
     def predict(
@@ -256,9 +254,7 @@ class Family(Protocol):
     def combine(self, velocities: Mapping[str, Tensor], guidance: Guidance, step: int) -> Tensor:
         """The guided velocity."""
 
-    def advance(
-        self, modules: Modules, state: Any, span: Span, latents: Tensor, pixels: Tensor
-    ) -> Carry:
+    def advance(self, modules: Modules, state: Any, span: Span, latents: Tensor, pixels: Tensor) -> Carry:
         """What the next span starts from (chunks, causal)."""
 
     def decoder(self, modules: Modules, state: Any) -> Decoder:

@@ -1,10 +1,10 @@
 """Input channels of the OmniAvatar layouts (spec/omniavatar.md g.3).
 
-    0-15   noisy latents                       33, 49, 65 channels
-    16-31  reference latent, repeated          33, 49, 65
-    32     mask: 0 = given, 1 = generate       33, 49, 65
-    33-48  latents of the masked video             49, 65
-    49-64  latents of the reference sequence           65
+0-15   noisy latents                       33, 49, 65 channels
+16-31  reference latent, repeated          33, 49, 65
+32     mask: 0 = given, 1 = generate       33, 49, 65
+33-48  latents of the masked video             49, 65
+49-64  latents of the reference sequence           65
 """
 
 from __future__ import annotations

@@ -19,7 +19,18 @@ from avatarctl.conditioning.chunks import ChunkPlan, plan_chunks
 from avatarctl.conditioning.geometry import choose_bucket, chunk_frames
 from avatarctl.config import RunConfig
 from avatarctl.errors import UsageError
-from avatarctl.family import Carry, Condition, Conventions, Decoder, Guidance, Inputs, Modules, Plan, Prepared, Span
+from avatarctl.family import (
+    Carry,
+    Condition,
+    Conventions,
+    Decoder,
+    Guidance,
+    Inputs,
+    Modules,
+    Plan,
+    Prepared,
+    Span,
+)
 from avatarctl.flow_matching import shifted_sigmas
 from avatarctl.models.encode import AudioFeatures, encode_prompt
 from avatarctl.models.omniavatar import PreparedTensors
@@ -232,9 +243,7 @@ class OmniAvatar:
     def combine(self, velocities: Mapping[str, Tensor], guidance: Guidance, step: int) -> Tensor:
         return combine(velocities, guidance)
 
-    def advance(
-        self, modules: Modules, state: _State, span: Span, latents: Tensor, pixels: Tensor
-    ) -> Carry:
+    def advance(self, modules: Modules, state: _State, span: Span, latents: Tensor, pixels: Tensor) -> Carry:
         """The tail in pixels: published behaviour, coded again by the next chunk."""
         return pixels[:, :, -state.overlap :].clone()
 

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
-from torch import Tensor
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    attention_backend,
+    dispatch_attention_fn,
+)
+from torch import Tensor, nn
 
 from avatarctl.errors import ExtraMissing
+from avatarctl.models.wan_blocks import AvatarAttnProcessor
 
-__all__ = ["DISPATCH_NAMES", "choose_attention", "probe"]
+__all__ = ["DISPATCH_NAMES", "choose_attention", "probe", "use_attention"]
 
 # Our names -> names of diffusers' dispatch.
 DISPATCH_NAMES = {"native": "native", "flash": "flash", "flash3": "_flash_3", "sage": "sage"}
@@ -40,8 +45,8 @@ def probe(name: str, device: torch.device, dtype: torch.dtype, head_width: int) 
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    heads_first = (x.float().transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+    q, k, v = (x.float().transpose(1, 2) for x in (q, k, v))  # heads first
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def choose_attention(asked: str, device: torch.device, dtype: torch.dtype, head_width: int) -> str:
@@ -59,3 +64,14 @@ def choose_attention(asked: str, device: torch.device, dtype: torch.dtype, head_
             fix="use --attention native",
         )
     return asked
+
+
+def use_attention(network: nn.Module, name: str) -> None:
+    """Let every attention of a network run on a kernel that `choose_attention` returned.
+
+    Set even for "native": without it the dispatch would follow an environment variable of its own.
+    """
+    for module in network.modules():
+        processor = getattr(module, "processor", None)
+        if isinstance(processor, AvatarAttnProcessor):
+            processor.backend = AttentionBackendName(DISPATCH_NAMES[name])

@@ -35,7 +35,9 @@ def encode_prompt(encoder: Any, prompt: str, emit: Emit) -> Tensor:
     """One prompt -> [1, text_len, width]; says so when the prompt is longer than the model reads."""
     tokens = encoder.tokens(prompt)
     if tokens > encoder.text_len:
-        emit(Notice(f"the prompt has {tokens} tokens; the model reads the first {encoder.text_len}", "warning"))
+        emit(
+            Notice(f"the prompt has {tokens} tokens; the model reads the first {encoder.text_len}", "warning")
+        )
     return encoder.encode(prompt)
 
 

@@ -15,8 +15,9 @@ from torch import nn
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel, Wav2Vec2Config
 
 from avatarctl.errors import EnvironmentMissing, WeightsMissing
+from avatarctl.events import Notice
 from avatarctl.family import Modules
-from avatarctl.models.attention import DISPATCH_NAMES, choose_attention
+from avatarctl.models.attention import choose_attention, use_attention
 from avatarctl.models.omniavatar import OmniAvatarTransformer
 from avatarctl.models.precision import cast
 from avatarctl.models.text import PromptEncoder
@@ -63,24 +64,26 @@ def load_modules(row: Row, cfg: RunConfig, device: torch.device, emit: Emit) -> 
             where=row.name,
             fix="--dry-run checks everything else; the built-in model is cartoon-i2v",
         )
-    from avatarctl.events import Notice
-
     modules = build_random_modules(row)
     dtype = getattr(torch, cfg.runtime.dtype or "float32")
     for module in (modules.dit, modules.vae, modules.text, modules.audio):
         assert isinstance(module, nn.Module)
         cast(module, dtype if module is not modules.audio else torch.float32)
         module.requires_grad_(False).eval().to(device)
-    heads = modules.dit.config.attention_head_dim
-    kernel = choose_attention(cfg.runtime.attention, device, dtype, heads)
-    modules.dit.set_attention_backend(DISPATCH_NAMES[kernel])
+    head_width = row.network["dit"]["attention_head_dim"]
+    kernel = choose_attention(cfg.runtime.attention, device, dtype, head_width)
+    use_attention(modules.dit, kernel)
     emit(Notice(f"attention: {kernel}; {cfg.runtime.dtype} on {device}"))
     return modules
 
 
 def build_random_modules(row: Row) -> Modules:
     """Every network of a row with weights that depend on the row's name alone, float32 on the CPU."""
-    networks = row.networks
+    # Rows are immutable and hold tuples; the libraries' constructors add lists to lists.
+    network = {
+        part: {name: list(value) if isinstance(value, tuple) else value for name, value in dims.items()}
+        for part, dims in row.network.items()
+    }
 
     def seeded(part: str, make: Callable[[], Built]) -> Built:
         # The classes initialise themselves from the global generator; it is borrowed and given back.
@@ -89,10 +92,10 @@ def build_random_modules(row: Row) -> Modules:
             return make()
 
     return Modules(
-        dit=seeded("dit", lambda: TRANSFORMERS[row.family](**networks["dit"])),
-        vae=seeded("vae", lambda: WanVae(AutoencoderKLWan(**networks["vae"]))),
-        text=seeded("text", lambda: _text_encoder(networks["text"])),
-        audio=seeded("audio", lambda: FrameWav2Vec2(Wav2Vec2Config(**networks["audio"]))),
+        dit=seeded("dit", lambda: TRANSFORMERS[row.family](**network["dit"])),
+        vae=seeded("vae", lambda: WanVae(AutoencoderKLWan(**network["vae"]))),
+        text=seeded("text", lambda: _text_encoder(network["text"])),
+        audio=seeded("audio", lambda: FrameWav2Vec2(Wav2Vec2Config(**network["audio"]))),
     )
 
 

@@ -7,7 +7,7 @@ d = D / N head width, T latent frames.
 from __future__ import annotations
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformerBlock
 from einops import rearrange
 from torch import Tensor, nn
@@ -54,8 +54,7 @@ class AvatarAttnProcessor:
     """Attention of one `WanAttention`: q and k normalised over the full width, optional rotation, and text
     keys and values that may have been computed before."""
 
-    _attention_backend = None
-    _parallel_config = None
+    backend: AttentionBackendName | None = None
 
     @staticmethod
     def key_value(attn: WanAttention, context: Tensor) -> KeyValue:
@@ -79,9 +78,7 @@ class AvatarAttnProcessor:
         key, value = key_value
         if rotary_emb is not None:
             query, key = rotate(query, rotary_emb), rotate(key, rotary_emb)
-        out = dispatch_attention_fn(
-            query, key, value, attn_mask=attention_mask, backend=self._attention_backend
-        )
+        out = dispatch_attention_fn(query, key, value, attn_mask=attention_mask, backend=self.backend)
         return attn.to_out[0](out.flatten(2, 3).type_as(query))
 
 
@@ -116,11 +113,13 @@ class AvatarBlock(WanTransformerBlock):
         parameters exist only inside its own forward.
         """
         if only == "kv":
+            assert encoder_hidden_states is not None
             return AvatarAttnProcessor.key_value(self.attn2, encoder_hidden_states)
         if audio_residual is not None:
             by_frame = rearrange(hidden_states, "b (t s) d -> b t s d", t=audio_residual.shape[1])
             residual = rearrange(audio_residual, "b t d -> b t 1 d").type_as(hidden_states)
             hidden_states = rearrange(by_frame + residual, "b t s d -> b (t s) d")
+        assert temb is not None
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + temb.float()).chunk(6, dim=1)
 
         normed = (self.norm1(hidden_states.float()) * (1 + scale1) + shift1).type_as(hidden_states)

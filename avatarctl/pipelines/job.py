@@ -11,9 +11,9 @@ from avatarctl.events import Emit, Notice, Stage
 from avatarctl.families import family_named
 from avatarctl.family import Family, Plan
 from avatarctl.media import Picture, Sound, SoundSurvey, survey
-from avatarctl.registry import Row
+from avatarctl.registry import Row, outside_training
 from avatarctl.rng import stable_hash
-from avatarctl.timeline import FPS, SAMPLE_RATE
+from avatarctl.timeline import FPS, SAMPLE_RATE, pixel_frames
 
 __all__ = ["Job", "JobPlan", "check_job"]
 
@@ -91,16 +91,23 @@ def check_job(cfg: RunConfig, row: Row, job: Job, emit: Emit) -> JobPlan:
         emit(Notice(warning, "warning"))
     height, width = family.frame_size(job.picture.pixels.shape[:2], cfg)
     cfg = replace(cfg, output=replace(cfg.output, width=width, height=height))
-    for notice in _untrained_values(cfg, row):
-        emit(Notice(notice, "warning"))
     if cfg.model.compat == "reference":
         emit(Notice("compat reference: the VAE is not tiled, as the published script tiles it"))
     lead = round(cfg.output.lead_silence * SAMPLE_RATE)
     mean, variance = _with_silence(heard, lead)
+    plan = family.plan(lead + heard.samples, cfg)
+    for notice in outside_training(
+        row,
+        width=width,
+        height=height,
+        num_frames=pixel_frames(next(plan.spans()).frames),
+        overlap_frames=cfg.long_video.overlap_frames or 0,
+    ):
+        emit(Notice(notice, "warning"))
     return JobPlan(
         cfg=cfg,
         family=family,
-        plan=family.plan(lead + heard.samples, cfg),
+        plan=plan,
         survey=heard,
         lead_samples=lead,
         mean=mean,
@@ -115,8 +122,3 @@ def _with_silence(heard: SoundSurvey, lead: int) -> tuple[float, float]:
     share = heard.samples / (heard.samples + lead)
     mean = heard.mean * share
     return mean, (heard.variance + heard.mean**2) * share - mean**2
-
-
-def _untrained_values(cfg: RunConfig, row: Row) -> list[str]:
-    """One line for each value that lies outside what the model was trained for."""
-    return []
