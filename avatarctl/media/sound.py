@@ -1,0 +1,127 @@
+"""Opening and writing sound: one entry point for every format, by content and never by extension."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from avatarctl.errors import OutputRefused, UnusableAudio, WriteFailed
+from avatarctl.media.files import check_regular_file
+from avatarctl.media.sound_header import SoundHeader, read_header
+from avatarctl.media.sound_readers import (
+    ArraySound,
+    ContainerSound,
+    LibsndfileSound,
+    Samples,
+    Sound,
+    check_format,
+)
+
+__all__ = ["Sound", "open_sound", "sound_from_array", "write_sound"]
+
+_W64_MAGIC = b"riff\x2e\x91\xcf\x11"
+_UNCOMPRESSED_MAGIC = (b"RIFF", b"RIFX", b"RF64", b"FORM", b"caff", _W64_MAGIC)
+_WRITTEN_FORMATS = {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG"}
+_WRITE_BLOCK = 16_384  # libsndfile's Vorbis encoder puts a whole call's samples on the stack
+
+
+def open_sound(path: str | Path) -> Sound:
+    """The sound of a file: WAV, AIFF, CAF, W64 through libsndfile, everything compressed through FFmpeg.
+
+    From a file with pictures it is the first audio stream. Only the header and a first block are
+    read; damage further in comes to light while reading.
+
+    Raises PathNotFound when nothing is there, UnusableAudio when it is not a sound that can be read.
+    """
+    checked = check_regular_file(path, UnusableAudio)
+    with checked.open("rb") as handle:
+        start = handle.read(len(_W64_MAGIC))
+    if not start.startswith(_UNCOMPRESSED_MAGIC):
+        return ContainerSound(checked)
+    header = read_header(checked)
+    if header is not None:
+        check_format(str(checked), header.rate, header.channels)
+        if header.size_left_at_zero:
+            note = "has a header that says 0 samples (an interrupted recording?); what follows it is used"
+            return ContainerSound(checked, (note,))
+    return _open_uncompressed(checked, header)
+
+
+def _open_uncompressed(path: Path, header: SoundHeader | None) -> Sound:
+    try:
+        return LibsndfileSound(path, header.declared if header else None)
+    except soundfile.LibsndfileError as libsndfile_error:
+        try:  # the same containers carry codecs that only FFmpeg knows, such as AAC in CAF
+            return ContainerSound(path)
+        except UnusableAudio as error:
+            cause = libsndfile_error.error_string.strip().rstrip(".").lower()
+            raise UnusableAudio(f"not an audio file that can be read: {cause}", where=path) from error
+
+
+def sound_from_array(samples: Samples, rate: int, name: str) -> Sound:
+    """A Sound over float32 [n] or [n, channels] samples in memory, which are not copied.
+
+    Raises TypeError or ValueError for another type or shape, UnusableAudio for an impossible rate.
+    """
+    if samples.dtype != np.float32:
+        raise TypeError(f"samples are {samples.dtype}, float32 is expected")
+    if samples.ndim not in (1, 2):
+        raise ValueError(f"samples have shape {samples.shape}, [n] or [n, channels] is expected")
+    return ArraySound(samples[:, None] if samples.ndim == 1 else samples, rate, name)
+
+
+def write_sound(
+    path: str | Path, samples: Samples | Iterable[Samples], rate: int, subtype: str = "PCM_16"
+) -> None:
+    """Write float samples [n] or [n, channels], or an iterable of such blocks, as WAV, FLAC or OGG.
+
+    The extension of `path` chooses the format, `subtype` the encoding (libsndfile's names: "PCM_16",
+    "PCM_24", "FLOAT", "VORBIS", "OPUS"). Integer encodings clip at full scale. An existing file is
+    replaced; after a failure nothing is left.
+
+    Raises OutputRefused for another extension, a wrong subtype or a place that cannot be written,
+    WriteFailed when the disk refuses bytes.
+    """
+    target = Path(path)
+    container = _WRITTEN_FORMATS.get(target.suffix.lower())
+    if container is None:
+        known = ", ".join(_WRITTEN_FORMATS)
+        raise OutputRefused(
+            f"sound is not written as {target.suffix!r}", where=path, fix=f"use one of {known}"
+        )
+    if not soundfile.check_format(container, subtype):
+        raise OutputRefused(f"{container} cannot hold {subtype} samples", where=path)
+    blocks = _write_blocks([samples] if isinstance(samples, np.ndarray) else samples)
+    first = next(blocks, np.zeros((0, 1), np.float32))
+    try:
+        # Opened here so that "no such folder" and "permission denied" arrive as what they are.
+        target.open("wb").close()
+    except OSError as error:
+        raise OutputRefused(f"cannot be written: {error.strerror}", where=path) from error
+    try:
+        written = len(first)
+        with soundfile.SoundFile(str(target), "w", rate, first.shape[1], subtype, format=container) as handle:
+            handle.write(first)
+            for block in blocks:
+                handle.write(block)
+                written += len(block)
+        if soundfile.info(str(target)).frames != written:  # a failed flush goes unreported
+            raise WriteFailed("is incomplete: the disk is full or the file grew too large", where=path)
+    except (soundfile.LibsndfileError, AssertionError, OSError) as error:  # soundfile asserts full writes
+        target.unlink(missing_ok=True)
+        raise WriteFailed(
+            "could not be written: the disk is full or the file grew too large", where=path
+        ) from error
+    except BaseException:
+        target.unlink(missing_ok=True)
+        raise
+
+
+def _write_blocks(source: Iterable[Samples]) -> Iterator[Samples]:
+    for block in source:
+        frames = block[:, None] if block.ndim == 1 else block
+        for start in range(0, len(frames), _WRITE_BLOCK):
+            yield frames[start : start + _WRITE_BLOCK]

@@ -1,0 +1,73 @@
+"""A soundtrack as AAC can carry it, pulled in pieces of any size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import soxr
+
+__all__ = ["AAC_RATES", "AudioBlocks", "SoundFeed"]
+
+Samples = npt.NDArray[np.float32]
+
+AAC_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000, 7350)
+"""Sampling frequencies of ISO/IEC 14496-3, table 1.18."""
+
+# Which loudspeaker a channel number means, as WAV files have it.
+_LAYOUTS = {1: "mono", 2: "stereo", 3: "3.0", 4: "quad", 5: "5.0", 6: "5.1", 8: "7.1"}
+
+
+class AudioBlocks(Protocol):
+    """Sound that can be read once from its beginning: `rate` in Hz, blocks float32 [n, channels]."""
+
+    @property
+    def rate(self) -> int: ...
+    @property
+    def channels(self) -> int: ...
+    def blocks(self) -> Iterator[Samples]: ...
+
+
+class SoundFeed:
+    """Reads `source` lazily and hands out any number of samples at a time.
+
+    Rate and channels are kept where AAC has them; other rates are resampled to the nearest one
+    (by ratio), other channel counts mixed to stereo. Samples beyond ±1 are clipped, samples that
+    are no numbers become silence. What was changed is in `.notices`, one line each.
+    """
+
+    def __init__(self, source: AudioBlocks) -> None:
+        self.rate = min(AAC_RATES, key=lambda rate: max(rate / source.rate, source.rate / rate))
+        self.channels = source.channels if source.channels in _LAYOUTS else 2
+        self.layout = _LAYOUTS[self.channels]
+        self.notices: list[str] = []
+        self._source_channels = source.channels
+        self._blocks = source.blocks()
+        self._rest: Samples = np.zeros((0, self.channels), np.float32)
+        self._resampler: soxr.ResampleStream | None = None
+        if self.channels != source.channels:
+            self.notices.append(f"the soundtrack's {source.channels} channels are mixed to stereo (AAC)")
+        if self.rate != source.rate:
+            self._resampler = soxr.ResampleStream(source.rate, self.rate, self.channels, dtype="float32")
+            self.notices.append(f"the soundtrack is resampled from {source.rate} to {self.rate} Hz (AAC)")
+
+    def read(self, count: int) -> Samples:
+        """The next samples, `[n, channels]`: n = `count`, or what is left at the end."""
+        parts = []
+        while count > 0 and not self.at_end():
+            part, self._rest = self._rest[:count], self._rest[count:]
+            parts.append(part)
+            count -= len(part)
+        return np.concatenate(parts) if parts else np.zeros((0, self.channels), np.float32)
+
+    def at_end(self) -> bool:
+        """Whether no sample is left; pulls blocks from the source until it knows."""
+        while not len(self._rest) and self._blocks is not None:
+            self._rest = self._next()
+        return not len(self._rest)
+
+    def close(self) -> None:
+        """Ends the source's generator, so that it closes what it has open."""
+        ...

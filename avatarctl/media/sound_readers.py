@@ -1,0 +1,309 @@
+"""Sounds as streams of blocks: one class for each place that samples come from."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import av.audio
+import av.container
+import av.error
+import numpy as np
+import soundfile
+
+from avatarctl.errors import UnusableAudio
+from avatarctl.media.containers import cause_of, open_container
+from avatarctl.media.files import file_sha256
+
+__all__ = ["BLOCK_SAMPLES", "ArraySound", "ContainerSound", "LibsndfileSound", "Samples", "Sound"]
+
+Samples = np.ndarray  # float32; [n, channels] native, [n] once mono
+
+BLOCK_SAMPLES = 32_768
+"""Sample frames per block, about; what bounds the memory of everything that reads sound."""
+
+_RATES = range(1_000, 768_001)
+_MAX_CHANNELS = 64
+_MAX_GAP_SECONDS = 60  # in all; a few forged time stamps must not become hours of silence
+_LOOSE = Fraction(1, 10)  # jitter and drift of ordinary time stamps stay below this
+_TIGHT = Fraction(1, 500)  # after a damaged packet; Matroska counts in milliseconds
+
+
+class Sound(ABC):
+    """A sound that can be read from the start any number of times, without ever being held whole.
+
+    name:     for messages
+    rate:     native samples per second
+    channels: native channels
+    """
+
+    name: str
+    rate: int
+    channels: int
+
+    @abstractmethod
+    def blocks(self) -> Iterator[Samples]:
+        """float32 [n, channels] at the native rate, a few 10 000 samples at a time, from the start."""
+
+    @abstractmethod
+    def sha256(self) -> str:
+        """Hexadecimal hash of the content, computed once."""
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What is odd about the source; complete after one full pass over `blocks`."""
+        return ()
+
+
+def check_format(name: str, rate: int, channels: int) -> None:
+    """Raise UnusableAudio for a sample rate or a number of channels that no recording has."""
+    if channels < 1 or channels > _MAX_CHANNELS:
+        raise UnusableAudio(
+            f"invalid header: {channels} channels (1 to {_MAX_CHANNELS} are read)", where=name
+        )
+    if rate not in _RATES:
+        span = f"{_RATES.start} to {_RATES.stop - 1} Hz are read"
+        raise UnusableAudio(f"invalid header: a sample rate of {rate} Hz ({span})", where=name)
+
+
+def cut_short(declared: int, present: int) -> str:
+    return f"is cut short: the header declares {declared} samples, {present} are present"
+
+
+class ArraySound(Sound):
+    """Samples that are already in memory, float32 [n, channels]; not copied."""
+
+    def __init__(self, samples: Samples, rate: int, name: str) -> None:
+        self.name, self.rate, self.channels = name, rate, samples.shape[1]
+        check_format(name, rate, self.channels)
+        self._samples = samples
+        self._sha256: str | None = None
+
+    def blocks(self) -> Iterator[Samples]:
+        for start in range(0, len(self._samples), BLOCK_SAMPLES):
+            yield self._samples[start : start + BLOCK_SAMPLES]
+
+    def sha256(self) -> str:
+        if self._sha256 is None:
+            digest = hashlib.sha256(f"{self.rate} {self._samples.shape} float32 ".encode())
+            for block in self.blocks():
+                digest.update(np.ascontiguousarray(block, dtype="<f4").tobytes())
+            self._sha256 = digest.hexdigest()
+        return self._sha256
+
+
+class _FileSound(Sound):
+    """What sounds from files share: the path, its hash, and doubts of the latest pass."""
+
+    def __init__(self, path: Path) -> None:
+        self.name = str(path)
+        self._path = path
+        self._sha256: str | None = None
+        self._doubts: tuple[str, ...] = ()
+
+    def sha256(self) -> str:
+        if self._sha256 is None:
+            self._sha256 = file_sha256(self._path)
+        return self._sha256
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        return self._doubts
+
+
+class LibsndfileSound(_FileSound):
+    """Uncompressed files: WAV, RF64, W64, AIFF, CAF with integers, floats or telephone companding.
+
+    `declared`: sample frames that the header promises, None when unknown.
+    Raises soundfile.LibsndfileError when libsndfile cannot open it.
+    """
+
+    def __init__(self, path: Path, declared: int | None) -> None:
+        super().__init__(path)
+        with self._open() as handle:
+            self.rate, self.channels = handle.samplerate, handle.channels
+        check_format(self.name, self.rate, self.channels)
+        self._declared = declared
+
+    def blocks(self) -> Iterator[Samples]:
+        present = 0
+        with self._open() as handle:
+            while len(block := self._read(handle, present)):
+                present += len(block)
+                yield block
+        if self._declared is not None and present < self._declared:
+            self._doubts = (cut_short(self._declared, present),)
+
+    def _open(self) -> soundfile.SoundFile:
+        # By descriptor: given a name, soundfile would judge by the extension ("x.raw") as well.
+        return soundfile.SoundFile(os.open(self._path, os.O_RDONLY | os.O_CLOEXEC), closefd=True)
+
+    def _read(self, handle: soundfile.SoundFile, present: int) -> Samples:
+        try:
+            block: Samples = handle.read(BLOCK_SAMPLES, dtype="float32", always_2d=True)
+        except soundfile.LibsndfileError as error:
+            at = present / self.rate
+            raise UnusableAudio(f"damaged after {at:.2f} s: {error.error_string}", where=self.name) from error
+        return block
+
+
+class ContainerSound(_FileSound):
+    """The first audio stream of anything that FFmpeg reads: MP3, AAC, FLAC, Ogg, MP4, MKV, WebM ...
+
+    Encoder delay and padding that the file declares (LAME tag, Opus pre-skip, edit list) are removed
+    by FFmpeg. A packet that cannot be decoded, or a jump of the time stamps, becomes silence of the
+    same length and a doubt, so that what follows stays in step with the picture.
+
+    doubts: known before the first pass, kept in front of what a pass finds.
+    Raises UnusableAudio when there is no audio stream or nothing in it can be decoded.
+    """
+
+    def __init__(self, path: Path, doubts: tuple[str, ...] = ()) -> None:
+        super().__init__(path)
+        self._known = self._doubts = doubts
+        with open_container(path, UnusableAudio, "an audio file") as container:
+            first = next(_Decoding(container, self.name).frames(), None)
+            if first is None:
+                raise UnusableAudio(
+                    "no samples can be decoded: invalid or empty audio stream", where=self.name
+                )
+            # From a decoded frame: headers of HE-AAC name half the rate that comes out.
+            self.rate, self.channels = first.sample_rate, len(first.layout.channels)
+            check_format(self.name, self.rate, self.channels)
+            self._declared = self._declared_samples(container)
+
+    def blocks(self) -> Iterator[Samples]:
+        with open_container(self._path, UnusableAudio, "an audio file") as container:
+            decoding = _Decoding(container, self.name)
+            pending: list[Samples] = []
+            present = waiting = 0
+            for piece in self._pieces(decoding):
+                pending.append(piece)
+                waiting += len(piece)
+                present += len(piece)
+                if waiting >= BLOCK_SAMPLES:
+                    yield np.concatenate(pending)
+                    pending, waiting = [], 0
+            if pending:
+                yield np.concatenate(pending)
+        found = decoding.doubts()
+        declared = self._declared
+        # Decoders may keep the last frame's padding or drop it: a codec frame is no cut.
+        if declared is not None and present < declared - max(2048, self.rate // 20):
+            found = (*found, cut_short(declared, present))
+        self._doubts = (*self._known, *found)
+
+    def _pieces(self, decoding: _Decoding) -> Iterator[Samples]:
+        """Decoded frames as float32 [n, channels], with silence where the time stamps leave a gap."""
+        count, origin = 0, None
+        for frame in decoding.frames():
+            if (frame.sample_rate, len(frame.layout.channels)) != (self.rate, self.channels):
+                now = f"{frame.sample_rate} Hz, {len(frame.layout.channels)} channels"
+                raise UnusableAudio(
+                    f"the sound changes its format after {count / self.rate:.2f} s (now {now})",
+                    where=self.name,
+                    fix="convert it to WAV first",
+                )
+            if frame.pts is not None and frame.time_base is not None:
+                time = frame.pts * frame.time_base
+                origin = time if origin is None else origin
+                gap = time - origin - Fraction(count, self.rate)
+                for silence in decoding.fill(gap, Fraction(count, self.rate), self.rate, self.channels):
+                    count += len(silence)
+                    yield silence
+            count += frame.samples
+            yield _to_float(frame)
+
+    def _declared_samples(self, container: av.container.InputContainer) -> int | None:
+        """Sample frames that the header promises, where headers are exact: FLAC and the MP4 family."""
+        stream = container.streams.audio[0]
+        exact = {"flac", "mov"} & set(container.format.name.split(","))
+        if not exact or not stream.duration or stream.time_base is None:
+            return None
+        return round(stream.duration * stream.time_base * self.rate)
+
+
+class _Decoding:
+    """One pass of FFmpeg over the first audio stream, with an account of what went wrong."""
+
+    def __init__(self, container: av.container.InputContainer, name: str) -> None:
+        self._container, self._name = container, name
+        self._good = self._damaged = 0
+        self._just_damaged = False
+        self._stopped: str | None = None
+        self._silence = Fraction(0)
+        if not container.streams.audio:
+            raise UnusableAudio("no audio stream in it", where=name)
+        self._stream = container.streams.audio[0]
+        if self._stream.codec_context is None:
+            raise UnusableAudio("unsupported format: its sound has a codec that cannot be read", where=name)
+
+    def frames(self) -> Iterator[av.audio.AudioFrame]:
+        packets = self._container.demux(self._stream)
+        while True:
+            try:
+                packet = next(packets, None)
+            except av.error.FFmpegError as error:
+                self._stopped = cause_of(error)
+                return
+            if packet is None:
+                break
+            try:
+                frames = packet.decode()
+            except (av.error.InvalidDataError, av.error.EOFError):
+                self._damaged += 1
+                self._just_damaged = True
+                continue
+            except av.error.FFmpegError as error:
+                raise UnusableAudio(f"invalid format: {cause_of(error)}", where=self._name) from error
+            self._good += len(frames)
+            yield from (frame for frame in frames if isinstance(frame, av.AudioFrame))
+        if self._damaged > self._good:
+            raise UnusableAudio(
+                f"damaged: {self._damaged} of {self._damaged + self._good} packets cannot be decoded",
+                where=self._name,
+            )
+
+    def fill(self, gap: Fraction, at: Fraction, rate: int, channels: int) -> Iterator[Samples]:
+        """Zeros for a gap of the time stamps in front of a frame; nothing for jitter."""
+        slack, self._just_damaged = (_TIGHT if self._just_damaged else _LOOSE), False
+        if gap <= slack:
+            return
+        self._silence += gap
+        if self._silence > _MAX_GAP_SECONDS:
+            raise UnusableAudio(
+                f"its time stamps leave gaps of {float(self._silence):.0f} s up to {float(at):.2f} s",
+                where=self._name,
+                fix="convert it to WAV first",
+            )
+        missing = round(gap * rate)
+        for start in range(0, missing, BLOCK_SAMPLES):
+            yield np.zeros((min(BLOCK_SAMPLES, missing - start), channels), np.float32)
+
+    def doubts(self) -> tuple[str, ...]:
+        found = []
+        if self._damaged:
+            found.append(f"is damaged: {self._damaged} packets cannot be decoded")
+        if self._silence:
+            found.append(f"has gaps of {float(self._silence):.2f} s in all, filled with silence")
+        if self._stopped is not None:
+            found.append(f"cannot be read to its end: {self._stopped}")
+        return tuple(found)
+
+
+def _to_float(frame: av.audio.AudioFrame) -> Samples:
+    """float32 [n, channels] with integers scaled to [-1, 1); floats keep what exceeds it."""
+    planes = frame.to_ndarray()
+    samples = planes.T if frame.format.is_planar else planes.reshape(frame.samples, -1)
+    kind = samples.dtype
+    result: Samples = np.ascontiguousarray(samples, dtype=np.float32)
+    if kind.kind == "u":
+        return (result - np.float32(128)) / np.float32(128)
+    if kind.kind == "i":
+        return result * np.float32(2.0 ** (1 - 8 * kind.itemsize))
+    return result

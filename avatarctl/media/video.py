@@ -1,0 +1,307 @@
+"""Video out: an MP4 (H.264 + AAC) that can be played while it grows.
+
+The file is a fragmented MP4, one fragment per frame, so that a reader, a crash or a full disk
+finds every frame whose bytes are there. Settings that matter, each found by measuring:
+
+- `delay_moov`: the header waits for the first sound packet and can then say how many samples of
+  AAC priming to skip. With `empty_moov` it cannot, and all sound is 64 ms late at 16 kHz.
+- `frag_duration` of one frame, not `frag_every_frame`: the latter gives a packet the time of its
+  successor whenever two packets of one stream wait in the interleaving queue, which moves sound
+  by a packet and repeats or loses a frame's time stamp.
+- `max_interleave_delta` 1 µs: packets arrive here in order, and a soundtrack that ends early must
+  not make the muxer hold back ten seconds of frames.
+- x264 with 5 frames of lookahead, no B-frames and slices instead of frame threads: all but the
+  newest `LATENCY_FRAMES` frames are on the disk. No lookahead at all (`zerolatency`) would save
+  these few frames for files 1.3 to 5 times as large; presentation order equals file order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+import av
+import numpy as np
+import numpy.typing as npt
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+
+from avatarctl.atomic import disk_errors
+from avatarctl.errors import OutputRefused
+from avatarctl.media.growing_file import GrowingFile
+from avatarctl.media.sound_feed import AudioBlocks, SoundFeed
+
+__all__ = ["LATENCY_FRAMES", "AudioBlocks", "VideoWriter"]
+
+LATENCY_FRAMES = 8
+"""At most this many of the newest frames given to `VideoWriter.write` are not on the disk yet."""
+
+_LOOKAHEAD_FRAMES = 5
+# ITU-T H.273 code points; 1 is BT.709 in all three tables, and 1 is limited range in FFmpeg's.
+_BT709 = 1
+_LIMITED_RANGE = 1
+# swscale's defaults round chroma carelessly; these flags keep pure colours within two levels.
+_CONVERSION = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP
+
+
+class VideoWriter:
+    """Writes frames and a soundtrack to `NAME.partial.mp4`, then renames it to `NAME.mp4`.
+
+    path:       the final name; must end in `.mp4`
+    width, height: of the frames that `write` gets, in pixels. H.264 with 4:2:0 colour needs even
+                sizes: an odd last column or row is repeated, nothing is rescaled
+    fps:        frames per second, exact
+    soundtrack: pulled block by block as frames arrive, never further than one block ahead; cut
+                where the video ends. None or an empty one: a file without sound
+    crf:        x264's constant rate factor, 0 (lossless) to 51
+    metadata:   MP4 tags (title, artist, comment, description, ...)
+
+    As a context manager it finishes at the end of the block and abandons after an exception.
+    Memory does not grow with the length of the video, but for the index of fragments that the
+    muxer keeps (some 10 bytes per packet).
+
+    Raises (on construction):
+        OutputRefused: the final name exists and `overwrite` is false, another living process
+            writes the same file, or the folder cannot be written.
+        WriteFailed: the disk is full.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        width: int,
+        height: int,
+        fps: int | Fraction = 25,
+        soundtrack: AudioBlocks | None,
+        crf: float = 18,
+        overwrite: bool = False,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self._ended = True  # until there is something to end
+        if width < 1 or height < 1:
+            raise ValueError(f"frames of {width}x{height} pixels")
+        if path.suffix.lower() != ".mp4":
+            raise OutputRefused(
+                "the name of a video must end in .mp4", where=path, fix=f"try {path.with_suffix('.mp4').name}"
+            )
+        self.frames_written = 0
+        self._width, self._height, self._fps = width, height, Fraction(fps)
+        sound = SoundFeed(soundtrack) if soundtrack is not None else None
+        self._empty_soundtrack = sound is not None and sound.at_end()
+        self._sound = None if self._empty_soundtrack else sound
+        self._sound_samples = 0
+        self._file = GrowingFile(path, overwrite=overwrite)
+        try:
+            self._open(crf, metadata or {})
+        except BaseException:
+            self._file.discard()
+            raise
+        self._ended = False
+
+    def _open(self, crf: float, metadata: Mapping[str, str]) -> None:
+        self._container = av.open(
+            self._file,
+            "w",
+            format="mp4",
+            container_options={
+                "movflags": "delay_moov+default_base_moof",
+                "frag_duration": str(int(1_000_000 / self._fps)),
+                "flush_packets": "1",
+                "max_interleave_delta": "1",
+            },
+        )
+        self._container.metadata.update(metadata)
+        self._picture = self._container.add_stream(
+            "libx264",
+            rate=self._fps,
+            options={
+                "preset": "medium",
+                "crf": f"{crf:g}",
+                "bf": "0",
+                "rc-lookahead": str(_LOOKAHEAD_FRAMES),
+                "threads": "4",  # fixed: the number of slices changes the bytes
+                "x264-params": "sync-lookahead=0:sliced-threads=1",
+            },
+        )
+        context = self._picture.codec_context
+        context.width = self._width + self._width % 2
+        context.height = self._height + self._height % 2
+        context.pix_fmt = "yuv420p"
+        context.time_base = 1 / self._fps
+        context.gop_size = max(1, round(2 * self._fps))  # a seek decodes two seconds at most
+        context.color_primaries = context.color_trc = context.colorspace = _BT709
+        context.color_range = _LIMITED_RANGE
+        self._convert = VideoReformatter()
+        if self._sound is not None:
+            self._voice = self._container.add_stream(
+                "aac",
+                rate=self._sound.rate,
+                layout=self._sound.layout,
+                bit_rate=self._sound.channels * min(4 * self._sound.rate, 96_000),
+            )
+            self._voice.codec_context.time_base = Fraction(1, self._sound.rate)
+
+    @property
+    def partial_path(self) -> Path:
+        """Where the file grows; playable after the first `LATENCY_FRAMES` frames."""
+        return self._file.path
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What was changed about the soundtrack, one line each; may grow while writing."""
+        if self._empty_soundtrack:
+            return ("the soundtrack is empty: the video has no sound",)
+        return () if self._sound is None else tuple(self._sound.notices)
+
+    def write(self, frames: npt.NDArray[np.uint8]) -> None:
+        """Appends frames, uint8 RGB `[n, height, width, 3]`, and the sound that belongs to them.
+
+        Raises:
+            ValueError: another shape or type, or the writer has ended.
+            WriteFailed: the disk is full; `abandon` then keeps what is playable.
+        """
+        if self._ended:
+            raise ValueError(f"{self._file.final}: the video has ended, no more frames can be written")
+        expected = (self._height, self._width, 3)
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != expected:
+            raise ValueError(f"frames are {frames.dtype} {frames.shape}, expected uint8 [n, *{expected}]")
+        with self._disk():
+            for frame in frames:
+                self._write_sound(until_frame=self.frames_written + 1)
+                self._write_frame(frame)
+
+    def finish(self) -> Path:
+        """Writes what the encoders hold, flushes to the disk, renames; returns the final path.
+
+        Raises:
+            ValueError: no frame was written, or the writer has ended.
+            WriteFailed, OutputRefused: the partial file stays until `abandon` decides.
+        """
+        if self._ended:
+            raise ValueError(f"{self._file.final}: the video has ended already")
+        if not self.frames_written:
+            raise ValueError(f"{self._file.final}: no frame was written")
+        with self._disk():
+            self._drain()
+            self._container.close()
+        final = self._file.commit()
+        self._end()
+        return final
+
+    def abandon(self) -> Path | None:
+        """Closes the unfinished file and returns its path if it can be played, else removes it.
+
+        Does nothing and returns None after `finish`, `abandon` or a failed construction.
+        """
+        if self._ended:
+            return None
+        self._end()
+        # Called after another failure, which is the one to tell: the file is judged by reading it.
+        with contextlib.suppress(OSError, av.FFmpegError):
+            if self.frames_written and not self._file.closed:
+                self._drain()
+            self._container.close()
+        if self.frames_written and _has_a_frame(self._file.path):
+            self._file.keep()
+            return self._file.path
+        self._file.discard()
+        return None
+
+    def __enter__(self) -> VideoWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._ended:
+            return
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            self.abandon()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):
+            self.abandon()
+
+    def _write_frame(self, rgb: npt.NDArray[np.uint8]) -> None:
+        odd_rows, odd_columns = self._height % 2, self._width % 2
+        if odd_rows or odd_columns:
+            rgb = np.pad(rgb, ((0, odd_rows), (0, odd_columns), (0, 0)), mode="edge")
+        frame = self._convert.reformat(
+            av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24"),
+            format="yuv420p",
+            src_colorspace=Colorspace.ITU709,
+            dst_colorspace=Colorspace.ITU709,
+            src_color_range=ColorRange.JPEG,
+            dst_color_range=ColorRange.MPEG,
+            interpolation=_CONVERSION,
+        )
+        frame.pts, frame.time_base = self.frames_written, 1 / self._fps
+        packets = self._picture.encode(frame)
+        self.frames_written += 1
+        self._mux_frames(packets)
+
+    def _mux_frames(self, packets: list[av.Packet]) -> None:
+        for packet in packets:
+            packet.duration = 1  # in frames; a fragment ends with it before the next one is known
+            self._mux(packet)
+
+    def _write_sound(self, *, until_frame: int) -> None:
+        """Encodes sound up to the beginning of frame `until_frame`, in whole samples, rounded up."""
+        if self._sound is None:
+            return
+        until = -(-until_frame * self._sound.rate // self._fps)
+        samples = self._sound.read(until - self._sound_samples)
+        if not len(samples):
+            return
+        frame = av.AudioFrame.from_ndarray(
+            np.ascontiguousarray(samples.T), format="fltp", layout=self._sound.layout
+        )
+        frame.sample_rate, frame.time_base = self._sound.rate, Fraction(1, self._sound.rate)
+        frame.pts = self._sound_samples
+        self._sound_samples += len(samples)
+        for packet in self._voice.encode(frame):
+            self._mux(packet)
+
+    def _mux(self, packet: av.Packet) -> None:
+        self._container.mux(packet)
+        if self._file.error is not None:
+            raise self._file.error
+
+    def _drain(self) -> None:
+        if self._sound is not None:
+            for packet in self._voice.encode(None):
+                self._mux(packet)
+        self._mux_frames(self._picture.encode(None))
+
+    @contextlib.contextmanager
+    def _disk(self) -> Iterator[None]:
+        """What the disk said to `GrowingFile` outranks what the muxer made of it."""
+        with disk_errors(self._file.path):
+            try:
+                yield
+            except OSError:
+                if self._file.error is None:
+                    raise
+            if self._file.error is not None:
+                raise self._file.error
+
+    def _end(self) -> None:
+        self._ended = True
+        if self._sound is not None:
+            self._sound.close()
+
+
+def _has_a_frame(path: Path) -> bool:
+    """Whether a player would show anything."""
+    try:
+        with av.open(str(path)) as container:
+            return next(container.decode(video=0), None) is not None
+    except (OSError, ValueError, IndexError):  # av.FFmpegError is one or another of them
+        return False
