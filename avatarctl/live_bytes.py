@@ -1,0 +1,179 @@
+"""How many bytes of tensors are alive, now and at most, exactly and on any machine.
+
+`LiveBytes` counts storages, not tensors: it sees every result of every operation through a
+`TorchDispatchMode`, adds a storage when it first appears and subtracts it when the storage itself is
+freed, whoever held it last (a variable, autograd's saved tensors, a cache). That makes it exact on real
+CPU tensors and on `FakeTensor`s alike, where no allocator exists that could be asked.
+
+    with LiveBytes() as live:
+        live.track(model)                    # what existed before
+        loss = model(x).mean(); loss.backward()
+    print(live.peak)
+
+On fake tensors enter it inside the fake mode: `with FakeTensorMode(), LiveBytes() as live`.
+
+What it does not see: kernels' workspaces, allocator rounding and fragmentation, and
+`Tensor.untyped_storage().resize_()` until the next operation that touches that storage. Memory shared
+with numpy (`torch.from_numpy`) counts for as long as the tensor lives, once per such tensor. Sparse
+tensors are refused by torch itself (`NotImplementedError`): they have no storage.
+
+Process memory is another quantity (`process_peak_bytes`): it counts code, file buffers and what the
+allocator keeps after tensors have died. glibc keeps so much of it that a resident-set curve says little
+about our own lifetimes. A benchmark that claims flat process memory therefore starts its child with
+`MALLOC_TRIM_THRESHOLD_=0 MALLOC_MMAP_THRESHOLD_=65536` in the environment, so that freed blocks go back
+to the system at once; the product never sets these, as they cost time.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
+
+from avatarctl.errors import NotYetSupported
+
+__all__ = ["LiveBytes", "process_peak_bytes"]
+
+# Builds its result outside the dispatcher and shows it only here, so its input is new as well.
+_FRESH_FROM_PYTHON = torch.ops.aten.lift_fresh.default
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of every storage that operations create while the mode is entered.
+
+    Views, in-place results, `detach()` and aliases share a storage, which counts once. Tensors that
+    existed before are not counted, and neither are their views, unless given to `track`. Storages that
+    were counted are still subtracted when they die after the mode has been left.
+
+    A dispatch mode belongs to the thread that entered it (the backward pass takes it along into
+    autograd's own threads): work of other threads is not counted, and one object serves one thread.
+    A storage may be freed in any thread.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._sizes: dict[int, int] = {}
+        # A finalizer may run between any two bytecodes and in any thread: it only appends here.
+        self._dead: deque[int] = deque()
+        self._current = 0
+        self._peak = 0
+
+    @property
+    def current(self) -> int:
+        """Bytes of all counted storages that are alive."""
+        self._settle()
+        return self._current
+
+    @property
+    def peak(self) -> int:
+        """The largest `current` after any operation since the start or the last `reset_peak`."""
+        return self._peak
+
+    def reset_peak(self) -> None:
+        """Let `peak` start again from what is alive now."""
+        self._peak = self.current
+
+    def track(self, *things: Any) -> int:
+        """Count what existed before, and return the bytes that were added.
+
+        things: modules (parameters, buffers and gradients), tensors, or nested lists, tuples and dicts
+                of them. What is counted already is not counted again.
+        """
+        self._settle()
+        before = self._current
+        for leaf in tree_leaves(things):
+            tensors = _tensors_of_module(leaf) if isinstance(leaf, torch.nn.Module) else [leaf]
+            for tensor in tensors:
+                for storage in _storages(tensor):
+                    self._count(storage)
+        self._peak = max(self._peak, self._current)
+        return self._current - before
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        given = {
+            storage._cdata: storage for leaf in tree_leaves((args, kwargs)) for storage in _storages(leaf)
+        }
+        result = func(*args, **kwargs)
+        self._settle()
+        for key, storage in given.items():
+            if key in self._alive or func is _FRESH_FROM_PYTHON:
+                self._count(storage)  # measured again: `resize_` may have changed it
+        for leaf in tree_leaves(result):
+            for storage in _storages(leaf):
+                if storage._cdata not in given:
+                    self._count(storage)
+        self._peak = max(self._peak, self._current)
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._alive:
+            self._alive[key] = weakref.ref(storage, partial(_bury, self._dead, key))
+        self._current += size - self._sizes.get(key, 0)
+        self._sizes[key] = size
+
+    def _settle(self) -> None:
+        """Subtract what has died. Must run before any key is looked up: addresses are used again."""
+        while self._dead:
+            key = self._dead.popleft()
+            del self._alive[key]
+            self._current -= self._sizes.pop(key)
+
+
+def _bury(dead: deque[int], key: int, _: object) -> None:
+    dead.append(key)
+
+
+def _tensors_of_module(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    for parameter in module.parameters():
+        yield parameter
+        if parameter.grad is not None:
+            yield parameter.grad
+    yield from module.buffers()
+
+
+def _storages(leaf: object) -> Iterator[torch.UntypedStorage]:
+    """The storages behind a leaf: several for a wrapper such as DTensor, none for meta tensors."""
+    if isinstance(leaf, torch.UntypedStorage):
+        yield leaf
+    elif is_traceable_wrapper_subclass(leaf):
+        names, _ = leaf.__tensor_flatten__()
+        for name in names:
+            yield from _storages(getattr(leaf, name))
+    elif isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
+        yield leaf.untyped_storage()
+
+
+def process_peak_bytes() -> int:
+    """The largest resident set that this process has had since it started, in bytes.
+
+    Linux: `VmHWM` of /proc/self/status, which lags by a few hundred KiB. `getrusage` is not used there:
+    its `ru_maxrss` survives `exec`, so a small child of a large process reports the size of its parent.
+    macOS and other Unix systems: `ru_maxrss` of `getrusage` (bytes on macOS, KiB elsewhere).
+    Windows: raises `NotYetSupported`.
+    """
+    if sys.platform == "win32":
+        raise NotYetSupported("peak process memory is not measured on Windows")
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text()
+        found = re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE)
+        if found is None:
+            raise NotYetSupported("this kernel does not report VmHWM", where="/proc/self/status")
+        return int(found[1]) * 1024
+    import resource  # absent on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
