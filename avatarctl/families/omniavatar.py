@@ -35,7 +35,7 @@ from avatarctl.flow_matching import shifted_sigmas
 from avatarctl.models.encode import AudioFeatures, encode_prompt
 from avatarctl.models.omniavatar import PreparedTensors
 from avatarctl.sampling.guidance import branch_weights, combine
-from avatarctl.timeline import SAMPLES_PER_FRAME, frames_of_samples, reference_frames_of_samples
+from avatarctl.timeline import FPS, SAMPLES_PER_FRAME, frames_of_samples, reference_frames_of_samples
 from avatarctl.weights.key_map import KeyMap
 from avatarctl.weights.wan import WAN_TRANSFORMER
 
@@ -85,7 +85,11 @@ class OmniAvatar:
         """What a file of this family must agree on."""
         assert cfg.model.audio_offset is not None and cfg.sampling.shift is not None
         return Conventions(
-            audio_offset=cfg.model.audio_offset, mask_keep=0, hole=0.0, fps=25, sigma_shift=cfg.sampling.shift
+            audio_offset=cfg.model.audio_offset,
+            mask_keep=0,
+            hole=0.0,
+            fps=FPS,
+            sigma_shift=cfg.sampling.shift,
         )
 
     def frame_size(self, picture: tuple[int, int], cfg: RunConfig) -> tuple[int, int]:
@@ -108,9 +112,9 @@ class OmniAvatar:
                 f"{self.name} makes long videos by chunks, not {strategy}", where="long_video.strategy"
             )
         if strategy == "off" and chunks.count > 1:
-            seconds = chunks.length / 25
+            window = f"{chunks.length} ({chunks.length / FPS:g} s)"
             raise UsageError(
-                f"the sound fills {chunks.video_frames} frames and one window holds {chunks.length} ({seconds:g} s)",
+                f"the sound fills {chunks.video_frames} frames and one window holds {window}",
                 where="long_video.strategy",
                 fix="add --chunked",
             )

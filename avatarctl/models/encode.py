@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from avatarctl.events import Emit
     from avatarctl.family import AudioEncoder, WaveformReader
 
-__all__ = ["PIECE_OVERLAP_SECONDS", "AudioFeatures", "Piece", "encode_prompt", "pieces", "picture_tensor"]
+__all__ = ["PIECE_OVERLAP_SECONDS", "AudioFeatures", "Piece", "encode_prompt", "picture_tensor", "pieces"]
 
 PIECE_OVERLAP_SECONDS = 2.0
 
@@ -62,10 +63,10 @@ def pieces(frames: int, window: int | None, overlap: int) -> list[Piece]:
         return [Piece(0, frames, 0, frames)]
     hop = window - overlap
     starts = [min(k * hop, frames - window) for k in range(1 + -(-(frames - window) // hop))]
-    cuts = [0, *((b + a + window) // 2 for a, b in zip(starts, starts[1:], strict=False)), frames]
+    cuts = [0, *((b + a + window) // 2 for a, b in pairwise(starts)), frames]
     return [
         Piece(start, start + window, keep, keep_stop)
-        for start, keep, keep_stop in zip(starts, cuts, cuts[1:], strict=False)
+        for start, keep, keep_stop in zip(starts, cuts[:-1], cuts[1:], strict=True)
     ]
 
 

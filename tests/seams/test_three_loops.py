@@ -19,8 +19,20 @@ from torch import Tensor, nn
 from avatarctl.config import RunConfig
 from avatarctl.events import silent
 from avatarctl.family import (
-    Carry, Condition, Conventions, Decoder, Family, FusedFamily, Guidance, Inputs, Modules, Plan, Prepared,
-    Span, Timesteps, TrainableFamily,
+    Carry,
+    Condition,
+    Conventions,
+    Decoder,
+    Family,
+    FusedFamily,
+    Guidance,
+    Inputs,
+    Modules,
+    Plan,
+    Prepared,
+    Span,
+    Timesteps,
+    TrainableFamily,
 )  # fmt: skip
 from avatarctl.flow_matching import add_noise, euler_step, shifted_sigmas, timesteps_of, velocity_target
 from avatarctl.rng import generator, latent_noise
