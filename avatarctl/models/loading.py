@@ -69,7 +69,7 @@ def load_modules(row: Row, cfg: RunConfig, device: torch.device, emit: Emit) -> 
     for module in (modules.dit, modules.vae, modules.text, modules.audio):
         assert isinstance(module, nn.Module)
         cast(module, dtype if module is not modules.audio else torch.float32)
-        module.requires_grad_(False).eval().to(device)
+        module.to(device)
     head_width = row.network["dit"]["attention_head_dim"]
     kernel = choose_attention(cfg.runtime.attention, device, dtype, head_width)
     use_attention(modules.dit, kernel)
@@ -78,7 +78,8 @@ def load_modules(row: Row, cfg: RunConfig, device: torch.device, emit: Emit) -> 
 
 
 def build_random_modules(row: Row) -> Modules:
-    """Every network of a row with weights that depend on the row's name alone, float32 on the CPU."""
+    """Every network of a row with weights that depend on the row's name alone: frozen, in
+    evaluation mode, float32 on the CPU."""
     # Rows are immutable and hold tuples; the libraries' constructors add lists to lists.
     network = {
         part: {name: list(value) if isinstance(value, tuple) else value for name, value in dims.items()}
@@ -89,7 +90,8 @@ def build_random_modules(row: Row) -> Modules:
         # The classes initialise themselves from the global generator; it is borrowed and given back.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stable_hash("untrained", row.name, part))
-            return make()
+            # Evaluation mode from the start: layer drop would even change the number of audio features.
+            return make().eval().requires_grad_(False)
 
     return Modules(
         dit=seeded("dit", lambda: TRANSFORMERS[row.family](**network["dit"])),
