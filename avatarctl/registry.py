@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from avatarctl.config import ModelRowDefaults, nearest
+from avatarctl.config import ModelRowDefaults, RunConfig, nearest, read_assignment, resolve
 from avatarctl.errors import ConfigError, NotYetSupported
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Row",
     "TrainedFor",
     "Wanted",
+    "configure",
     "find",
     "find_model",
     "missing_files",
@@ -323,6 +324,15 @@ def find_model(name: str) -> Row:
             fix=f"did you mean {users[0]}?" if users else None,
         )
     return row
+
+
+def configure(*assignments: str, origin: str = "configure") -> RunConfig:
+    """The resolved configuration of a run from `section.key=value` texts; the library's short way.
+
+    Raises ConfigError for unknown keys, wrong types and impossible values.
+    """
+    asked = dict(read_assignment(text, origin) for text in assignments)
+    return resolve(lambda name: find_model(name).for_config, COMPAT, None, asked).cfg
 
 
 def missing_files(row: Row, weights_root: str | None) -> tuple[Wanted, ...]:

@@ -12,8 +12,9 @@ from einops import rearrange
 
 from avatarctl.errors import AvatarctlError
 from avatarctl.events import ChunkFinished, Emit, Notice, OutputFinished, Planned, Stage, silent
-from avatarctl.family import Inputs
-from avatarctl.media import Soundtrack, VideoWriter, Waveform
+from avatarctl.family import Inputs, Modules
+from avatarctl.media import Soundtrack, Waveform
+from avatarctl.media.video import VideoWriter
 from avatarctl.models.encode import picture_tensor
 from avatarctl.models.loading import load_modules, resolve_device
 from avatarctl.pipelines.job import Job, JobPlan
@@ -22,11 +23,17 @@ from avatarctl.sampling.chunks import FrameBlock, sample_chunks
 from avatarctl.sampling.denoise import Denoiser
 from avatarctl.timeline import FPS
 
-__all__ = ["FrameBlock", "generate", "write_video"]
+__all__ = ["FrameBlock", "generate", "load", "write_video"]
 
 
 def _never() -> bool:
     return False
+
+
+def load(row: Row, plan: JobPlan, *, emit: Emit = silent) -> Modules:
+    """The networks of a run on its device. Raises WeightsMissing, ExtraMissing, EnvironmentMissing."""
+    emit(Stage("loading the model"))
+    return load_modules(row, plan.cfg, resolve_device(plan.cfg.runtime.device), emit)
 
 
 def generate(
@@ -34,20 +41,20 @@ def generate(
     job: Job,
     plan: JobPlan,
     *,
+    modules: Modules | None = None,
     emit: Emit = silent,
     should_stop: Callable[[], bool] = _never,
 ) -> Iterator[FrameBlock]:
-    """Load the networks and yield finished frames, one block per chunk.
+    """Finished frames, one block per chunk. Networks are loaded unless they are given.
 
-    Raises WeightsMissing, ExtraMissing or EnvironmentMissing before the first block, Interrupted at the
-    next step once `should_stop` returns true.
+    Raises what `load` raises before the first block, Interrupted at the next step once `should_stop`
+    returns true.
     """
     cfg, family = plan.cfg, plan.family
     assert cfg.sampling.steps is not None and cfg.sampling.shift is not None
     assert cfg.output.width is not None and cfg.output.height is not None
-    device = resolve_device(cfg.runtime.device)
-    emit(Stage("loading the model"))
-    modules = load_modules(row, cfg, device, emit)
+    modules = modules or load(row, plan, emit=emit)
+    device = next(modules.dit.parameters()).device
     denoise = Denoiser(
         family=family,
         dit=modules.dit,
@@ -99,7 +106,7 @@ def write_video(
     output = plan.cfg.output
     assert output.width is not None and output.height is not None
     started = time.monotonic()
-    first_frame = sampling_started = started
+    first_frame = started
     writer = VideoWriter(
         path,
         width=output.width,
@@ -112,7 +119,9 @@ def write_video(
     try:
         for notice in writer.notices:
             emit(Notice(notice, "warning"))
-        for block in generate(row, job, plan, emit=emit, should_stop=should_stop):
+        modules = load(row, plan, emit=emit)
+        loaded = time.monotonic()
+        for block in generate(row, job, plan, modules=modules, emit=emit, should_stop=should_stop):
             writer.write(_to_bytes(block.pixels))
             if block.first == 0:
                 first_frame = time.monotonic()
@@ -125,7 +134,7 @@ def write_video(
         path=str(path.absolute()),
         frames=writer.frames_written,
         seconds_to_first_frame=first_frame - started,
-        frames_per_second=writer.frames_written / (time.monotonic() - sampling_started),
+        frames_per_second=writer.frames_written / (time.monotonic() - loaded),
     )
     emit(finished)
     return finished

@@ -4,29 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from avatarctl.config import RunConfig, read_assignment, resolve
 from avatarctl.families import family_named
 from avatarctl.family import Inputs, Modules
 from avatarctl.models.loading import build_random_modules
-from avatarctl.registry import COMPAT, Row, find_model
+from avatarctl.registry import configure, find_model
 from avatarctl.sampling.chunks import sample_chunks
 from avatarctl.sampling.denoise import Denoiser
 
 CHUNKS, STEPS, LATENTS = 4, 3, 3
-
-
-def settings(*assignments: str) -> RunConfig:
-    def row_of(name: str) -> Any:
-        return find_model(name).for_config
-
-    asked = dict(read_assignment(text, "test") for text in assignments)
-    return resolve(row_of, COMPAT, None, asked).cfg
 
 
 class Silence:
@@ -62,12 +52,12 @@ BRANCHES = {"1": ("1", "1"), "2": ("4.5", "4.5"), "3": ("4.5", "3")}
 @pytest.mark.parametrize("branches", BRANCHES)
 def test_every_call_is_needed(branches: str) -> None:
     text, audio = BRANCHES[branches]
-    cfg = settings(
+    cfg = configure(
         "long_video.num_frames=9", "long_video.overlap_frames=5", f"sampling.steps={STEPS}",
         f"sampling.guidance_scale={text}", f"sampling.audio_guidance_scale={audio}",
         "output.width=16", "output.height=16",
     )  # fmt: skip
-    row: Row = find_model("cartoon-i2v")
+    row = find_model("cartoon-i2v")
     modules = build_random_modules(row)
     family = family_named(row.family)
     samples = 640 * (9 + 4 * (CHUNKS - 1))
@@ -99,7 +89,7 @@ def test_every_call_is_needed(branches: str) -> None:
 
 
 def test_long_sound_is_encoded_once_per_window() -> None:
-    cfg = settings("long_video.audio_window=6", "output.width=16", "output.height=16", "sampling.steps=1")
+    cfg = configure("long_video.audio_window=6", "output.width=16", "output.height=16", "sampling.steps=1")
     row = find_model("cartoon-i2v")
     modules = build_random_modules(row)
     family = family_named(row.family)
