@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["SIZE_BUCKETS", "chunk_frames", "choose_bucket", "cover_size", "fit_picture"]
+__all__ = ["SIZE_BUCKETS", "choose_bucket", "chunk_frames", "cover_size", "fit_picture"]
 
 # Published size buckets by the largest side allowed, (height, width).
 SIZE_BUCKETS: dict[int, tuple[tuple[int, int], ...]] = {

@@ -1,0 +1,202 @@
+"""Whole runs at tiny size through the real classes, judged by the file that comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from avatarctl.errors import AvatarctlError, Interrupted, UsageError
+from avatarctl.events import ChunkFinished, Event, Notice, StepFinished
+from avatarctl.media import picture_from_array, sound_from_array
+from avatarctl.pipelines.infer import generate, load, write_video
+from avatarctl.pipelines.job import Job, JobPlan, check_job
+from avatarctl.registry import configure, find_model
+
+TINY = ("output.width=16", "output.height=16", "sampling.steps=1", "long_video.num_frames=9")
+ROW = find_model("cartoon-i2v")
+
+
+def noise_burst(seconds: float, rate: int, channels: int = 1) -> np.ndarray:
+    """Near silence with one burst a third in: easy to find again after AAC."""
+    samples = int(seconds * rate)
+    sound = np.random.default_rng(0).standard_normal((samples, channels)).astype(np.float32)
+    envelope = np.full(samples, 1e-3, np.float32)
+    envelope[samples // 3 : samples // 3 + rate // 10] = 0.3
+    return sound * envelope[:, None]
+
+
+def job(seconds: float = 1.0, rate: int = 16_000, channels: int = 1, prompt: str = "talking") -> Job:
+    pixels = np.random.default_rng(1).integers(0, 255, (40, 40, 3), np.uint8)
+    sound = sound_from_array(noise_burst(seconds, rate, channels), rate, "burst")
+    return Job(picture_from_array(pixels, "noise"), sound, prompt, "")
+
+
+def planned(work: Job, *settings: str, emit: Callable[[Event], None] = lambda event: None) -> JobPlan:
+    return check_job(configure(*TINY, *settings), ROW, work, emit)
+
+
+def read_back(path: Path) -> tuple[int, Fraction, tuple[int, int], np.ndarray, int]:
+    """Frames, fps, size, sound as heard (mono, placed at its time stamps), sound rate."""
+    with av.open(str(path)) as container:
+        video = container.streams.video[0]
+        frames = [frame.pts * frame.time_base for frame in container.decode(video)]
+        size, fps = (video.width, video.height), video.average_rate
+        assert frames == [Fraction(n) / fps for n in range(len(frames))]
+    with av.open(str(path)) as container:
+        stream = container.streams.audio[0]
+        heard = np.zeros(0, np.float32)
+        for block in container.decode(stream):
+            at = round(block.pts * block.time_base * stream.rate)
+            mono = block.to_ndarray().mean(0)
+            if at < 0:
+                mono, at = mono[-at:], 0
+            heard = np.concatenate([heard, np.zeros(max(0, at - len(heard)), np.float32), mono])
+    return len(frames), fps, size, heard, stream.rate
+
+
+def delay_of(heard: np.ndarray, source: np.ndarray) -> int:
+    """Samples by which `source` is late in `heard`, by cross-correlation of their envelopes."""
+    length = 1 << (len(heard) + len(source)).bit_length()
+    a, b = np.fft.rfft(heard, length), np.fft.rfft(source.mean(1), length)
+    return int(np.fft.irfft(a * b.conj(), length)[: len(heard)].argmax())
+
+
+@pytest.mark.parametrize(("rate", "channels"), [(16_000, 1), (44_100, 2)])
+@pytest.mark.parametrize(
+    ("settings", "frames", "delay"),
+    [
+        (("model.audio_offset=0",), 25, Fraction(0)),
+        (("model.audio_offset=1",), 26, Fraction(1, 25)),
+        (("model.audio_offset=1", "output.lead_silence=0.3"), 34, Fraction(34, 100)),
+    ],
+)
+def test_frames_sound_length_and_sound_delay(
+    tmp_path: Path, settings: tuple[str, ...], frames: int, delay: Fraction, rate: int, channels: int
+) -> None:
+    work = job(1.0, rate, channels)
+    plan = planned(work, *settings)
+    finished = write_video(ROW, work, plan, tmp_path / "talk.mp4")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["talk.mp4"]
+    got, fps, size, heard, heard_rate = read_back(tmp_path / "talk.mp4")
+    assert (got, fps, size, heard_rate) == (frames, 25, (16, 16), rate)
+    assert finished.frames == frames
+    assert abs(len(heard) - rate * (1 + delay)) <= 1024, "more than one AAC packet off"
+    late = delay_of(heard, noise_burst(1.0, rate, channels))
+    assert abs(late - delay * rate) <= rate // 1000, "sound is off by more than a millisecond"
+
+
+@pytest.mark.parametrize("seconds", [1 / 16_000, 0.02, 0.04, 0.0401, 0.36, 0.3601, 1.48])
+def test_every_length_gives_its_own_number_of_frames(seconds: float) -> None:
+    work = job(seconds)
+    plan = planned(work)
+    frames = sum(block.pixels.shape[1] for block in generate(ROW, work, plan))
+    assert frames == -(-round(seconds * 16_000) // 640)
+
+
+def frames_of(work: Job, *settings: str) -> torch.Tensor:
+    plan = planned(work, *settings)
+    return torch.cat([block.pixels for block in generate(ROW, work, plan)], dim=1)
+
+
+def test_a_result_depends_on_the_job_alone() -> None:
+    first = frames_of(job(0.5))
+    other = frames_of(job(0.5, prompt="singing"))
+    again = replace(job(0.5), picture=replace(job(0.5).picture, name="another name"))
+    assert torch.equal(first, frames_of(again)), "a file name or an earlier job changed the result"
+    assert not torch.equal(first, other), "the prompt is not heard"
+    assert not torch.equal(first, frames_of(job(0.5), "runtime.seed=7"))
+    plan = planned(job(0.5))
+    modules = load(ROW, plan)
+    for _ in range(2):
+        blocks = [block.pixels for block in generate(ROW, job(0.5), plan, modules=modules)]
+        assert torch.equal(first, torch.cat(blocks, dim=1)), "a used network gives other frames"
+
+
+def test_settings_of_the_reference() -> None:
+    # 7 * 640 samples are 8 frames in the published script's float arithmetic; 0.3 s adds 7.5 frames.
+    notices: list[str] = []
+
+    def emit(event: Event) -> None:
+        if isinstance(event, Notice):
+            notices.append(event.text)
+
+    silent = planned(job(0.28), "model.compat=reference", "output.lead_silence=0", emit=emit)
+    assert silent.plan.frames == 8
+    assert any("not tiled" in text for text in notices)
+    assert planned(job(0.28), "model.compat=reference").samples == 4480 + 4800
+    assert planned(job(0.28)).plan.frames == 7
+
+
+def test_off_is_one_window_and_names_the_way_out() -> None:
+    assert planned(job(0.3), "long_video.strategy=off").plan.count == 1
+    with pytest.raises(UsageError, match="--chunked"):
+        planned(job(2.0), "long_video.strategy=off")
+
+
+def test_values_the_model_was_not_trained_for_get_one_line_each() -> None:
+    lines: list[str] = []
+    planned(job(), "long_video.overlap_frames=5", emit=lambda e: lines.append(getattr(e, "text", "")))
+    assert sum("not trained for" in line for line in lines) == 3  # size, chunk length, overlap
+
+
+class StopAfter:
+    """Asks to stop once `chunks` are written and one more step has run."""
+
+    def __init__(self, chunks: int) -> None:
+        self.chunks, self.written, self.asked = chunks, 0, False
+
+    def emit(self, event: Event) -> None:
+        self.written += isinstance(event, ChunkFinished)
+        self.asked |= isinstance(event, StepFinished) and self.written >= self.chunks
+
+    def __call__(self) -> bool:
+        return self.asked
+
+
+def test_a_stopped_run_names_its_playable_part_and_leaves_nothing_else(tmp_path: Path) -> None:
+    stop = StopAfter(chunks=2)
+    work = job(2.0)
+    plan = planned(work, "sampling.steps=2")
+    with pytest.raises(Interrupted, match=r"17 frames, is kept as .*talk\.partial\.mp4"):
+        write_video(ROW, work, plan, tmp_path / "talk.mp4", emit=stop.emit, should_stop=stop)
+    assert [path.name for path in tmp_path.iterdir()] == ["talk.partial.mp4"]
+    assert read_back(tmp_path / "talk.partial.mp4")[0] == 17
+
+
+def test_a_run_stopped_before_its_first_chunk_leaves_nothing(tmp_path: Path) -> None:
+    work = job()
+    with pytest.raises(Interrupted):
+        write_video(ROW, work, planned(work), tmp_path / "talk.mp4", should_stop=lambda: True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_in_a_later_chunk_keeps_the_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from avatarctl.models.vae import WanVae
+
+    real, calls = WanVae.encode, []
+
+    def fail_on_third(self: WanVae, video: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 3:
+            raise AvatarctlError("the third encode fails")
+        return real(self, video)
+
+    monkeypatch.setattr(WanVae, "encode", fail_on_third)
+    work = job(2.0)
+    with pytest.raises(AvatarctlError, match="the third encode fails .*is kept as"):
+        write_video(ROW, work, planned(work), tmp_path / "talk.mp4")
+    assert [path.name for path in tmp_path.iterdir()] == ["talk.partial.mp4"]
+
+
+def test_names_with_spaces_and_other_alphabets(tmp_path: Path) -> None:
+    folder = tmp_path / "mes vidéos 视频"
+    folder.mkdir()
+    write_video(ROW, job(0.2), planned(job(0.2)), folder / "ein Gesicht – 話す.mp4")
+    assert read_back(folder / "ein Gesicht – 話す.mp4")[0] == 5
