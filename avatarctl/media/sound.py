@@ -10,7 +10,7 @@ import soundfile
 
 from avatarctl.errors import OutputRefused, UnusableAudio, WriteFailed
 from avatarctl.media.files import check_regular_file
-from avatarctl.media.sound_header import SoundHeader, read_header
+from avatarctl.media.sound_header import ogg_is_complete, read_header
 from avatarctl.media.sound_readers import (
     ArraySound,
     ContainerSound,
@@ -23,39 +23,45 @@ from avatarctl.media.sound_readers import (
 __all__ = ["Sound", "open_sound", "sound_from_array", "write_sound"]
 
 _W64_MAGIC = b"riff\x2e\x91\xcf\x11"
-_UNCOMPRESSED_MAGIC = (b"RIFF", b"RIFX", b"RF64", b"FORM", b"caff", _W64_MAGIC)
+_OGG_MAGIC = b"OggS"
+_LIBSNDFILE_MAGIC = (b"RIFF", b"RIFX", b"RF64", b"FORM", b"caff", _OGG_MAGIC, _W64_MAGIC)
 _WRITTEN_FORMATS = {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG"}
 _WRITE_BLOCK = 16_384  # libsndfile's Vorbis encoder puts a whole call's samples on the stack
 
 
 def open_sound(path: str | Path) -> Sound:
-    """The sound of a file: WAV, AIFF, CAF, W64 through libsndfile, everything compressed through FFmpeg.
+    """The sound of a file: WAV, AIFF, CAF, W64 and Ogg through libsndfile, everything else through FFmpeg.
 
-    From a file with pictures it is the first audio stream. Only the header and a first block are
-    read; damage further in comes to light while reading.
+    Each reads what it reads better: libsndfile cuts Ogg to the sample, FFmpeg knows FLAC of unknown
+    length and gets over damage. From a file with pictures it is the first audio stream. Only the
+    header and a first block are read; damage further in comes to light while reading.
 
     Raises PathNotFound when nothing is there, UnusableAudio when it is not a sound that can be read.
     """
     checked = check_regular_file(path, UnusableAudio)
     with checked.open("rb") as handle:
         start = handle.read(len(_W64_MAGIC))
-    if not start.startswith(_UNCOMPRESSED_MAGIC):
+    if not start.startswith(_LIBSNDFILE_MAGIC):
         return ContainerSound(checked)
+    if start.startswith(_OGG_MAGIC):
+        cut = not ogg_is_complete(checked)
+        return _open_libsndfile(checked, None, ("is cut short: its last page is missing",) if cut else ())
     header = read_header(checked)
-    if header is not None:
-        check_format(str(checked), header.rate, header.channels)
-        if header.size_left_at_zero:
-            note = "has a header that says 0 samples (an interrupted recording?); what follows it is used"
-            return ContainerSound(checked, (note,))
-    return _open_uncompressed(checked, header)
+    if header is None:
+        return _open_libsndfile(checked, None, ())
+    check_format(str(checked), header.rate, header.channels)
+    if header.size_left_at_zero:
+        note = "has a header that says 0 samples (an interrupted recording?); what follows it is used"
+        return ContainerSound(checked, (note,))
+    return _open_libsndfile(checked, header.declared, ())
 
 
-def _open_uncompressed(path: Path, header: SoundHeader | None) -> Sound:
+def _open_libsndfile(path: Path, declared: int | None, doubts: tuple[str, ...]) -> Sound:
     try:
-        return LibsndfileSound(path, header.declared if header else None)
+        return LibsndfileSound(path, declared, doubts)
     except soundfile.LibsndfileError as libsndfile_error:
         try:  # the same containers carry codecs that only FFmpeg knows, such as AAC in CAF
-            return ContainerSound(path)
+            return ContainerSound(path, doubts)
         except UnusableAudio as error:
             cause = libsndfile_error.error_string.strip().rstrip(".").lower()
             raise UnusableAudio(f"not an audio file that can be read: {cause}", where=path) from error

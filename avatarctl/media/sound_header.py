@@ -1,4 +1,4 @@
-"""What the header of a WAV or AIFF file promises, read without trusting it.
+"""What the header of a WAV or AIFF file promises, read without trusting it; whether an Ogg file ends.
 
 libsndfile clips the declared length to the file's size without a word. These few lines recover the
 promise, so that a file that was cut short can be told from a short one.
@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["SoundHeader", "read_header"]
+__all__ = ["SoundHeader", "ogg_is_complete", "read_header"]
 
 _UNKNOWN_SIZE = 0xFFFFFFFF  # "until the end of the file", written when streaming into a pipe
+_LARGEST_OGG_PAGE = 65_307  # bytes: header, 255 lengths, 255 * 255 of content
 _UNCOMPRESSED_TAGS = frozenset({1, 3, 6, 7, 0xFFFE})  # PCM, float, A-law, mu-law, extensible
 
 
@@ -42,6 +43,15 @@ def read_header(path: Path) -> SoundHeader | None:
         if magic == b"FORM" and form in (b"AIFF", b"AIFC"):
             return _read_aiff(handle, size)
         return None
+
+
+def ogg_is_complete(path: Path) -> bool:
+    """Whether the last page of an Ogg file carries the end-of-stream flag (RFC 3533, section 6)."""
+    with path.open("rb") as handle:
+        handle.seek(max(0, path.stat().st_size - _LARGEST_OGG_PAGE))
+        end = handle.read(_LARGEST_OGG_PAGE)
+    flags = end.rfind(b"OggS") + 5
+    return flags >= 5 and flags < len(end) and bool(end[flags] & 4)
 
 
 def _read_wave(handle: BinaryIO, file_size: int, order: str) -> SoundHeader | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from fractions import Fraction
@@ -100,11 +101,11 @@ class ArraySound(Sound):
 class _FileSound(Sound):
     """What sounds from files share: the path, its hash, and doubts of the latest pass."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, doubts: tuple[str, ...]) -> None:
         self.name = str(path)
         self._path = path
         self._sha256: str | None = None
-        self._doubts: tuple[str, ...] = ()
+        self._known = self._doubts = doubts
 
     def sha256(self) -> str:
         if self._sha256 is None:
@@ -117,14 +118,15 @@ class _FileSound(Sound):
 
 
 class LibsndfileSound(_FileSound):
-    """Uncompressed files: WAV, RF64, W64, AIFF, CAF with integers, floats or telephone companding.
+    """What libsndfile reads: WAV, RF64, W64, AIFF, CAF, Ogg Vorbis and Opus.
 
-    `declared`: sample frames that the header promises, None when unknown.
+    declared: sample frames that the header promises, None when unknown
+    doubts:   known before the first pass, kept in front of what a pass finds
     Raises soundfile.LibsndfileError when libsndfile cannot open it.
     """
 
-    def __init__(self, path: Path, declared: int | None) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path, declared: int | None, doubts: tuple[str, ...] = ()) -> None:
+        super().__init__(path, doubts)
         with self._open() as handle:
             self.rate, self.channels = handle.samplerate, handle.channels
         check_format(self.name, self.rate, self.channels)
@@ -137,7 +139,7 @@ class LibsndfileSound(_FileSound):
                 present += len(block)
                 yield block
         if self._declared is not None and present < self._declared:
-            self._doubts = (cut_short(self._declared, present),)
+            self._doubts = (*self._known, cut_short(self._declared, present))
 
     def _open(self) -> soundfile.SoundFile:
         # By descriptor: given a name, soundfile would judge by the extension ("x.raw") as well.
@@ -153,7 +155,7 @@ class LibsndfileSound(_FileSound):
 
 
 class ContainerSound(_FileSound):
-    """The first audio stream of anything that FFmpeg reads: MP3, AAC, FLAC, Ogg, MP4, MKV, WebM ...
+    """The first audio stream of anything that FFmpeg reads: MP3, AAC, FLAC, MP4, MKV, WebM ...
 
     Encoder delay and padding that the file declares (LAME tag, Opus pre-skip, edit list) are removed
     by FFmpeg. A packet that cannot be decoded, or a jump of the time stamps, becomes silence of the
@@ -164,8 +166,7 @@ class ContainerSound(_FileSound):
     """
 
     def __init__(self, path: Path, doubts: tuple[str, ...] = ()) -> None:
-        super().__init__(path)
-        self._known = self._doubts = doubts
+        super().__init__(path, doubts)
         with open_container(path, UnusableAudio, "an audio file") as container:
             first = next(_Decoding(container, self.name).frames(), None)
             if first is None:
@@ -220,12 +221,15 @@ class ContainerSound(_FileSound):
             yield _to_float(frame)
 
     def _declared_samples(self, container: av.container.InputContainer) -> int | None:
-        """Sample frames that the header promises, where headers are exact: FLAC and the MP4 family."""
+        """Sample frames that the header promises, where headers are exact: FLAC, MP4 and Matroska."""
         stream = container.streams.audio[0]
-        exact = {"flac", "mov"} & set(container.format.name.split(","))
-        if not exact or not stream.duration or stream.time_base is None:
+        if tag := re.fullmatch(r"(\d\d):(\d\d):(\d\d\.\d{1,9})", stream.metadata.get("DURATION", "").strip()):
+            seconds = int(tag[1]) * 3600 + int(tag[2]) * 60 + Fraction(tag[3])  # Matroska's, per stream
+        elif {"flac", "mov"} & set(container.format.name.split(",")) and stream.duration and stream.time_base:
+            seconds = stream.duration * stream.time_base
+        else:
             return None
-        return round(stream.duration * stream.time_base * self.rate)
+        return round(seconds * self.rate)
 
 
 class _Decoding:

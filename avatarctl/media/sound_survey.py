@@ -18,7 +18,7 @@ _LOUDEST = 1e6  # of full scale 1.0; beyond it the numbers are no sound, and flo
 _SILENT = 2.0**-16  # half a step of 16-bit sound
 _ABOVE_SCALE = 1.5  # decoders overshoot full scale by a little; this is no overshoot
 _CLIPPED = 0.999  # full scale of 8-bit sound lies at 0.992 or -1.0, of every other width above
-_CLIPPED_SHARE = 0.01  # speech mastered loudly stays far below 1 % of samples at full scale
+_CLIPPED_SHARE = 0.02  # sound that is merely mastered loudly stays below
 
 
 @dataclass(frozen=True)
