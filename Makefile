@@ -1,0 +1,42 @@
+# make demo   install into .venv, then make a talking video
+# make test   the same, then the whole test suite
+# make lint   style, types, layering, generated documents
+# make clean  remove .venv
+
+PYTHON ?= python3
+VENV := .venv
+OUT := demo.mp4
+PYTEST_ARGS :=
+
+bin := $(VENV)/bin
+installed := $(VENV)/installed
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+demo: $(installed)
+	$(bin)/avatarctl infer --chunked --out "$(OUT)" --overwrite
+	@$(bin)/python -c 'import pathlib, sys; print("\nYour video:", pathlib.Path(sys.argv[1]).resolve())' "$(OUT)"
+	@echo 'Now your own picture and voice:'
+	@echo '  $(bin)/avatarctl infer --chunked --image PICTURE.png --audio VOICE.wav --out talking.mp4'
+
+test: demo
+	$(bin)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(installed)
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/mypy
+	$(bin)/lint-imports
+	$(bin)/python docs/generate.py --check
+
+# The stamp is the last thing written: an installation that was cut short starts again.
+$(installed): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; make PYTHON=/path/to/python names it")'
+	$(PYTHON) -m venv $(VENV)
+	$(bin)/python -m pip install --disable-pip-version-check torch==2.13.0 -c constraints.txt
+	$(bin)/python -m pip install --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV)

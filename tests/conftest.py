@@ -1,0 +1,29 @@
+"""What holds for the whole suite. The environment is set before anything imports torch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Nothing may be downloaded: a test that tried would pass here and fail on a train.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def _cores() -> int:
+    """Cores this process may use; `cpu_count` knows nothing of affinity masks."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# The models of the suite are tiny: beyond four threads they get slower. Child processes inherit this.
+os.environ.setdefault("OMP_NUM_THREADS", str(min(4, _cores())))
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder of larger inputs and reference numbers beside the checkout; tests skip without it."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"no folder {folder.name}/ beside the checkout")
+    return folder
