@@ -155,6 +155,11 @@ class VideoCodec(Protocol):
 
 
 class TextEncoder(Protocol):
+    text_len: int  # tokens that the model reads
+
+    def tokens(self, prompt: str) -> int:
+        """Tokens of a prompt before it is cut to `text_len`."""
+
     def encode(self, prompt: str) -> Tensor:
         """One prompt -> [1, text_len, width], rows behind the prompt exactly zero."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from avatarctl.events import Emit
-    from avatarctl.family import AudioEncoder, WaveformReader
+    from avatarctl.family import AudioEncoder, TextEncoder, WaveformReader
 
 __all__ = ["PIECE_OVERLAP_SECONDS", "AudioFeatures", "Piece", "encode_prompt", "picture_tensor", "pieces"]
 
@@ -32,7 +32,7 @@ def picture_tensor(pixels: np.ndarray, size: tuple[int, int]) -> Tensor:
     return fit_picture(picture, size) * 2 - 1
 
 
-def encode_prompt(encoder: Any, prompt: str, emit: Emit) -> Tensor:
+def encode_prompt(encoder: TextEncoder, prompt: str, emit: Emit) -> Tensor:
     """One prompt -> [1, text_len, width]; says so when the prompt is longer than the model reads."""
     tokens = encoder.tokens(prompt)
     if tokens > encoder.text_len:

@@ -91,6 +91,10 @@ def check_job(cfg: RunConfig, row: Row, job: Job, emit: Emit) -> JobPlan:
         emit(Notice(warning, "warning"))
     height, width = family.frame_size(job.picture.pixels.shape[:2], cfg)
     cfg = replace(cfg, output=replace(cfg.output, width=width, height=height))
+    stated = row.defaults.get("model.audio_offset")
+    if row.audio_offset_stated and cfg.model.audio_offset != stated:
+        asked = cfg.model.audio_offset
+        emit(Notice(f"{row.name} was made with audio offset {stated}; {asked} moves the lips", "warning"))
     if cfg.model.compat == "reference":
         emit(Notice("compat reference: the VAE is not tiled, as the published script tiles it"))
     lead = round(cfg.output.lead_silence * SAMPLE_RATE)

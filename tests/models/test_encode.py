@@ -57,7 +57,9 @@ def test_one_piece_equals_the_encoder_on_the_whole(encoder) -> None:
     wave = Wave(640 * 60 + 13)
     features = features_of(encoder, wave, 64, 30)
     x = torch.zeros(1, 64 * 640)
-    x[0, : len(wave.data)] = torch.from_numpy((wave.data - wave.data.mean()) / np.sqrt(wave.data.var() + 1e-7))
+    x[0, : len(wave.data)] = torch.from_numpy(
+        (wave.data - wave.data.mean()) / np.sqrt(wave.data.var() + 1e-7)
+    )
     expected = encoder.features(x, 64)
     got = torch.cat([features.rows(a, b) for a, b in ((0, 20), (19, 40), (33, 64))], dim=1)
     torch.testing.assert_close(got[:, :20], expected[:, :20], atol=1e-5, rtol=0)

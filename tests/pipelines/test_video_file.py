@@ -190,7 +190,7 @@ def test_a_failure_in_a_later_chunk_keeps_the_part(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(WanVae, "encode", fail_on_third)
     work = job(2.0)
-    with pytest.raises(AvatarctlError, match="the third encode fails .*is kept as"):
+    with pytest.raises(AvatarctlError, match=r"the third encode fails .*is kept as"):
         write_video(ROW, work, planned(work), tmp_path / "talk.mp4")
     assert [path.name for path in tmp_path.iterdir()] == ["talk.partial.mp4"]
 
