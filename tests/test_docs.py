@@ -1,0 +1,27 @@
+"""Documentation that runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_library_example_runs_as_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "docs/python.md", "exec"), {})
+    assert (tmp_path / "hello.mp4").stat().st_size > 1000
+    assert "hello.mp4 25" in capsys.readouterr().out
+
+
+def test_files_named_in_the_architecture_exist() -> None:
+    """A page about the house that names rooms which are not there misleads more than none."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rooms = {path.name for path in (ROOT / "avatarctl").rglob("*") if "__pycache__" not in path.parts}
+    named = set(re.findall(r"`([a-z_0-9]+\.py)`", text))
+    assert named and named <= rooms, f"not in the house: {sorted(named - rooms)}"
