@@ -31,8 +31,8 @@ BLOCK_SAMPLES = 32_768
 _RATES = range(1_000, 768_001)
 _MAX_CHANNELS = 64
 _MAX_GAP_SECONDS = 60  # in all; a few forged time stamps must not become hours of silence
-_LOOSE = Fraction(1, 10)  # jitter and drift of ordinary time stamps stay below this
-_TIGHT = Fraction(1, 500)  # after a damaged packet; Matroska counts in milliseconds
+_LOOSE = Fraction(1, 25)  # s; recorders' time stamps jitter, filling that would click: one video frame
+_TIGHT = Fraction(1, 500)  # s; after a damaged packet (Matroska counts in ms) and in FLAC (counts samples)
 
 
 class Sound(ABC):
@@ -239,6 +239,7 @@ class _Decoding:
         self._container, self._name = container, name
         self._good = self._damaged = 0
         self._just_damaged = False
+        self._counts_samples = container.format.name == "flac"
         self._stopped: str | None = None
         self._silence = Fraction(0)
         if not container.streams.audio:
@@ -259,12 +260,10 @@ class _Decoding:
                 break
             try:
                 frames = packet.decode()
-            except (av.error.InvalidDataError, av.error.EOFError):
+            except av.error.FFmpegError:  # each decoder has its own codes for damage
                 self._damaged += 1
                 self._just_damaged = True
                 continue
-            except av.error.FFmpegError as error:
-                raise UnusableAudio(f"invalid format: {cause_of(error)}", where=self._name) from error
             self._good += len(frames)
             yield from (frame for frame in frames if isinstance(frame, av.AudioFrame))
         if self._damaged > self._good:
@@ -275,7 +274,8 @@ class _Decoding:
 
     def fill(self, gap: Fraction, at: Fraction, rate: int, channels: int) -> Iterator[Samples]:
         """Zeros for a gap of the time stamps in front of a frame; nothing for jitter."""
-        slack, self._just_damaged = (_TIGHT if self._just_damaged else _LOOSE), False
+        slack = _TIGHT if self._just_damaged or self._counts_samples else _LOOSE
+        self._just_damaged = False
         if gap <= slack:
             return
         self._silence += gap

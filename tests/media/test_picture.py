@@ -99,13 +99,13 @@ def test_exif_orientation(tmp_path: Path, extension: str, orientation: int) -> N
 def test_alpha_is_composited_on_mid_grey(tmp_path: Path, extension: str) -> None:
     rgba = np.zeros((20, 20, 4), np.uint8)
     rgba[:] = (255, 0, 255, 0)  # magenta hides below full transparency
-    rgba[:10] = (200, 40, 0, 255)
-    rgba[10:12] = (200, 40, 0, 51)  # 20 %: 0.2 * colour + 0.8 * 128
+    rgba[:10] = (201, 43, 0, 255)
+    rgba[10:12] = (201, 43, 0, 51)  # 20 %: 0.2 * colour + 0.8 * 128
     path = tmp_path / f"a.{extension}"
     Image.fromarray(rgba).save(path, **({"lossless": True, "exact": True} if extension == "webp" else {}))
     pixels = load_picture(path).pixels
-    assert (pixels[:10] == (200, 40, 0)).all()
-    assert (pixels[10:12] == (round(142.4), round(110.4), round(102.4))).all()
+    assert (pixels[:10] == (201, 43, 0)).all()
+    assert (pixels[10:12] == (round(142.6), round(111.0), round(102.4))).all()
     assert (pixels[12:] == 128).all()
 
 
