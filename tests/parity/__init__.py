@@ -1,0 +1,1 @@
+"""Comparison of the product with numbers recorded from published implementations; see README.md."""

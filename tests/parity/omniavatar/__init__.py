@@ -1,0 +1,44 @@
+"""The omniavatar format: what is compared, and the two tables of what is not."""
+
+from __future__ import annotations
+
+from ..golden import Format, Listed
+from . import chunks, denoising, encoders, network, schedule
+
+_WAITS_FOR = (
+    Listed("lora_in*.safetensors", "*", "LoRA: merging adapters"),
+    Listed("patch_embedding_expansion.safetensors", "*", "expansion of the patch embedding"),
+    Listed("latentsync_mask.safetensors", "*", "masks of video-to-video"),
+    Listed("train_i2v_in*.safetensors", "*", "training"),
+    Listed("train_v2v_in*.safetensors", "*", "training"),
+    Listed("denoise.safetensors", "teacache.2pass.*", "TeaCache"),
+    Listed("denoise.safetensors", "teacache.rel_l1_distances", "TeaCache"),
+    Listed("vae.safetensors", "*_tiled_*", "the tiled VAE"),
+)
+
+_DEFECTS = (
+    Listed("scheduler.safetensors", "train1000.timesteps_bf16", "spec j 7: timesteps rounded to bf16"),
+    Listed(
+        "scheduler.safetensors",
+        "train1000.index_after_bf16_rounding",
+        "spec j 7: the index looked up again from a rounded timestep",
+    ),
+    Listed(
+        "denoise.safetensors",
+        "teacache.*reference_bug*",
+        "spec j 15: the middle cache of three passes made anew in every step",
+    ),
+)
+
+OMNIAVATAR = Format(
+    name="omniavatar",
+    checks=(
+        *network.checks,
+        *denoising.checks,
+        *schedule.checks,
+        *chunks.checks,
+        *encoders.checks,
+    ),
+    waits_for=_WAITS_FOR,
+    defects=_DEFECTS,
+)
