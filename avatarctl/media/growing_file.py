@@ -51,6 +51,7 @@ class GrowingFile:
         self.path = partial_path(final)
         self.overwrite = overwrite
         self.error: BaseException | None = None
+        self._length = self._whole = 0
         self._refuse_existing()
         ensure_writable_folder(final.parent)
         with disk_errors(self.path):
@@ -71,7 +72,18 @@ class GrowingFile:
         except BaseException as error:
             self.error = error
             return -1
+        self._length += len(data)
         return len(data)
+
+    def checkpoint(self) -> None:
+        """Everything so far is whole: after a failed write, `trim` cuts the file back to here."""
+        self._whole = self._length
+
+    def trim(self) -> None:
+        """Cuts off what a failed write tore; does nothing to a file whose writes all went well."""
+        if self.error is not None and self._descriptor >= 0:
+            with contextlib.suppress(OSError):  # on a disk so broken the tail stays torn
+                os.ftruncate(self._descriptor, self._whole)
 
     def commit(self) -> Path:
         """Flushes to the disk and renames to the final name, which is returned.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +18,7 @@ AAC_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 1200
 
 # Which loudspeaker a channel number means, as WAV files have it.
 _LAYOUTS = {1: "mono", 2: "stereo", 3: "3.0", 4: "quad", 5: "5.0", 6: "5.1", 8: "7.1"}
+_NOT_NUMBERS = "the soundtrack holds values that are no numbers (NaN or infinity); they are muted or clipped"
 
 
 class AudioBlocks(Protocol):
@@ -44,10 +45,11 @@ class SoundFeed:
         self.layout = _LAYOUTS[self.channels]
         self.notices: list[str] = []
         self._source_channels = source.channels
-        self._blocks = source.blocks()
+        self._mix = None if self.channels == source.channels else _stereo_mix(source.channels)
+        self._blocks: Iterator[Samples] | None = source.blocks()
         self._rest: Samples = np.zeros((0, self.channels), np.float32)
         self._resampler: soxr.ResampleStream | None = None
-        if self.channels != source.channels:
+        if self._mix is not None:
             self.notices.append(f"the soundtrack's {source.channels} channels are mixed to stereo (AAC)")
         if self.rate != source.rate:
             self._resampler = soxr.ResampleStream(source.rate, self.rate, self.channels, dtype="float32")
@@ -65,9 +67,51 @@ class SoundFeed:
     def at_end(self) -> bool:
         """Whether no sample is left; pulls blocks from the source until it knows."""
         while not len(self._rest) and self._blocks is not None:
-            self._rest = self._next()
+            block = next(self._blocks, None)
+            if block is not None:
+                self._rest = self._fit(block)
+            else:
+                self.close()
+                self._rest = self._tail()
         return not len(self._rest)
 
     def close(self) -> None:
         """Ends the source's generator, so that it closes what it has open."""
-        ...
+        blocks, self._blocks = self._blocks, None
+        if isinstance(blocks, Generator):
+            blocks.close()
+
+    def _fit(self, block: Samples) -> Samples:
+        if block.ndim != 2 or block.shape[1] != self._source_channels:
+            raise ValueError(f"a block of sound is {block.shape}, expected [n, {self._source_channels}]")
+        if not np.isfinite(block).all():
+            block = np.nan_to_num(block, nan=0.0, posinf=1.0, neginf=-1.0)
+            if _NOT_NUMBERS not in self.notices:
+                self.notices.append(_NOT_NUMBERS)
+        if self._mix is not None:
+            block = block @ self._mix
+        if self._resampler is not None:
+            block = self._resampler.resample_chunk(np.ascontiguousarray(block, np.float32))
+        return np.clip(block, -1.0, 1.0, dtype=np.float32)
+
+    def _tail(self) -> Samples:
+        """What the resampler still holds when the source has ended."""
+        if self._resampler is None:
+            return self._rest
+        resampler, self._resampler = self._resampler, None
+        return np.clip(resampler.resample_chunk(self._rest, last=True), -1.0, 1.0)
+
+
+def _stereo_mix(channels: int) -> Samples:
+    """The matrix `[channels, 2]` that mixes to stereo without ever exceeding ±1.
+
+    Seven channels are 6.1 (FL FR FC LFE BC SL SR) mixed as ITU-R BS.775 has it: centre, back and
+    sides 3 dB lower, no bass channel. What more than eight channels mean is not known: each is
+    heard equally on both sides.
+    """
+    if channels != 7:
+        return np.full((channels, 2), 1 / channels, np.float32)
+    lower = 0.5**0.5
+    left = np.array([1, 0, lower, 0, lower / 2**0.5, lower, 0])
+    right = np.array([0, 1, lower, 0, lower / 2**0.5, 0, lower])
+    return (np.stack([left, right], axis=1) / left.sum()).astype(np.float32)

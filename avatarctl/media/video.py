@@ -1,7 +1,12 @@
 """Video out: an MP4 (H.264 + AAC) that can be played while it grows.
 
 The file is a fragmented MP4, one fragment per frame, so that a reader, a crash or a full disk
-finds every frame whose bytes are there. Settings that matter, each found by measuring:
+finds every frame whose bytes are there. A reader that goes forward (a pipe, or FFmpeg's
+`-fflags +ignidx`) finds them before a cut at any byte. FFmpeg given a path looks at all fragment
+headers first and refuses a file that ends inside one; this writer never leaves such a file: a
+fragment is one system call, and what a full disk tore is cut off.
+
+Settings that matter, each found by measuring:
 
 - `delay_moov`: the header waits for the first sound packet and can then say how many samples of
   AAC priming to skip. With `empty_moov` it cannot, and all sound is 64 ms late at 16 kHz.
@@ -18,11 +23,10 @@ finds every frame whose bytes are there. Settings that matter, each found by mea
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
 
 import av
 import numpy as np
@@ -40,6 +44,8 @@ LATENCY_FRAMES = 8
 """At most this many of the newest frames given to `VideoWriter.write` are not on the disk yet."""
 
 _LOOKAHEAD_FRAMES = 5
+# More than a fragment: it reaches the file in one system call, which a signal does not split.
+_BUFFER_BYTES = 1 << 20
 # ITU-T H.273 code points; 1 is BT.709 in all three tables, and 1 is limited range in FFmpeg's.
 _BT709 = 1
 _LIMITED_RANGE = 1
@@ -107,6 +113,7 @@ class VideoWriter:
             self._file,
             "w",
             format="mp4",
+            buffer_size=_BUFFER_BYTES,
             container_options={
                 "movflags": "delay_moov+default_base_moof",
                 "frag_duration": str(int(1_000_000 / self._fps)),
@@ -205,6 +212,7 @@ class VideoWriter:
             if self.frames_written and not self._file.closed:
                 self._drain()
             self._container.close()
+        self._file.trim()
         if self.frames_written and _has_a_frame(self._file.path):
             self._file.keep()
             return self._file.path
@@ -260,9 +268,8 @@ class VideoWriter:
         samples = self._sound.read(until - self._sound_samples)
         if not len(samples):
             return
-        frame = av.AudioFrame.from_ndarray(
-            np.ascontiguousarray(samples.T), format="fltp", layout=self._sound.layout
-        )
+        # Packed, [1, n * channels]: PyAV 18 miscounts the planes of eight-channel planar frames.
+        frame = av.AudioFrame.from_ndarray(samples.reshape(1, -1), format="flt", layout=self._sound.layout)
         frame.sample_rate, frame.time_base = self._sound.rate, Fraction(1, self._sound.rate)
         frame.pts = self._sound_samples
         self._sound_samples += len(samples)
@@ -273,6 +280,7 @@ class VideoWriter:
         self._container.mux(packet)
         if self._file.error is not None:
             raise self._file.error
+        self._file.checkpoint()
 
     def _drain(self) -> None:
         if self._sound is not None:
@@ -303,5 +311,5 @@ def _has_a_frame(path: Path) -> bool:
     try:
         with av.open(str(path)) as container:
             return next(container.decode(video=0), None) is not None
-    except (OSError, ValueError, IndexError):  # av.FFmpegError is one or another of them
+    except (av.FFmpegError, IndexError):  # no or torn data; no stream
         return False

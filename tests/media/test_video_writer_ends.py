@@ -1,0 +1,262 @@
+"""The growing MP4: what is left after every kind of end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from avatarctl.errors import OutputRefused, WriteFailed
+from avatarctl.media.video import LATENCY_FRAMES, VideoWriter
+from tests.helpers_video import (
+    AAC_PACKET,
+    Track,
+    count_frames,
+    moving,
+    names,
+    probe_video,
+    tone,
+)
+
+RED, GREEN, BLUE, GREY = (220, 30, 20), (20, 200, 40), (30, 40, 210), (128, 128, 128)
+
+
+posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX locks, limits and signals")
+
+
+def run_python(code: str, *arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **options,
+    )
+
+
+def test_an_existing_file_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"precious")
+    with pytest.raises(OutputRefused, match=r"exists \(add --overwrite or choose another --out\)"):
+        VideoWriter(tmp_path / "a.mp4", width=64, height=48, soundtrack=None)
+    assert names(tmp_path) == ["a.mp4"]
+    writer = VideoWriter(tmp_path / "a.mp4", width=64, height=48, soundtrack=None, overwrite=True)
+    writer.write(moving(9))
+    assert (tmp_path / "a.mp4").read_bytes() == b"precious"  # until the new one is complete
+    assert probe_video(writer.finish()).frames == 9
+
+
+def test_a_final_name_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+    writer = VideoWriter(tmp_path / "a.mp4", width=64, height=48, soundtrack=None)
+    writer.write(moving(9))
+    (tmp_path / "a.mp4").write_bytes(b"precious")
+    with pytest.raises(OutputRefused, match="exists"):
+        writer.finish()
+    assert (tmp_path / "a.mp4").read_bytes() == b"precious"
+    assert count_frames(tmp_path / "a.partial.mp4") == 9
+    assert writer.abandon() == tmp_path / "a.partial.mp4"
+    assert count_frames(tmp_path / "a.partial.mp4") == 9
+
+
+def test_wrong_names_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "dir.mp4").mkdir()
+    (tmp_path / "file").touch()
+    long = "n" * 250 + ".mp4"
+    for path in (tmp_path / "a.avi", tmp_path / "dir.mp4", tmp_path / "file" / "a.mp4", tmp_path / long):
+        with pytest.raises(OutputRefused):
+            VideoWriter(path, width=64, height=48, soundtrack=None, overwrite=True)
+    assert names(tmp_path) == ["dir.mp4", "file"]
+
+
+def test_spaces_and_other_alphabets_in_names_and_new_folders(tmp_path: Path) -> None:
+    path = tmp_path / "née 視頻 – 100 % 'x'" / "мой файл 🎬.mp4"
+    with VideoWriter(path, width=64, height=48, soundtrack=tone(16000, 1, 0.4)) as writer:
+        writer.write(moving(10))
+    assert probe_video(path).frames == 10
+    assert names(path.parent) == [path.name]
+
+
+def test_abandon_keeps_what_can_be_played(tmp_path: Path) -> None:
+    writer = VideoWriter(tmp_path / "a.mp4", width=64, height=48, soundtrack=tone(16000, 1, 9))
+    writer.write(moving(3))
+    assert writer.abandon() == tmp_path / "a.partial.mp4"
+    facts = probe_video(tmp_path / "a.partial.mp4")
+    assert facts.frames == 3 and abs(facts.sound_seconds - 3 / 25) <= AAC_PACKET / 16000
+    assert writer.abandon() is None
+    with pytest.raises(ValueError, match="ended"):
+        writer.write(moving(1))
+    assert names(tmp_path) == ["a.partial.mp4"]
+
+
+def test_abandon_without_frames_leaves_nothing(tmp_path: Path) -> None:
+    track = tone(16000, 1, 1)
+    assert VideoWriter(tmp_path / "a.mp4", width=64, height=48, soundtrack=track).abandon() is None
+    assert track.closed
+    with (
+        pytest.raises(ValueError, match="no frame"),
+        VideoWriter(tmp_path / "b.mp4", width=64, height=48, soundtrack=None),
+    ):
+        pass
+    assert names(tmp_path) == []
+
+
+def test_an_exception_in_the_block_passes_and_the_part_stays(tmp_path: Path) -> None:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        VideoWriter(tmp_path / "a.mp4", width=64, height=48, soundtrack=None) as writer,
+    ):
+        writer.write(moving(20))
+        raise KeyboardInterrupt
+    assert names(tmp_path) == ["a.partial.mp4"]
+    assert count_frames(tmp_path / "a.partial.mp4") == 20
+
+
+def test_a_soundtrack_that_breaks_leaves_the_frames_so_far(tmp_path: Path) -> None:
+    class Broken(Track):
+        def blocks(self) -> Iterator[np.ndarray]:
+            yield from super().blocks()
+            raise RuntimeError("torn file")
+
+    broken = Broken(np.zeros((16000, 1)), 16000)
+    with (
+        pytest.raises(RuntimeError, match="torn file"),
+        VideoWriter(tmp_path / "a.mp4", width=64, height=48, soundtrack=broken) as writer,
+    ):
+        writer.write(moving(50))
+    assert 25 <= count_frames(tmp_path / "a.partial.mp4") < 50
+
+
+def test_a_writer_that_is_dropped_cleans_up_silently(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    writer = VideoWriter(tmp_path / "a.mp4", width=64, height=48, soundtrack=None)
+    del writer
+    assert names(tmp_path) == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_wrong_frames_are_refused(tmp_path: Path) -> None:
+    with VideoWriter(tmp_path / "a.mp4", width=64, height=48, soundtrack=None) as writer:
+        for wrong in (moving(2, 48, 64), moving(2)[0], moving(2).astype(np.float32)):
+            with pytest.raises(ValueError, match="expected uint8"):
+                writer.write(wrong)
+        writer.write(moving(1)[:0])
+        writer.write(moving(2)[:, ::-1])  # not contiguous
+    assert probe_video(tmp_path / "a.mp4").frames == 2
+
+
+# The leftovers of others
+
+GROW = """
+    import sys, time
+    from pathlib import Path
+    import numpy as np
+    from avatarctl.media.video import VideoWriter
+
+    class Noise:
+        rate, channels = 16000, 1
+        def blocks(self):
+            generator = np.random.default_rng(0)
+            while True:
+                yield generator.uniform(-0.3, 0.3, (4000, 1)).astype(np.float32)
+
+    writer = VideoWriter(Path(sys.argv[1]), width=64, height=48, soundtrack=Noise())
+    generator = np.random.default_rng(0)
+    while True:
+        writer.write(generator.integers(0, 256, (33, 48, 64, 3), dtype=np.uint8))
+        print(writer.frames_written, flush=True)
+        time.sleep(0.05)
+"""
+
+
+@posix
+def test_kill_leaves_a_playable_part_and_the_next_run_replaces_it(tmp_path: Path) -> None:
+    out, part = tmp_path / "a.mp4", tmp_path / "a.partial.mp4"
+    command = [sys.executable, "-c", textwrap.dedent(GROW), str(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for _ in range(4):
+            seen = int(process.stdout.readline())
+        with pytest.raises(OutputRefused, match="another run is writing"):
+            VideoWriter(out, width=64, height=48, soundtrack=None)
+        time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert names(tmp_path) == ["a.partial.mp4"]
+    assert count_frames(part) >= seen - LATENCY_FRAMES > 100
+    with VideoWriter(out, width=64, height=48, soundtrack=None) as writer:
+        writer.write(moving(9))
+    assert names(tmp_path) == ["a.mp4"]
+    assert probe_video(out).frames == 9
+
+
+@posix
+def test_a_leftover_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "other").write_bytes(b"precious")
+    (tmp_path / "a.partial.mp4").symlink_to(tmp_path / "other")
+    with pytest.raises(OutputRefused):
+        VideoWriter(tmp_path / "a.mp4", width=64, height=48, soundtrack=None)
+    assert (tmp_path / "other").read_bytes() == b"precious"
+
+
+LIMITED = """
+    import resource, sys
+    from pathlib import Path
+    import numpy as np
+    from avatarctl.errors import AvatarctlError
+    from avatarctl.media.video import VideoWriter
+
+    limit = int(sys.argv[2])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    generator = np.random.default_rng(0)
+    writer = VideoWriter(Path(sys.argv[1]), width=64, height=48, soundtrack=None)
+    try:
+        while True:
+            writer.write(generator.integers(0, 256, (5, 48, 64, 3), dtype=np.uint8))
+    except AvatarctlError as error:
+        print(type(error).__name__, error)
+    print(writer.frames_written)
+    print(writer.abandon())
+"""
+
+
+@posix
+@pytest.mark.parametrize("limit", [100_000, 60])
+def test_a_full_disk_is_told_and_the_playable_part_stays(tmp_path: Path, limit: int) -> None:
+    part = tmp_path / "a.partial.mp4"
+    done = run_python(LIMITED, str(tmp_path / "a.mp4"), str(limit))
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    told, frames, kept = done.stdout.splitlines()
+    assert told.startswith(f"WriteFailed {part}: no space left")
+    if limit == 60:
+        assert kept == "None" and names(tmp_path) == []
+    else:
+        assert kept == str(part) and names(tmp_path) == ["a.partial.mp4"]
+        assert int(frames) - LATENCY_FRAMES <= count_frames(part) <= int(frames)
+
+
+@posix
+def test_a_disk_that_fills_at_the_very_end(tmp_path: Path) -> None:
+    """The encoders' last frames do not fit: no final name, the part stays."""
+    import resource
+
+    frames = np.random.default_rng(0).integers(0, 256, (20, 48, 64, 3), dtype=np.uint8)
+    writer = VideoWriter(tmp_path / "a.mp4", width=64, height=48, soundtrack=None)
+    writer.write(frames)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (writer.partial_path.stat().st_size + 100, before[1]))
+    try:
+        with pytest.raises(WriteFailed, match="no space left"):
+            writer.finish()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert writer.abandon() == tmp_path / "a.partial.mp4"
+    assert names(tmp_path) == ["a.partial.mp4"]
+    assert count_frames(tmp_path / "a.partial.mp4") >= 20 - LATENCY_FRAMES
