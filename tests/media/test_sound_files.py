@@ -334,10 +334,8 @@ def test_a_single_lost_packet_is_replaced_by_silence_of_its_length(
     with av.open(str(path)) as container:
         packets = [bytes(packet) for packet in container.demux(audio=0) if packet.size]
     content = path.read_bytes()
-    for lost in (packets[5], packets[11]):
-        assert content.count(lost) == 1
-        content = content.replace(lost, b"\xff" * len(lost))
-    path.write_bytes(content)
+    assert content.count(packets[9]) == 1
+    path.write_bytes(content.replace(packets[9], b"\xff" * len(packets[9])))
     sound = open_sound(path)
     heard = whole(sound)[:, 0]
     assert abs(lag(heard[72_000:96_000], samples[72_000:, 0])) <= 96, "2 ms"
