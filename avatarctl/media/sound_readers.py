@@ -300,8 +300,14 @@ class _Decoding:
         return tuple(found)
 
 
+# PyAV 18 reads past the planes of planar frames with eight channels and crashes; packed ones are safe.
+_SAFE_PLANES = 7
+
+
 def _to_float(frame: av.audio.AudioFrame) -> Samples:
     """float32 [n, channels] with integers scaled to [-1, 1); floats keep what exceeds it."""
+    if frame.format.is_planar and frame.layout.nb_channels > _SAFE_PLANES:
+        (frame,) = av.AudioResampler(format=frame.format.packed.name).resample(frame)
     planes = frame.to_ndarray()
     samples = planes.T if frame.format.is_planar else planes.reshape(frame.samples, -1)
     kind = samples.dtype

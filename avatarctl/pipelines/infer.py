@@ -13,8 +13,7 @@ from einops import rearrange
 from avatarctl.errors import AvatarctlError
 from avatarctl.events import ChunkFinished, Emit, Notice, OutputFinished, Planned, Stage, silent
 from avatarctl.family import Inputs, Modules
-from avatarctl.media import Soundtrack, Waveform
-from avatarctl.media.video import VideoWriter
+from avatarctl.media import Soundtrack, VideoWriter, Waveform
 from avatarctl.models.encode import picture_tensor
 from avatarctl.models.loading import load_modules, resolve_device
 from avatarctl.pipelines.job import Job, JobPlan
