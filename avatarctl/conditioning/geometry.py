@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -73,8 +72,3 @@ def chunk_frames(max_tokens: int, height: int, width: int) -> int:
     """
     frames = int(max_tokens * _PIXELS_PER_TOKEN / height / width)
     return frames // 4 * 4 + 1 if frames % 4 else frames - 3
-
-
-def to_model_range(pixels: Tensor) -> Tensor:
-    """uint8 [..., H, W, 3] -> float32 [..., 3, H, W] in [0, 1]."""
-    return torch.movedim(pixels, -1, -3).to(torch.float32) / 255

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from avatarctl.conditioning.geometry import fit_picture
@@ -28,7 +29,7 @@ PIECE_OVERLAP_SECONDS = 2.0
 
 def picture_tensor(pixels: np.ndarray, size: tuple[int, int]) -> Tensor:
     """uint8 [h, w, 3] -> float32 [1, 3, H, W] in [-1, 1], scaled to cover `size` (H, W) and cropped."""
-    picture = torch.from_numpy(pixels).movedim(-1, 0).unsqueeze(0).to(torch.float32) / 255
+    picture = rearrange(torch.from_numpy(pixels).to(torch.float32) / 255, "h w c -> 1 c h w")
     return fit_picture(picture, size) * 2 - 1
 
 
