@@ -33,9 +33,9 @@ def peak_and_rest(seconds: float) -> tuple[int, list[int]]:
 
 
 def test_live_bytes_are_flat() -> None:
-    short, _ = peak_and_rest(12)
-    long, rest = peak_and_rest(48)
-    assert long <= short * 1.02, f"{long} bytes for 48 s, {short} for 12 s"
+    short, _ = peak_and_rest(8)
+    long, rest = peak_and_rest(24)
+    assert long <= short * 1.02, f"{long} bytes for 24 s, {short} for 8 s"
     # After each chunk nothing is left but the job's state and at most one window of features.
     window = 150 * 192 * 4
     assert max(rest[5:]) - min(rest[5:]) <= window
