@@ -1,0 +1,143 @@
+"""The root command, and the one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+import click
+
+import avatarctl
+from avatarctl.errors import AvatarctlError, DoesNotFit, Interrupted, UsageError, printable
+
+__all__ = ["CommandGroup", "app", "main"]
+
+
+class CommandGroup(click.Group):
+    """A group that imports a command when it is called, and knows what a mistyped one was meant to be.
+
+    lazy: command name -> ("module:attribute", the short help shown without importing it).
+    """
+
+    def __init__(self, *args: Any, lazy: Mapping[str, tuple[str, str]] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.lazy = dict(lazy or {})
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*self.lazy, *super().list_commands(ctx)]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.lazy:
+            return super().get_command(ctx, cmd_name)
+        module, _, attribute = self.lazy[cmd_name][0].partition(":")
+        command = getattr(importlib.import_module(module), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if not name.startswith("-") and self.get_command(ctx, name) is None:
+            near = difflib.get_close_matches(name, self.list_commands(ctx), n=1)
+            known = f"did you mean {near[0]}?" if near else f"there are {', '.join(self.list_commands(ctx))}"
+            raise UsageError(f"no such command {name[:100]!r}", fix=known)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = [(name, help_line) for name, (_, help_line) in self.lazy.items()]
+        for name, command in self.commands.items():
+            if not command.hidden:
+                rows.append((name, command.get_short_help_str(limit=80)))
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+class App(CommandGroup):
+    """The root: runs a command and ends the process with the exit code of what happened."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **kwargs)
+        run = super().main
+        sys.exit(exit_code_of(lambda: run(*args, standalone_mode=False, **kwargs)))
+
+
+def exit_code_of(run: Callable[[], object]) -> int:
+    """Run a command; report a failure on standard error and return the exit code.
+
+    A failure is one line, unless it is a bug: then the traceback, and 1.
+    """
+    try:
+        code = run()
+        return code if isinstance(code, int) and not isinstance(code, bool) else 0
+    except click.exceptions.Exit as ended:
+        return ended.exit_code
+    except BrokenPipeError:
+        # Nobody reads any more (`| head`): end like other programs do, without a word.
+        sys.stdout = None  # type: ignore[assignment]
+        return 0
+    except BaseException as error:
+        known = _known(error)
+        if known is None:
+            traceback.print_exc()
+            return AvatarctlError.exit_code
+        click.echo(f"error: {known}", err=True)
+        return known.exit_code
+
+
+def _known(error: BaseException) -> AvatarctlError | None:
+    """`error` as one of ours, or None for a bug."""
+    if isinstance(error, AvatarctlError):
+        return error
+    if isinstance(error, click.ClickException):
+        return UsageError(_one_line(error))
+    if isinstance(error, (click.Abort, KeyboardInterrupt)):
+        return Interrupted("interrupted")
+    if _is_out_of_memory(error):
+        return DoesNotFit(
+            "out of memory", where=str(error)[:200] or None, fix="use a smaller --size or fewer --num-frames"
+        )
+    return None
+
+
+def _one_line(error: click.ClickException) -> str:
+    message = " ".join(error.format_message().split())
+    return printable(message[:1].lower() + message[1:].rstrip("."))
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Python's, torch's on a device, or torch's on the host (a plain RuntimeError); torch is not imported."""
+    if isinstance(error, MemoryError):
+        return True
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+@click.command(
+    cls=App,
+    name="avatarctl",
+    lazy={
+        "infer": ("avatarctl.cli.infer:infer", "Make a talking video from a picture and a voice."),
+        "models": ("avatarctl.cli.models:models", "Show which models and published files exist."),
+    },
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.version_option(avatarctl.__version__, message="%(prog)s %(version)s")
+def app() -> None:
+    """Train, run, convert and size up audio-driven avatar video models.
+
+    Results go to standard output, everything for people to standard error.
+    """
+
+
+def main() -> NoReturn:
+    """The console script."""
+    app.main(prog_name="avatarctl")
+    raise AssertionError("unreachable: App.main ends the process")

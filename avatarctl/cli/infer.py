@@ -1,0 +1,160 @@
+"""`avatarctl infer`: a picture and a voice to a talking video."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from avatarctl.cli.options import ConfigCommand, Request, config_options, read_request
+from avatarctl.cli.screen import Screen
+from avatarctl.config import RunConfig, dump_run, require_supported
+from avatarctl.errors import NotYetSupported, UsageError, WeightsMissing, printable
+from avatarctl.events import Notice
+from avatarctl.registry import COMPAT, NOT_YET, Row, Wanted, find_model, missing_files
+
+if TYPE_CHECKING:
+    from avatarctl.pipelines.job import Job, JobPlan
+
+__all__ = ["DEFAULT_MODEL", "infer"]
+
+DEFAULT_MODEL = "cartoon-i2v"
+
+EXAMPLES = """\b
+Examples:
+  avatarctl infer --chunked
+  avatarctl infer --image me.jpg --audio hello.wav --out hello.mp4
+  avatarctl infer --model omniavatar-14b --image me.jpg --audio hello.wav --dry-run
+"""
+
+
+@click.command(
+    cls=ConfigCommand,
+    epilog=EXAMPLES,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    short_help="Make a talking video from a picture and a voice.",
+)
+@config_options("infer")
+def infer(**params: Any) -> None:
+    """Make a talking video from a picture and a voice.
+
+    Without --model it is the built-in cartoon model, and without --image or --audio its built-in face and
+    voice. The path of the video is printed on standard output.
+    """
+    request = read_request("infer", params, lambda name: find_model(name).for_config, COMPAT, DEFAULT_MODEL)
+    cfg = request.resolved.cfg
+    require_supported(cfg, "infer", request.resolved.origins)
+    assert cfg.model.name is not None
+    row = find_model(cfg.model.name)
+    if row.status == NOT_YET:
+        raise NotYetSupported(f"{row.name} is not yet supported", where="model.name")
+    with Screen(cfg.runtime.log_level) as screen:
+        for notice in _introduction(request, row):
+            screen(Notice(notice))
+        missing = missing_files(row, cfg.model.weights_root)
+        job = _job(cfg, row, screen)
+        if request.dry_run:
+            _dry_run(request, row, job, missing, screen)
+        else:
+            _run(request, row, job, missing, screen)
+
+
+def _introduction(request: Request, row: Row) -> list[str]:
+    asked = "" if "model.name" in request.resolved.asked else " (built in; --model names another)"
+    untrained = "" if row.trained else ", untrained: the picture will be noise"
+    return [f"model: {row.name}{asked}{untrained}", *request.resolved.notices]
+
+
+def _job(cfg: RunConfig, row: Row, screen: Screen) -> Job:
+    """The inputs, opened; what is missing comes from the built-in sample if the model is built in too."""
+    missing = [key for key in ("image", "audio") if getattr(cfg.input, key) is None]
+    if missing and row.source != "package":
+        raise UsageError(f"{row.name} needs --{missing[0]}")
+
+    from avatarctl.demo.sample import sample_picture, sample_sound
+    from avatarctl.media import load_picture, open_sound
+    from avatarctl.pipelines.job import Job
+
+    if missing:
+        names = {"image": "face (--image for yours)", "audio": "voice (--audio for yours)"}
+        screen(Notice(f"input: the built-in {' and '.join(names[key] for key in missing)}"))
+    return Job(
+        picture=load_picture(Path(cfg.input.image)) if cfg.input.image else sample_picture(),
+        sound=open_sound(Path(cfg.input.audio)) if cfg.input.audio else sample_sound(),
+        prompt=cfg.input.prompt or "",
+        negative_prompt=cfg.input.negative_prompt or "",
+    )
+
+
+def _dry_run(request: Request, row: Row, job: Job, missing: tuple[Wanted, ...], screen: Screen) -> None:
+    from avatarctl.pipelines.job import check_job
+
+    summary = check_job(request.resolved.cfg, row, job, screen).summary()
+    summary["missing_weights"] = [f"{item.folder}/{item.file}" for item in missing]
+    if missing:
+        screen(Notice(_missing_line(missing), "warning"))
+    if request.json:
+        click.echo(json.dumps({"command": "infer", "dry_run": True, **summary}, ensure_ascii=True))
+        return
+    for name, value in summary.items():
+        if name != "missing_weights":
+            click.echo(f"{name}: {printable(', '.join(value) if isinstance(value, list) else value)}")
+
+
+def _run(request: Request, row: Row, job: Job, missing: tuple[Wanted, ...], screen: Screen) -> None:
+    cfg = request.resolved.cfg
+    path = Path(cfg.output.path) if cfg.output.path else _fresh_path(row)
+    if missing:
+        raise WeightsMissing(_missing_line(missing), where=row.name)
+    _refuse_inputs_as_output(cfg, path)
+
+    from avatarctl.atomic import atomic_write_text
+    from avatarctl.cli.signals import stop_on_signals
+    from avatarctl.pipelines.infer import write_video
+    from avatarctl.pipelines.job import check_job
+
+    with stop_on_signals() as should_stop:
+        plan = check_job(cfg, row, job, screen)
+        finished = write_video(row, job, plan, path, emit=screen, should_stop=should_stop)
+        record = replace(request.resolved, cfg=_with_output(plan, path))
+        atomic_write_text(path.with_suffix(".run.yaml"), dump_run(record, "infer"))
+    if request.json:
+        result = {
+            "command": "infer",
+            "path": finished.path,
+            "frames": finished.frames,
+            "seconds_to_first_frame": round(finished.seconds_to_first_frame, 3),
+            "frames_per_second": round(finished.frames_per_second, 3),
+        }
+        click.echo(json.dumps({**plan.summary(), **result}, ensure_ascii=True))
+    else:
+        click.echo(printable(finished.path))
+
+
+def _with_output(plan: JobPlan, path: Path) -> RunConfig:
+    return replace(plan.cfg, output=replace(plan.cfg.output, path=str(path)))
+
+
+def _fresh_path(row: Row) -> Path:
+    return Path("runs") / f"infer-{row.name}" / time.strftime("%Y%m%d-%H%M%S") / "video.mp4"
+
+
+def _refuse_inputs_as_output(cfg: RunConfig, path: Path) -> None:
+    for key in ("image", "audio"):
+        given = getattr(cfg.input, key)
+        if given and path.exists() and path.samefile(given):
+            raise UsageError(f"the output is the same file as --{key}", where=path)
+
+
+def _missing_line(missing: tuple[Wanted, ...]) -> str:
+    """All files in one line, grouped by the folder they go to."""
+    folders: dict[str, list[str]] = {}
+    for item in missing:
+        source = f" from {item.hub_id}" if item.hub_id else ""
+        folders.setdefault(f"{item.folder}/{source}", []).append(item.file)
+    places = "; ".join(f"{', '.join(files)} in {place}" for place, files in folders.items())
+    return f"weights are missing: {places}"

@@ -1,0 +1,235 @@
+"""Options made from RunConfig's keys, and what a person asked for made from the options."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal, TypeVar, get_args, get_origin
+
+import click
+
+from avatarctl.config import (
+    ANY,
+    COMMAND_SECTIONS,
+    ConfigFile,
+    KeySpec,
+    Resolved,
+    Setting,
+    find_config,
+    keys,
+    read_assignment,
+    read_config,
+    read_text,
+    resolve,
+)
+from avatarctl.config.rules import PATH
+from avatarctl.config.values import kind_of
+from avatarctl.errors import ConfigError
+
+__all__ = ["ConfigCommand", "Request", "config_options", "read_request"]
+
+SHORT_FORMS: Final[Mapping[str, tuple[str, ...]]] = {
+    "model.name": ("--model",),
+    "output.path": ("--out",),
+    "sampling.guidance_scale": ("--guidance", "--guidance-scale"),
+    "sampling.audio_guidance_scale": ("--audio-guidance", "--audio-guidance-scale"),
+    "input.jobs": ("--batch", "--jobs"),
+    "long_video.strategy": ("--long-video",),
+    "long_video.overlap_frames": ("--overlap", "--overlap-frames"),
+    "memory.mode": ("--memory",),
+}
+"""Flags of keys that have a short form, or whose own name says too little alone."""
+
+TITLES: Final[Mapping[str, str]] = {
+    "model": "Model",
+    "input": "Input",
+    "sampling": "Sampling",
+    "long_video": "Long video",
+    "output": "Output",
+    "memory": "Memory",
+    "runtime": "Machine",
+}
+
+WEIGHTS_VARIABLE: Final = "AVATARCTL_WEIGHTS"
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks a command to do."""
+
+    resolved: Resolved
+    dry_run: bool
+    json: bool
+
+
+class KeyOption(click.Option):
+    """An option that stands for one key; `section` groups it in the help."""
+
+    def __init__(self, *args: Any, spec: KeySpec, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.spec = spec
+
+
+class ConfigCommand(click.Command):
+    """A command whose help lists its options by section."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {title: [] for title in TITLES.values()}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                title = TITLES[param.spec.section] if isinstance(param, KeyOption) else "Options"
+                groups.setdefault(title, []).append(record)
+        for title, records in groups.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+
+def config_options(command: str) -> Callable[[F], F]:
+    """Add an option for every key that `command` reads, and the common options, to a command."""
+
+    def decorate(function: F) -> F:
+        options = [_option(spec) for spec in keys().values() if spec.section in COMMAND_SECTIONS[command]]
+        params = [option for option in options if option is not None]
+        for param in reversed([*params, *_size_options(), *_common_options()]):
+            click.decorators._param_memo(function, param)
+        return function
+
+    return decorate
+
+
+def _size_options() -> list[click.Option]:
+    chunked = click.Option(["--chunked"], is_flag=True, help="The same as --long-video chunks.")
+    size = click.Option(["--size"], multiple=True, metavar="WxH", help="Width and height in pixels.")
+    return [chunked, size]
+
+
+def _common_options() -> list[click.Option]:
+    return [
+        click.Option(
+            ["--config"], multiple=True, metavar="FILE", help="Configuration or run file, or a shipped name."
+        ),
+        click.Option(
+            ["-o", "--option", "assignments"], multiple=True, metavar="SECTION.KEY=VALUE", help="Set any key."
+        ),
+        click.Option(["--dry-run"], is_flag=True, help="Check everything and print the plan; touch nothing."),
+        click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON document."),
+        click.Option(["-v", "--verbose"], is_flag=True, help="Say more; the same as --log-level debug."),
+        click.Option(["-q", "--quiet"], is_flag=True, help="Say warnings and errors only."),
+    ]
+
+
+def flags_of(spec: KeySpec) -> tuple[str, ...]:
+    """The flags of a key, the preferred one first."""
+    return SHORT_FORMS.get(spec.dotted, (f"--{spec.name.replace('_', '-')}",))
+
+
+def _option(spec: KeySpec) -> click.Option:
+    flags, parameter = flags_of(spec), spec.dotted.replace(".", "__")
+    kind, help_line = kind_of(spec.type), _help(spec)
+    hidden = is_without_code(spec)
+    if kind is bool:
+        switch = f"{flags[0]}/--no-{flags[0][2:]}"
+        return KeyOption([switch, parameter], default=None, help=help_line, hidden=hidden, spec=spec)
+    return KeyOption(
+        [*flags, parameter], multiple=True, metavar=_metavar(spec), help=help_line, hidden=hidden, spec=spec
+    )
+
+
+def is_without_code(spec: KeySpec) -> bool:
+    """Whether no value of the key but the default would be accepted today."""
+    if spec.key.not_yet == ANY:
+        return True
+    choices = get_args(kind_of(spec.type)) if get_origin(kind_of(spec.type)) is Literal else ()
+    return bool(choices) and len(_supported(spec, choices)) <= 1
+
+
+def _supported(spec: KeySpec, choices: tuple[Any, ...]) -> list[Any]:
+    return [choice for choice in choices if choice not in spec.key.not_yet]
+
+
+def _metavar(spec: KeySpec) -> str:
+    kind = kind_of(spec.type)
+    if get_origin(kind) is Literal:
+        return "|".join(map(str, _supported(spec, get_args(kind)) or get_args(kind)))
+    if spec.key.rule is PATH and spec.dotted != "model.name":
+        return "PATH"
+    return {int: "N", float: "X"}.get(kind, "NAME" if spec.dotted == "model.name" else "TEXT")
+
+
+def _help(spec: KeySpec) -> str:
+    text = spec.key.help[0].upper() + spec.key.help[1:] + "."
+    if spec.key.from_row:
+        return f"{text} [default: the model's]"
+    if spec.default is None or spec.default == () or spec.default == {} or isinstance(spec.default, bool):
+        return text
+    return f"{text} [default: {spec.default}]"
+
+
+def read_request(
+    command: str,
+    params: Mapping[str, Any],
+    row_of: Callable[[str], Any],
+    compat: Mapping[str, Mapping[str, Any]],
+    default_model: str,
+) -> Request:
+    """The options of a command, its configuration file and the environment, resolved.
+
+    row_of, compat, default_model: see `avatarctl.config.resolve`. Raises ConfigError, PathNotFound.
+    """
+    asked: dict[str, Setting] = {}
+    for dotted, setting in _asked(params):
+        other = asked.setdefault(dotted, setting)
+        if isinstance(setting.value, Mapping):
+            asked[dotted] = Setting({**other.value, **setting.value}, setting.origin)
+        elif other.value != setting.value:
+            raise ConfigError(
+                f"{dotted} is asked for twice: {other.value} by {other.origin}, {setting.value} by {setting.origin}"
+            )
+    files = params["config"]
+    if len(files) > 1:
+        raise ConfigError("given twice; one configuration file is read", where="--config")
+    file: ConfigFile | None = read_config(find_config(files[0], command), command=command) if files else None
+    ambient = {}
+    if os.environ.get(WEIGHTS_VARIABLE):
+        spec = keys()["model.weights_root"]
+        ambient[spec.dotted] = read_text(spec, os.environ[WEIGHTS_VARIABLE], WEIGHTS_VARIABLE)
+    resolved = resolve(row_of, compat, file, asked, default_model=default_model, ambient=ambient)
+    return Request(resolved, dry_run=params["dry_run"], json=params["as_json"])
+
+
+def _asked(params: Mapping[str, Any]) -> Iterator[tuple[str, Setting]]:
+    for spec in keys().values():
+        given = params.get(spec.dotted.replace(".", "__"))
+        if given is None or given == ():
+            continue
+        origin = flags_of(spec)[0]
+        if isinstance(given, bool):
+            yield spec.dotted, Setting(given, origin)
+        elif get_origin(kind_of(spec.type)) is tuple:
+            parts = [read_text(spec, text, origin).value for text in given]
+            yield spec.dotted, Setting(tuple(item for part in parts for item in part), origin)
+        else:
+            yield from ((spec.dotted, read_text(spec, text, origin)) for text in given)
+    for text in params["assignments"]:
+        yield read_assignment(text, f"-o {text.partition('=')[0][:60]}")
+    if params.get("chunked"):
+        yield "long_video.strategy", Setting("chunks", "--chunked")
+    for text in params.get("size", ()):
+        yield from _size(text)
+    if params["verbose"]:
+        yield "runtime.log_level", Setting("debug", "--verbose")
+    if params["quiet"]:
+        yield "runtime.log_level", Setting("warning", "--quiet")
+
+
+def _size(text: str) -> Iterator[tuple[str, Setting]]:
+    width, by, height = text.lower().partition("x")
+    if not by:
+        raise ConfigError(f"expected WIDTHxHEIGHT such as 720x400, got {text[:60]!r}", where="--size")
+    yield "output.width", read_text(keys()["output.width"], width, "--size")
+    yield "output.height", read_text(keys()["output.height"], height, "--size")

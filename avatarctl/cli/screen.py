@@ -1,0 +1,117 @@
+"""Events on the screen: a progress display for a terminal, plain lines for a log. Always standard error."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import TYPE_CHECKING, TextIO
+
+from avatarctl.errors import printable
+from avatarctl.events import ChunkFinished, Event, Notice, OutputFinished, Planned, Stage, StepFinished
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+__all__ = ["Screen"]
+
+_LEVELS = ("debug", "info", "warning", "error")
+
+
+class Screen:
+    """An `Emit` that draws. A context manager: leaving it takes the progress display away.
+
+    level: `runtime.log_level`; "warning" shows nothing but warnings, "error" nothing at all.
+    """
+
+    def __init__(self, level: str, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._rank = _LEVELS.index(level)
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._plan: Planned | None = None
+
+    def __enter__(self) -> Screen:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end_progress()
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Notice(text, level):
+                self.line(f"warning: {text}" if level == "warning" else text, level)
+            case Stage(name):
+                self.line(f"{name} …", "debug" if name == "sampling" else "info")
+            case Planned():
+                self._plan = event
+                self.line(
+                    f"{event.frames} frames of {event.width}x{event.height} at {event.fps} fps, "
+                    f"{_count(event.spans, 'chunk')} of {_count(event.steps, 'step')}"
+                )
+                self._start_progress(event)
+            case StepFinished(span, step):
+                self._advance(span, step)
+            case ChunkFinished(span, frames):
+                if self._progress is None and self._plan is not None:
+                    self.line(f"chunk {span + 1} of {self._plan.spans}: {frames} of {self._plan.frames} frames")
+            case OutputFinished():
+                self._end_progress()
+                self.line(
+                    f"{event.frames} frames, the first after {event.seconds_to_first_frame:.1f} s, "
+                    f"{event.frames_per_second:.1f} frames per second"
+                )
+
+    def line(self, text: str, level: str = "info") -> None:
+        """One line, if the level asks for it; strangers' control characters are escaped."""
+        if _LEVELS.index(level) < self._rank:
+            return
+        if self._progress is not None:
+            self._progress.console.print(printable(text), markup=False, highlight=False)
+        else:
+            print(printable(text), file=self._stream, flush=True)
+
+    def _start_progress(self, plan: Planned) -> None:
+        if not self._stream.isatty() or self._rank > _LEVELS.index("info"):
+            return
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=Console(file=self._stream),
+            transient=True,
+        )
+        self._task = self._progress.add_task("sampling", total=plan.spans * plan.steps)
+        self._progress.start()
+
+    def _advance(self, span: int, step: int) -> None:
+        if self._progress is not None and self._task is not None and self._plan is not None:
+            self._progress.update(
+                self._task,
+                completed=span * self._plan.steps + step + 1,
+                description=f"chunk {span + 1} of {self._plan.spans}",
+            )
+
+    def _end_progress(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
