@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +21,13 @@ from avatarctl.events import Notice
 from avatarctl.registry import COMPAT, NOT_YET, Row, Wanted, find_model, missing_files
 
 if TYPE_CHECKING:
-    from avatarctl.pipelines.job import Job, JobPlan
+    from avatarctl.pipelines.job import Job
 
 __all__ = ["DEFAULT_MODEL", "infer"]
 
 DEFAULT_MODEL = "cartoon-i2v"
+
+_SHARD = re.compile(r"(?P<stem>.*-)(?P<number>\d{5})(?P<rest>-of-\d{5}\..*)")
 
 EXAMPLES = """\b
 Examples:
@@ -117,10 +122,11 @@ def _run(request: Request, row: Row, job: Job, missing: tuple[Wanted, ...], scre
     from avatarctl.pipelines.infer import write_video
     from avatarctl.pipelines.job import check_job
 
-    with stop_on_signals() as should_stop:
+    with stop_on_signals() as should_stop, _leaving_no_empty_folder(path.parent):
         plan = check_job(cfg, row, job, screen)
         finished = write_video(row, job, plan, path, emit=screen, should_stop=should_stop)
-        record = replace(request.resolved, cfg=_with_output(plan, path))
+        # Without the path, unless it was asked for: a repeated run picks a fresh folder again.
+        record = replace(request.resolved, cfg=plan.cfg)
         atomic_write_text(path.with_suffix(".run.yaml"), dump_run(record, "infer"))
     if request.json:
         result = {
@@ -135,8 +141,17 @@ def _run(request: Request, row: Row, job: Job, missing: tuple[Wanted, ...], scre
         click.echo(printable(finished.path))
 
 
-def _with_output(plan: JobPlan, path: Path) -> RunConfig:
-    return replace(plan.cfg, output=replace(plan.cfg.output, path=str(path)))
+@contextlib.contextmanager
+def _leaving_no_empty_folder(folder: Path) -> Iterator[None]:
+    """Removes the folders that a failed run made, as far as they are empty."""
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        yield
+    except BaseException:
+        for each in made:
+            with contextlib.suppress(OSError):  # a part that was kept is in it, or it was never made
+                each.rmdir()
+        raise
 
 
 def _fresh_path(row: Row) -> Path:
@@ -156,5 +171,27 @@ def _missing_line(missing: tuple[Wanted, ...]) -> str:
     for item in missing:
         source = f" from {item.hub_id}" if item.hub_id else ""
         folders.setdefault(f"{item.folder}/{source}", []).append(item.file)
-    places = "; ".join(f"{', '.join(files)} in {place}" for place, files in folders.items())
+    places = "; ".join(
+        f"{', '.join(_shards_as_ranges(files))} in {place}" for place, files in folders.items()
+    )
     return f"weights are missing: {places}"
+
+
+def _shards_as_ranges(files: Iterable[str]) -> list[str]:
+    """The names, neighbouring shards as one: `model-00001..00006-of-00006.safetensors`."""
+    shown: list[str] = []
+    first, previous = "", None
+    for name in files:
+        shard = _SHARD.fullmatch(name)
+        if shard and previous and _follows(shard, previous):
+            shown[-1] = f"{shard['stem']}{first}..{shard['number']}{shard['rest']}"
+        else:
+            shown.append(name)
+            first = shard["number"] if shard else ""
+        previous = shard
+    return shown
+
+
+def _follows(shard: re.Match[str], previous: re.Match[str]) -> bool:
+    same = (shard["stem"], shard["rest"]) == (previous["stem"], previous["rest"])
+    return same and int(shard["number"]) == int(previous["number"]) + 1
