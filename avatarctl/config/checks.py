@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from avatarctl.config.keys import ANY, KeySpec
@@ -37,8 +37,11 @@ def check_compat(mode: str, layer: Mapping[str, Setting], asked: Mapping[str, Se
         )
 
 
-def check_together(cfg: RunConfig, origins: Mapping[str, str]) -> None:
-    """Refuse combinations that no model and no material could make work. Raises ConfigError."""
+def check_together(cfg: RunConfig, origins: Mapping[str, str], own: Container[str]) -> None:
+    """Refuse combinations that no model and no material could make work. Raises ConfigError.
+
+    own: the keys that a person or a file sets; half a size of theirs is never completed by the model row.
+    """
     overlap, frames = cfg.long_video.overlap_frames, cfg.long_video.num_frames
     if (
         overlap is not None
@@ -60,7 +63,7 @@ def check_together(cfg: RunConfig, origins: Mapping[str, str]) -> None:
     for section in ("output", "data"):
         for given, other in (("width", "height"), ("height", "width")):
             one, two = f"{section}.{given}", f"{section}.{other}"
-            if value_of(cfg, one) is not None and value_of(cfg, two) is None:
+            if one in own and two not in own:
                 raise ConfigError(f"{one} is given without {two}", where=origins.get(one))
     if cfg.input.image is not None and cfg.input.video is not None:
         raise ConfigError(

@@ -84,7 +84,7 @@ def resolve(
     settings = base | compat_layer | dict(ambient or {}) | own | dict(asked)
     cfg = _build({dotted: setting.value for dotted, setting in settings.items()})
     origins = {dotted: setting.origin for dotted, setting in settings.items()}
-    check_together(cfg, origins)
+    check_together(cfg, origins, own.keys() | asked.keys())
     return Resolved(cfg, all_asked, origins, tuple(notices))
 
 
