@@ -87,8 +87,9 @@ def check_job(cfg: RunConfig, row: Row, job: Job, emit: Emit) -> JobPlan:
     family = family_named(row.family)
     emit(Stage("reading the sound"))
     heard = survey(job.sound)
-    for warning in (*job.picture.warnings, *heard.warnings):
-        emit(Notice(warning, "warning"))
+    for material, warnings in ((job.picture, job.picture.warnings), (job.sound, heard.warnings)):
+        for warning in warnings:
+            emit(Notice(f"{material.name}: {warning}", "warning"))
     height, width = family.frame_size(job.picture.pixels.shape[:2], cfg)
     cfg = replace(cfg, output=replace(cfg.output, width=width, height=height))
     stated = row.defaults.get("model.audio_offset")
