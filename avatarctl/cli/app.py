@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
+import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
 from typing import Any, NoReturn
 
 import click
@@ -60,34 +63,47 @@ class CommandGroup(click.Group):
 class App(CommandGroup):
     """The root: runs a command and ends the process with the exit code of what happened."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
+    def main(  # type: ignore[override]  # click has two overloads
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        def run() -> Any:
+            return super(App, self).main(args, prog_name, complete_var, standalone_mode=False, **extra)
+
         if not standalone_mode:
-            return super().main(*args, standalone_mode=False, **kwargs)
-        run = super().main
-        sys.exit(exit_code_of(lambda: run(*args, standalone_mode=False, **kwargs)))
+            return run()
+        sys.exit(exit_code_of(run))
 
 
 def exit_code_of(run: Callable[[], object]) -> int:
     """Run a command; report a failure on standard error and return the exit code.
 
-    A failure is one line, unless it is a bug: then the traceback, and 1.
+    A failure is one line, unless it is a bug: then the traceback, and 1. The help of a group that was
+    called without a command is no failure to explain, and stays as it is.
     """
     try:
         code = run()
         return code if isinstance(code, int) and not isinstance(code, bool) else 0
     except click.exceptions.Exit as ended:
         return ended.exit_code
-    except BrokenPipeError:
-        # Nobody reads any more (`| head`): end like other programs do, without a word.
-        sys.stdout = None  # type: ignore[assignment]
+    except SystemExit:
+        # Click's way to say that nobody reads standard output any more (`| head`): no failure of ours.
         return 0
     except BaseException as error:
         known = _known(error)
-        if known is None:
-            traceback.print_exc()
-            return AvatarctlError.exit_code
-        click.echo(f"error: {known}", err=True)
-        return known.exit_code
+        # The exit code counts even where nobody reads the words.
+        with contextlib.suppress(BrokenPipeError):
+            if isinstance(error, click.exceptions.NoArgsIsHelpError):
+                click.echo(error.format_message(), err=True)
+            elif known is None:
+                traceback.print_exception(error)
+            else:
+                click.echo(f"error: {known}", err=True)
+        return known.exit_code if known is not None else AvatarctlError.exit_code
 
 
 def _known(error: BaseException) -> AvatarctlError | None:
@@ -137,7 +153,13 @@ def app() -> None:
     """
 
 
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
 def main() -> NoReturn:
     """The console script."""
+    # As Ctrl-C from the first moment; a running job listens for itself (signals.py).
+    signal.signal(signal.SIGTERM, _interrupt)
     app.main(prog_name="avatarctl")
     raise AssertionError("unreachable: App.main ends the process")

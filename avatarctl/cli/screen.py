@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
@@ -55,7 +56,9 @@ class Screen:
                 self._advance(span, step)
             case ChunkFinished(span, frames):
                 if self._progress is None and self._plan is not None:
-                    self.line(f"chunk {span + 1} of {self._plan.spans}: {frames} of {self._plan.frames} frames")
+                    self.line(
+                        f"chunk {span + 1} of {self._plan.spans}: {frames} of {self._plan.frames} frames"
+                    )
             case OutputFinished():
                 self._end_progress()
                 self.line(
@@ -70,7 +73,9 @@ class Screen:
         if self._progress is not None:
             self._progress.console.print(printable(text), markup=False, highlight=False)
         else:
-            print(printable(text), file=self._stream, flush=True)
+            # A reader that went away (`2>&1 | head`) is no reason to give up hours of work.
+            with contextlib.suppress(BrokenPipeError):
+                print(printable(text), file=self._stream, flush=True)
 
     def _start_progress(self, plan: Planned) -> None:
         if not self._stream.isatty() or self._rank > _LEVELS.index("info"):
