@@ -188,7 +188,8 @@ def read_request(
             asked[dotted] = Setting({**other.value, **setting.value}, setting.origin)
         elif other.value != setting.value:
             raise ConfigError(
-                f"{dotted} is asked for twice: {other.value} by {other.origin}, {setting.value} by {setting.origin}"
+                f"{dotted} is asked for twice: {other.value} by {other.origin}, "
+                f"{setting.value} by {setting.origin}"
             )
     files = params["config"]
     if len(files) > 1:

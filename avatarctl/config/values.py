@@ -31,8 +31,11 @@ _LONGEST_NUMBER = 400
 _LONGEST_SHOWN = 60
 
 
-class BadValue(ValueError):  # noqa: N818 -- an answer to the caller, who raises ConfigError with the place
-    """The text or value does not fit the key; the message is "expected …, got …"."""
+class BadValue(ValueError):
+    """The text or value does not fit the key; the message is "expected …, got …".
+
+    An answer to the caller, who raises ConfigError with the place.
+    """
 
 
 def kind_of(annotation: Any) -> Any:
