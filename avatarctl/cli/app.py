@@ -63,7 +63,7 @@ class CommandGroup(click.Group):
 class App(CommandGroup):
     """The root: runs a command and ends the process with the exit code of what happened."""
 
-    def main(  # type: ignore[override]  # click has two overloads
+    def main(
         self,
         args: Sequence[str] | None = None,
         prog_name: str | None = None,
