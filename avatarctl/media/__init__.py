@@ -1,5 +1,6 @@
 """Sound and pictures, in and out: files and arrays on one side, streams of samples on the other."""
 
+from avatarctl.media.background import BackgroundWriter
 from avatarctl.media.files import check_regular_file
 from avatarctl.media.picture import Picture, load_picture, picture_from_array
 from avatarctl.media.sound import Sound, open_sound, sound_from_array, write_sound
@@ -10,6 +11,7 @@ from avatarctl.media.waveform import MODEL_RATE, Soundtrack, Waveform
 __all__ = [
     "MODEL_RATE",
     "AudioBlocks",
+    "BackgroundWriter",
     "Picture",
     "Sound",
     "SoundSurvey",

@@ -13,7 +13,7 @@ from einops import rearrange
 from avatarctl.errors import AvatarctlError
 from avatarctl.events import ChunkFinished, Emit, Notice, OutputFinished, Planned, Stage, silent
 from avatarctl.family import Inputs, Modules
-from avatarctl.media import Soundtrack, VideoWriter, Waveform
+from avatarctl.media import BackgroundWriter, Soundtrack, VideoWriter, Waveform
 from avatarctl.models.encode import picture_tensor
 from avatarctl.models.loading import load_modules, resolve_device
 from avatarctl.pipelines.job import Job, JobPlan
@@ -105,7 +105,6 @@ def write_video(
     output = plan.cfg.output
     assert output.width is not None and output.height is not None
     started = time.monotonic()
-    first_frame = started
     writer = VideoWriter(
         path,
         width=output.width,
@@ -115,35 +114,38 @@ def write_video(
         crf=output.crf,
         overwrite=output.overwrite,
     )
+    for notice in writer.notices:
+        emit(Notice(notice, "warning"))
+    encoder = BackgroundWriter(writer)
     try:
-        for notice in writer.notices:
-            emit(Notice(notice, "warning"))
         modules = load(row, plan, emit=emit)
-        loaded = time.monotonic()
+        loaded = first_frame = time.monotonic()
+        frames = 0
         for block in generate(row, job, plan, modules=modules, emit=emit, should_stop=should_stop):
-            writer.write(_to_bytes(block.pixels))
-            if block.first == 0:
+            if frames == 0:
                 first_frame = time.monotonic()
-            emit(ChunkFinished(block.span, writer.frames_written))
-        writer.finish()
+            encoder.write(_to_bytes(block.pixels))
+            frames += block.pixels.shape[1]
+            emit(ChunkFinished(block.span, frames))
+        encoder.finish()
     except BaseException as error:
-        _abandon(writer, error, emit)
+        _abandon(encoder, error, emit)
         raise
     finished = OutputFinished(
         path=str(path.absolute()),
-        frames=writer.frames_written,
+        frames=frames,
         seconds_to_first_frame=first_frame - started,
-        frames_per_second=writer.frames_written / (time.monotonic() - loaded),
+        frames_per_second=frames / (time.monotonic() - loaded),
     )
     emit(finished)
     return finished
 
 
-def _abandon(writer: VideoWriter, error: BaseException, emit: Emit) -> None:
-    kept = writer.abandon()
+def _abandon(encoder: BackgroundWriter, error: BaseException, emit: Emit) -> None:
+    kept = encoder.abandon()
     if kept is None:
         return
-    part = f"the finished part, {writer.frames_written} frames, is kept as {kept}"
+    part = f"the finished part, {encoder.frames_written} frames, is kept as {kept}"
     if isinstance(error, AvatarctlError) and error.fix is None:
         error.fix = part
     else:
