@@ -169,8 +169,12 @@ class AudioEncoder(Protocol):
     def width(self) -> int:
         """Features per frame."""
 
-    def features(self, waveform: Tensor, frames: int) -> Tensor:
-        """Normalised mono sound [B, 640 * frames] -> [B, frames, width]."""
+    def features(self, waveform: Tensor, frames: int, moments: Any = None) -> Tensor:
+        """Normalised mono sound [B, 640 * frames] -> [B, frames, width]; moments: of the recording that
+        it is a piece of."""
+
+    def recording_moments(self, read: Callable[[int, int], Tensor], samples: int, block: int) -> Any:
+        """What the encoder normalises over a whole recording, read as [1, n]; None if nothing."""
 
 
 class WaveformReader(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
@@ -14,7 +14,7 @@ from torch import Tensor
 from avatarctl.conditioning.geometry import fit_picture
 from avatarctl.events import Notice
 from avatarctl.models.wav2vec import normalise_waveform
-from avatarctl.timeline import FPS, SAMPLES_PER_FRAME
+from avatarctl.timeline import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["PIECE_OVERLAP_SECONDS", "AudioFeatures", "Piece", "encode_prompt", "picture_tensor", "pieces"]
 
 PIECE_OVERLAP_SECONDS = 2.0
+_MOMENTS_BLOCK_SECONDS = 10.0  # bounds the first layer's output: 512 channels at 3200 Hz are 65 MB
 
 
 def picture_tensor(pixels: np.ndarray, size: tuple[int, int]) -> Tensor:
@@ -77,7 +78,9 @@ class AudioFeatures:
     The recording is normalised by the moments of the whole, then padded with zeros to `frames` frames, as
     the reference does (spec/omniavatar.md b). Up to `window_seconds` it is encoded in one piece and equals
     the reference; beyond, in overlapping pieces, because the encoder attends to everything at once and its
-    memory would grow with the recording. docs/benchmarks.md states what that changes.
+    memory would grow with the recording. What the encoder's first layer normalises over the recording is
+    then measured by a pass of its own, so that only attention across a piece's edge is lost;
+    docs/benchmarks.md states how much that is.
     """
 
     def __init__(
@@ -97,6 +100,8 @@ class AudioFeatures:
         window = None if window_seconds is None else int(window_seconds * FPS)
         self._waiting = pieces(frames, window, int(PIECE_OVERLAP_SECONDS * FPS))
         self._ready: list[tuple[Piece, Tensor]] = []
+        self._moments: Any = None
+        self._in_pieces = len(self._waiting) > 1
         self.frames = frames
 
     @property
@@ -133,8 +138,19 @@ class AudioFeatures:
                 yield features[:, first - piece.keep : last - piece.keep]
 
     def _encode(self, piece: Piece) -> Tensor:
-        first, last = piece.start * SAMPLES_PER_FRAME, piece.stop * SAMPLES_PER_FRAME
-        waveform = torch.from_numpy(self._waveform.read(first, last)).to(torch.float32)
+        frames = piece.stop - piece.start
+        if not self._in_pieces:
+            return self._encoder.features(self._normalised(0, frames * SAMPLES_PER_FRAME), frames)
+        if self._moments is None:
+            self._moments = self._encoder.recording_moments(
+                self._normalised, self.frames * SAMPLES_PER_FRAME, int(_MOMENTS_BLOCK_SECONDS * SAMPLE_RATE)
+            )
+        waveform = self._normalised(piece.start * SAMPLES_PER_FRAME, piece.stop * SAMPLES_PER_FRAME)
+        return self._encoder.features(waveform, frames, self._moments)
+
+    def _normalised(self, start: int, stop: int) -> Tensor:
+        """Samples [start, stop) of the normalised, padded recording: float32 [1, stop - start]."""
+        waveform = torch.from_numpy(self._waveform.read(start, stop)).to(torch.float32)
         waveform = normalise_waveform(waveform, self._mean, self._variance)
-        waveform[max(0, self._samples - first) :] = 0  # padding is silence after normalisation
-        return self._encoder.features(waveform.unsqueeze(0).to(self._device), piece.stop - piece.start)
+        waveform[max(0, self._samples - start) :] = 0  # padding is silence after normalisation
+        return waveform.unsqueeze(0).to(self._device)

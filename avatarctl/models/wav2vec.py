@@ -7,6 +7,9 @@ exactly on vector 2i, for every F: pieces of a recording share one grid.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +19,7 @@ from transformers import Wav2Vec2Model
 
 from avatarctl.timeline import SAMPLES_PER_FRAME
 
-__all__ = ["FrameWav2Vec2", "normalise_waveform"]
+__all__ = ["FrameWav2Vec2", "RecordingMoments", "normalise_waveform"]
 
 _MINIMUM_SAMPLES = 400  # one output of the convolution stack
 
@@ -29,6 +32,14 @@ def normalise_waveform(waveform: Tensor, mean: float, variance: float) -> Tensor
     return (waveform - mean) / (variance + 1e-7) ** 0.5
 
 
+@dataclass(frozen=True)
+class RecordingMoments:
+    """Mean and population variance, each float32 [C], of the first convolution over a whole recording."""
+
+    mean: Tensor
+    variance: Tensor
+
+
 class FrameWav2Vec2(Wav2Vec2Model):
     """`Wav2Vec2Model` with one feature vector per pixel frame."""
 
@@ -38,10 +49,11 @@ class FrameWav2Vec2(Wav2Vec2Model):
         return self.config.hidden_size * (self.config.num_hidden_layers + 2)
 
     @torch.no_grad()
-    def features(self, waveform: Tensor, frames: int) -> Tensor:
+    def features(self, waveform: Tensor, frames: int, moments: RecordingMoments | None = None) -> Tensor:
         """Normalised sound [B, n] -> float32 [B, frames, width]: [h_last, h_0, h_1, ..., h_last].
 
-        The encoder is bidirectional: an excerpt is not a slice of the whole (see models/encode.py).
+        The encoder is bidirectional: an excerpt is not a slice of the whole. `moments` of the whole
+        recording bring an excerpt close to it (see models/encode.py).
         """
         if waveform.shape[-1] < frames * SAMPLES_PER_FRAME:
             raise ValueError(f"{frames} frames need {frames * SAMPLES_PER_FRAME} samples")
@@ -51,11 +63,52 @@ class FrameWav2Vec2(Wav2Vec2Model):
         def to_frame_grid(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
             return F.interpolate(output, size=frames, mode="linear", align_corners=True)
 
-        # The interpolation belongs between two halves of the parent's forward; a hook is the only way in
-        # that keeps every hidden state. It is removed at once, so calls of the plain model are untouched.
-        handle = self.feature_extractor.register_forward_hook(to_frame_grid)
-        try:
-            out = self(waveform, output_hidden_states=True)
-        finally:
-            handle.remove()
+        def normalise(norm: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+            assert isinstance(norm, nn.GroupNorm) and moments is not None
+            return F.batch_norm(
+                inputs[0], moments.mean, moments.variance, norm.weight, norm.bias, eps=norm.eps
+            )
+
+        with _hooked(self.feature_extractor, to_frame_grid):
+            if moments is None:
+                out = self(waveform, output_hidden_states=True)
+            else:
+                with _hooked(self.feature_extractor.conv_layers[0].layer_norm, normalise):
+                    out = self(waveform, output_hidden_states=True)
         return torch.cat([out.last_hidden_state, *out.hidden_states], dim=-1).float()
+
+    @torch.no_grad()
+    def recording_moments(
+        self, read: Callable[[int, int], Tensor], samples: int, block: int
+    ) -> RecordingMoments | None:
+        """Moments over a recording of `samples`, read as [1, n] in blocks of about `block` samples.
+
+        The published encoder normalises its first convolution over time per channel (group norm with one
+        group per channel): over a window instead of the recording, that one layer changes every feature by
+        percents. None for encoders that normalise per time step.
+        """
+        first_layer = self.feature_extractor.conv_layers[0]
+        if not isinstance(getattr(first_layer, "layer_norm", None), nn.GroupNorm):
+            return None
+        conv = first_layer.conv
+        kernel, stride = conv.kernel_size[0], conv.stride[0]
+        outputs = (samples - kernel) // stride + 1
+        total = torch.zeros(2, conv.out_channels, dtype=torch.float64, device=conv.weight.device)
+        for first in range(0, outputs, block // stride):
+            last = min(first + block // stride, outputs)
+            values = conv(read(first * stride, (last - 1) * stride + kernel).unsqueeze(1))[0]
+            total[0] += values.sum(1, dtype=torch.float64)
+            total[1] += values.square().sum(1, dtype=torch.float64)
+        mean, square = total / outputs
+        return RecordingMoments(mean.float(), (square - mean**2).clamp(min=0).float())
+
+
+@contextmanager
+def _hooked(module: nn.Module, hook: Callable[[nn.Module, Any, Tensor], Tensor]) -> Iterator[None]:
+    """A forward hook for one call: the way into the middle of the parent's forward that keeps every
+    hidden state. It is removed at once, so calls of the plain model are untouched."""
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
