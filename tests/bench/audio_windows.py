@@ -9,18 +9,15 @@ their features with those of one piece, by the distance of a frame from the near
 The encoder is the built-in one, whose weights are random: the published wav2vec2 weights were not available.
 How far a trained encoder looks, and so what its windows change, this cannot say.
 
-A window differs from the whole for two reasons: attention ends at its edges, and the group normalisation of
-the first convolution takes its moments over the window. A second measurement without that
-normalisation tells them apart.
+The encoder's first layer is normalised by the moments of the whole recording in both cases, so what is
+left is attention that ends at a window's edges.
 """
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -80,25 +77,8 @@ def distance_from_cuts(frames: int, window: int) -> torch.Tensor:
     return (middles[:, None] - positions).abs().amin(dim=1) / FPS
 
 
-def without_group_norm(encoder: Any) -> Any:
-    """The same network whose first convolution is not normalised over time."""
-    other = copy.deepcopy(encoder)
-    other.feature_extractor.conv_layers[0].layer_norm = torch.nn.Identity()
-    return other
-
-
 def relative(difference: torch.Tensor, whole: torch.Tensor) -> float:
     return (difference.norm() / whole.norm()).item()
-
-
-def attention_alone(encoder: Any, path: Path) -> str:
-    """Relative L2 over all frames for each window, without group normalisation."""
-    other = without_group_norm(encoder)
-    whole = features(other, path, None)
-    return ", ".join(
-        f"{relative(features(other, path, window) - whole, whole):.3%} ({window} s windows)"
-        for window in WINDOWS
-    )
 
 
 def compare(name: str, path: Path, encoder: AudioEncoder) -> None:
@@ -132,7 +112,6 @@ def compare(name: str, path: Path, encoder: AudioEncoder) -> None:
         rows,
         f"Features: root mean square {whole.square().mean().sqrt().item():.3f}, largest magnitude "
         f"{whole.abs().max().item():.2f}. Random weights; the published ones were not available here.",
-        f"Without the group normalisation, all frames: {attention_alone(encoder, path)}.",
     )
 
 
