@@ -1,0 +1,189 @@
+"""Shipped configurations: each runs, repeats itself, says what the model's row says, and ships."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from avatarctl.cli import app
+from avatarctl.cli.options import is_without_code
+from avatarctl.config import (
+    COMMAND_SECTIONS,
+    Resolved,
+    dump_run,
+    find_config,
+    keys,
+    preset_folder,
+    preset_names,
+    read_assignment,
+    read_config,
+    resolve,
+    value_of,
+)
+from avatarctl.errors import PathNotFound
+from avatarctl.registry import COMPAT, find_model
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = preset_names()
+FOR_A_MODEL = [name for name in NAMES if name.startswith("infer/")]
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """`--image` and `--audio` of 90 x 50 pixels and two seconds."""
+    folder = tmp_path_factory.mktemp("material")
+    Image.new("RGB", (90, 50), (200, 130, 90)).save(folder / "face.png")
+    tone = 0.3 * np.sin(2 * np.pi * 220 * np.arange(32_000) / 16_000)
+    soundfile.write(folder / "voice.wav", tone, 16_000)
+    return "--image", str(folder / "face.png"), "--audio", str(folder / "voice.wav")
+
+
+def resolved(path: Path, *assignments: str) -> Resolved:
+    """What `--config path -o …` makes."""
+    asked = dict(read_assignment(text, "-o") for text in assignments)
+    file = read_config(path, command="infer")
+    return resolve(lambda name: find_model(name).for_config, COMPAT, file, asked)
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["infer", *arguments])
+
+
+def test_the_promised_ones_are_there() -> None:
+    assert {"infer/omniavatar-14b", "infer/omniavatar-1.3b", "compat/reference"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_dry_runs(name: str, material: tuple[str, ...]) -> None:
+    result = run("--config", name, *material, "--dry-run", "--json")
+    assert result.exit_code == 0, result.stderr
+    plan = json.loads(result.stdout)
+    assert plan["model"] == resolved(find_config(name, "infer")).cfg.model.name
+    assert plan["frames"] >= 50
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_comes_back_from_its_run_file(name: str, tmp_path: Path) -> None:
+    first = resolved(find_config(name, "infer"))
+    (tmp_path / "run.yaml").write_text(dump_run(first, "infer"), encoding="utf-8")
+    again = resolved(find_config(str(tmp_path), "infer"))
+    assert again.cfg == first.cfg
+    values = [{key: setting.value for key, setting in each.asked.items()} for each in (first, again)]
+    assert values[0] == values[1] and "model.name" in values[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_holds_every_value_that_its_command_takes(name: str) -> None:
+    """Complete: a later change of a default does not change what a shipped file makes."""
+    file = read_config(find_config(name, "infer"))
+    cfg = resolved(find_config(name, "infer")).cfg
+    taken = [spec for spec in keys().values() if spec.section in COMMAND_SECTIONS["infer"]]
+    for spec in taken:
+        if spec.dotted not in file.settings:
+            assert value_of(cfg, spec.dotted) is None or is_without_code(spec), spec.dotted
+
+
+@pytest.mark.parametrize("name", FOR_A_MODEL)
+def test_a_models_file_says_what_its_row_says(name: str, tmp_path: Path) -> None:
+    model = name.removeprefix("infer/")
+    (tmp_path / "bare.yaml").write_text(f"model:\n  name: {model}\n")
+    assert resolved(find_config(name, "infer")).cfg == resolved(tmp_path / "bare.yaml").cfg
+
+
+@pytest.mark.parametrize("name", FOR_A_MODEL)
+def test_a_models_file_leaves_another_model_alone(name: str, tmp_path: Path) -> None:
+    (tmp_path / "bare.yaml").write_text("model:\n  name: cartoon-i2v\n")
+    other = resolved(find_config(name, "infer"), "model.name=cartoon-i2v")
+    assert other.cfg == resolved(tmp_path / "bare.yaml").cfg
+
+
+@pytest.mark.parametrize("model", ["omniavatar-14b", "omniavatar-1.3b"])
+def test_reference_does_what_the_published_script_does(model: str, material: tuple[str, ...]) -> None:
+    """Numbers of its configuration file; 2 s and 0.3 s of silence are 57 frames, and one is put in front."""
+    cfg = resolved(preset_folder() / "compat/reference.yaml", f"model.name={model}").cfg
+    assert (cfg.model.name, cfg.model.compat, cfg.model.audio_offset) == (model, "reference", 1)
+    assert (cfg.sampling.steps, cfg.sampling.guidance_scale, cfg.sampling.shift) == (50, 4.5, 5.0)
+    assert cfg.sampling.audio_guidance_scale is None
+    assert (cfg.long_video.max_tokens, cfg.long_video.max_size, cfg.long_video.overlap_frames) == (
+        30_000,
+        720,
+        13,
+    )
+    assert (cfg.output.lead_silence, cfg.output.fps, cfg.runtime.seed) == (0.3, 25, 42)
+    assert cfg.runtime.dtype == "bfloat16"
+    result = run("--config", "compat/reference", "--model", model, *material, "--dry-run", "--json")
+    plan = json.loads(result.stdout)
+    assert (plan["width"], plan["height"], plan["latent_frames_per_span"]) == (720, 400, 27)
+    assert plan["sound_delay_seconds"] == pytest.approx(0.34)
+
+
+def test_options_win(material: tuple[str, ...]) -> None:
+    arguments = ("--config", "omniavatar-14b", "--steps", "7", "-o", "long_video.overlap_frames=1")
+    plan = json.loads(run(*arguments, *material, "--dry-run", "--json").stdout)
+    assert plan["steps"] == 7
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("compat/referense", "compat/reference"),
+        ("omniavatar-14", "infer/omniavatar-14b"),
+        ("infer/omniavatar-1.3", "infer/omniavatar-1.3b"),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_nearest(typed: str, meant: str) -> None:
+    result = run("--config", typed, "--dry-run")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"did you mean {meant}?" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_a_name_like_none_is_answered_with_all() -> None:
+    with pytest.raises(PathNotFound) as refused:
+        find_config("zzzz", "infer")
+    assert all(name in str(refused.value) for name in NAMES)
+
+
+def built(kind: str, tree: Path) -> Path:
+    """What setuptools makes of a source tree: `kind` is "sdist" or "wheel"; nothing is downloaded."""
+    code = f"from setuptools import build_meta; build_meta.build_{kind}('dist')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tree, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (file,) = (tree / "dist").iterdir()
+    return file
+
+
+def test_they_ship_in_the_wheel_and_are_found_there(tmp_path: Path, material: tuple[str, ...]) -> None:
+    """Checkout to source archive to wheel; unpacked, it runs from another folder.
+
+    One more configuration goes along: the checkout does not have it, so that it cannot help out.
+    """
+    tree, target = tmp_path / "tree", tmp_path / "target"
+    tree.mkdir()
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "constraints.txt"):
+        shutil.copyfile(ROOT / name, tree / name)
+    for name in ("avatarctl", "configs"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copyfile(tree / "configs/compat/reference.yaml", tree / "configs/compat/only-shipped.yaml")
+    shutil.unpack_archive(built("sdist", tree), tmp_path / "source")
+    (source,) = (tmp_path / "source").iterdir()
+    shutil.unpack_archive(built("wheel", source), target, "zip")
+    inside = {path.relative_to(target / "avatarctl/configs").as_posix() for path in target.rglob("*.yaml")}
+    assert inside == {f"{name}.yaml" for name in (*NAMES, "compat/only-shipped")}
+
+    command = [sys.executable, "-m", "avatarctl", "infer", "--config", "compat/only-shipped"]
+    environment = {**os.environ, "PYTHONPATH": str(target)}
+    done = subprocess.run(
+        [*command, *material, "--dry-run"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "model: omniavatar-14b\n" in done.stdout and "sound_delay_seconds: 0.34\n" in done.stdout
