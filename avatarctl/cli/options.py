@@ -162,7 +162,10 @@ def _metavar(spec: KeySpec) -> str:
 
 
 def _help(spec: KeySpec) -> str:
-    text = spec.key.help[0].upper() + spec.key.help[1:] + "."
+    first = spec.key.help.split()[0].rstrip(":,")
+    # A sentence begins with a capital, unless it begins with a value as it must be typed.
+    literal = first == "auto" or first in map(str, get_args(kind_of(spec.type)))
+    text = (first if literal else first[0].upper() + first[1:]) + spec.key.help[len(first) :] + "."
     if spec.key.from_row:
         return f"{text} [default: the model's]"
     if spec.default is None or spec.default == () or spec.default == {} or isinstance(spec.default, bool):
