@@ -1,4 +1,4 @@
-"""Every key of every section takes what it says and refuses everything else, in files and on the command line.
+"""Every key takes what it says and refuses everything else, in files and on the command line.
 
 Values are derived from each key's own type and bounds by the rules written here, not by the parser's.
 """

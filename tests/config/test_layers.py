@@ -113,7 +113,7 @@ def test_run_file_with_the_same_model_named_again_keeps_everything(run_file: Con
 
 
 def test_compat_against_an_explicit_offset() -> None:
-    with pytest.raises(ConfigError, match="audio_offset 0 contradicts model.compat reference") as caught:
+    with pytest.raises(ConfigError, match=r"audio_offset 0 contradicts model\.compat reference") as caught:
         merged("model.compat=reference", "model.audio_offset=0")
     assert caught.value.exit_code == 2
     assert merged("model.compat=reference", "model.audio_offset=1").cfg.model.audio_offset == 1
@@ -178,7 +178,7 @@ def test_impossible_together_names_both_places(tmp_path: Path) -> None:
 
 
 def test_half_a_size_is_refused_even_where_the_row_has_the_other_half() -> None:
-    with pytest.raises(ConfigError, match="without output.height"):
+    with pytest.raises(ConfigError, match=r"without output\.height"):
         configure("output.width=32")
 
 

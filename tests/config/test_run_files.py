@@ -26,24 +26,19 @@ from avatarctl.config import (
 from avatarctl.config.rules import WEIGHT_PARTS
 from avatarctl.errors import ConfigError
 
-LOOKS_LIKE_SOMETHING_ELSE = (
-    "yes no on off y N true False null ~ 1 025 0o17 0x1F 1_000 1e5 1.5 1e-4 .inf -.INF .nan 1:30 2026-01-01 "
-    "2026-01-01T10:00:00Z <<  = *a &a !a %a @a `a |- > - ? : #a a#b [] {} [a {a, 'a' \"a\" \\ a: --- ... !!str"
-).split() + [
-    " lead",
-    "trail ",
-    "a: b",
-    "a #b",
-    "- a",
-    "? a",
-    "two  spaces",
-    "a,b",
-    "{a: b}",
-    "é",
-    "日本語",
-    "🙂",
+WORDS = (
+    "yes no on off y N true False null ~ 1 025 0o17 0x1F 1_000 1e5 1.5 1e-4 .inf -.INF .nan 1:30",
+    "2026-01-01 2026-01-01T10:00:00Z << = *a &a !a %a @a `a |- > - ? : #a a#b [] {} [a {a, 'a'",
+    '"a" \\ a: --- ... !!str é 日本語 🙂 a,b',
+)
+LOOKS_LIKE_SOMETHING_ELSE = [
+    *(word for line in WORDS for word in line.split()),
+    *(" lead", "trail ", "a: b", "a #b", "- a", "? a", "two  spaces", "{a: b}"),
 ]
-CHARACTERS = "aZ09 _-.:,#'\"\\/{}[]&*!|>%@`=~?\t\n\r\x00\x07\x1b\x7f\x85\xa0\u200b\u202e\u2028\ufeffßéя漢\U0001f600\U0010ffff"
+CHARACTERS = (
+    "aZ09 _-.:,#'\"\\/{}[]&*!|>%@`=~?\t\n\r\x00\x07\x1b\x7f\x85\xa0"
+    "\u200b\u202e\u2028\ufeffßéя漢\U0001f600\U0010ffff"
+)
 
 
 def row(name: str) -> ModelRowDefaults:
