@@ -88,8 +88,8 @@ def _job(cfg: RunConfig, row: Row, screen: Screen) -> Job:
         names = {"image": "face (--image for yours)", "audio": "voice (--audio for yours)"}
         screen(Notice(f"input: the built-in {' and '.join(names[key] for key in missing)}"))
     return Job(
-        picture=load_picture(Path(cfg.input.image)) if cfg.input.image else sample_picture(),
-        sound=open_sound(Path(cfg.input.audio)) if cfg.input.audio else sample_sound(),
+        picture=load_picture(cfg.input.image) if cfg.input.image else sample_picture(),
+        sound=open_sound(cfg.input.audio) if cfg.input.audio else sample_sound(),
         prompt=cfg.input.prompt or "",
         negative_prompt=cfg.input.negative_prompt or "",
     )

@@ -147,7 +147,10 @@ class _Builder:
         if not isinstance(event, yaml.NodeEvent):
             raise self._error(event, "expected a value")
         if event.anchor is not None:
-            raise self._error(event, f"YAML anchor &{event.anchor[:60]} is not allowed")
+            raise self._error(
+                event,
+                f"YAML anchor &{event.anchor[:60]} is not allowed; write the value where an alias would repeat it",
+            )
         tag = getattr(event, "tag", None)
         if tag is not None:
             raise self._error(event, f"YAML tag {tag[:60]} is not allowed; values are typed by their key")
