@@ -1,0 +1,100 @@
+"""A valid value whose code does not exist yet is refused by name, never ignored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+from click.testing import Result
+
+from avatarctl.config import ANY, COMMAND_SECTIONS, keys
+from avatarctl.config.values import kind_of
+
+TEXTS = {  # one value other than the default, where the type does not give it
+    "model.weights": "dit=x.safetensors",
+    "model.lora": "x.safetensors:0.5",
+    "input.face": "largest",
+    "sampling.guidance_interval": "0.2,0.8",
+    "runtime.trackers": "wandb",
+    "output.fps": "24",
+}
+
+
+def without_code() -> Iterator[tuple[str, str]]:
+    """(key, text) of every value in infer's sections that is marked as not supported."""
+    for dotted, spec in keys().items():
+        mark, kind = spec.key.not_yet, kind_of(spec.type)
+        if not mark or spec.section not in COMMAND_SECTIONS["infer"]:
+            continue
+        if mark != ANY:
+            yield from ((dotted, str(value)) for value in mark)
+        elif dotted in TEXTS:
+            yield dotted, TEXTS[dotted]
+        elif get_origin(kind) is Literal:
+            yield from ((dotted, choice) for choice in get_args(kind) if choice != spec.default)
+        elif kind is bool:
+            yield dotted, "false" if spec.default else "true"
+        else:
+            yield dotted, "some/path" if kind is str else str(spec.key.high)
+
+
+@pytest.mark.parametrize(("dotted", "text"), list(without_code()))
+def test_refused_by_option_and_by_file(
+    dotted: str, text: str, refused: Callable[..., str], here: Path
+) -> None:
+    for words in (("--dry-run", "-o", f"{dotted}={text}"), ("-o", f"{dotted}={text}")):
+        line = refused(2, "infer", *words)
+        assert dotted in line and "not yet supported by `avatarctl infer`" in line
+        assert line.startswith(f"-o {dotted}: ")
+    if "=" not in text:
+        section, name = dotted.split(".")
+        (here / "job.yaml").write_text(f"{section}:\n  {name}: {text}\n", encoding="utf-8")
+        assert refused(2, "infer", "--dry-run", "--config", "job.yaml").startswith("job.yaml:2: ")
+    assert {path.name for path in here.iterdir()} <= {"job.yaml"}
+
+
+def test_what_is_known_to_have_no_code() -> None:
+    """So that a mark cannot vanish without its code; whoever adds the code deletes the line."""
+    marked = {f"{dotted}={text}" for dotted, text in without_code()}
+    assert {
+        "input.video=some/path", "input.jobs=some/path", "long_video.strategy=fused", "memory.mode=auto",
+        "sampling.solver=unipc", "sampling.cache=teacache", "output.paste=face", "model.channels=65",
+        "runtime.gpus=1024", "runtime.compile=true", "output.save_latents=true",
+    } <= marked  # fmt: skip
+
+
+def supported() -> Iterator[Any]:
+    """The other choices of keys that are supported in part, and one value of simple keys."""
+    for dotted, spec in keys().items():
+        mark = spec.key.not_yet
+        if spec.section in COMMAND_SECTIONS["infer"] and mark != ANY:
+            choices = get_args(kind_of(spec.type)) if get_origin(kind_of(spec.type)) is Literal else ()
+            yield from ((dotted, str(choice)) for choice in choices if choice not in mark)
+
+
+@pytest.mark.parametrize(("dotted", "text"), list(supported()))
+def test_supported_choices_pass(dotted: str, text: str, run: Callable[..., Result], voice: Path) -> None:
+    result = run("infer", "--dry-run", "--audio", str(voice), "-o", f"{dotted}={text}")
+    assert result.exit_code == 0, result.stderr
+
+
+def test_unused_sections_are_checked_and_otherwise_ignored(
+    run: Callable[..., Result], refused: Callable[..., str], voice: Path
+) -> None:
+    words = ("infer", "--dry-run", "--audio", str(voice), "-o")
+    assert run(*words, "train.optimizer=adamw8bit").exit_code == 0
+    assert "train.optimizer" in refused(2, *words, "train.optimizer=sgd")
+
+
+@pytest.mark.parametrize("name", ["stableavatar-1.3b", "liveavatar-14b"])
+@pytest.mark.parametrize("flags", [(), ("--dry-run",)], ids=["run", "dry"])
+def test_models_that_are_only_listed(name: str, flags: tuple[str, ...], refused: Callable[..., str]) -> None:
+    assert f"{name} is not yet supported" in refused(2, "infer", "--model", name, *flags)
+
+
+def test_a_checkpoint_folder_as_model(refused: Callable[..., str], here: Path) -> None:
+    (here / "mine").mkdir()
+    assert "cannot be run yet" in refused(2, "infer", "--model", "mine", "--dry-run")
+    assert "cannot be run yet" in refused(2, "infer", "--model", "a/b.safetensors", "--dry-run")
