@@ -114,10 +114,10 @@ def ensure_writable_folder(folder: Path) -> None:
         OutputRefused: not a folder, no permission, read-only.
         WriteFailed: the disk is too full to create a file.
     """
-    if folder.exists() and not folder.is_dir():
-        raise OutputRefused("is a file, not a folder", where=folder, fix="choose another --out")
     probe = folder / f".tmp-{secrets.token_hex(8)}"
     with disk_errors(folder):
+        if folder.exists() and not folder.is_dir():
+            raise OutputRefused("is a file, not a folder", where=folder, fix="choose another --out")
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except FileExistsError as error:  # a dangling link in the way

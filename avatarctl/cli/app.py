@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import importlib
+import os
 import signal
 import sys
 import traceback
@@ -15,9 +17,12 @@ from typing import Any, NoReturn
 import click
 
 import avatarctl
-from avatarctl.errors import AvatarctlError, DoesNotFit, Interrupted, UsageError, printable
+from avatarctl.errors import AvatarctlError, DoesNotFit, Interrupted, PathNotFound, UsageError, printable
 
 __all__ = ["CommandGroup", "app", "main"]
+
+_UNREACHABLE = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
+"""What the system says about a person's path already when it is looked at."""
 
 
 class CommandGroup(click.Group):
@@ -114,6 +119,8 @@ def _known(error: BaseException) -> AvatarctlError | None:
         return UsageError(_one_line(error))
     if isinstance(error, (click.Abort, KeyboardInterrupt)):
         return Interrupted("interrupted")
+    if isinstance(error, OSError) and error.errno in _UNREACHABLE and error.filename is not None:
+        return PathNotFound(os.strerror(error.errno).lower(), where=error.filename)
     if _is_out_of_memory(error):
         return DoesNotFit(
             "out of memory", where=str(error)[:200] or None, fix="use a smaller --size or fewer --num-frames"

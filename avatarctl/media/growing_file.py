@@ -52,7 +52,8 @@ class GrowingFile:
         self.overwrite = overwrite
         self.error: BaseException | None = None
         self._length = self._whole = 0
-        self._refuse_existing()
+        with disk_errors(final):
+            self._refuse_existing()
         ensure_writable_folder(final.parent)
         with disk_errors(self.path):
             self._descriptor = _open_for_one_writer(self.path)
