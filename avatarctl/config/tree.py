@@ -149,7 +149,7 @@ class _Builder:
         if event.anchor is not None:
             raise self._error(
                 event,
-                f"YAML anchor &{event.anchor[:60]} is not allowed; write the value where an alias would repeat it",
+                f"YAML anchor &{event.anchor[:60]} is not allowed; instead of an alias write the value",
             )
         tag = getattr(event, "tag", None)
         if tag is not None:
