@@ -1,0 +1,279 @@
+"""`avatarctl` as a process of its own: imports, signals, limits, pipes, privileges, memory.
+
+Each start costs seconds of imports, so there are few, and each looks at several things.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from tests.helpers_video import count_frames, probe_video
+
+TINY = ("-o", "output.width=16", "-o", "output.height=16", "--steps", "1", "--num-frames", "9")
+HOSTILE = Path(__file__).resolve().parents[3] / "shared" / "hostile"
+NOBODY = 65_534
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX systems")
+
+
+def command(*words: str) -> list[str]:
+    """The console script as it is installed, or the module where there is none."""
+    script = Path(sys.executable).with_name("avatarctl")
+    return [str(script), *words] if script.exists() else [sys.executable, "-m", "avatarctl", *words]
+
+
+def run(words: list[str], folder: Path, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        words, cwd=folder, capture_output=True, text=True, encoding="utf-8", timeout=300, **options
+    )  # type: ignore[call-overload]
+
+
+def error_of(stderr: str) -> str:
+    """The text of the only error line, which is the last; no traceback."""
+    assert "Traceback" not in stderr
+    errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert errors == stderr.splitlines()[-1:], stderr
+    return errors[0].removeprefix("error: ")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    """A folder whose name has spaces and letters beyond ASCII."""
+    folder = tmp_path / "mein Ördner 日本"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def speech(tmp_path: Path) -> Path:
+    """60 s of noise: far more chunks than any test waits for."""
+    path = tmp_path / "speech.wav"
+    soundfile.write(path, np.random.default_rng(0).standard_normal(960_000) * 0.1, 16_000)
+    return path
+
+
+@contextlib.contextmanager
+def started(words: list[str], folder: Path, wait_for: str) -> Iterator[subprocess.Popen[str]]:
+    """A process that has just said `wait_for` on stderr."""
+    process = subprocess.Popen(
+        words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
+    )
+    assert process.stderr is not None
+    try:
+        for line in process.stderr:
+            if re.search(wait_for, line):
+                break
+        else:
+            pytest.fail(f"ended with {process.wait()} before it said {wait_for!r}")
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def stopped(words: list[str], folder: Path, wait_for: str, number: signal.Signals) -> tuple[int, str, str]:
+    """Exit code, stdout and the rest of stderr after a signal sent at `wait_for`."""
+    with started(words, folder, wait_for) as process:
+        process.send_signal(number)
+        stdout, stderr = process.communicate(timeout=60)
+        return process.returncode, stdout, stderr
+
+
+HELP = """
+import contextlib, io, sys
+from avatarctl.cli import app
+for words in (["--help"], ["infer", "--help"], ["models", "--help"], ["infer", "--steps", "x"]):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            app.main(words)
+        except SystemExit:
+            pass
+heavy = {"torch", "numpy", "diffusers", "transformers", "av", "soundfile", "PIL", "rich"}
+print(sorted(heavy & sys.modules.keys()))
+"""
+
+
+def test_help_and_refusals_import_nothing_heavy(here: Path) -> None:
+    assert run([sys.executable, "-c", HELP], here).stdout == "[]\n"
+
+
+def test_module_and_hostile_configuration(here: Path) -> None:
+    canary = here.parent / "canary"
+    config = here / "a\x1b[31m\nb.yaml"
+    tag = f"!!python/object/apply:os.system ['touch {canary}']"
+    config.write_text(f"runtime:\n  seed: {tag}\n", encoding="utf-8")
+    found = run([sys.executable, "-m", "avatarctl", "infer", "--config", config.name], here)
+    assert found.returncode == 2 and found.stdout == ""
+    assert error_of(found.stderr).startswith(r"a\x1b[31m\nb.yaml:2: YAML tag")
+    assert not canary.exists() and names(here) == [config.name]
+
+
+def test_as_typed_on_a_fresh_machine(here: Path) -> None:
+    found = run(command("infer", "--chunked"), here)
+    assert found.returncode == 0, found.stderr
+    (line,) = found.stdout.splitlines()
+    path = Path(line)
+    assert path.is_absolute() and path.is_relative_to(here) and path.suffix == ".mp4"
+    video = probe_video(path)
+    assert (video.frames, video.width, video.height, video.fps) == (100, 64, 64, 25)
+    assert abs(video.sound_seconds - 4.0) <= 1024 / video.sound_rate and video.steady
+    assert names(path.parent) == ["video.mp4", "video.run.yaml"]
+    assert "untrained: the picture will be noise" in found.stderr
+    assert "\x1b" not in found.stderr, "no colours and no cursor movements in a log"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_in_the_middle_keeps_the_playable_part(
+    number: signal.Signals, here: Path, speech: Path
+) -> None:
+    words = command("infer", *TINY, "--audio", str(speech), "--out", "ein Clip ü.mp4")
+    code, stdout, stderr = stopped(words, here, "^chunk 3 of", number)
+    assert code == 6 and stdout == ""
+    error = error_of(stderr)
+    match = re.search(r"the finished part, (\d+) frames, is kept as (ein Clip ü\.partial\.mp4)", error)
+    assert match is not None, error
+    assert int(match[1]) >= 9 + 8 + 8  # the first chunk has no overlap
+    assert count_frames(here / match[2]) == int(match[1])
+    assert probe_video(here / match[2]).sound_seconds > 0.9
+    assert names(here) == ["ein Clip ü.partial.mp4"]
+
+
+def test_signal_before_the_first_chunk_leaves_nothing(here: Path, speech: Path) -> None:
+    many = [word if word != "1" else "1000" for word in TINY]  # steps: the first chunk takes its time
+    words = command("infer", *many, "--audio", str(speech), "--out", "new/deep/a.mp4")
+    code, stdout, stderr = stopped(words, here, "frames of 16x16 at 25 fps", signal.SIGTERM)
+    assert code == 6 and stdout == ""
+    assert "kept" not in error_of(stderr)
+    assert names(here) == []
+
+
+def test_killed_process_leaves_no_final_name(here: Path, speech: Path) -> None:
+    words = command("infer", *TINY, "--audio", str(speech), "--out", "a.mp4")
+    with started(words, here, "^chunk 6 of") as process:
+        process.kill()
+        process.wait()
+    assert names(here) == ["a.partial.mp4"]
+    # Two chunks may wait for the encoder, and it holds back eight frames.
+    assert count_frames(here / "a.partial.mp4") >= 9 + 5 * 8 - 2 * 8 - 8
+
+
+def test_full_disk_is_one_line(here: Path, speech: Path) -> None:
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (20_000, 20_000))
+    words = command("infer", *TINY, "--audio", str(speech), "--out", "a.mp4")
+    found = run(words, here, preexec_fn=limit)
+    assert found.returncode == 3 and found.stdout == ""
+    assert "a.partial.mp4: no space left" in error_of(found.stderr)
+    assert names(here) == ["a.partial.mp4"]
+    assert count_frames(here / "a.partial.mp4") > 0
+
+
+@pytest.fixture
+def sealed(speech: Path) -> Iterator[Path]:
+    """A folder that an unprivileged user can enter and not write."""
+    folder = Path(tempfile.mkdtemp())  # pytest's own folders cannot be entered by others
+    shutil.copy(speech, folder / "speech.wav")
+    (folder / "speech.wav").chmod(0o644)
+    folder.chmod(0o555)
+    yield folder
+    folder.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+UNPRIVILEGED = f"""
+import os
+import avatarctl.cli.infer, avatarctl.demo.sample, avatarctl.pipelines.infer
+if os.geteuid() == 0:  # only now: an unprivileged user may not be able to read these packages
+    os.setgroups([])
+    os.setgid({NOBODY})
+    os.setuid({NOBODY})
+from avatarctl.cli import main
+main()
+"""
+
+
+def test_read_only_folder(sealed: Path) -> None:
+    words = ["infer", *TINY, "--audio", "speech.wav", "--out", "a.mp4"]
+    found = run([sys.executable, "-c", UNPRIVILEGED, *words], sealed)
+    assert found.returncode == 2 and found.stdout == "", found.stderr
+    assert "no permission to write" in error_of(found.stderr)
+    assert names(sealed) == ["speech.wav"]
+
+
+def test_hostile_picture_with_a_hostile_name(here: Path) -> None:
+    picture = here / "a\x1b]0;b\x07\r\u202e.png"
+    picture.write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 40)
+    found = run(command("infer", "--image", picture.name, "--out", "a.mp4"), here)
+    assert found.returncode == 3 and found.stdout == ""
+    error = error_of(found.stderr)
+    assert error.startswith(r"a\x1b]0;b\x07\r\u202e.png: ")
+    assert found.stderr.replace("\n", "").isprintable()
+    assert names(here) == [picture.name]
+
+
+def test_long_compressed_silence_in_little_memory(here: Path) -> None:
+    """25 minutes of 8 channels: 1.1 GB as samples, a few kilobytes as FLAC."""
+    sound = HOSTILE / "audio" / "flac_bomb_25min_8ch.flac"
+    if not sound.is_file():
+        sound = here.parent / "bomb.flac"
+        with soundfile.SoundFile(sound, "w", 48_000, 8, "PCM_16") as file:
+            for _ in range(25 * 60):
+                file.write(np.zeros((48_000, 8), np.int16))
+    peak = (
+        "import resource, runpy, sys\n"
+        "sys.argv[0] = 'avatarctl'\n"
+        "try:\n    runpy.run_module('avatarctl', run_name='__main__')\n"
+        "finally:\n    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)\n"
+    )
+    found = run([sys.executable, "-c", peak, "infer", "--dry-run", "--json", "--audio", str(sound)], here)
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout)["frames"] == 25 * 60 * 25
+    peak_bytes = int(found.stderr.splitlines()[-1]) * (1 if sys.platform == "darwin" else 1024)
+    assert peak_bytes < 1.5 * 2**30
+    assert names(here) == []
+
+
+def test_a_reader_that_goes_away(here: Path, read_end_closed: Callable[[], int]) -> None:
+    descriptor = read_end_closed()
+    found = subprocess.run(command("models", "list"), cwd=here, stdout=descriptor, stderr=subprocess.PIPE)
+    assert (found.returncode, found.stderr) == (0, b"")
+
+
+def test_a_reader_of_errors_that_goes_away(here: Path, read_end_closed: Callable[[], int]) -> None:
+    descriptor = read_end_closed()
+    found = subprocess.run(command("infr"), cwd=here, stderr=descriptor, stdout=subprocess.PIPE)
+    assert (found.returncode, found.stdout) == (2, b"")
+
+
+@pytest.fixture
+def read_end_closed() -> Iterator[Callable[[], int]]:
+    opened = []
+
+    def make() -> int:
+        read, write = os.pipe()
+        os.close(read)
+        opened.append(write)
+        return write
+
+    yield make
+    for descriptor in opened:
+        os.close(descriptor)
