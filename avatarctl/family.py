@@ -225,6 +225,9 @@ class Family(Protocol):
     def conventions(self, cfg: RunConfig) -> Conventions:
         """What two files of this family must agree on."""
 
+    def notices(self, cfg: RunConfig) -> tuple[str, ...]:
+        """Lines that a person should read before this run."""
+
     def plan(self, samples: int, cfg: RunConfig) -> Plan:
         """Spans for a sound of `samples` at 16 kHz. Raises UsageError for impossible requests."""
 

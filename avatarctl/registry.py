@@ -314,7 +314,7 @@ def find_model(name: str) -> Row:
 
     Raises ConfigError for unknown names and for rows that are no models; NotYetSupported for paths.
     """
-    if name not in ROWS and ("/" in name or Path(name).exists()):
+    if name not in ROWS and _names_a_path(name):
         raise NotYetSupported(f"model.name {name[:200]}: checkpoint files and folders cannot be run yet")
     row = find(name)
     if row.kind != "model":
@@ -324,6 +324,13 @@ def find_model(name: str) -> Row:
             fix=f"did you mean {users[0]}?" if users else None,
         )
     return row
+
+
+def _names_a_path(name: str) -> bool:
+    try:
+        return "/" in name or Path(name).exists()
+    except (OSError, ValueError):  # too long for a path, or with a NUL
+        return False
 
 
 def configure(*assignments: str, origin: str = "configure") -> RunConfig:
@@ -365,9 +372,10 @@ def _present(folder: Path, name: str) -> bool:
 
 
 def outside_training(
-    row: Row, *, width: int, height: int, num_frames: int, overlap_frames: int
+    row: Row, *, width: int, height: int, num_frames: int, overlap_frames: int | None
 ) -> tuple[str, ...]:
-    """One line for each value that the row's model was not trained for; sizes in pixels and pixel frames."""
+    """One line for each value that the row's model was not trained for; sizes in pixels and pixel frames,
+    None for an overlap that is not used."""
     known = row.trained_for
     checks = (
         ("size", f"{width}x{height}", (width, height), known.sizes),
@@ -377,5 +385,5 @@ def outside_training(
     return tuple(
         f"{row.name} was not trained for {what} {shown}"
         for what, shown, value, seen in checks
-        if seen and value not in seen
+        if seen and value is not None and value not in seen
     )

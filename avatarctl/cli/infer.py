@@ -15,8 +15,8 @@ import click
 
 from avatarctl.cli.options import ConfigCommand, Request, config_options, read_request
 from avatarctl.cli.screen import Screen
-from avatarctl.config import RunConfig, dump_run, require_supported
-from avatarctl.errors import NotYetSupported, UsageError, WeightsMissing, printable
+from avatarctl.config import Resolved, RunConfig, dump_run, require_supported, value_of
+from avatarctl.errors import NotYetSupported, OutputRefused, UsageError, WeightsMissing, printable
 from avatarctl.events import Notice
 from avatarctl.registry import COMPAT, NOT_YET, Row, Wanted, find_model, missing_files
 
@@ -28,6 +28,8 @@ __all__ = ["DEFAULT_MODEL", "infer"]
 DEFAULT_MODEL = "cartoon-i2v"
 
 _SHARD = re.compile(r"(?P<stem>.*-)(?P<number>\d{5})(?P<rest>-of-\d{5}\..*)")
+
+_PATHS = ("model.weights_root", "input.image", "input.audio", "output.path")
 
 EXAMPLES = """\b
 Examples:
@@ -96,9 +98,13 @@ def _job(cfg: RunConfig, row: Row, screen: Screen) -> Job:
 
 
 def _dry_run(request: Request, row: Row, job: Job, missing: tuple[Wanted, ...], screen: Screen) -> None:
+    from avatarctl.pipelines.infer import environment_problems
     from avatarctl.pipelines.job import check_job
 
-    summary = check_job(request.resolved.cfg, row, job, screen).summary()
+    plan = check_job(request.resolved.cfg, row, job, screen)
+    for problem in environment_problems(row, plan):
+        screen(Notice(f"a run would end with exit 4: {problem}", "warning"))
+    summary = plan.summary()
     summary["missing_weights"] = [f"{item.folder}/{item.file}" for item in missing]
     if missing:
         screen(Notice(_missing_line(missing), "warning"))
@@ -115,7 +121,9 @@ def _run(request: Request, row: Row, job: Job, missing: tuple[Wanted, ...], scre
     path = Path(cfg.output.path) if cfg.output.path else _fresh_path(row)
     if missing:
         raise WeightsMissing(_missing_line(missing), where=row.name)
-    _refuse_inputs_as_output(cfg, path)
+    record_path = path.with_suffix(".run.yaml")
+    if record_path.exists() and not cfg.output.overwrite:
+        raise OutputRefused("exists; add --overwrite or choose another --out", where=record_path)
 
     from avatarctl.atomic import atomic_write_text
     from avatarctl.cli.signals import stop_on_signals
@@ -125,9 +133,6 @@ def _run(request: Request, row: Row, job: Job, missing: tuple[Wanted, ...], scre
     with stop_on_signals() as should_stop, _leaving_no_empty_folder(path.parent):
         plan = check_job(cfg, row, job, screen)
         finished = write_video(row, job, plan, path, emit=screen, should_stop=should_stop)
-        # Without the path, unless it was asked for: a repeated run picks a fresh folder again.
-        record = replace(request.resolved, cfg=plan.cfg)
-        atomic_write_text(path.with_suffix(".run.yaml"), dump_run(record, "infer"))
     if request.json:
         result = {
             "command": "infer",
@@ -139,6 +144,26 @@ def _run(request: Request, row: Row, job: Job, missing: tuple[Wanted, ...], scre
         click.echo(json.dumps({**plan.summary(), **result}, ensure_ascii=True))
     else:
         click.echo(printable(finished.path))
+    # After the result: a record that cannot be written must not hide a finished video.
+    atomic_write_text(record_path, dump_run(_from_anywhere(request.resolved, plan.cfg), "infer"))
+
+
+def _from_anywhere(resolved: Resolved, cfg: RunConfig) -> Resolved:
+    """What a run file holds: absolute paths, so that it repeats the run from any folder.
+
+    The output's path is in it only if it was asked for: otherwise a repeated run picks a fresh folder.
+    """
+    asked = dict(resolved.asked)
+    sections: dict[str, Any] = {}
+    for dotted in _PATHS:
+        section, _, name = dotted.partition(".")
+        value = value_of(cfg, dotted)
+        if value is not None:
+            absolute = str(Path(value).absolute())
+            sections[section] = replace(sections.get(section, getattr(cfg, section)), **{name: absolute})
+            if dotted in asked:
+                asked[dotted] = replace(asked[dotted], value=absolute)
+    return replace(resolved, cfg=replace(cfg, **sections), asked=asked)
 
 
 @contextlib.contextmanager
@@ -156,13 +181,6 @@ def _leaving_no_empty_folder(folder: Path) -> Iterator[None]:
 
 def _fresh_path(row: Row) -> Path:
     return Path("runs") / f"infer-{row.name}" / time.strftime("%Y%m%d-%H%M%S") / "video.mp4"
-
-
-def _refuse_inputs_as_output(cfg: RunConfig, path: Path) -> None:
-    for key in ("image", "audio"):
-        given = getattr(cfg.input, key)
-        if given and path.exists() and path.samefile(given):
-            raise UsageError(f"the output is the same file as --{key}", where=path)
 
 
 def _missing_line(missing: tuple[Wanted, ...]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -22,6 +23,8 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
     def note(number: int, frame: FrameType | None) -> None:
         nonlocal asked
         asked = True
+        # The write call itself: buffered output may be in the middle of a line that it cannot re-enter.
+        os.write(2, b"stopping at the next step; once more to stop at once\n")
         signal.signal(number, before[signal.Signals(number)])
 
     for number in before:

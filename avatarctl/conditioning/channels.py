@@ -13,16 +13,17 @@ import torch
 from einops import repeat
 from torch import Tensor
 
-__all__ = ["LAYOUTS", "condition_channels", "prefix_mask"]
+__all__ = ["LAYOUTS", "MASK_GENERATE", "MASK_KEEP", "condition_channels", "prefix_mask"]
 
 LAYOUTS = (33, 49, 65)
+MASK_KEEP, MASK_GENERATE = 0, 1
 
 
 def prefix_mask(reference: Tensor, frames: int, fixed: int) -> Tensor:
     """[B, 1, frames, h, w] in the dtype of `reference`: 0 on the first `fixed` latent frames, else 1."""
     batch, _, _, height, width = reference.shape
-    mask = reference.new_ones((batch, 1, frames, height, width))
-    mask[:, :, :fixed] = 0
+    mask = reference.new_full((batch, 1, frames, height, width), MASK_GENERATE)
+    mask[:, :, :fixed] = MASK_KEEP
     return mask
 
 

@@ -17,6 +17,12 @@ __all__ = ["ModelRowDefaults", "Resolved", "resolve"]
 DECIDES_OTHERS = ("model.name", "model.compat")
 """Keys whose change makes the resolved values of a run file stale; what was asked is kept."""
 
+OVERRULES = {
+    "long_video.max_tokens": ("long_video.num_frames",),
+    "long_video.max_size": ("output.width", "output.height"),
+}
+"""Keys that a person sets to decide what a model row states outright: the row's value gives way."""
+
 
 @dataclass(frozen=True)
 class ModelRowDefaults:
@@ -81,6 +87,11 @@ def resolve(
         if stated != wanted:
             notices.append(f"{row.name} states audio_offset {stated} and keeps it under compat {mode}")
 
+    for winner, losers in OVERRULES.items():
+        # From the row only: beside a value that a person gave, both count as given.
+        if winner in own or winner in asked or winner in (ambient or {}):
+            for loser in losers:
+                base.pop(loser, None)
     settings = base | compat_layer | dict(ambient or {}) | own | dict(asked)
     cfg = _build({dotted: setting.value for dotted, setting in settings.items()})
     origins = {dotted: setting.origin for dotted, setting in settings.items()}

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from avatarctl.conditioning.channels import condition_channels, prefix_mask
+from avatarctl.conditioning.channels import MASK_KEEP, condition_channels, prefix_mask
 from avatarctl.conditioning.chunks import ChunkPlan, plan_chunks
 from avatarctl.conditioning.geometry import choose_bucket, chunk_frames
 from avatarctl.config import RunConfig
@@ -43,6 +43,7 @@ __all__ = ["OmniAvatar"]
 
 _LATENT_CHANNELS = 16
 _PIXELS_PER_LATENT = 8
+_SHORTEST_CHUNK = 5
 _BRANCH_TEXT = {"full": "prompt", "silent": "prompt", "negative": "negative"}
 
 
@@ -86,7 +87,7 @@ class OmniAvatar:
         assert cfg.model.audio_offset is not None and cfg.sampling.shift is not None
         return Conventions(
             audio_offset=cfg.model.audio_offset,
-            mask_keep=0,
+            mask_keep=MASK_KEEP,
             hole=0.0,
             fps=FPS,
             sigma_shift=cfg.sampling.shift,
@@ -97,20 +98,30 @@ class OmniAvatar:
         height, width = cfg.output.height, cfg.output.width
         if height is not None and width is not None:
             return height, width
-        if height is not None or width is not None:
-            raise UsageError("width and height come together", where="output.width", fix="use --size WxH")
         return choose_bucket(*picture, cfg.long_video.max_size or 720)
+
+    def notices(self, cfg: RunConfig) -> tuple[str, ...]:
+        """Where a run differs from what its settings suggest."""
+        if cfg.model.compat != "reference":
+            return ()
+        lines = [
+            "compat reference: the VAE is not tiled, as the published script tiles it",
+            "compat reference: all sound is encoded in one piece, so memory grows with its length",
+        ]
+        if self.guidance(cfg).audio != cfg.sampling.audio_guidance_scale:
+            lines.append("compat reference: audio guidance is dropped, as text guidance is 1")
+        return tuple(lines)
 
     def plan(self, samples: int, cfg: RunConfig) -> Plan:
         """Chunks for `samples` at 16 kHz; needs output.width and output.height."""
-        chunks = self._chunks(samples, cfg)
-        height, width = cfg.output.height, cfg.output.width
-        assert height is not None and width is not None
         strategy = cfg.long_video.strategy
         if strategy not in ("off", "chunks"):
             raise UsageError(
                 f"{self.name} makes long videos by chunks, not {strategy}", where="long_video.strategy"
             )
+        chunks = self._chunks(samples, cfg)
+        height, width = cfg.output.height, cfg.output.width
+        assert height is not None and width is not None
         if strategy == "off" and chunks.count > 1:
             window = f"{chunks.length} ({chunks.length / FPS:g} s)"
             raise UsageError(
@@ -134,11 +145,19 @@ class OmniAvatar:
         if length is None:
             assert long_video.max_tokens is not None
             length = chunk_frames(long_video.max_tokens, output.height, output.width)
-        assert long_video.overlap_frames is not None and cfg.model.audio_offset is not None
+            if length < _SHORTEST_CHUNK:
+                raise UsageError(
+                    f"{long_video.max_tokens} tokens do not hold {_SHORTEST_CHUNK} frames of "
+                    f"{output.width}x{output.height}",
+                    where="long_video.max_tokens",
+                    fix="give more tokens or a smaller --size",
+                )
+        overlap = 1 if long_video.strategy == "off" else long_video.overlap_frames  # one window has none
+        assert overlap is not None and cfg.model.audio_offset is not None
         return plan_chunks(
             reference_frames_of_samples(samples) if reference else frames_of_samples(samples),
             length=length,
-            overlap=long_video.overlap_frames,
+            overlap=overlap,
             offset=cfg.model.audio_offset,
         )
 
@@ -195,7 +214,7 @@ class OmniAvatar:
         return Condition(
             channels=condition_channels(encoded.reference, mask),
             clean=clean,
-            fixed_mask=mask[..., :1, :1] == 0,
+            fixed_mask=mask[..., :1, :1] == MASK_KEEP,
             audio={"features": encoded.audio},
             text=encoded.text,
         )
@@ -242,7 +261,9 @@ class OmniAvatar:
         state: _State,
     ) -> dict[str, Tensor]:
         inputs = torch.cat([x, prepared.shared], dim=1)
-        return {name: dit(inputs, t, prepared.branch[name], mode="denoise").float() for name in branches}
+        ready = {name: prepared.branch[name] for name in branches}
+        velocities: dict[str, Tensor] = dit(inputs, t, ready, mode="denoise")
+        return {name: velocity.float() for name, velocity in velocities.items()}
 
     def combine(self, velocities: Mapping[str, Tensor], guidance: Guidance, step: int) -> Tensor:
         return combine(velocities, guidance)

@@ -2,6 +2,7 @@
 
 from avatarctl.media.background import BackgroundWriter
 from avatarctl.media.files import check_regular_file
+from avatarctl.media.growing_file import partial_path
 from avatarctl.media.picture import Picture, load_picture, picture_from_array
 from avatarctl.media.sound import Sound, open_sound, sound_from_array, write_sound
 from avatarctl.media.sound_survey import SoundSurvey, survey
@@ -21,6 +22,7 @@ __all__ = [
     "check_regular_file",
     "load_picture",
     "open_sound",
+    "partial_path",
     "picture_from_array",
     "sound_from_array",
     "survey",

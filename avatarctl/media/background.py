@@ -29,6 +29,11 @@ class BackgroundWriter:
         self._thread = threading.Thread(target=self._work, name="video writer", daemon=True)
         self._thread.start()
 
+    def check(self) -> None:
+        """Raise what the writer met, if anything: sampling on for a file that cannot grow is waste."""
+        if self._error is not None:
+            raise self._error
+
     @property
     def frames_written(self) -> int:
         """Frames that the writer has taken; complete after `finish` or `abandon`."""
@@ -36,13 +41,13 @@ class BackgroundWriter:
 
     def write(self, frames: np.ndarray) -> None:
         """uint8 [n, H, W, 3]; waits while another block waits. Raises what `VideoWriter.write` raises."""
-        self._raise()
+        self.check()
         self._blocks.put(frames)
 
     def finish(self) -> Path:
         """Write what waits, complete the file under its final name. Raises as `VideoWriter.finish`."""
         self._join()
-        self._raise()
+        self.check()
         return self._writer.finish()
 
     def abandon(self) -> Path | None:
@@ -56,13 +61,9 @@ class BackgroundWriter:
                 try:
                     self._writer.write(frames)
                 except BaseException as error:
-                    self._error = error  # handed to the thread that owns the run; see _raise
+                    self._error = error  # handed to the thread that owns the run; see check
 
     def _join(self) -> None:
         if self._thread.is_alive():
             self._blocks.put(None)
             self._thread.join()
-
-    def _raise(self) -> None:
-        if self._error is not None:
-            raise self._error

@@ -55,20 +55,19 @@ class Piece:
 
 
 def pieces(frames: int, window: int | None, overlap: int) -> list[Piece]:
-    """Cut `frames` into pieces of `window` frames that overlap by at least `overlap`.
+    """Cut `frames` into pieces of `window` frames that overlap by `overlap`.
 
-    window None, or one that holds everything: a single exact piece. Otherwise neighbours are cut in the
-    middle of what they share, and the last piece is moved back to full length so that no frame is encoded
-    with less context than the others.
+    window None, or one that holds everything: a single exact piece. Otherwise neighbours share `overlap`
+    frames and are cut in their middle; the last piece is as long as what is left.
     """
     if window is None or frames <= window:
         return [Piece(0, frames, 0, frames)]
     hop = window - overlap
-    starts = [min(k * hop, frames - window) for k in range(1 + -(-(frames - window) // hop))]
-    cuts = [0, *((b + a + window) // 2 for a, b in pairwise(starts)), frames]
+    starts = [k * hop for k in range(1 + -(-(frames - window) // hop))]
+    cuts = [0, *(start + overlap // 2 for start in starts[1:]), frames]
     return [
-        Piece(start, start + window, keep, keep_stop)
-        for start, keep, keep_stop in zip(starts, cuts[:-1], cuts[1:], strict=True)
+        Piece(start, min(start + window, frames), keep, keep_stop)
+        for start, (keep, keep_stop) in zip(starts, pairwise(cuts), strict=True)
     ]
 
 
@@ -100,8 +99,9 @@ class AudioFeatures:
         window = None if window_seconds is None else int(window_seconds * FPS)
         self._waiting = pieces(frames, window, int(PIECE_OVERLAP_SECONDS * FPS))
         self._ready: list[tuple[Piece, Tensor]] = []
-        self._moments: Any = None
         self._in_pieces = len(self._waiting) > 1
+        self._moments: Any = None
+        self._moments_known = not self._in_pieces
         self.frames = frames
 
     @property
@@ -141,7 +141,8 @@ class AudioFeatures:
         frames = piece.stop - piece.start
         if not self._in_pieces:
             return self._encoder.features(self._normalised(0, frames * SAMPLES_PER_FRAME), frames)
-        if self._moments is None:
+        if not self._moments_known:
+            self._moments_known = True
             self._moments = self._encoder.recording_moments(
                 self._normalised, self.frames * SAMPLES_PER_FRAME, int(_MOMENTS_BLOCK_SECONDS * SAMPLE_RATE)
             )

@@ -78,7 +78,7 @@ def load_modules(row: Row, cfg: RunConfig, device: torch.device, emit: Emit) -> 
     head_width = row.network["dit"]["attention_head_dim"]
     kernel = choose_attention(cfg.runtime.attention, device, dtype, head_width)
     use_attention(modules.dit, kernel)
-    emit(Notice(f"attention: {kernel}; {cfg.runtime.dtype} on {device}"))
+    emit(Notice(f"attention: {kernel}; {str(dtype).removeprefix('torch.')} on {device}"))
     return modules
 
 
@@ -94,7 +94,7 @@ def build_random_modules(row: Row) -> Modules:
     def seeded(part: str, make: Callable[[], Built]) -> Built:
         # The classes initialise themselves from the global generator; it is borrowed and given back.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(stable_hash("untrained", row.name, part))
+            torch.default_generator.manual_seed(stable_hash("untrained", row.name, part))
             # Evaluation mode from the start: layer drop would even change the number of audio features.
             return make().eval().requires_grad_(False)
 

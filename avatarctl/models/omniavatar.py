@@ -9,7 +9,7 @@ frames, A audio width, D model width, P = layers // 2 - 1 audio projections.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -49,12 +49,23 @@ class PreparedTensors:
     rotary: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class _Embedded:
+    """What all guidance branches of a step share: tokens [B, S, D], time vector [B, D] (head) and its
+    projection [B, 6, D] (blocks), grid of tokens (frames, rows, columns)."""
+
+    tokens: Tensor
+    time: Tensor
+    modulation: Tensor
+    grid: tuple[int, int, int]
+
+
 class OmniAvatarTransformer(WanTransformer3DModel):
     """One `forward`, three modes, because a sharded model may be entered only through its forward.
 
     raw      everything from the raw condition in one pass: training, parity
     prepare  what no sampling step changes: text keys and values, audio residuals, rotary table
-    denoise  one step from prepared tensors
+    denoise  one step from prepared tensors, all guidance branches
     """
 
     _supports_gradient_checkpointing = True
@@ -110,11 +121,14 @@ class OmniAvatarTransformer(WanTransformer3DModel):
 
     def forward(self, *args: Any, mode: Literal["raw", "prepare", "denoise"] = "raw", **kwargs: Any) -> Any:
         """Dispatches to `raw`, `prepare` or `denoise`; arguments are theirs."""
-        if mode == "prepare":
-            return self._prepare(*args, **kwargs)
-        if mode == "denoise":
-            return self._denoise(*args, **kwargs)
-        return self._raw(*args, **kwargs)
+        modes: dict[str, Callable[..., Any]] = {
+            "raw": self._raw,
+            "prepare": self._prepare,
+            "denoise": self._denoise,
+        }
+        if mode not in modes:
+            raise ValueError(f"mode is one of {', '.join(modes)}, not {mode!r}")
+        return modes[mode](*args, **kwargs)
 
     def _raw(
         self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, audio: Tensor
@@ -122,10 +136,10 @@ class OmniAvatarTransformer(WanTransformer3DModel):
         """hidden_states [B, C, T, h, w], timestep [B] in 0..1000, encoder_hidden_states [B, S, text_dim],
         audio [B, L, A] -> velocity [B, 16, T, h, w]. Samples of a batch are independent."""
         text = self.condition_embedder.text_embedder(encoder_hidden_states.to(self._compute_dtype))
+        _, _, frames, height, width = hidden_states.shape
         return self._run(
-            hidden_states,
-            timestep,
-            rotary=self._rotary(hidden_states),
+            self._embed(hidden_states, timestep),
+            rotary=self._rotary_table((frames, height, width)),
             audio=self._audio_residuals(audio),
             text=text,
         )
@@ -145,32 +159,31 @@ class OmniAvatarTransformer(WanTransformer3DModel):
         return PreparedTensors(
             text=key_values,
             audio=None if audio is None else self._audio_residuals(audio),
-            rotary=None if grid is None else self._rotary_of_grid(grid),
+            rotary=None if grid is None else self._rotary_table(grid),
         )
 
-    def _denoise(self, hidden_states: Tensor, timestep: Tensor, prepared: PreparedTensors) -> Tensor:
-        """As `_raw`, from prepared tensors."""
-        if prepared.text is None or prepared.audio is None or prepared.rotary is None:
-            raise ValueError("denoise needs prepared text, audio and rotary tensors")
-        return self._run(
-            hidden_states,
-            timestep,
-            rotary=prepared.rotary,
-            audio=prepared.audio,
-            text_key_values=prepared.text,
-        )
+    def _denoise(
+        self, hidden_states: Tensor, timestep: Tensor, prepared: Mapping[str, PreparedTensors]
+    ) -> dict[str, Tensor]:
+        """As `_raw`, from prepared tensors, for every guidance branch: they share latents and timestep, so
+        these are embedded once."""
+        embedded = self._embed(hidden_states, timestep)
+        velocities = {}
+        for branch, ready in prepared.items():
+            if ready.text is None or ready.audio is None or ready.rotary is None:
+                raise ValueError("denoise needs prepared text, audio and rotary tensors")
+            velocities[branch] = self._run(
+                embedded, rotary=ready.rotary, audio=ready.audio, text_key_values=ready.text
+            )
+        return velocities
 
     @property
     def _compute_dtype(self) -> torch.dtype:
         return self.patch_embedding.weight.dtype
 
-    def _rotary_of_grid(self, grid: tuple[int, int, int]) -> Tensor:
+    def _rotary_table(self, grid: tuple[int, int, int]) -> Tensor:
         tokens = tuple(n // p for n, p in zip(grid, self.config.patch_size, strict=True))
         return self.rope(tokens, self.patch_embedding.weight.device)
-
-    def _rotary(self, hidden_states: Tensor) -> Tensor:
-        _, _, frames, height, width = hidden_states.shape
-        return self._rotary_of_grid((frames, height, width))
 
     def _audio_residuals(self, audio: Tensor) -> Tensor:
         """[B, L, A] -> [B, P, T, D]. The first frame is repeated to fill the first latent's group of four:
@@ -179,31 +192,41 @@ class OmniAvatarTransformer(WanTransformer3DModel):
         packed = self.audio_proj(torch.cat([audio[:, :1].expand(-1, 3, -1), audio], dim=1))
         return torch.stack([projection(packed) for projection in self.audio_cond_projs], dim=1)
 
+    def _embed(self, hidden_states: Tensor, timestep: Tensor) -> _Embedded:
+        """Latents and condition channels as tokens, the timestep as modulation."""
+        embedder, dtype = self.condition_embedder, self._compute_dtype
+        time = embedder.timesteps_proj(timestep.float())
+        time = embedder.time_embedder(time.to(embedder.time_embedder.linear_1.weight.dtype)).to(dtype)
+        patches = self.patch_embedding(hidden_states.to(dtype))
+        return _Embedded(
+            tokens=rearrange(patches, "b d t h w -> b (t h w) d").contiguous(),
+            time=time,
+            modulation=embedder.time_proj(embedder.act_fn(time)).unflatten(1, (6, -1)),
+            grid=tuple(patches.shape[2:]),
+        )
+
     def _run(
         self,
-        hidden_states: Tensor,
-        timestep: Tensor,
+        embedded: _Embedded,
         *,
         rotary: Tensor,
         audio: Tensor,
         text: Tensor | None = None,
         text_key_values: Sequence[KeyValue] | None = None,
     ) -> Tensor:
-        embedder, dtype = self.condition_embedder, self._compute_dtype
-        time = embedder.timesteps_proj(timestep.float())
-        time = embedder.time_embedder(time.to(embedder.time_embedder.linear_1.weight.dtype)).to(dtype)
-        modulation = embedder.time_proj(embedder.act_fn(time)).unflatten(1, (6, -1))
-
-        _, _, frames, height, width = hidden_states.shape
-        tokens = self.patch_embedding(hidden_states.to(dtype))
-        tokens = rearrange(tokens, "b d t h w -> b (t h w) d").contiguous()
+        """Blocks, head, patches back to latents: [B, 16, T, h, w]."""
+        frames, rows, columns = embedded.grid
+        if audio.shape[2] != frames:
+            # Any divisor of the token count would be accepted below, and sound would meet other frames.
+            raise ValueError(f"sound of {audio.shape[2]} latent frames for a video of {frames}")
+        tokens = embedded.tokens
         checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing
         for index, block in enumerate(self.blocks):
             # Positional, and None where a block gets no sound: hooks look arguments up by position.
             arguments = (
                 tokens,
                 text,
-                modulation,
+                embedded.modulation,
                 rotary,
                 audio[:, index - 2] if 2 <= index <= len(self.blocks) // 2 else None,
                 None if text_key_values is None else text_key_values[index],
@@ -213,15 +236,15 @@ class OmniAvatarTransformer(WanTransformer3DModel):
             else:
                 tokens = block(*arguments)
 
-        shift, scale = (self.scale_shift_table + time.unsqueeze(1)).chunk(2, dim=1)
-        tokens = (self.norm_out(tokens.float()) * (1 + scale) + shift).to(dtype)
+        shift, scale = (self.scale_shift_table + embedded.time.unsqueeze(1)).chunk(2, dim=1)
+        tokens = (self.norm_out(tokens.float()) * (1 + scale) + shift).to(self._compute_dtype)
         patch_t, patch_h, patch_w = self.config.patch_size
         return rearrange(
             self.proj_out(tokens),
             "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)",
-            t=frames // patch_t,
-            h=height // patch_h,
-            w=width // patch_w,
+            t=frames,
+            h=rows,
+            w=columns,
             pt=patch_t,
             ph=patch_h,
             pw=patch_w,

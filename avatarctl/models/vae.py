@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
+from einops import rearrange
 from torch import Tensor, nn
 
 __all__ = ["StreamingDecoder", "WanVae"]
@@ -24,10 +25,9 @@ class WanVae(nn.Module):
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents, [1, C, 1, 1, 1]."""
-        shape = (1, self.vae.config.z_dim, 1, 1, 1)
-        mean = torch.tensor(self.vae.config.latents_mean, device=like.device, dtype=like.dtype)
-        std = torch.tensor(self.vae.config.latents_std, device=like.device, dtype=like.dtype)
-        return mean.view(shape), std.view(shape)
+        values = (self.vae.config.latents_mean, self.vae.config.latents_std)
+        mean, std = torch.tensor(values, device=like.device, dtype=like.dtype)
+        return rearrange(mean, "c -> 1 c 1 1 1"), rearrange(std, "c -> 1 c 1 1 1")
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -70,15 +70,17 @@ class StreamingDecoder:
         mean, std = self._codec._statistics(latents)
         vae = self._codec.vae
         hidden = vae.post_quant_conv((latents * std + mean).to(self._codec._dtype))
-        frames = []
+        frames, done = None, 0
+        total = 4 * hidden.shape[2] - (3 if self._first else 0)
         for index in range(hidden.shape[2]):
-            frames.append(
-                vae.decoder(
-                    hidden[:, :, index : index + 1],
-                    feat_cache=self._caches,
-                    feat_idx=[0],
-                    first_chunk=self._first,
-                )
-            )
+            latent = hidden[:, :, index : index + 1]
+            decoded = vae.decoder(latent, feat_cache=self._caches, feat_idx=[0], first_chunk=self._first)
             self._first = False
-        return torch.cat(frames, dim=2).float().clamp_(-1, 1)
+            if frames is None:
+                batch, colours, _, height, width = decoded.shape
+                frames = decoded.new_empty((batch, colours, total, height, width), dtype=torch.float32)
+            frames[:, :, done : done + decoded.shape[2]] = decoded
+            done += decoded.shape[2]
+        if frames is None:
+            raise ValueError("there is no latent frame to decode")
+        return frames.clamp_(-1, 1)

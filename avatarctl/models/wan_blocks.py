@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformerBlock
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 __all__ = ["AvatarAttnProcessor", "AvatarBlock", "ComplexRotaryEmbedding", "KeyValue"]
@@ -33,15 +33,19 @@ class ComplexRotaryEmbedding(nn.Module):
     def forward(self, grid: tuple[int, int, int], device: torch.device) -> Tensor:
         """grid (frames, rows, columns) of tokens -> complex64 [1, S, 1, d / 2]."""
         frames, rows, columns = grid
-        axes = []
-        for axis, (length, width) in enumerate(zip(grid, self.axis_widths, strict=True)):
-            exponent = torch.arange(0, width, 2, dtype=torch.float64) / width
-            angle = torch.outer(torch.arange(length, dtype=torch.float64), self.theta**-exponent)
-            shape = [1, 1, 1, width // 2]
-            shape[axis] = length
-            axes.append(angle.view(shape).expand(frames, rows, columns, -1))
-        angles = rearrange(torch.cat(axes, dim=-1), "f h w c -> 1 (f h w) 1 c")
+        f, h, w = (self._angles(*axis) for axis in zip(grid, self.axis_widths, strict=True))
+        parts = [
+            repeat(f, "f c -> 1 (f h w) 1 c", h=rows, w=columns),
+            repeat(h, "h c -> 1 (f h w) 1 c", f=frames, w=columns),
+            repeat(w, "w c -> 1 (f h w) 1 c", f=frames, h=rows),
+        ]
+        angles = torch.cat(parts, dim=-1)
         return torch.polar(torch.ones_like(angles), angles).to(device=device, dtype=torch.complex64)
+
+    def _angles(self, length: int, width: int) -> Tensor:
+        """float64 [length, width / 2]: position times theta^(-2k / width)."""
+        exponent = torch.arange(0, width, 2, dtype=torch.float64) / width
+        return torch.outer(torch.arange(length, dtype=torch.float64), self.theta**-exponent)
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:

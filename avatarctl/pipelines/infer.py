@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,10 +11,11 @@ import numpy as np
 import torch
 from einops import rearrange
 
-from avatarctl.errors import AvatarctlError
+from avatarctl.errors import AvatarctlError, EnvironmentMissing, NotYetSupported, OutputRefused
 from avatarctl.events import ChunkFinished, Emit, Notice, OutputFinished, Planned, Stage, silent
 from avatarctl.family import Inputs, Modules
-from avatarctl.media import BackgroundWriter, Soundtrack, VideoWriter, Waveform
+from avatarctl.media import BackgroundWriter, Soundtrack, VideoWriter, Waveform, partial_path
+from avatarctl.models.attention import choose_attention
 from avatarctl.models.encode import picture_tensor
 from avatarctl.models.loading import load_modules, resolve_device
 from avatarctl.pipelines.job import Job, JobPlan
@@ -22,7 +24,11 @@ from avatarctl.sampling.chunks import FrameBlock, sample_chunks
 from avatarctl.sampling.denoise import Denoiser
 from avatarctl.timeline import FPS
 
-__all__ = ["FrameBlock", "generate", "load", "write_video"]
+__all__ = ["FrameBlock", "environment_problems", "generate", "load", "write_video"]
+
+
+# The loop of each kind of plan.
+_LOOPS = {"chunks": sample_chunks}
 
 
 def _never() -> bool:
@@ -33,6 +39,18 @@ def load(row: Row, plan: JobPlan, *, emit: Emit = silent) -> Modules:
     """The networks of a run on its device. Raises WeightsMissing, ExtraMissing, EnvironmentMissing."""
     emit(Stage("loading the model"))
     return load_modules(row, plan.cfg, resolve_device(plan.cfg.runtime.device), emit)
+
+
+def environment_problems(row: Row, plan: JobPlan) -> tuple[str, ...]:
+    """What this machine lacks for a run, one line each: device, attention kernel. Loads no weight."""
+    runtime = plan.cfg.runtime
+    try:
+        device = resolve_device(runtime.device)
+        dtype = getattr(torch, runtime.dtype or "float32")
+        choose_attention(runtime.attention, device, dtype, row.network["dit"]["attention_head_dim"])
+    except EnvironmentMissing as missing:
+        return (str(missing),)
+    return ()
 
 
 def generate(
@@ -50,6 +68,8 @@ def generate(
     returns true.
     """
     cfg, family = plan.cfg, plan.family
+    if plan.plan.kind not in _LOOPS:
+        raise NotYetSupported(f"sampling by {plan.plan.kind} has no code yet", where="long_video.strategy")
     assert cfg.sampling.steps is not None and cfg.sampling.shift is not None
     assert cfg.output.width is not None and cfg.output.height is not None
     modules = modules or load(row, plan, emit=emit)
@@ -85,7 +105,7 @@ def generate(
             emit=emit,
         )
         emit(Stage("sampling"))
-        yield from sample_chunks(denoise, modules, inputs, plan.plan, cfg)
+        yield from _LOOPS[plan.plan.kind](denoise, modules, inputs, plan.plan, cfg)
 
 
 def write_video(
@@ -100,11 +120,13 @@ def write_video(
     """Make the video of a job at `path`, by way of `NAME.partial.mp4`.
 
     A run that ends early with finished chunks leaves the playable part and names it in the error; without
-    any it leaves nothing. Raises what `generate` raises, OutputRefused and WriteFailed.
+    any it leaves nothing. Raises what `generate` raises, OutputRefused (also where the output is an
+    input) and WriteFailed.
     """
     output = plan.cfg.output
     assert output.width is not None and output.height is not None
     started = time.monotonic()
+    _refuse_inputs(job, path)
     writer = VideoWriter(
         path,
         width=output.width,
@@ -114,19 +136,25 @@ def write_video(
         crf=output.crf,
         overwrite=output.overwrite,
     )
-    for notice in writer.notices:
-        emit(Notice(notice, "warning"))
     encoder = BackgroundWriter(writer)
+
+    def stop_asked() -> bool:
+        encoder.check()
+        return should_stop()
+
     try:
+        for notice in writer.notices:
+            emit(Notice(notice, "warning"))
         modules = load(row, plan, emit=emit)
         loaded = first_frame = time.monotonic()
         frames = 0
-        for block in generate(row, job, plan, modules=modules, emit=emit, should_stop=should_stop):
+        for block in generate(row, job, plan, modules=modules, emit=emit, should_stop=stop_asked):
+            encoder.write(_to_bytes(block.pixels))
             if frames == 0:
                 first_frame = time.monotonic()
-            encoder.write(_to_bytes(block.pixels))
             frames += block.pixels.shape[1]
             emit(ChunkFinished(block.span, frames))
+            del block  # its pixels need not live while the next chunk is sampled
         encoder.finish()
     except BaseException as error:
         _abandon(encoder, error, emit)
@@ -139,6 +167,15 @@ def write_video(
     )
     emit(finished)
     return finished
+
+
+def _refuse_inputs(job: Job, path: Path) -> None:
+    """An output, growing or finished, must not be a file that the job reads."""
+    for name in (job.picture.name, job.sound.name):
+        for output in (path, partial_path(path)):
+            with contextlib.suppress(OSError):  # one of the two is no file
+                if output.samefile(name):
+                    raise OutputRefused(f"writing it would destroy the input {name}", where=output)
 
 
 def _abandon(encoder: BackgroundWriter, error: BaseException, emit: Emit) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-from avatarctl.config import RunConfig
+from avatarctl.config import RunConfig, require_supported
 from avatarctl.events import Emit, Notice, Stage
 from avatarctl.families import family_named
 from avatarctl.family import Family, Plan
@@ -82,8 +82,10 @@ class JobPlan:
 def check_job(cfg: RunConfig, row: Row, job: Job, emit: Emit) -> JobPlan:
     """Read the sound once, choose the size, plan the spans.
 
-    Raises UnusableAudio for a sound without usable samples, UsageError for impossible requests.
+    Raises UnusableAudio for a sound without usable samples, UsageError for impossible requests,
+    NotYetSupported for settings without code.
     """
+    require_supported(cfg, "infer")
     family = family_named(row.family)
     emit(Stage("reading the sound"))
     heard = survey(job.sound)
@@ -96,17 +98,17 @@ def check_job(cfg: RunConfig, row: Row, job: Job, emit: Emit) -> JobPlan:
     if row.audio_offset_stated and cfg.model.audio_offset != stated:
         asked = cfg.model.audio_offset
         emit(Notice(f"{row.name} was made with audio offset {stated}; {asked} moves the lips", "warning"))
-    if cfg.model.compat == "reference":
-        emit(Notice("compat reference: the VAE is not tiled, as the published script tiles it"))
     lead = round(cfg.output.lead_silence * SAMPLE_RATE)
     mean, variance = _with_silence(heard, lead)
     plan = family.plan(lead + heard.samples, cfg)
+    for notice in family.notices(cfg):
+        emit(Notice(notice))
     for notice in outside_training(
         row,
         width=width,
         height=height,
         num_frames=pixel_frames(next(plan.spans()).frames),
-        overlap_frames=cfg.long_video.overlap_frames or 0,
+        overlap_frames=None if plan.count == 1 else cfg.long_video.overlap_frames,
     ):
         emit(Notice(notice, "warning"))
     return JobPlan(

@@ -43,13 +43,16 @@ def sample_chunks(
     for span in plan.spans():
         with torch.no_grad():
             condition = family.build_condition(family.encode(modules, inputs, span, state, carry))
+            carry = None
             key, first = family.noise_key(span, inputs)
             noise = latent_noise(cfg.runtime.seed, key, first, span.frames, plan.shape).to(device)
             latents = denoise(noise, condition, span, state)
             del condition, noise
             pixels = family.decoder(modules, state).push(latents)
             carry = family.advance(modules, state, span, latents, pixels)
-        kept = pixels[0, :, span.keep_from :][:, : plan.frames - done]
+        block = FrameBlock(span.index, done, pixels[0, :, span.keep_from :][:, : plan.frames - done])
+        done += block.pixels.shape[1]
+        # Nothing here may hold the frames while the next chunk is sampled.
         del pixels, latents
-        yield FrameBlock(span.index, done, kept)
-        done += kept.shape[1]
+        yield block
+        del block

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from avatarctl.errors import Interrupted
+from avatarctl.errors import Interrupted, UnusableWeights
 from avatarctl.events import Emit, StepFinished, silent
 from avatarctl.family import Condition, Family, Guidance, Span
 from avatarctl.flow_matching import euler_step, timesteps_of
@@ -37,7 +37,7 @@ class Denoiser:
         """noise float32 [B, C, T, h, w] -> latents of the same shape.
 
         Given latents are put in before every step and once more at the end. Raises Interrupted at the
-        next step once `should_stop` says so.
+        next step once `should_stop` says so, UnusableWeights when the result is not finite.
         """
         family, branches_of = self.family, self.family.branches
         union = tuple(
@@ -63,6 +63,11 @@ class Denoiser:
             velocity = family.combine(velocities, self.guidance, step)
             x = euler_step(x, velocity, float(self.sigmas[step]), float(self.sigmas[step + 1]))
             self.emit(StepFinished(span.index, step))
+        if not bool(torch.isfinite(x).all()):
+            raise UnusableWeights(
+                f"the network gave values that are not finite in chunk {span.index + 1}",
+                fix="try --dtype float32; if that does not help the weights are damaged",
+            )
         return put_clean(x, condition)
 
 

@@ -1,5 +1,7 @@
 """Windows of audio features: exact where one piece suffices, continuous and bounded beyond."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -47,7 +49,8 @@ def test_pieces_tile_the_recording_with_context(frames: int, window: int) -> Non
     cut = pieces(frames, window, 50)
     assert [p.keep for p in cut] == [0, *(p.keep_stop for p in cut[:-1])] and cut[-1].keep_stop == frames
     assert all(p.start <= p.keep < p.keep_stop <= p.stop <= frames for p in cut)
-    assert all(p.stop - p.start == min(window, frames) for p in cut)
+    assert all(p.stop - p.start == min(window, frames) for p in cut[:-1])
+    assert all(b.start == a.stop - 50 for a, b in pairwise(cut)), "2 s are shared"
     for piece in cut:
         assert piece.start == 0 or piece.keep - piece.start >= 25, "less than a second of context in front"
         assert piece.stop == frames or piece.stop - piece.keep_stop >= 25, "or behind"

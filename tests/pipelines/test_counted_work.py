@@ -36,6 +36,8 @@ def count_calls(modules: Modules) -> Counter[str]:
     dit.condition_embedder.text_embedder.register_forward_hook(counting("text projections"))
     dit.audio_proj.register_forward_hook(counting("audio projections"))
     dit.rope.register_forward_hook(counting("rotary tables"))
+    dit.condition_embedder.time_proj.register_forward_hook(counting("time embeddings"))
+    dit.patch_embedding.register_forward_hook(counting("patch embeddings"))
     dit.proj_out.register_forward_hook(counting("transformer passes"))
     for block in dit.blocks:
         block.ffn.register_forward_hook(counting("blocks"))
@@ -80,6 +82,8 @@ def test_every_call_is_needed(branches: str) -> None:
         "text keys": prompts * layers,
         "audio projections": CHUNKS + (1 if n > 1 else 0),  # each chunk's sound once, silence once per job
         "rotary tables": 1,  # chunks are equally long
+        "time embeddings": CHUNKS * STEPS,  # shared by the branches of a step
+        "patch embeddings": CHUNKS * STEPS,
         "transformer passes": CHUNKS * STEPS * n,
         "blocks": CHUNKS * STEPS * n * layers,
         "VAE encodes": 1 + (CHUNKS - 1),  # the picture; each later chunk's prefix
@@ -103,5 +107,5 @@ def test_long_sound_is_encoded_once_per_window() -> None:
     for _ in sample_chunks(denoise, modules, inputs, plan, cfg):
         pass
     padded = 33 + 32 * (plan.count - 1)
-    # Windows of 150 frames that share at least 50, the last moved back.
+    # Windows of 150 frames that share 50.
     assert calls["feature extractions"] == 1 + -(-(padded - 150) // 100)

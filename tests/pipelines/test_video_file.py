@@ -12,8 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from avatarctl.errors import AvatarctlError, Interrupted, UsageError
+from avatarctl.errors import (
+    AvatarctlError,
+    Interrupted,
+    NotYetSupported,
+    OutputRefused,
+    UnusableWeights,
+    UsageError,
+)
 from avatarctl.events import ChunkFinished, Event, Notice, StepFinished
+from avatarctl.family import Modules
 from avatarctl.media import picture_from_array, sound_from_array
 from avatarctl.pipelines.infer import generate, load, write_video
 from avatarctl.pipelines.job import Job, JobPlan, check_job
@@ -200,3 +208,47 @@ def test_names_with_spaces_and_other_alphabets(tmp_path: Path) -> None:
     folder.mkdir()
     write_video(ROW, job(0.2), planned(job(0.2)), folder / "ein Gesicht – 話す.mp4")
     assert read_back(folder / "ein Gesicht – 話す.mp4")[0] == 5
+
+
+def test_an_output_that_would_destroy_an_input_is_refused(tmp_path: Path) -> None:
+    from avatarctl.media import open_sound, write_sound
+
+    kept = tmp_path / "hello.partial.mp4"  # what an interrupted run leaves, used as the next run's sound
+    write_sound(tmp_path / "voice.wav", noise_burst(0.2, 16_000), 16_000)
+    (tmp_path / "voice.wav").rename(kept)
+    before = kept.read_bytes()
+    work = replace(job(0.2), sound=open_sound(kept))
+    for out in ("hello.mp4", "hello.partial.mp4"):
+        with pytest.raises(OutputRefused, match="would destroy the input"):
+            write_video(ROW, work, planned(work), tmp_path / out)
+    assert kept.read_bytes() == before
+
+
+def test_values_that_are_not_finite_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from avatarctl.pipelines import infer
+
+    def damaged(*args: object, **kwargs: object) -> Modules:
+        modules = load(*args, **kwargs)  # type: ignore[arg-type]
+        modules.dit.proj_out.bias.data.fill_(float("nan"))
+        return modules
+
+    monkeypatch.setattr(infer, "load", damaged)
+    with pytest.raises(UnusableWeights, match="not finite in chunk 1"):
+        write_video(ROW, job(), planned(job()), tmp_path / "a.mp4")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_listener_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    def emit(event: Event) -> None:
+        raise RuntimeError("the listener fails")
+
+    work = job(0.2, rate=16_000, channels=7)  # seven channels: the writer has a notice at once
+    with pytest.raises(RuntimeError):
+        write_video(ROW, work, planned(work), tmp_path / "a.mp4", emit=emit)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_without_code_are_refused_in_the_library_too() -> None:
+    for setting in ("sampling.cache=teacache", "memory.mode=group", "sampling.solver=unipc"):
+        with pytest.raises(NotYetSupported):
+            planned(job(), setting)

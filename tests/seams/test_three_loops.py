@@ -99,6 +99,9 @@ class Toy:
     def guidance(self, cfg: RunConfig) -> Guidance:
         return Guidance(2.0)
 
+    def notices(self, cfg: RunConfig) -> tuple[str, ...]:
+        return ()
+
     def conventions(self, cfg: RunConfig) -> Conventions:
         return Conventions(audio_offset=0, mask_keep=0, hole=0.0, fps=25, sigma_shift=5.0)
 

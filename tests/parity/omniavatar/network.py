@@ -35,7 +35,7 @@ def _inputs(reader: Reader) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _prepared(model: OmniAvatarTransformer, x: Tensor, t: Tensor, context: Tensor, audio: Tensor) -> Tensor:
     ready = model(mode="prepare", text=context, audio=audio, grid=tuple(x.shape[2:]))
-    return model(x, t, ready, mode="denoise")
+    return model(x, t, {"full": ready}, mode="denoise")["full"]
 
 
 @checks("audio_pack.safetensors", compares=("output",), needs=("state.*", "input"))
