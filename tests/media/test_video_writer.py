@@ -226,9 +226,9 @@ def test_every_complete_frame_before_a_cut_is_readable(tmp_path: Path, rate: int
         writer.write(moving(75))
     data, ends = path.read_bytes(), frame_ends(path)
     headers = fragment_headers(data)
-    assert len(ends) == 75 and ends == sorted(ends) and len(headers) >= 74
+    assert len(ends) == 75 and ends == sorted(ends) and len(headers) >= 75 // 8
     chosen = np.random.default_rng(5).integers(0, len(data), 80).tolist()
-    chosen += [inside for header in headers[20:24] for inside in header[::9]]
+    chosen += [inside for header in headers[3:7] for inside in header[::9]]
     by_path = 0
     for end in (*chosen, *ends[:3], *(end - 1 for end in ends[:3]), *ends[-2:], len(data) - 1):
         cut.write_bytes(data[:end])
