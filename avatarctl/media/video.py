@@ -3,9 +3,9 @@
 The file is a fragmented MP4, a third of a second per fragment, so that a reader, a crash or a full
 disk finds every frame whose bytes are there. A reader that goes forward (a pipe, or FFmpeg's
 `-fflags +ignidx`) finds them before a cut at any byte. FFmpeg given a path looks at all fragment
-headers first and refuses a file that ends inside one (about 1 % of all cuts at 64x64, 2 % with a fragment per frame);
-this writer never leaves such a file: a fragment is one system call, and what a full disk tore is
-cut off.
+headers first and refuses a file that ends inside one (about 1 % of all cuts at 64x64, 2 % with a
+fragment per frame); this writer never leaves such a file: a fragment is one system call, and what
+a full disk tore is cut off.
 
 Settings that matter, each found by measuring:
 
