@@ -84,17 +84,17 @@ def _job(cfg: RunConfig, row: Row, screen: Screen) -> Job:
 
     from avatarctl.demo.sample import sample_picture, sample_sound
     from avatarctl.media import load_picture, open_sound
-    from avatarctl.pipelines.job import Job
 
     if missing:
         names = {"image": "face (--image for yours)", "audio": "voice (--audio for yours)"}
         screen(Notice(f"input: the built-in {' and '.join(names[key] for key in missing)}"))
-    return Job(
-        picture=load_picture(cfg.input.image) if cfg.input.image else sample_picture(),
-        sound=open_sound(cfg.input.audio) if cfg.input.audio else sample_sound(),
-        prompt=cfg.input.prompt or "",
-        negative_prompt=cfg.input.negative_prompt or "",
-    )
+    picture = load_picture(cfg.input.image) if cfg.input.image else sample_picture()
+    sound = open_sound(cfg.input.audio) if cfg.input.audio else sample_sound()
+
+    # Not before: it takes seconds, which a file that cannot be used need not wait for.
+    from avatarctl.pipelines.job import Job
+
+    return Job(picture, sound, cfg.input.prompt or "", cfg.input.negative_prompt or "")
 
 
 def _dry_run(request: Request, row: Row, job: Job, missing: tuple[Wanted, ...], screen: Screen) -> None:
@@ -122,8 +122,8 @@ def _run(request: Request, row: Row, job: Job, missing: tuple[Wanted, ...], scre
     if missing:
         raise WeightsMissing(_missing_line(missing), where=row.name)
     record_path = path.with_suffix(".run.yaml")
-    if record_path.exists() and not cfg.output.overwrite:
-        raise OutputRefused("exists; add --overwrite or choose another --out", where=record_path)
+    if record_path.exists() and not path.exists() and not cfg.output.overwrite:
+        raise OutputRefused("exists", where=record_path, fix="add --overwrite or choose another --out")
 
     from avatarctl.atomic import atomic_write_text
     from avatarctl.cli.signals import stop_on_signals
