@@ -37,7 +37,8 @@ def test_run_file_repeats_the_run_to_the_bit(run: Run, voice: Path, face: Path, 
     assert files(here) == ["a.mp4", "a.run.yaml"]
     record = yaml.safe_load((here / "a.run.yaml").read_text(encoding="utf-8"))
     assert record["command"] == "infer"
-    assert record["asked"]["runtime"] == {"seed": 5} and record["asked"]["output"]["path"] == "a.mp4"
+    assert record["asked"]["runtime"] == {"seed": 5}
+    assert record["asked"]["output"]["path"] == str(here / "a.mp4")
     assert record["sampling"]["steps"] == 1 and record["long_video"]["overlap_frames"] == 1
 
     again = run("infer", "--config", "a.run.yaml")
@@ -79,6 +80,29 @@ def test_json_is_one_document_that_names_the_video(run: Run, voice: Path, here: 
     assert document["seconds_to_first_frame"] == round(document["seconds_to_first_frame"], 3)
 
 
+def test_run_file_repeats_from_any_folder(
+    run: Run, voice: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "voice.wav").write_bytes(voice.read_bytes())
+    assert run("infer", *TINY, "--audio", "voice.wav", "--out", "a.mp4").exit_code == 0
+    (here / "elsewhere").mkdir()
+    monkeypatch.chdir(here / "elsewhere")
+    again = run("infer", "--config", "../a.run.yaml", "--out", "b.mp4")
+    assert again.exit_code == 0, again.stderr
+    np.testing.assert_array_equal(frames_of(Path("b.mp4")), frames_of(here / "a.mp4"))
+
+
+def test_a_run_file_that_is_there_is_not_replaced(run: Run, voice: Path, here: Path) -> None:
+    (here / "a.run.yaml").write_text("runtime: {seed: 7}\n", encoding="utf-8")
+    words = ("infer", *TINY, "--config", "a.run.yaml", "--audio", str(voice), "--out", "a.mp4")
+    result = run(*words)
+    assert result.exit_code == 2 and "a.run.yaml: exists" in result.stderr
+    assert files(here) == ["a.run.yaml"]
+    assert run(*words, "--overwrite").exit_code == 0
+    record = yaml.safe_load((here / "a.run.yaml").read_text(encoding="utf-8"))
+    assert record["runtime"]["seed"] == 7 and record["asked"]["runtime"] == {"seed": 7}
+
+
 def test_overwrite_replaces_and_without_it_nothing_changes(run: Run, voice: Path, here: Path) -> None:
     (here / "a.mp4").write_bytes(b"mine")
     words = ("infer", *TINY, "--audio", str(voice), "--out", "a.mp4")
@@ -112,4 +136,6 @@ def test_a_missing_kernel_or_device_is_named(run: Run, voice: Path, here: Path) 
     words = ("infer", *TINY, "--audio", str(voice), "--out", "a.mp4")
     absent = run(*words, "--device", f"cuda:{torch.cuda.device_count()}")
     assert absent.exit_code == 4 and "runtime.device" in absent.stderr and "--device cpu" in absent.stderr
+    planned = run(*words, "--device", f"cuda:{torch.cuda.device_count()}", "--dry-run")
+    assert planned.exit_code == 0 and "warning: a run would end with exit 4: runtime.device" in planned.stderr
     assert not list(here.iterdir())

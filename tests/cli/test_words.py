@@ -119,7 +119,7 @@ def test_nul_in_a_path(refused: Callable[..., str]) -> None:
 def test_names_longer_than_any_file_system_takes(refused: Callable[..., str]) -> None:
     for flag in ("--model", "--config", "--image", "--audio", "--out"):
         line = refused(2, "infer", flag, "a" * 300 + ".mp4")
-        assert "too long" in line, flag
+        assert ("no model" if flag == "--model" else "too long") in line, flag
 
 
 def test_models_list(run: Run) -> None:

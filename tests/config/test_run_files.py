@@ -117,7 +117,7 @@ class Values:
         kind = spec.type
         if get_origin(kind) in (Union, types.UnionType):
             kind = next(arg for arg in get_args(kind) if arg is not type(None))
-        special = {
+        special: dict[str, list[Any]] = {
             "input.face": ["none", "largest", "12", "1,2,30,40"],
             "runtime.device": ["auto", "cuda:1"],
             "data.shard": ["0/1", "11/12"],

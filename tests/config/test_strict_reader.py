@@ -19,7 +19,7 @@ def read(tmp_path: Path, content: str | bytes) -> dict[str, object]:
     return {dotted: setting.value for dotted, setting in read_config(path).settings.items()}
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[str | bytes, int | None, str]] = {
     "unknown key, near": ("train:\n  learing_rate: 1\n", 2, r"did you mean train\.learning_rate\?"),
     "unknown key, of another section": ("runtime:\n  steps: 1\n", 2, r"sampling\.steps or validation\.steps"),
     "unknown key, misplaced and mistyped": ("runtime:\n  guidance_scal: 1\n", 2, r"guidance_scale\?"),
