@@ -167,6 +167,23 @@ def test_signal_before_the_first_chunk_leaves_nothing(here: Path, speech: Path) 
     assert names(here) == []
 
 
+TERMINATED = """
+import os, signal, sys
+import click
+from avatarctl.cli import main
+echo, signals = click.echo, [signal.SIGTERM]
+click.echo = lambda *words, **how: os.kill(os.getpid(), signals.pop()) if signals else echo(*words, **how)
+sys.argv[1:] = ["models", "list"]
+main()
+"""
+
+
+def test_terminated_while_no_job_runs(here: Path) -> None:
+    found = run([sys.executable, "-c", TERMINATED], here)
+    assert (found.returncode, found.stdout) == (6, "")
+    assert error_of(found.stderr) == "interrupted"
+
+
 def test_killed_process_leaves_no_final_name(here: Path, speech: Path) -> None:
     words = command("infer", *TINY, "--audio", str(speech), "--out", "a.mp4")
     with started(words, here, "^chunk 6 of") as process:
