@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import os
 import re
 import time
 from collections.abc import Iterable, Iterator
@@ -59,6 +61,7 @@ def infer(**params: Any) -> None:
     row = find_model(cfg.model.name)
     if row.status == NOT_YET:
         raise NotYetSupported(f"{row.name} is not yet supported", where="model.name")
+    _refuse_existing(cfg)
     with Screen(cfg.runtime.log_level) as screen:
         for notice in _introduction(request, row):
             screen(Notice(notice))
@@ -121,9 +124,6 @@ def _run(request: Request, row: Row, job: Job, missing: tuple[Wanted, ...], scre
     path = Path(cfg.output.path) if cfg.output.path else _fresh_path(row)
     if missing:
         raise WeightsMissing(_missing_line(missing), where=row.name)
-    record_path = path.with_suffix(".run.yaml")
-    if record_path.exists() and not path.exists() and not cfg.output.overwrite:
-        raise OutputRefused("exists", where=record_path, fix="add --overwrite or choose another --out")
 
     from avatarctl.atomic import atomic_write_text
     from avatarctl.cli.signals import stop_on_signals
@@ -145,7 +145,7 @@ def _run(request: Request, row: Row, job: Job, missing: tuple[Wanted, ...], scre
     else:
         click.echo(printable(finished.path))
     # After the result: a record that cannot be written must not hide a finished video.
-    atomic_write_text(record_path, dump_run(_from_anywhere(request.resolved, plan.cfg), "infer"))
+    atomic_write_text(_record_path(path), dump_run(_from_anywhere(request.resolved, plan.cfg), "infer"))
 
 
 def _from_anywhere(resolved: Resolved, cfg: RunConfig) -> Resolved:
@@ -179,8 +179,27 @@ def _leaving_no_empty_folder(folder: Path) -> Iterator[None]:
         raise
 
 
+def _record_path(path: Path) -> Path:
+    return path.with_suffix(".run.yaml")
+
+
+def _refuse_existing(cfg: RunConfig) -> None:
+    """Before anything is read or loaded; the writer looks again when it opens the file."""
+    if cfg.output.path is None:
+        return
+    path = Path(cfg.output.path)
+    for output in (path, _record_path(path)):
+        if output.is_dir():
+            raise OutputRefused("is a folder", where=output, fix="name a file in it")
+        if os.path.lexists(output) and not cfg.output.overwrite:
+            raise OutputRefused("exists", where=output, fix="add --overwrite or choose another --out")
+
+
 def _fresh_path(row: Row) -> Path:
-    return Path("runs") / f"infer-{row.name}" / time.strftime("%Y%m%d-%H%M%S") / "video.mp4"
+    """A folder that nobody has: two runs may start in one second."""
+    stamp = Path("runs") / f"infer-{row.name}" / time.strftime("%Y%m%d-%H%M%S")
+    names = (stamp.name if attempt == 1 else f"{stamp.name}-{attempt}" for attempt in itertools.count(1))
+    return next(folder for name in names if not (folder := stamp.with_name(name)).exists()) / "video.mp4"
 
 
 def _missing_line(missing: tuple[Wanted, ...]) -> str:
