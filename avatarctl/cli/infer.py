@@ -46,8 +46,8 @@ Examples:
     epilog=EXAMPLES,
     context_settings={"help_option_names": ["-h", "--help"]},
     short_help="Make a talking video from a picture and a voice.",
+    params=config_options("infer"),
 )
-@config_options("infer")
 def infer(**params: Any) -> None:
     """Make a talking video from a picture and a voice.
 
@@ -66,7 +66,7 @@ def infer(**params: Any) -> None:
         for notice in _introduction(request, row):
             screen(Notice(notice))
         missing = missing_files(row, cfg.model.weights_root)
-        job = _job(cfg, row, screen)
+        job = _job(request, row, missing, screen)
         if request.dry_run:
             _dry_run(request, row, job, missing, screen)
         else:
@@ -79,10 +79,14 @@ def _introduction(request: Request, row: Row) -> list[str]:
     return [f"model: {row.name}{asked}{untrained}", *request.resolved.notices]
 
 
-def _job(cfg: RunConfig, row: Row, screen: Screen) -> Job:
-    """The inputs, opened; what is missing comes from the built-in sample if the model is built in too."""
+def _job(request: Request, row: Row, weights: tuple[Wanted, ...], screen: Screen) -> Job:
+    """The inputs, opened. For the built-in model, and for a dry run, the built-in sample stands in for
+    what is not given."""
+    cfg = request.resolved.cfg
     missing = [key for key in ("image", "audio") if getattr(cfg.input, key) is None]
-    if missing and row.source != "package":
+    if missing and row.source != "package" and not request.dry_run:
+        if weights:  # the larger obstacle first
+            raise WeightsMissing(_missing_line(weights), where=row.name)
         raise UsageError(f"{row.name} needs --{missing[0]}")
 
     from avatarctl.demo.sample import sample_picture, sample_sound

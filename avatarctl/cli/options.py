@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal, TypeVar, get_args, get_origin
+from typing import Any, Final, Literal, get_args, get_origin
 
 import click
 
@@ -53,8 +53,6 @@ TITLES: Final[Mapping[str, str]] = {
 
 WEIGHTS_VARIABLE: Final = "AVATARCTL_WEIGHTS"
 
-F = TypeVar("F", bound=Callable[..., Any])
-
 
 @dataclass(frozen=True)
 class Request:
@@ -89,17 +87,10 @@ class ConfigCommand(click.Command):
                     formatter.write_dl(records)
 
 
-def config_options(command: str) -> Callable[[F], F]:
-    """Add an option for every key that `command` reads, and the common options, to a command."""
-
-    def decorate(function: F) -> F:
-        options = [_option(spec) for spec in keys().values() if spec.section in COMMAND_SECTIONS[command]]
-        params = [option for option in options if option is not None]
-        for param in reversed([*params, *_size_options(), *_common_options()]):
-            click.decorators._param_memo(function, param)
-        return function
-
-    return decorate
+def config_options(command: str) -> list[click.Parameter]:
+    """An option for every key that `command` reads, and the common options; for `click.command(params=)`."""
+    of_keys = [_option(spec) for spec in keys().values() if spec.section in COMMAND_SECTIONS[command]]
+    return [*of_keys, *_size_options(), *_common_options()]
 
 
 def _size_options() -> list[click.Option]:
