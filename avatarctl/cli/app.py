@@ -117,7 +117,7 @@ def _known(error: BaseException) -> AvatarctlError | None:
         return error
     if isinstance(error, click.ClickException):
         return UsageError(_one_line(error))
-    if isinstance(error, (click.Abort, KeyboardInterrupt)):
+    if isinstance(error, (click.Abort, KeyboardInterrupt, _Stopped)):
         return Interrupted("interrupted")
     if isinstance(error, OSError) and error.errno in _UNREACHABLE and error.filename is not None:
         return PathNotFound(os.strerror(error.errno).lower(), where=error.filename)
@@ -160,13 +160,21 @@ def app() -> None:
     """
 
 
+class _Stopped(BaseException):
+    """A signal before or after a job listens for itself (signals.py).
+
+    Not KeyboardInterrupt: one that passes through `exec`, as in many imports, makes `python -m` end by
+    the signal even after it was handled.
+    """
+
+
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
+    raise _Stopped
 
 
 def main() -> NoReturn:
     """The console script."""
-    # As Ctrl-C from the first moment; a running job listens for itself (signals.py).
+    signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
     app.main(prog_name="avatarctl")
     raise AssertionError("unreachable: App.main ends the process")

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -147,7 +148,9 @@ def _run(request: Request, row: Row, job: Job, missing: tuple[Wanted, ...], scre
         }
         click.echo(json.dumps({**plan.summary(), **result}, ensure_ascii=True))
     else:
-        click.echo(printable(finished.path))
+        # A program gets the very bytes of the name; a terminal no control characters.
+        terminal = sys.stdout.isatty()
+        click.echo(printable(finished.path) if terminal else os.fsencode(finished.path))
     # After the result: a record that cannot be written must not hide a finished video.
     atomic_write_text(_record_path(path), dump_run(_from_anywhere(request.resolved, plan.cfg), "infer"))
 
@@ -192,9 +195,12 @@ def _refuse_existing(cfg: RunConfig) -> None:
     if cfg.output.path is None:
         return
     path = Path(cfg.output.path)
+    if path.is_dir():
+        raise OutputRefused("is a folder", where=path, fix="name a file in it")
+    from avatarctl.media.growing_file import check_video_name
+
+    check_video_name(path)
     for output in (path, _record_path(path)):
-        if output.is_dir():
-            raise OutputRefused("is a folder", where=output, fix="name a file in it")
         if os.path.lexists(output) and not cfg.output.overwrite:
             raise OutputRefused("exists", where=output, fix="add --overwrite or choose another --out")
 

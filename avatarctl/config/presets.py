@@ -38,7 +38,8 @@ def find_config(name: str, command: str) -> Path:
         return path / "run.yaml"
     if path.exists():
         return path
-    for candidate in (name, f"{command.split()[0]}/{name}"):
+    shipped = name.removesuffix(".yaml")
+    for candidate in (shipped, f"{command.split()[0]}/{shipped}"):
         if candidate in preset_names():
             return preset_folder() / f"{candidate}.yaml"
     like = nearest(name, preset_names()) or nearest(f"{command}/{name}", preset_names())

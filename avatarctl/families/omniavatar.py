@@ -178,7 +178,7 @@ class OmniAvatar:
         if any(_BRANCH_TEXT[name] == "negative" for name in branch_weights(self.guidance(cfg))):
             text["negative"] = encode_prompt(modules.text, inputs.negative_prompt, inputs.emit)
         whole = cfg.model.compat == "reference"
-        return _State(
+        state = _State(
             reference=modules.vae.encode(inputs.picture.unsqueeze(2)),
             features=AudioFeatures(
                 modules.audio,
@@ -193,6 +193,8 @@ class OmniAvatar:
             overlap=chunks.overlap,
             text=text,
         )
+        _ready_text(modules.dit, state, text)
+        return state
 
     def encode(self, modules: Modules, inputs: Inputs, span: Span, state: _State, carry: Carry) -> _Encoded:
         """carry: the last pixel frames of the chunk before, [1, 3, overlap, H, W]; None for the first."""
@@ -234,8 +236,8 @@ class OmniAvatar:
         features = condition.audio["features"]
         if state.rotary is None:
             state.rotary = dit(mode="prepare", grid=tuple(condition.channels.shape[2:])).rotary
-        for name in {_BRANCH_TEXT[branch] for branch in branches} - state.text_ready.keys():
-            state.text_ready[name] = dit(mode="prepare", text=condition.text[name])
+        texts = {_BRANCH_TEXT[branch] for branch in branches}
+        _ready_text(dit, state, {name: condition.text[name] for name in texts})
         if state.silence_ready is None and set(branches) - {"full"}:
             state.silence_ready = dit(mode="prepare", audio=torch.zeros_like(features))
         heard = dit(mode="prepare", audio=features) if "full" in branches else None
@@ -274,3 +276,9 @@ class OmniAvatar:
 
     def decoder(self, modules: Modules, state: _State) -> Decoder:
         return modules.vae.decoder()
+
+
+def _ready_text(dit: nn.Module, state: _State, text: Mapping[str, Tensor]) -> None:
+    """Keys and values of the texts that have none yet."""
+    for name in text.keys() - state.text_ready.keys():
+        state.text_ready[name] = dit(mode="prepare", text=text[name])

@@ -31,6 +31,18 @@ def partial_path(final: Path) -> Path:
     return final.with_name(f"{final.stem}.partial{final.suffix}")
 
 
+def check_video_name(path: Path) -> None:
+    """Refuse names that are no name of a finished MP4. Raises OutputRefused."""
+    if path.name in ("", "..") or path.suffix.lower() != ".mp4":
+        better = f"try {path.stem}.mp4" if path.stem.strip(".") else "name a file"
+        raise OutputRefused("the name of a video must end in .mp4", where=path, fix=better)
+    if path.stem.lower().endswith(".partial"):
+        finished = path.stem[: -len(".partial")] or "video"
+        raise OutputRefused(
+            "names ending in .partial.mp4 are for videos in the making", where=path, fix=f"try {finished}.mp4"
+        )
+
+
 class GrowingFile:
     """An append-only byte sink at `.path`; ended by `commit`, `keep` or `discard`.
 

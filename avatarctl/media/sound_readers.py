@@ -32,6 +32,7 @@ _RATES = range(1_000, 768_001)
 _MAX_CHANNELS = 64
 _MAX_GAP_SECONDS = 60  # in all; a few forged time stamps must not become hours of silence
 _LOOSE = Fraction(1, 25)  # s; recorders' time stamps jitter, filling that would click: one video frame
+_LATE = Fraction(1, 10)  # s; less is the delay of an encoder
 _TIGHT = Fraction(1, 500)  # s; after a damaged packet (Matroska counts in ms) and in FLAC (counts samples)
 
 
@@ -105,9 +106,11 @@ class _FileSound(Sound):
         self.name = str(path)
         self._path = path
         self._sha256: str | None = None
+        self._identity = _identity(path)
         self._known = self._doubts = doubts
 
     def sha256(self) -> str:
+        self._check_unchanged()
         if self._sha256 is None:
             self._sha256 = file_sha256(self._path)
         return self._sha256
@@ -115,6 +118,22 @@ class _FileSound(Sound):
     @property
     def doubts(self) -> tuple[str, ...]:
         return self._doubts
+
+    def _check_unchanged(self) -> None:
+        """A sound is read more than once: another file under its name would be heard with the first
+        one's length and level."""
+        if _identity(self._path) != self._identity:
+            raise UnusableAudio("changed while it was in use", where=self.name)
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise UnusableAudio(
+            f"cannot be read any more: {os.strerror(error.errno or 0)}", where=path
+        ) from error
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 class LibsndfileSound(_FileSound):
@@ -133,6 +152,7 @@ class LibsndfileSound(_FileSound):
         self._declared = declared
 
     def blocks(self) -> Iterator[Samples]:
+        self._check_unchanged()
         present = 0
         with self._open() as handle:
             while len(block := self._read(handle, present)):
@@ -157,9 +177,10 @@ class LibsndfileSound(_FileSound):
 class ContainerSound(_FileSound):
     """The first audio stream of anything that FFmpeg reads: MP3, AAC, FLAC, MP4, MKV, WebM ...
 
-    Encoder delay and padding that the file declares (LAME tag, Opus pre-skip, edit list) are removed
-    by FFmpeg. A packet that cannot be decoded, or a jump of the time stamps, becomes silence of the
-    same length and a doubt, so that what follows stays in step with the picture.
+    Encoder delay that the file declares (LAME tag, Opus pre-skip, edit list) is removed by FFmpeg; up to
+    one codec frame of padding at the end may stay. A packet that cannot be decoded, or a jump of the
+    time stamps, becomes silence of the same length and a doubt, so that what follows stays in step with
+    the picture.
 
     doubts: known before the first pass, kept in front of what a pass finds.
     Raises UnusableAudio when there is no audio stream or nothing in it can be decoded.
@@ -176,9 +197,14 @@ class ContainerSound(_FileSound):
             # From a decoded frame: headers of HE-AAC name half the rate that comes out.
             self.rate, self.channels = first.sample_rate, len(first.layout.channels)
             check_format(self.name, self.rate, self.channels)
-            self._declared = self._declared_samples(container)
+            start = (first.pts or 0) * (first.time_base or Fraction(0))
+            self._declared = self._declared_samples(container, start)
+        if start > _LATE:
+            text = f"starts {float(start):.2f} s late in its container; the delay is left out"
+            self._known = self._doubts = (*self._known, text)
 
     def blocks(self) -> Iterator[Samples]:
+        self._check_unchanged()
         with open_container(self._path, UnusableAudio, "an audio file") as container:
             decoding = _Decoding(container, self.name)
             pending: list[Samples] = []
@@ -220,11 +246,14 @@ class ContainerSound(_FileSound):
             count += frame.samples
             yield _to_float(frame)
 
-    def _declared_samples(self, container: av.container.InputContainer) -> int | None:
-        """Sample frames that the header promises, where headers are exact: FLAC, MP4 and Matroska."""
+    def _declared_samples(self, container: av.container.InputContainer, start: Fraction) -> int | None:
+        """Sample frames that the header promises, where headers are exact: FLAC, MP4 and Matroska.
+
+        start: of the first sample, s. Matroska's tag holds the end of the stream, not its length.
+        """
         stream = container.streams.audio[0]
         if tag := re.fullmatch(r"(\d\d):(\d\d):(\d\d\.\d{1,9})", stream.metadata.get("DURATION", "").strip()):
-            seconds = int(tag[1]) * 3600 + int(tag[2]) * 60 + Fraction(tag[3])  # Matroska's, per stream
+            seconds = int(tag[1]) * 3600 + int(tag[2]) * 60 + Fraction(tag[3]) - start
         elif {"flac", "mov"} & set(container.format.name.split(",")) and stream.duration and stream.time_base:
             seconds = stream.duration * stream.time_base
         else:

@@ -35,8 +35,7 @@ import numpy.typing as npt
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 from avatarctl.atomic import disk_errors
-from avatarctl.errors import OutputRefused
-from avatarctl.media.growing_file import GrowingFile
+from avatarctl.media.growing_file import GrowingFile, check_video_name
 from avatarctl.media.sound_feed import AudioBlocks, SoundFeed
 
 __all__ = ["LATENCY_FRAMES", "AudioBlocks", "VideoWriter"]
@@ -92,10 +91,7 @@ class VideoWriter:
         self._ended = True  # until there is something to end
         if width < 1 or height < 1:
             raise ValueError(f"frames of {width}x{height} pixels")
-        if path.suffix.lower() != ".mp4":
-            raise OutputRefused(
-                "the name of a video must end in .mp4", where=path, fix=f"try {path.with_suffix('.mp4').name}"
-            )
+        check_video_name(path)
         self.frames_written = 0
         self._width, self._height, self._fps = width, height, Fraction(fps)
         sound = SoundFeed(soundtrack) if soundtrack is not None else None

@@ -233,10 +233,15 @@ def test_output_refused_before_the_model_is_loaded(
     assert "is a folder" in refused(2, *words, "folder.mp4")
     assert "must end in .mp4" in refused(2, *words, "clip.avi")
     assert "is a file, not a folder" in refused(2, *words, "there.mp4/clip.mp4")
-    for flag, own in (("--audio", voice), ("--image", face)):
-        content = own.read_bytes()
+    assert "in the making" in refused(2, *words, "clip.partial.mp4")
+    for nothing in (".", "..", "/"):
+        assert "is a folder" in refused(2, *words, nothing)
+    for flag, content in (("--audio", voice.read_bytes()), ("--image", face.read_bytes())):
+        own = here / "own.mp4"  # inputs are judged by content, so this name is allowed
+        own.write_bytes(content)
         line = refused(2, "infer", flag, str(own), "--overwrite", "--out", str(own))
         assert "would destroy the input" in line and own.read_bytes() == content
+        own.unlink()
     assert (here / "there.mp4").read_bytes() == b"mine"
     assert sorted(path.name for path in here.iterdir()) == ["folder.mp4", "there.mp4"]
 
