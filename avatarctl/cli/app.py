@@ -81,7 +81,9 @@ class App(CommandGroup):
 
         if not standalone_mode:
             return run()
-        sys.exit(exit_code_of(run))
+        code = exit_code_of(run)
+        _flush_or_forget()
+        sys.exit(code)
 
 
 def exit_code_of(run: Callable[[], object]) -> int:
@@ -109,6 +111,21 @@ def exit_code_of(run: Callable[[], object]) -> int:
             else:
                 click.echo(f"error: {known}", err=True)
         return known.exit_code if known is not None else AvatarctlError.exit_code
+
+
+def _flush_or_forget() -> None:
+    """Write what is buffered; where nobody reads any more, point the stream to nowhere.
+
+    The interpreter flushes once more at its end and would replace the exit code by 120.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):  # closed, or no file at all
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream.fileno())
+                os.close(nowhere)
 
 
 def _known(error: BaseException) -> AvatarctlError | None:
