@@ -33,6 +33,11 @@ class LowRank:
         """Rank of the update."""
         return self.down.info.shape[0]
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the weight that it changes: outputs, inputs."""
+        return self.up.info.shape[0], self.down.info.shape[1]
+
 
 @dataclass(frozen=True)
 class Checkpoint:

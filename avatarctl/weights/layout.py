@@ -20,7 +20,8 @@ __all__ = ["Sizes", "WeightLayout"]
 class Sizes:
     """Dimensions read from tensor shapes; 0 where a file does not tell (an adapter knows little).
 
-    layers: blocks; audio_input_dim: width of one audio feature frame.
+    layers: blocks; image_dim: width of the CLIP features of image-to-video models;
+    audio_input_dim: width of one audio feature frame.
     """
 
     width: int = 0
@@ -30,6 +31,7 @@ class Sizes:
     out_channels: int = 0
     text_dim: int = 0
     freq_dim: int = 0
+    image_dim: int = 0
     audio_hidden_size: int = 0
     audio_input_dim: int = 0
 

@@ -131,7 +131,9 @@ class FileTensor:
     def read(self, start: int, stop: int) -> Array:
         dtype = DTYPES[self.info.dtype]
         array = np.empty(stop - start, dtype.storage)
-        view = memoryview(array).cast("B")
+        if stop <= start:
+            return array
+        view = array.data.cast("B")
         done = 0
         try:
             with self.path.open("rb", buffering=0) as file:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from avatarctl.weights.key_map import KeyMap
 
-__all__ = ["UMT5_ENCODER", "WAN_TRANSFORMER"]
+__all__ = ["UMT5_ENCODER", "WAN_IMAGE", "WAN_TRANSFORMER"]
 
 
 def _attention(original: str, internal: str) -> tuple[tuple[str, str], ...]:
@@ -38,6 +38,20 @@ WAN_TRANSFORMER = KeyMap(
         ("head.modulation", "scale_shift_table"),
     )
 )
+
+WAN_IMAGE = KeyMap(
+    (
+        ("img_emb.proj.0.{rest}", "condition_embedder.image_embedder.norm1.{rest}"),
+        ("img_emb.proj.1.{rest}", "condition_embedder.image_embedder.ff.net.0.proj.{rest}"),
+        ("img_emb.proj.3.{rest}", "condition_embedder.image_embedder.ff.net.2.{rest}"),
+        ("img_emb.proj.4.{rest}", "condition_embedder.image_embedder.norm2.{rest}"),
+        ("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed"),
+        ("blocks.{n}.cross_attn.k_img.{rest}", "blocks.{n}.attn2.add_k_proj.{rest}"),
+        ("blocks.{n}.cross_attn.v_img.{rest}", "blocks.{n}.attn2.add_v_proj.{rest}"),
+        ("blocks.{n}.cross_attn.norm_k_img.{rest}", "blocks.{n}.attn2.norm_added_k.{rest}"),
+    )
+)
+"""What image-to-video models have besides `WAN_TRANSFORMER`: CLIP tokens."""
 
 _LAYER = "encoder.block.{n}.layer"
 UMT5_ENCODER = KeyMap(

@@ -1,0 +1,166 @@
+"""The networks whose files we know, as data. Sources: spec/omniavatar.md a.1, a.2, spec/stableavatar.md a.2,
+spec/liveavatar.md a and b.7, spec/building-blocks.md 1 and 3."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from avatarctl.weights.key_map import KeyMap
+from avatarctl.weights.layout import Sizes, WeightLayout
+from avatarctl.weights.wan import UMT5_ENCODER, WAN_IMAGE, WAN_TRANSFORMER
+
+__all__ = ["COMPONENTS", "LAYOUTS", "OMNIAVATAR", "WAN"]
+
+Shapes = dict[str, tuple[int, ...]]
+
+_PATCH: Final = 4  # values per channel in a (1, 2, 2) patch
+_FRAMES_PER_LATENT: Final = 4
+_FLOAT32: Final = ("time_embedding", "modulation", "norm3")
+"""Original names of what stays float32 under any run dtype (spec/building-blocks.md 1, trap d)."""
+
+
+def _linear(name: str, outputs: int, inputs: int) -> Shapes:
+    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+
+def _norm(name: str, width: int) -> Shapes:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def wan_shapes(sizes: Sizes) -> Shapes:
+    """Every tensor of a Wan 2.1 transformer (omniavatar.md a.2)."""
+    d = sizes.width
+    shapes: Shapes = {
+        "patch_embedding.weight": (d, sizes.in_channels, 1, 2, 2),
+        "patch_embedding.bias": (d,),
+        **_linear("text_embedding.0", d, sizes.text_dim),
+        **_linear("text_embedding.2", d, d),
+        **_linear("time_embedding.0", d, sizes.freq_dim),
+        **_linear("time_embedding.2", d, d),
+        **_linear("time_projection.1", 6 * d, d),
+        **_linear("head.head", sizes.out_channels * _PATCH, d),
+        "head.modulation": (1, 2, d),
+    }
+    if sizes.image_dim:
+        shapes |= {
+            **_norm("img_emb.proj.0", sizes.image_dim),
+            **_linear("img_emb.proj.1", sizes.image_dim, sizes.image_dim),
+            **_linear("img_emb.proj.3", d, sizes.image_dim),
+            **_norm("img_emb.proj.4", d),
+        }
+    for index in range(sizes.layers):
+        shapes |= _block(f"blocks.{index}", sizes)
+    return shapes
+
+
+def _block(block: str, sizes: Sizes) -> Shapes:
+    d = sizes.width
+    shapes: Shapes = {f"{block}.modulation": (1, 6, d), **_norm(f"{block}.norm3", d)}
+    for attention in ("self_attn", "cross_attn"):
+        images = ("k_img", "v_img") if sizes.image_dim and attention == "cross_attn" else ()
+        for projection in ("q", "k", "v", "o", *images):
+            shapes |= _linear(f"{block}.{attention}.{projection}", d, d)
+        for norm in ("norm_q", "norm_k", *(("norm_k_img",) if images else ())):
+            shapes[f"{block}.{attention}.{norm}.weight"] = (d,)
+    return shapes | _linear(f"{block}.ffn.0", sizes.ffn, d) | _linear(f"{block}.ffn.2", d, sizes.ffn)
+
+
+def omniavatar_shapes(sizes: Sizes) -> Shapes:
+    """A Wan transformer with AudioPack and one projection for each layer that hears (omniavatar.md a.4)."""
+    hidden = sizes.audio_hidden_size
+    shapes = wan_shapes(sizes) | _linear(
+        "audio_proj.proj", hidden, _FRAMES_PER_LATENT * sizes.audio_input_dim
+    )
+    shapes |= _norm("audio_proj.norm_out", hidden)
+    for index in range(sizes.layers // 2 - 1):
+        shapes |= _linear(f"audio_cond_projs.{index}", sizes.width, hidden)
+    return shapes
+
+
+def _nothing(sizes: Sizes) -> Mapping[str, tuple[int, ...]]:
+    return {}
+
+
+_AUDIO = ("audio_proj", "audio_cond_projs")
+
+OMNIAVATAR: Final = WeightLayout(
+    family="omniavatar",
+    title="OmniAvatar",
+    key_map=WAN_TRANSFORMER + KeyMap(tuple((f"{name}.{{rest}}", f"{name}.{{rest}}") for name in _AUDIO)),
+    own=(r"audio_proj\.(proj|norm_out)\.\w+", r"audio_cond_projs\.\d+\.\w+"),
+    replaced=("patch_embedding.", "audio_proj.", "audio_cond_projs."),
+    channels=(33, 49, 65),
+    shapes=omniavatar_shapes,
+    float32=_FLOAT32,
+)
+
+WAN: Final = WeightLayout(
+    family="wan",
+    title="Wan",
+    key_map=WAN_TRANSFORMER + WAN_IMAGE,
+    own=(),
+    replaced=(),
+    channels=(16, 33, 36, 48, 49, 65),
+    shapes=wan_shapes,
+    float32=_FLOAT32,
+)
+
+_STABLEAVATAR: Final = WeightLayout(
+    family="stableavatar",
+    title="StableAvatar",
+    key_map=WAN_TRANSFORMER + WAN_IMAGE,
+    own=(r"vocal_projector\..+", r"blocks\.\d+\.cross_attn\.[kv]_vocal\.\w+"),
+    replaced=(),
+    channels=(36,),
+    shapes=_nothing,
+    supported=False,
+)
+
+_LIVEAVATAR: Final = WeightLayout(
+    family="liveavatar",
+    title="LiveAvatar or Wan 2.2 S2V",
+    key_map=WAN_TRANSFORMER,
+    own=(
+        r"audio_injector\..+", r"casual_audio_encoder\..+", r"frame_packer\..+", r"cond_encoder\..+",
+        r"trainable_cond_mask\.weight",
+    ),
+    replaced=(),
+    channels=(16,),
+    shapes=_nothing,
+    supported=False,
+)  # fmt: skip
+
+LAYOUTS: Final = (OMNIAVATAR, _STABLEAVATAR, _LIVEAVATAR, WAN)
+"""Transformers, plain Wan last: it is what remains when nobody owns a tensor."""
+
+
+def _component(title: str, *own: str, key_map: KeyMap | None = None) -> WeightLayout:
+    return WeightLayout(
+        family="component",
+        title=title,
+        key_map=key_map or KeyMap(()),
+        own=own,
+        replaced=(),
+        channels=(),
+        shapes=_nothing,
+        supported=False,
+    )
+
+
+COMPONENTS: Final = (
+    _component(
+        "UMT5 text encoder",
+        r"token_embedding\.weight", r"blocks\.\d+\.attn\.[qkvo]\.weight",
+        r"blocks\.\d+\.ffn\.gate\.0\.weight", r"shared\.weight", r"encoder\.block\.\d+\.layer\.[01]\..+",
+        key_map=UMT5_ENCODER,
+    ),
+    _component(
+        "Wan VAE",
+        r"(encoder|decoder)\.(conv1|conv_in|middle\..+|mid_block\..+|(down|up)samples\..+|(down|up)_blocks\..+)"
+        r"(\.\w+)?",
+    ),
+    _component("wav2vec 2.0 encoder", r"(wav2vec2\.)?feature_extractor\.conv_layers\..+"),
+    _component("CLIP vision encoder", r"visual\..+", r"(vision_model\.)?embeddings\.patch_embedding\.weight"),
+)  # fmt: skip
+"""Encoders and decoders around the transformer: recognised, so that a person knows what a file is."""

@@ -1,0 +1,227 @@
+"""Names of tensors as people write them -> original name and role.
+
+Five conventions are read (spec/field.md 4a, spec/omniavatar.md i, spec/building-blocks.md 1):
+
+    original    blocks.0.self_attn.q.weight         the release, also with `pipe.dit.` and the like
+    diffusers   blocks.0.attn1.to_q.weight
+    peft        base_model.model.<either>.lora_A.weight
+    comfyui     diffusion_model.<original>.lora_A.weight, .lora_down.weight, .alpha, .diff, .diff_b
+    kohya       lora_unet_blocks_0_self_attn_q.lora_down.weight, .alpha
+
+A name that no rule places is returned as unknown, never dropped.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Final, Literal
+
+from avatarctl.errors import UnusableWeights
+from avatarctl.weights.checkpoint import Naming
+from avatarctl.weights.layout import WeightLayout
+
+__all__ = ["Names", "Placed", "Role", "place_names", "plain_name"]
+
+Role = Literal["tensor", "down", "up", "alpha", "diff"]
+
+_PREFIXES: Final = (
+    "pipe.dit.", "model.diffusion_model.", "diffusion_model.", "base_model.model.", "transformer.", "module.",
+)  # fmt: skip
+_FLAT: Final = ("lora_unet_", "lora_transformer__", "lora_transformer_")
+
+_ROLES: Final[tuple[tuple[re.Pattern[str], Role], ...]] = tuple(
+    (re.compile(rf"(?P<module>.+)\.{pattern}"), role)  # type: ignore[misc]
+    for pattern, role in (
+        (r"lora_A(\.\w+)?\.weight", "down"),
+        (r"lora_B(\.\w+)?\.weight", "up"),
+        (r"lora[_.]down\.weight", "down"),
+        (r"lora[_.]up\.weight", "up"),
+        (r"alpha", "alpha"),
+        (r"(?P<bias>diff_b)", "diff"),
+        (r"diff", "diff"),
+    )
+)
+_WHOLE: Final = re.compile(r"(?P<module>.+)\.(set_weight|modules_to_save\.\w+\.(?P<what>weight|bias))")
+_OTHER_ADAPTERS: Final = re.compile(
+    r".*\.(dora_scale|lora_magnitude_vector.*|hada_\w+|lokr_\w+|oft_\w+|reshape_weight)"
+)
+_SCALED_FLOAT8: Final = re.compile(r"(.*\.)?(scaled_fp8|scale_weight|weight_scale|scale_input)")
+
+
+@dataclass(frozen=True)
+class Placed:
+    """role "tensor": a whole tensor called `name`; "diff": added to tensor `name`; the others: part of the
+    low-rank pair of module `name`. All names are original ones."""
+
+    role: Role
+    name: str
+
+    @property
+    def weight(self) -> str:
+        """Name of the tensor that this is or changes."""
+        return self.name if self.role in ("tensor", "diff") else f"{self.name}.weight"
+
+
+@dataclass
+class Names:
+    """placed: name in the file -> its place; unknown: names in the file without one, in order."""
+
+    naming: Naming
+    placed: dict[str, Placed] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
+    prefixes: Counter[str] = field(default_factory=Counter)
+
+    def of(self, role: Role) -> dict[str, str]:
+        """Original name -> name in the file, of one role."""
+        return {placed.name: key for key, placed in self.placed.items() if placed.role == role}
+
+    def module_in_file(self, name: str) -> str:
+        """The module that a LoRA tensor of the file changes, under the file's own naming, wrappers off."""
+        return _weight_of(_strip(name)[1]).removesuffix(".weight")
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was taken off, one line for each prefix."""
+        return tuple(
+            f"the prefix {prefix!r} of {count} names was taken off" for prefix, count in self.prefixes.items()
+        )
+
+
+def plain_name(name: str) -> str:
+    """A name without wrappers; for a LoRA tensor, the weight that it changes."""
+    return _weight_of(_strip(name)[1])
+
+
+def place_names(names: Iterable[str], layout: WeightLayout) -> Names:
+    """Where each name of a file belongs in a layout.
+
+    Raises UnusableWeights for two names with one place, and for kinds of adapters and of quantisation that
+    cannot be read as what they are.
+    """
+    names = list(names)
+    _refuse_foreign(names)
+    stripped = {name: _strip(name) for name in names}
+    translate = _Translator(layout, [rest for _, rest in stripped.values()])
+    found = Names(translate.naming)
+    taken: dict[Placed, str] = {}
+    for name, (prefix, rest) in stripped.items():
+        placed = _place(rest, prefix in _FLAT, translate)
+        if placed is None:
+            found.unknown.append(name)
+            continue
+        if placed in taken:
+            raise UnusableWeights(f"{taken[placed][:100]} and {name[:100]} are two names of one tensor")
+        taken[placed] = name
+        found.placed[name] = placed
+        if prefix:
+            found.prefixes[prefix] += 1
+    found.naming = _naming(found, translate.naming)
+    return found
+
+
+def _refuse_foreign(names: list[str]) -> None:
+    for name in names:
+        if _OTHER_ADAPTERS.fullmatch(name):
+            raise UnusableWeights(f"{name[:100]}: only plain LoRA is read, not DoRA, LoHa, LoKr or OFT")
+        if _SCALED_FLOAT8.fullmatch(name):
+            raise UnusableWeights(
+                f"{name[:100]}: float8 with scales of its own is not read",
+                fix="use the bfloat16 file it was made from",
+            )
+
+
+def _strip(name: str) -> tuple[str, str]:
+    """The wrappers in front of a name, and the rest."""
+    for flat in _FLAT:
+        if name.startswith(flat):
+            return flat, name[len(flat) :]
+    taken = ""
+    while prefix := next((each for each in _PREFIXES if name.startswith(each)), ""):
+        taken, name = taken + prefix, name[len(prefix) :]
+    return taken, name
+
+
+class _Translator:
+    """Names of one file to original ones, whichever of the two namings the file uses."""
+
+    def __init__(self, layout: WeightLayout, names: list[str]) -> None:
+        self.layout = layout
+        weights = [_weight_of(name) for name in names]
+        original = sum(layout.key_map.to_internal(name) is not None for name in weights)
+        internal = sum(layout.key_map.to_original(name) is not None for name in weights)
+        # Some names are the same in both; what only one of them knows decides.
+        self.naming: Naming = "diffusers" if internal > original else "original"
+
+    def tensor(self, name: str) -> str | None:
+        """Original name of a whole tensor."""
+        if self.layout.owns(name):
+            return name
+        if self.naming == "diffusers":
+            return self.layout.key_map.to_original(name)
+        return name if self.layout.key_map.to_internal(name) is not None else None
+
+    def module(self, name: str, flat: bool) -> str | None:
+        """Original name of a module that has a weight."""
+        if flat:
+            return next(
+                (
+                    target.replace("{n}", "".join(match.groups()))
+                    for pattern, target in self._flat_modules
+                    if (match := pattern.fullmatch(name))
+                ),
+                None,
+            )
+        weight = self.tensor(f"{name}.weight")
+        return None if weight is None else weight.removesuffix(".weight")
+
+    @cached_property
+    def _flat_modules(self) -> list[tuple[re.Pattern[str], str]]:
+        """Module names whose dots were written as underscores, in either naming, and the original ones."""
+        patterns = []
+        for original, internal in self.layout.key_map.rules:
+            if original.endswith(".{rest}"):
+                for source in (original, internal):
+                    flat = re.escape(source.removesuffix(".{rest}").replace(".", "_"))
+                    pattern = re.compile(flat.replace(r"\{n\}", r"(\d+)"))
+                    patterns.append((pattern, original.removesuffix(".{rest}")))
+        return patterns
+
+
+def _weight_of(name: str) -> str:
+    """The name of the weight that a LoRA tensor changes; other names as they are."""
+    match = next((match for pattern, _ in _ROLES if (match := pattern.fullmatch(name))), None)
+    return name if match is None else f"{match['module']}.weight"
+
+
+def _place(name: str, flat: bool, translate: _Translator) -> Placed | None:
+    for pattern, role in _ROLES:
+        if match := pattern.fullmatch(name):
+            module = translate.module(match["module"], flat)
+            if module is None:
+                break
+            if role == "diff":
+                return Placed(role, f"{module}.{'bias' if match.groupdict().get('bias') else 'weight'}")
+            return Placed(role, module)
+    if match := _WHOLE.fullmatch(name):
+        module = translate.module(match["module"], flat)
+        return None if module is None else Placed("tensor", f"{module}.{match['what'] or 'weight'}")
+    if flat:
+        return None
+    whole = translate.tensor(name)
+    return None if whole is None else Placed("tensor", whole)
+
+
+def _naming(found: Names, base: Naming) -> Naming:
+    """The convention as people call it."""
+    prefixes = "".join(found.prefixes)
+    if any(flat in prefixes for flat in _FLAT):
+        return "kohya"
+    if "base_model.model." in prefixes:
+        return "peft"
+    if "diffusion_model." in prefixes:
+        return "comfyui"
+    return "diffusers" if "transformer." in prefixes else base

@@ -1,0 +1,266 @@
+"""A weight file or folder -> `Checkpoint`: which network, which names, what is missing, what has no place."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from avatarctl.errors import UnusableWeights
+from avatarctl.weights.adapter import read_pairs
+from avatarctl.weights.checkpoint import Checkpoint, Kind, LowRank
+from avatarctl.weights.layout import Sizes, WeightLayout
+from avatarctl.weights.layouts import COMPONENTS, LAYOUTS, OMNIAVATAR, WAN
+from avatarctl.weights.naming import Names, Placed, place_names, plain_name
+from avatarctl.weights.sizes import read_sizes, variant_of
+from avatarctl.weights.source import RawWeights, open_weights
+from avatarctl.weights.tensors import DTYPES, Tensor
+
+__all__ = ["read_checkpoint", "recognise", "require_complete"]
+
+HEAD_WIDTH: Final = 128
+"""Width of an attention head in every published Wan transformer (omniavatar.md a.1)."""
+
+PICTURE_CHANNELS: Final = 33
+
+TRAINER_FILE: Final = re.compile(r"step-\w+(-\d+)?\.pt|trainable_weights\.pt")
+"""What the public trainer calls its files (omniavatar.md g.6)."""
+
+SHOWN: Final = 3
+
+Shape = tuple[int, ...]
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """What a file or folder holds; no tensor is read, except alphas.
+
+    Raises PathNotFound, and UnusableWeights for files that cannot be read as any network that we know.
+    Missing and unknown tensors are listed, not raised: see `require_complete`.
+    """
+    raw = open_weights(path)
+    try:
+        return recognise(raw)
+    except UnusableWeights as error:
+        if error.where is None:
+            error.where = path
+        raise
+
+
+def require_complete(checkpoint: Checkpoint) -> None:
+    """Raise UnusableWeights where tensors are missing or have no place; the first few are named."""
+    if checkpoint.missing:
+        raise UnusableWeights(
+            f"incomplete for {checkpoint.variant}: {len(checkpoint.missing)} tensors are missing, "
+            f"{_first(checkpoint.missing)}",
+            where=checkpoint.path,
+            fix="an interrupted or partial save; use the complete file",
+        )
+    if checkpoint.unknown:
+        raise UnusableWeights(
+            f"{len(checkpoint.unknown)} unknown tensors have no place in {checkpoint.variant}, "
+            f"{_first(checkpoint.unknown)}",
+            where=checkpoint.path,
+        )
+
+
+def _first(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(name[:100] for name in names[:SHOWN]) + more
+
+
+def recognise(raw: RawWeights) -> Checkpoint:
+    """`read_checkpoint` for a file that is open."""
+    if not raw.tensors:
+        raise UnusableWeights("the file is empty: no tensors")
+    layout = _layout_of(raw)
+    if layout in COMPONENTS:
+        return _component(raw, layout)
+    names = place_names(raw.tensors, layout)
+    _refuse_integers(raw.tensors, names)
+    pairs = read_pairs(names, raw.tensors, raw.config, raw.metadata)
+    whole, added = names.of("tensor"), names.of("diff")
+    shapes = {name: raw.tensors[key].info.shape for name, key in whole.items()}
+    shapes |= {f"{module}.weight": pair.shape for module, pair in pairs.low_rank.items()}
+    sizes = read_sizes(shapes, [*shapes, *added])
+    in_blocks = any(name.startswith("blocks.") for name in shapes)
+    kind: Kind = "adapter" if pairs.low_rank or added or not in_blocks else "model"
+    expected = layout.shapes(sizes)
+    strange, missing = set(names.unknown), []
+    if layout.supported:
+        _check_channels(layout, sizes)
+        _check_shapes(shapes, expected)
+        strange |= {key for key, placed in names.placed.items() if placed.weight not in expected}
+        missing = _missing(kind, layout, expected, shapes, pairs.low_rank, raw.config)
+    _check_config(raw.config, sizes, kind)
+    offset, offset_rule = _audio_offset(raw, layout, sizes)
+    return Checkpoint(
+        path=raw.path,
+        kind=kind,
+        naming=names.naming,
+        layout=layout,
+        variant=variant_of(kind, layout, sizes),
+        sizes=sizes,
+        tensors={name: raw.tensors[key] for name, key in whole.items() if key not in strange},
+        low_rank=pairs.low_rank,
+        differences={name: raw.tensors[key] for name, key in added.items() if key not in strange},
+        scale=pairs.scale,
+        scale_rule=pairs.scale_rule,
+        heads=_heads(raw, sizes),
+        audio_offset=offset,
+        audio_offset_rule=offset_rule,
+        files=raw.files,
+        config=raw.config,
+        metadata=raw.metadata,
+        unknown=tuple(key for key in raw.tensors if key in strange),
+        missing=tuple(missing),
+        notes=(*raw.notes, *names.notes),
+    )
+
+
+def _layout_of(raw: RawWeights) -> WeightLayout:
+    """Whose tensors these are. Raises UnusableWeights for nobody's."""
+    names = [plain_name(name) for name in raw.tensors]
+    for layout in LAYOUTS:
+        if any(layout.owns(name) for name in names):
+            return layout
+    known = place_names(raw.tensors, WAN).placed.values()
+    if known:
+        # An adapter with a patch embedding is an avatar's: nothing else widens it (omniavatar.md i).
+        roles = {placed.role for placed in known}
+        patched = Placed("tensor", "patch_embedding.weight") in known
+        return OMNIAVATAR if patched and "down" in roles else WAN
+    for component in COMPONENTS:
+        if any(component.owns(name) for name in names):
+            return component
+    raise UnusableWeights(
+        f"unknown tensors: none of the {len(names)} names belongs to a network that we know: "
+        f"{_first(raw.tensors)}"
+    )
+
+
+def _component(raw: RawWeights, layout: WeightLayout) -> Checkpoint:
+    return Checkpoint(
+        path=raw.path,
+        kind="component",
+        naming="original",
+        layout=layout,
+        variant=layout.title,
+        sizes=Sizes(),
+        tensors=raw.tensors,
+        files=raw.files,
+        config=raw.config,
+        metadata=raw.metadata,
+        notes=raw.notes,
+    )
+
+
+def _refuse_integers(tensors: Mapping[str, Tensor], names: Names) -> None:
+    for key, placed in names.placed.items():
+        info = tensors[key].info
+        if placed.role != "alpha" and not DTYPES[info.dtype].floating:
+            raise UnusableWeights(
+                f"{key[:100]} has dtype {info.dtype}; weights are floating point",
+                fix="quantised files are not read; use the bfloat16 file they were made from",
+            )
+        if 0 in info.shape:
+            raise UnusableWeights(f"{key[:100]} has shape {list(info.shape)}: it is empty")
+
+
+def _check_channels(layout: WeightLayout, sizes: Sizes) -> None:
+    if sizes.in_channels and sizes.in_channels not in layout.channels:
+        allowed = ", ".join(map(str, layout.channels))
+        raise UnusableWeights(
+            f"patch_embedding has {sizes.in_channels} input channels; {layout.title} has {allowed}"
+        )
+
+
+def _check_shapes(shapes: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
+    """A 0 in an expected shape is a dimension that the file does not tell."""
+    for name, shape in shapes.items():
+        wanted = expected.get(name)
+        if wanted is None:
+            continue
+        fits = len(shape) == len(wanted) and all(b in (0, a) for a, b in zip(shape, wanted, strict=True))
+        if not fits:
+            raise UnusableWeights(
+                f"{name} has shape {list(shape)}; the rest of the file needs {list(wanted)}"
+            )
+
+
+def _missing(
+    kind: Kind,
+    layout: WeightLayout,
+    expected: Mapping[str, Shape],
+    shapes: Mapping[str, Shape],
+    low_rank: Mapping[str, LowRank],
+    config: Mapping[str, Any],
+) -> list[str]:
+    """What a complete file would hold. A plain LoRA may change as little as it likes; an avatar's adapter
+    holds its whole tensors, and a pair for each of its targets in every block."""
+    if kind == "model":
+        return [name for name in expected if name not in shapes]
+    if not any(layout.is_replaced(name) for name in shapes):
+        return []
+    missing = [name for name in expected if layout.is_replaced(name) and name not in shapes]
+    stated = config.get("lora_target_modules", "")
+    targets = [part.strip() for part in stated.split(",")] if isinstance(stated, str) and low_rank else []
+    inside = {module.split(".", 2)[2] for module in low_rank if module.startswith("blocks.")}
+    for name in expected:
+        module = name.removesuffix(".weight")
+        if not name.startswith("blocks.") or module == name or module in low_rank or len(expected[name]) != 2:
+            continue
+        if module.split(".", 2)[2] in inside or any(t and f".{module}".endswith(f".{t}") for t in targets):
+            missing.append(f"{module}.lora")
+    return missing
+
+
+def _check_config(config: Mapping[str, Any], sizes: Sizes, kind: Kind) -> None:
+    """Refuse a config that describes another file."""
+    of_model = config.get("model_config")
+    stated = of_model.get("in_dim") if isinstance(of_model, Mapping) else config.get("in_dim")
+    if isinstance(stated, int) and sizes.in_channels and stated != sizes.in_channels:
+        raise UnusableWeights(
+            f"config.json says {stated} input channels, and patch_embedding has {sizes.in_channels}"
+        )
+    if config.get("train_architecture") == "lora" and kind == "model":
+        raise UnusableWeights("config.json says LoRA, and the file is a full model without LoRA tensors")
+
+
+def _heads(raw: RawWeights, sizes: Sizes) -> int:
+    """Attention heads: no tensor tells them, as queries and keys are normalised over the full width."""
+    for fields in (_json(raw.metadata, "avatarctl.network"), raw.config, raw.config.get("model_config")):
+        for name in ("num_attention_heads", "num_heads"):
+            heads = fields.get(name) if isinstance(fields, Mapping) else None
+            if isinstance(heads, int) and not isinstance(heads, bool) and heads > 0:
+                if sizes.width % heads:
+                    raise UnusableWeights(f"{name} {heads} does not divide the width {sizes.width}")
+                return heads
+    return sizes.width // HEAD_WIDTH if sizes.width % HEAD_WIDTH == 0 else 0
+
+
+def _json(metadata: Mapping[str, str], key: str) -> Mapping[str, Any]:
+    if key not in metadata:
+        return {}
+    try:
+        fields = json.loads(metadata[key])
+    except (ValueError, RecursionError) as error:
+        raise UnusableWeights(f"the metadata {key} is no JSON") from error
+    return fields if isinstance(fields, Mapping) else {}
+
+
+def _audio_offset(raw: RawWeights, layout: WeightLayout, sizes: Sizes) -> tuple[int | None, str]:
+    """Published picture-to-video weights have offset 1, those of the trainer and of video-to-video 0
+    (design 3). The names of tensors are the same, so that only file names tell them apart."""
+    if layout is not OMNIAVATAR:
+        return None, ""
+    stated = _json(raw.metadata, "avatarctl.conventions").get("audio_offset")
+    if stated in (0, 1):
+        return int(stated), "the file's metadata"
+    if sizes.in_channels > PICTURE_CHANNELS or raw.config.get("v2v") is True:
+        return 0, "video to video"
+    if any(TRAINER_FILE.fullmatch(file.name) for file in raw.files):
+        return 0, "a trainer's file, by its name"
+    return 1, "taken as published picture-to-video weights"

@@ -1,0 +1,100 @@
+"""Dimensions and the name of a network, from tensor shapes alone (spec/omniavatar.md a.1, a.2)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from avatarctl.errors import UnusableWeights
+from avatarctl.weights.checkpoint import Kind
+from avatarctl.weights.layout import Sizes, WeightLayout
+from avatarctl.weights.layouts import WAN
+
+__all__ = ["read_sizes", "variant_of"]
+
+_CLIP_WIDTH: Final = 1280
+"""Width of the CLIP features of every published image-to-video model; an adapter does not tell."""
+
+_BLOCK: Final = re.compile(r"blocks\.(\d+)\..*")
+_HEARING: Final = re.compile(r"audio_cond_projs\.(\d+)\..*")
+
+_SIZE_NAMES: Final = {(1536, 30): "1.3B", (5120, 40): "14B", (3072, 30): "5B"}
+
+Shape = tuple[int, ...]
+
+
+def read_sizes(shapes: Mapping[str, Shape], names: Iterable[str]) -> Sizes:
+    """Sizes of a network.
+
+    shapes: weights that are there whole or changed by a LoRA pair, under original names; names: all of them
+    and what else is changed. Raises UnusableWeights for shapes that no Wan transformer has.
+    """
+    names = list(names)
+    layers = _count(_BLOCK, names)
+    if hearing := _count(_HEARING, names):
+        # One projection for each layer that hears: L // 2 - 1 of them (a.1).
+        layers = layers if layers // 2 - 1 >= hearing else 2 * (hearing + 1)
+    images = any("_img" in name for name in names)
+
+    def dimension(axis: int, *candidates: str) -> int:
+        for candidate in candidates:
+            for name in (candidate.format(index) for index in range(layers if "{}" in candidate else 1)):
+                shape = shapes.get(name)
+                if shape is not None:
+                    if len(shape) <= axis:
+                        raise UnusableWeights(f"{name} has shape {list(shape)}")
+                    return shape[axis]
+        return 0
+
+    width = dimension(
+        0, "patch_embedding.weight", "blocks.{}.self_attn.q.weight", "blocks.{}.self_attn.k.weight",
+        "blocks.{}.self_attn.v.weight", "blocks.{}.self_attn.o.weight", "blocks.{}.cross_attn.q.weight",
+        "blocks.{}.cross_attn.k.weight", "blocks.{}.cross_attn.v.weight", "blocks.{}.cross_attn.o.weight",
+        "blocks.{}.ffn.2.weight", "audio_cond_projs.0.weight",
+    ) or dimension(1, "blocks.{}.ffn.0.weight")  # fmt: skip
+    return Sizes(
+        width=width,
+        ffn=dimension(0, "blocks.{}.ffn.0.weight") or dimension(1, "blocks.{}.ffn.2.weight"),
+        layers=layers,
+        in_channels=dimension(1, "patch_embedding.weight"),
+        out_channels=dimension(0, "head.head.weight") // 4,
+        text_dim=dimension(1, "text_embedding.0.weight"),
+        freq_dim=dimension(1, "time_embedding.0.weight"),
+        image_dim=dimension(1, "img_emb.proj.1.weight") or (_CLIP_WIDTH if images else 0),
+        audio_hidden_size=dimension(0, "audio_proj.proj.weight"),
+        audio_input_dim=dimension(1, "audio_proj.proj.weight") // 4,
+    )
+
+
+def _count(pattern: re.Pattern[str], names: list[str]) -> int:
+    """One more than the highest number. Raises UnusableWeights for one that no file of this size can hold."""
+    found = [match[1] for name in names if (match := pattern.fullmatch(name))]
+    highest = max((int(number) for number in found if len(number) < 7), default=-1)
+    if any(len(number) >= 7 for number in found) or highest >= len(names):
+        raise UnusableWeights("the numbers of blocks have gaps: tensors are missing or misnamed")
+    return highest + 1
+
+
+def variant_of(kind: Kind, layout: WeightLayout, sizes: Sizes) -> str:
+    """What people call this network: `OmniAvatar 14B, 33 channels`, `LoRA for Wan 2.1 T2V 1.3B`."""
+    size = _SIZE_NAMES.get((sizes.width, sizes.layers)) or f"of width {sizes.width}, {sizes.layers} layers"
+    if layout is not WAN:
+        channels = f", {sizes.in_channels} channels" if sizes.in_channels else ""
+        name = f"{layout.title} {size}{channels}"
+        return f"adapter of {name}" if kind == "adapter" else name
+    name = _plain(size, sizes, kind)
+    return f"LoRA for {name}" if kind == "adapter" else name
+
+
+def _plain(size: str, sizes: Sizes, kind: Kind) -> str:
+    if kind == "adapter" and not sizes.in_channels:
+        return f"Wan {'I2V ' if sizes.image_dim else ''}{size}"
+    if (sizes.in_channels, sizes.out_channels) == (48, 48):
+        return f"Wan 2.2 TI2V {size}"
+    if sizes.in_channels == 16:
+        twin = " (or one expert of Wan 2.2 T2V A14B, which has the same shapes)" if size == "14B" else ""
+        return f"Wan 2.1 T2V {size}{twin}"
+    if sizes.in_channels == 36:
+        return f"Wan 2.1 I2V {size}" if sizes.image_dim else f"Wan 2.2 I2V {size}, one expert"
+    return f"Wan {size} with {sizes.in_channels} input channels, no audio layers"
