@@ -6,7 +6,7 @@ built-in model, spec/weight-sources.md for the files. An empty hub id means that
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -23,7 +23,6 @@ __all__ = [
     "configure",
     "find",
     "find_model",
-    "missing_files",
     "outside_training",
 ]
 
@@ -340,35 +339,6 @@ def configure(*assignments: str, origin: str = "configure") -> RunConfig:
     """
     asked = dict(read_assignment(text, origin) for text in assignments)
     return resolve(lambda name: find_model(name).for_config, COMPAT, None, asked).cfg
-
-
-def missing_files(row: Row, weights_root: str | None) -> tuple[Wanted, ...]:
-    """The files of `row` and of the rows it needs that are not on this disk.
-
-    Looked for in `weights_root`, or else where other toolkits put them: `pretrained_models`,
-    `checkpoints` and `ckpt` in the current directory.
-    """
-    roots = (weights_root,) if weights_root else ("pretrained_models", "checkpoints", "ckpt")
-    wanted = []
-    for each in _with_needs(row):
-        folders = [Path(root).expanduser() / each.folder for root in roots]
-        for names in each.files:
-            if not any(_present(folder, name) for folder in folders for name in names.split("|")):
-                wanted.append(Wanted(names.replace("|", " or "), str(folders[0]), each.hub_id))
-    return tuple(wanted)
-
-
-def _with_needs(row: Row) -> Iterator[Row]:
-    yield row
-    for name in row.needs:
-        yield from _with_needs(ROWS[name])
-
-
-def _present(folder: Path, name: str) -> bool:
-    path = folder / name
-    if name.endswith("/"):
-        return path.is_dir() and any(path.iterdir())
-    return path.is_file()
 
 
 def outside_training(

@@ -9,6 +9,8 @@ import pytest
 
 # Nothing may be downloaded: a test that tried would pass here and fail on a train.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Nor may what this machine happens to have in its cache be found.
+os.environ["HF_HUB_CACHE"] = str(Path(__file__).parent / "no-hub-cache")
 
 
 def _cores() -> int:

@@ -21,7 +21,8 @@ from avatarctl.cli.screen import Screen
 from avatarctl.config import Resolved, RunConfig, dump_run, require_supported, value_of
 from avatarctl.errors import NotYetSupported, OutputRefused, UsageError, WeightsMissing, printable
 from avatarctl.events import Notice
-from avatarctl.registry import COMPAT, NOT_YET, Row, Wanted, find_model, missing_files
+from avatarctl.registry import COMPAT, NOT_YET, Row, Wanted, find_model
+from avatarctl.weights.locate import missing_files
 
 if TYPE_CHECKING:
     from avatarctl.pipelines.job import Job
@@ -87,7 +88,7 @@ def _job(request: Request, row: Row, weights: tuple[Wanted, ...], screen: Screen
     missing = [key for key in ("image", "audio") if getattr(cfg.input, key) is None]
     if missing and row.source != "package" and not request.dry_run:
         if weights:  # the larger obstacle first
-            raise WeightsMissing(_missing_line(weights), where=row.name)
+            raise WeightsMissing(_missing_line(weights), where=row.name, fix=_pull(row))
         raise UsageError(f"{row.name} needs --{missing[0]}")
 
     from avatarctl.demo.sample import sample_picture, sample_sound
@@ -128,7 +129,7 @@ def _run(request: Request, row: Row, job: Job, missing: tuple[Wanted, ...], scre
     cfg = request.resolved.cfg
     path = Path(cfg.output.path) if cfg.output.path else _fresh_path(row)
     if missing:
-        raise WeightsMissing(_missing_line(missing), where=row.name)
+        raise WeightsMissing(_missing_line(missing), where=row.name, fix=_pull(row))
 
     from avatarctl.atomic import atomic_write_text
     from avatarctl.cli.signals import stop_on_signals
@@ -210,6 +211,10 @@ def _fresh_path(row: Row) -> Path:
     stamp = Path("runs") / f"infer-{row.name}" / time.strftime("%Y%m%d-%H%M%S")
     names = (stamp.name if attempt == 1 else f"{stamp.name}-{attempt}" for attempt in itertools.count(1))
     return next(folder for name in names if not (folder := stamp.with_name(name)).exists()) / "video.mp4"
+
+
+def _pull(row: Row) -> str:
+    return f"`avatarctl models pull {row.name}` fetches them"
 
 
 def _missing_line(missing: tuple[Wanted, ...]) -> str:

@@ -12,7 +12,8 @@ import click
 
 from avatarctl.cli.app import CommandGroup
 from avatarctl.cli.options import WEIGHTS_VARIABLE
-from avatarctl.registry import ROWS, Row, find, missing_files
+from avatarctl.registry import ROWS, Row, find
+from avatarctl.weights.locate import missing_files
 
 __all__ = ["models"]
 

@@ -1,0 +1,177 @@
+"""Where the files of a registry row lie on this disk. Nothing is fetched and nobody is asked.
+
+Layouts: spec/weight-sources.md. The hub's cache is read by its documented layout
+(`models--ORG--NAME/refs/main`, `snapshots/COMMIT/`), below the folder that `huggingface_hub` takes from its
+own environment variables; its client is not imported for that.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from avatarctl.registry import ROWS, Row, Wanted
+
+__all__ = [
+    "USUAL_ROOTS",
+    "HubName",
+    "Located",
+    "hub_cache",
+    "locate",
+    "locate_hub_name",
+    "missing_files",
+    "read_hub_name",
+    "snapshots",
+    "with_needs",
+]
+
+USUAL_ROOTS: Final = ("pretrained_models", "checkpoints", "ckpt")
+"""Folders of the current folder in which other toolkits keep `NAME/`."""
+
+_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
+_REPOSITORY: Final = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+_OUTSIDE: Final = frozenset({"", ".", ".."})
+
+
+@dataclass(frozen=True)
+class Located:
+    """What was found of one row, without the rows that it needs.
+
+    folder:  the folder that holds every file found; None if nothing was found or several folders share them.
+    files:   names as in `row.files` -> the file, or the folder for a name that ends with "/".
+    missing: what was found nowhere.
+    """
+
+    row: Row
+    folder: Path | None
+    files: Mapping[str, Path]
+    missing: tuple[Wanted, ...]
+
+
+@dataclass(frozen=True)
+class HubName:
+    """`org/name` or `org/name/path/in/it`; `path` is empty for a whole repository."""
+
+    repo: str
+    path: str
+
+    def __str__(self) -> str:
+        return f"{self.repo}/{self.path}" if self.path else self.repo
+
+
+def locate(row: Row, weights_root: str | None) -> Located:
+    """The files of `row`, each taken from the first place that has it.
+
+    Places, in this order: `weights_root/FOLDER`, `weights_root` itself, `FOLDER` in each of `USUAL_ROOTS`,
+    these themselves, the hub's cache. A root itself counts only if every file of the row lies directly in it,
+    and not if it is named for another row: `config.json` alone says nothing about whose it is.
+    """
+    files: dict[str, Path] = {}
+    places: list[Path] = []
+    for place in _places(row, weights_root):
+        absent = [names for names in row.files if names not in files]
+        found = {names: path for names in absent if (path := _found(place, names)) is not None}
+        if found:
+            files |= found
+            places.append(place)
+        if len(files) == len(row.files):
+            break
+    home = _roots(weights_root)[0] / row.folder
+    missing = tuple(
+        Wanted(names.replace("|", " or "), str(home), row.hub_id) for names in row.files if names not in files
+    )
+    in_order = {names: files[names] for names in row.files if names in files}
+    return Located(row, places[0] if len(places) == 1 else None, in_order, missing)
+
+
+def missing_files(row: Row, weights_root: str | None) -> tuple[Wanted, ...]:
+    """The files of `row` and of the rows it needs that are not on this disk."""
+    return tuple(wanted for each in with_needs(row) for wanted in locate(each, weights_root).missing)
+
+
+def with_needs(row: Row) -> Iterator[Row]:
+    """`row`, then the rows that it needs, and theirs."""
+    yield row
+    for name in row.needs:
+        yield from with_needs(ROWS[name])
+
+
+def _roots(weights_root: str | None) -> list[Path]:
+    named = [Path(weights_root).expanduser()] if weights_root else []
+    return [*named, *map(Path, USUAL_ROOTS)]
+
+
+def _places(row: Row, weights_root: str | None) -> Iterator[Path]:
+    """Folders that may hold files of `row`; the hub's are made out only when the others did not do."""
+    others = {each.folder for each in ROWS.values()} - {row.folder}
+    for root in _roots(weights_root):
+        yield root / row.folder
+        if root.name not in others and all(_found(root, names) is not None for names in row.files):
+            yield root
+    if row.hub_id:
+        yield from snapshots(row.hub_id)
+
+
+def _found(folder: Path, names: str) -> Path | None:
+    """The first of "a|b" that is there."""
+    return next((folder / name for name in names.split("|") if _present(folder, name)), None)
+
+
+def _present(folder: Path, name: str) -> bool:
+    path = folder / name
+    if name.endswith("/"):
+        return path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir())
+    return path.is_file()
+
+
+def hub_cache() -> Path:
+    """The hub's cache on this machine (`HF_HUB_CACHE`, `HF_HOME`, `XDG_CACHE_HOME`)."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def snapshots(repo: str) -> Iterator[Path]:
+    """Folders of the cached commits of a repository: what `main` was last seen as, then newest first.
+
+    Older commits count too: rows share repositories, and fetching a file of one row moves `main`.
+    """
+    home = hub_cache() / f"models--{repo.replace('/', '--')}"
+    folder = home / "snapshots"
+    commits = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    main = _main_commit(home)
+    yield from sorted(commits, key=lambda path: (path.name == main, path.stat().st_mtime), reverse=True)
+
+
+def _main_commit(home: Path) -> str:
+    path = home / "refs" / "main"
+    text = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
+    return text if _COMMIT.fullmatch(text) else ""
+
+
+def read_hub_name(text: str) -> HubName | None:
+    """`org/name[/path]` taken apart; None if `text` cannot be such a name."""
+    owner, _, rest = text.partition("/")
+    name, _, path = rest.partition("/")
+    repo = f"{owner}/{name}"
+    if not _REPOSITORY.fullmatch(repo) or "--" in repo or ".." in repo or len(repo) > 200:
+        return None
+    if path and (not _OUTSIDE.isdisjoint(path.split("/")) or "\\" in path or not path.isprintable()):
+        return None
+    return HubName(repo, path)
+
+
+def locate_hub_name(name: HubName, weights_root: str | None) -> Path | None:
+    """The file that `name` means, or the folder of a whole repository, where `models pull` puts it; None if
+    it was never fetched."""
+    folder = name.repo.rpartition("/")[2]
+    places = [root / folder for root in _roots(weights_root)]
+    for place in (*places, *snapshots(name.repo)):
+        if name.path and (place / name.path).is_file():
+            return place / name.path
+        if not name.path and _present(place, "./"):
+            return place
+    return None
