@@ -58,6 +58,8 @@ class Checkpoint:
     audio_offset: 0 or 1 (frames), None where the network has no audio or nothing tells;
     audio_offset_rule: where it comes from, for people.
     files:      the weight files that were read, in order.
+    format:     of these files: "safetensors", "zip" or "legacy" (pickles); empty for what no file holds.
+    names:      every name as in the files, in their order.
     config:     contents of config.json or adapter_config.json, else empty.
     metadata:   of the safetensors header.
     unknown:    names, as in the file, that have no place in the layout.
@@ -80,6 +82,8 @@ class Checkpoint:
     audio_offset: int | None = None
     audio_offset_rule: str = ""
     files: tuple[Path, ...] = ()
+    format: str = ""
+    names: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     unknown: tuple[str, ...] = ()
