@@ -16,6 +16,8 @@ __all__ = ["read_sizes", "variant_of"]
 _CLIP_WIDTH: Final = 1280
 """Width of the CLIP features of every published image-to-video model; an adapter does not tell."""
 
+_MOST_LAYERS: Final = 1000
+
 _BLOCK: Final = re.compile(r"blocks\.(\d+)\..*")
 _HEARING: Final = re.compile(r"audio_cond_projs\.(\d+)\..*")
 
@@ -68,12 +70,12 @@ def read_sizes(shapes: Mapping[str, Shape], names: Iterable[str]) -> Sizes:
 
 
 def _count(pattern: re.Pattern[str], names: list[str]) -> int:
-    """One more than the highest number. Raises UnusableWeights for one that no file of this size can hold."""
+    """One more than the highest number. Raises UnusableWeights for one that would make the table of
+    expected tensors endless."""
     found = [match[1] for name in names if (match := pattern.fullmatch(name))]
-    highest = max((int(number) for number in found if len(number) < 7), default=-1)
-    if any(len(number) >= 7 for number in found) or highest >= len(names):
-        raise UnusableWeights("the numbers of blocks have gaps: tensors are missing or misnamed")
-    return highest + 1
+    if any(len(number) > len(str(_MOST_LAYERS)) or int(number) >= _MOST_LAYERS for number in found):
+        raise UnusableWeights(f"a block has number {max(found, key=len)[:20]}; no model has that many")
+    return 1 + max(map(int, found), default=-1)
 
 
 def variant_of(kind: Kind, layout: WeightLayout, sizes: Sizes) -> str:

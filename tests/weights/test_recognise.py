@@ -1,0 +1,384 @@
+"""What a file is, by its names and shapes. The tables here are typed from spec/omniavatar.md a.2 and i and
+spec/field.md 4a, not taken from the product's maps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from avatarctl.errors import UnusableWeights
+from avatarctl.weights.checkpoint import Checkpoint
+from avatarctl.weights.recognise import recognise, require_complete
+from avatarctl.weights.source import RawWeights
+from avatarctl.weights.tensors import ArrayTensor
+
+LAYERS, D, FFN, RANK, HIDDEN, AUDIO = 6, 48, 80, 4, 3, 5
+
+Shapes = dict[str, tuple[int, ...]]
+
+LINEARS = (
+    "self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "cross_attn.q", "cross_attn.k",
+    "cross_attn.v", "cross_attn.o", "ffn.0", "ffn.2",
+)  # fmt: skip
+DIFFUSERS = {
+    "self_attn.q": "attn1.to_q", "self_attn.k": "attn1.to_k", "self_attn.v": "attn1.to_v",
+    "self_attn.o": "attn1.to_out.0", "cross_attn.q": "attn2.to_q", "cross_attn.k": "attn2.to_k",
+    "cross_attn.v": "attn2.to_v", "cross_attn.o": "attn2.to_out.0", "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+}  # fmt: skip
+
+
+def ends(linear: str) -> tuple[int, int]:
+    """Outputs and inputs of a linear layer of a block."""
+    return {"ffn.0": (FFN, D), "ffn.2": (D, FFN)}.get(linear, (D, D))
+
+
+def base(channels: int = 16) -> Shapes:
+    """A plain text-to-video transformer."""
+    shapes: Shapes = {
+        "patch_embedding.weight": (D, channels, 1, 2, 2),
+        "patch_embedding.bias": (D,),
+        "text_embedding.0.weight": (D, 7),
+        "text_embedding.0.bias": (D,),
+        "text_embedding.2.weight": (D, D),
+        "text_embedding.2.bias": (D,),
+        "time_embedding.0.weight": (D, 10),
+        "time_embedding.0.bias": (D,),
+        "time_embedding.2.weight": (D, D),
+        "time_embedding.2.bias": (D,),
+        "time_projection.1.weight": (6 * D, D),
+        "time_projection.1.bias": (6 * D,),
+        "head.head.weight": (64, D),
+        "head.head.bias": (64,),
+        "head.modulation": (1, 2, D),
+    }
+    for i in range(LAYERS):
+        for linear in LINEARS:
+            outputs, inputs = ends(linear)
+            shapes[f"blocks.{i}.{linear}.weight"] = (outputs, inputs)
+            shapes[f"blocks.{i}.{linear}.bias"] = (outputs,)
+        for norm in ("self_attn.norm_q", "self_attn.norm_k", "cross_attn.norm_q", "cross_attn.norm_k"):
+            shapes[f"blocks.{i}.{norm}.weight"] = (D,)
+        shapes[f"blocks.{i}.norm3.weight"] = shapes[f"blocks.{i}.norm3.bias"] = (D,)
+        shapes[f"blocks.{i}.modulation"] = (1, 6, D)
+    return shapes
+
+
+def avatar_parts(channels: int = 33) -> Shapes:
+    """What an adapter of OmniAvatar carries whole."""
+    shapes: Shapes = {
+        "patch_embedding.weight": (D, channels, 1, 2, 2),
+        "patch_embedding.bias": (D,),
+        "audio_proj.proj.weight": (HIDDEN, 4 * AUDIO),
+        "audio_proj.proj.bias": (HIDDEN,),
+        "audio_proj.norm_out.weight": (HIDDEN,),
+        "audio_proj.norm_out.bias": (HIDDEN,),
+    }
+    for i in range(LAYERS // 2 - 1):
+        shapes[f"audio_cond_projs.{i}.weight"] = (D, HIDDEN)
+        shapes[f"audio_cond_projs.{i}.bias"] = (D,)
+    return shapes
+
+
+def pairs(
+    name: str = "blocks.{i}.{linear}.lora_{ab}.default.weight", down: str = "A", up: str = "B"
+) -> Shapes:
+    """A LoRA pair for every target."""
+    shapes: Shapes = {}
+    for i in range(LAYERS):
+        for linear in LINEARS:
+            outputs, inputs = ends(linear)
+            words = {
+                "i": i,
+                "linear": linear,
+                "diffusers": DIFFUSERS[linear],
+                "flat": linear.replace(".", "_"),
+            }
+            shapes[name.format(**words, ab=down)] = (RANK, inputs)
+            shapes[name.format(**words, ab=up)] = (outputs, RANK)
+    return shapes
+
+
+def read(
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    config: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    dtype: str = "F32",
+    values: Mapping[str, ArrayTensor] | None = None,
+    file: str = "model.safetensors",
+) -> Checkpoint:
+    storage = {"F32": np.float32, "BF16": np.uint16, "I8": np.int8, "U8": np.uint8}[dtype]
+    tensors = {name: ArrayTensor(np.zeros(shape, storage), dtype) for name, shape in shapes.items()}
+    path = Path(file)
+    raw = RawWeights(
+        path=path,
+        files=(path,),
+        format="safetensors",
+        tensors=tensors | dict(values or {}),
+        metadata=metadata or {},
+        config=config or {},
+        config_path=None,
+        notes=(),
+    )
+    return recognise(raw)
+
+
+NAMINGS = {
+    "original": "blocks.{i}.{linear}.lora_{ab}.default.weight",
+    "without default": "blocks.{i}.{linear}.lora_{ab}.weight",
+    "trainer's prefix": "pipe.dit.blocks.{i}.{linear}.lora_{ab}.default.weight",
+    "diffusers": "transformer.blocks.{i}.{diffusers}.lora_{ab}.weight",
+    "diffusers, bare": "blocks.{i}.{diffusers}.lora_{ab}.weight",
+    "peft, original": "base_model.model.blocks.{i}.{linear}.lora_{ab}.weight",
+    "peft, diffusers": "base_model.model.blocks.{i}.{diffusers}.lora_{ab}.weight",
+    "comfyui": "diffusion_model.blocks.{i}.{linear}.lora_{ab}.weight",
+    "kohya": "lora_unet_blocks_{i}_{flat}.lora_{ab}.weight",
+    "kohya, two underscores": "lora_transformer__blocks_{i}_{flat}.lora_{ab}.weight",
+}
+
+
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_a_lora_means_the_same_in_every_naming(naming: str) -> None:
+    flat = "kohya" in naming
+    checkpoint = read(pairs(NAMINGS[naming], *(("down", "up") if flat else ("A", "B"))))
+    require_complete(checkpoint)
+    assert checkpoint.kind == "adapter"
+    assert checkpoint.layout.family == "wan"
+    assert set(checkpoint.low_rank) == {f"blocks.{i}.{linear}" for i in range(LAYERS) for linear in LINEARS}
+    assert all(pair.shape == ends(module.split(".", 2)[2]) for module, pair in checkpoint.low_rank.items())
+    published = naming in ("original", "without default", "trainer's prefix")
+    assert checkpoint.scale_of(checkpoint.low_rank["blocks.0.ffn.0"]) == (0.5 if published else 1.0)
+    assert ("0.5" in checkpoint.scale_rule) == published
+
+
+def test_an_adapter_of_omniavatar_is_recognised_with_its_sizes() -> None:
+    config = {
+        "train_architecture": "lora", "lora_rank": RANK, "lora_alpha": 3,
+        "lora_target_modules": "q,k,v,o,ffn.0,ffn.2",
+        "model_config": {"in_dim": 33, "num_heads": 6},
+    }  # fmt: skip
+    checkpoint = read(pairs() | avatar_parts(), config=config, file="pytorch_model.pt")
+    require_complete(checkpoint)
+    sizes = checkpoint.sizes
+    assert (checkpoint.layout.family, checkpoint.kind, checkpoint.heads) == ("omniavatar", "adapter", 6)
+    assert (sizes.width, sizes.ffn, sizes.layers, sizes.in_channels) == (D, FFN, LAYERS, 33)
+    assert (sizes.audio_hidden_size, sizes.audio_input_dim) == (HIDDEN, AUDIO)
+    assert checkpoint.scale_of(checkpoint.low_rank["blocks.5.cross_attn.o"]) == 3 / RANK
+    assert checkpoint.audio_offset == 1
+
+
+@pytest.mark.parametrize(
+    ("channels", "file", "offset"),
+    [
+        (33, "pytorch_model.pt", 1), (33, "step-2000.pt", 0), (33, "step-final-40.pt", 0),
+        (33, "trainable_weights.pt", 0), (49, "pytorch_model.pt", 0), (65, "any.safetensors", 0),
+    ],
+)  # fmt: skip
+def test_the_audio_offset_follows_who_trained_it(channels: int, file: str, offset: int) -> None:
+    assert read(pairs() | avatar_parts(channels), file=file).audio_offset == offset
+
+
+def test_a_files_own_metadata_wins_over_the_rules() -> None:
+    metadata = {
+        "avatarctl.conventions": '{"audio_offset": 0}',
+        "avatarctl.network": '{"num_attention_heads": 4, "attention_head_dim": 12}',
+    }
+    checkpoint = read(base(33) | avatar_parts(), metadata=metadata)
+    assert (checkpoint.kind, checkpoint.audio_offset, checkpoint.heads) == ("model", 0, 4)
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "patch_embedding.weight",
+        "patch_embedding.bias",
+        "audio_proj.norm_out.weight",
+        "audio_cond_projs.1.bias",
+    ],
+)
+def test_an_adapter_with_a_part_of_the_avatars_tensors_is_incomplete(lost: str) -> None:
+    shapes = pairs() | avatar_parts()
+    del shapes[lost]
+    checkpoint = read(shapes)
+    assert checkpoint.missing == (lost,)
+    with pytest.raises(UnusableWeights, match=lost):
+        require_complete(checkpoint)
+
+
+def test_an_adapter_without_any_audio_but_with_a_patch_embedding_is_incomplete() -> None:
+    shapes = pairs() | {name: shape for name, shape in avatar_parts().items() if name.startswith("patch")}
+    assert any(name.startswith("audio_proj.") for name in read(shapes).missing)
+
+
+def test_a_pair_that_is_missing_in_one_block_is_noticed() -> None:
+    shapes = pairs() | avatar_parts()
+    for ab in "AB":
+        del shapes[f"blocks.5.ffn.2.lora_{ab}.default.weight"]
+    assert read(shapes).missing == ("blocks.5.ffn.2.lora",)
+    whole_block = {name: shape for name, shape in shapes.items() if not name.startswith("blocks.5.")}
+    assert len(read(whole_block).missing) == len(LINEARS), (
+        "the audio projections tell how many blocks there are"
+    )
+
+
+def test_a_plain_lora_may_change_as_little_as_it_likes() -> None:
+    shapes = {name: shape for name, shape in pairs().items() if ".self_attn.q." in name and ".3." in name}
+    require_complete(read(shapes))
+
+
+def test_half_a_pair_and_ranks_that_disagree_are_refused() -> None:
+    shapes = pairs()
+    del shapes["blocks.2.cross_attn.v.lora_B.default.weight"]
+    with pytest.raises(UnusableWeights, match=r"blocks\.2\.cross_attn\.v lacks its lora_B"):
+        read(shapes)
+    with pytest.raises(UnusableWeights, match="ranks disagree"):
+        read(pairs() | {"blocks.0.self_attn.q.lora_A.default.weight": (RANK + 1, D)})
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"train_architecture": "lora", "lora_rank": RANK}, "lora_alpha"),
+        ({"train_architecture": "lora", "lora_rank": 9, "lora_alpha": 1}, "rank 4.*says 9"),
+        ({"train_architecture": "lora", "lora_alpha": "much"}, "not a finite number"),
+        ({"train_architecture": "lora", "lora_alpha": float("inf")}, "not a finite number"),
+        ({"model_config": {"in_dim": 49}}, "49 input channels.*33"),
+        ({"peft_type": "LORA", "r": RANK}, "lora_alpha"),
+        ({"peft_type": "LOHA", "lora_alpha": 1}, "only plain LoRA"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(config: dict[str, Any], words: str) -> None:
+    with pytest.raises(UnusableWeights, match=words):
+        read(pairs() | avatar_parts(), config=config)
+
+
+def test_alpha_of_a_target_wins_over_everything_else() -> None:
+    alpha = {"blocks.1.ffn.0.alpha": ArrayTensor(np.array(6.0, np.float32), "F32")}
+    checkpoint = read(pairs(), values=alpha, config={"train_architecture": "lora", "lora_alpha": 2})
+    assert checkpoint.scale_of(checkpoint.low_rank["blocks.1.ffn.0"]) == 6 / RANK
+    assert checkpoint.scale_of(checkpoint.low_rank["blocks.1.ffn.2"]) == 2 / RANK
+    assert "1 of 60" in checkpoint.scale_rule
+
+
+def test_pefts_patterns_and_root_of_rank_are_obeyed() -> None:
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 8, "alpha_pattern": {"blocks.0.attn1.to_q": 2}}
+    naming = NAMINGS["peft, diffusers"]
+    checkpoint = read(pairs(naming), config=config)
+    assert checkpoint.scale_of(checkpoint.low_rank["blocks.0.self_attn.q"]) == 2 / RANK
+    assert checkpoint.scale_of(checkpoint.low_rank["blocks.1.self_attn.q"]) == 8 / RANK
+    rooted = read(pairs(naming), config={"peft_type": "LORA", "lora_alpha": 8, "use_rslora": True})
+    assert rooted.scale_of(rooted.low_rank["blocks.1.self_attn.q"]) == 8 / RANK**0.5
+
+
+def test_differences_and_whole_weights_of_comfyui_are_read() -> None:
+    checkpoint = read(
+        {
+            "diffusion_model.blocks.0.ffn.0.diff": (FFN, D),
+            "diffusion_model.blocks.0.ffn.0.diff_b": (FFN,),
+            "diffusion_model.blocks.1.ffn.2.set_weight": (D, FFN),
+            "diffusion_model.blocks.0.norm3.diff_b": (D,),
+        }
+    )
+    require_complete(checkpoint)
+    assert set(checkpoint.differences) == {
+        "blocks.0.ffn.0.weight",
+        "blocks.0.ffn.0.bias",
+        "blocks.0.norm3.bias",
+    }
+    assert set(checkpoint.tensors) == {"blocks.1.ffn.2.weight"}
+    assert (checkpoint.naming, checkpoint.kind) == ("comfyui", "adapter")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "blocks.0.self_attn.q.dora_scale",
+        "blocks.0.ffn.0.hada_w1_a",
+        "lora_unet_blocks_0_ffn_0.lokr_w1",
+        "scaled_fp8",
+    ],
+)
+def test_what_cannot_be_read_as_what_it_is_is_refused(name: str) -> None:
+    with pytest.raises(UnusableWeights, match=name):
+        read(pairs() | {name: (4, 4)})
+
+
+def test_integers_are_no_weights() -> None:
+    with pytest.raises(UnusableWeights, match="dtype U8"):
+        read(base(), dtype="U8")
+
+
+def test_every_model_is_called_what_it_is() -> None:
+    assert read(base()).variant == "Wan 2.1 T2V of width 48, 6 layers"
+    assert "33 channels" in read(base(33) | avatar_parts()).variant
+    image = base(36) | {
+        "img_emb.proj.0.weight": (20,), "img_emb.proj.0.bias": (20,), "img_emb.proj.1.weight": (20, 20),
+        "img_emb.proj.1.bias": (20,), "img_emb.proj.3.weight": (D, 20), "img_emb.proj.3.bias": (D,),
+        "img_emb.proj.4.weight": (D,), "img_emb.proj.4.bias": (D,),
+    }  # fmt: skip
+    for i in range(LAYERS):
+        for name in ("k_img", "v_img"):
+            image[f"blocks.{i}.cross_attn.{name}.weight"] = (D, D)
+            image[f"blocks.{i}.cross_attn.{name}.bias"] = (D,)
+        image[f"blocks.{i}.cross_attn.norm_k_img.weight"] = (D,)
+    for shapes, name in (
+        (image, "Wan 2.1 I2V of width"),
+        (base(36), "Wan 2.2 I2V of width"),
+        (base(48) | {"head.head.weight": (192, D), "head.head.bias": (192,)}, "Wan 2.2 TI2V of width"),
+        (base(49), "with 49 input channels, no audio layers"),
+    ):
+        checkpoint = read(shapes)
+        require_complete(checkpoint)
+        assert name in checkpoint.variant
+    stable = read(image | {"vocal_projector.proj_in.weight": (4, 4)})
+    assert (stable.layout.family, stable.layout.supported) == ("stableavatar", False)
+    live = read({"base_model.model.audio_injector.injector.0.q.lora_A.default.weight": (4, D)} | {
+        "base_model.model.audio_injector.injector.0.q.lora_B.default.weight": (D, 4)} | pairs())  # fmt: skip
+    assert live.layout.family == "liveavatar"
+
+
+def test_encoders_are_named_and_strangers_refused() -> None:
+    assert (
+        read({"token_embedding.weight": (9, 4), "blocks.0.attn.q.weight": (4, 4)}).variant
+        == "UMT5 text encoder"
+    )
+    assert (
+        read({"encoder.conv1.weight": (4, 3, 3, 3, 3), "conv1.weight": (8, 8, 1, 1, 1)}).variant == "Wan VAE"
+    )
+    name = "wav2vec2.feature_extractor.conv_layers.0.conv.weight"
+    assert read({name: (4, 1, 10)}).variant == "wav2vec 2.0 encoder"
+    with pytest.raises(UnusableWeights, match="unknown tensors"):
+        read({"layer1.0.conv.weight": (4, 4)})
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"patch_embedding.weight": (D, 34, 1, 2, 2)}, "34 input channels"),
+        ({"blocks.0.ffn.2.weight": (D, FFN + 1)}, r"blocks\.0\.ffn\.2\.weight has shape"),
+        ({"blocks.900000000000.ffn.2.weight": (D, FFN)}, "no model has that many"),
+        ({"blocks.99999.ffn.2.weight": (D, FFN)}, "no model has that many"),
+        ({"head.head.weight": (0, D)}, "empty"),
+        ({"patch_embedding.weight": (D,)}, "patch_embedding.weight has shape"),
+    ],
+)
+def test_absurd_shapes_are_refused(changed: Shapes, words: str) -> None:
+    with pytest.raises(UnusableWeights, match=words):
+        read(base(33) | avatar_parts() | changed)
+
+
+def test_two_names_of_one_tensor_are_refused() -> None:
+    with pytest.raises(UnusableWeights, match="two names of one tensor"):
+        read(base() | {"model.diffusion_model.head.modulation": (1, 2, D)})
+
+
+def test_names_without_a_place_are_listed_not_lost() -> None:
+    checkpoint = read(base() | {"blocks.0.self_attn.extra_gate.weight": (D,), "optimizer_step": (1,)})
+    assert checkpoint.unknown == ("blocks.0.self_attn.extra_gate.weight", "optimizer_step")
+    with pytest.raises(UnusableWeights, match="extra_gate"):
+        require_complete(checkpoint)
