@@ -1,0 +1,268 @@
+"""What a weight file is, in words and as JSON: `convert-ckpt --inspect`. Only headers are read.
+
+`describe` gives every fact under a stable key, None or empty where the file does not tell; `lines` leaves
+those out. Names, notes and metadata are strangers' text and are escaped before a person sees them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Final
+
+from avatarctl.errors import UnusableWeights, printable
+from avatarctl.weights.checkpoint import Checkpoint
+from avatarctl.weights.loaders import verdicts
+from avatarctl.weights.metadata import OwnMetadata, read_own
+from avatarctl.weights.published import PUBLISHED, hash_of
+from avatarctl.weights.tensors import Tensor
+
+__all__ = ["describe", "lines"]
+
+_SHOWN: Final = 10
+_WIDEST: Final = 100  # characters of a stranger's name or value
+
+_FORMATS: Final = {
+    "safetensors": "safetensors", "zip": "torch file (zip)", "legacy": "torch file (old pickle)",
+}  # fmt: skip
+_NAMINGS: Final = {
+    "original": "the release's names", "diffusers": "names of diffusers", "peft": "names of PEFT",
+    "comfyui": "names of ComfyUI", "kohya": "names of kohya's scripts",
+}  # fmt: skip
+_KINDS: Final = {"model": "full model", "adapter": "adapter", "component": "encoder or decoder"}
+_CONVENTIONS: Final = {
+    "mask_keep": "mask value that keeps", "hole": "value in the hole", "fps": "frames per second",
+    "sigma_shift": "shift of the noise levels", "audio_offset": "audio offset",
+}  # fmt: skip
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """All facts about a file, ready for JSON.
+
+    parameters, tensors, dtypes and bytes count what has a place in the network; alphas are not counted. bytes
+    are those of the tensors. published_as: the published file with the same names and shapes, which a
+    fine-tune shares.
+
+    Raises UnusableWeights where our own metadata in the file is damaged.
+    """
+    try:
+        own = read_own(checkpoint.metadata)
+    except UnusableWeights as error:
+        error.where = checkpoint.path
+        raise
+    fingerprint = hash_of(checkpoint)
+    return {
+        "path": str(checkpoint.path),
+        "files": [file.name for file in checkpoint.files],
+        "format": checkpoint.format or None,
+        "naming": checkpoint.naming,
+        "kind": checkpoint.kind,
+        "family": checkpoint.layout.family,
+        "variant": checkpoint.variant,
+        "supported": checkpoint.layout.supported,
+        **_network(checkpoint),
+        **_updates(checkpoint),
+        **_training(checkpoint, own),
+        **_amounts(checkpoint),
+        "published_hash": fingerprint,
+        "published_as": PUBLISHED.get(fingerprint or ""),
+        "loaders": [asdict(verdict) for verdict in verdicts(checkpoint)],
+        "unknown": list(checkpoint.unknown),
+        "missing": list(checkpoint.missing),
+        "notes": list(checkpoint.notes),
+        "config": dict(checkpoint.config),
+        "metadata": dict(checkpoint.metadata),
+    }
+
+
+def _network(checkpoint: Checkpoint) -> dict[str, Any]:
+    sizes = checkpoint.sizes
+    facts = {
+        "channels": sizes.in_channels,
+        "out_channels": sizes.out_channels,
+        "layers": sizes.layers,
+        "width": sizes.width,
+        "ffn": sizes.ffn,
+        "heads": checkpoint.heads,
+        "text_dim": sizes.text_dim,
+        "image_dim": sizes.image_dim,
+        "audio_hidden_size": sizes.audio_hidden_size,
+        "audio_input_dim": sizes.audio_input_dim,
+    }
+    return {name: value or None for name, value in facts.items()}
+
+
+def _updates(checkpoint: Checkpoint) -> dict[str, Any]:
+    pairs = checkpoint.low_rank.values()
+    return {
+        "targets": len(pairs),
+        "ranks": sorted({pair.rank for pair in pairs}),
+        "alphas": sorted({pair.alpha for pair in pairs if pair.alpha is not None}),
+        "scales": sorted({checkpoint.scale_of(pair) for pair in pairs}),
+        "scale_rule": checkpoint.scale_rule or None,
+        "differences": len(checkpoint.differences),
+        "whole_tensors": len(checkpoint.tensors) if checkpoint.kind == "adapter" else None,
+    }
+
+
+def _training(checkpoint: Checkpoint, own: OwnMetadata) -> dict[str, Any]:
+    """What configs and our own metadata say; the config beside the file first."""
+    config = {**own.config, **checkpoint.config}
+    return {
+        "train_architecture": config.get("train_architecture"),
+        "random_prefix_frames": config.get("random_prefix_frames"),
+        "audio_offset": checkpoint.audio_offset,
+        "audio_offset_rule": checkpoint.audio_offset_rule or None,
+        "conventions": dict(own.conventions),
+        "operations": [dict(step) for step in own.operations],
+    }
+
+
+def _amounts(checkpoint: Checkpoint) -> dict[str, Any]:
+    infos = [tensor.info for tensor in _tensors(checkpoint)]
+    return {
+        "tensors": len(infos),
+        "dtypes": dict(Counter(info.dtype for info in infos).most_common()),
+        "parameters": sum(info.numel for info in infos),
+        "bytes": sum(info.nbytes for info in infos),
+    }
+
+
+def _tensors(checkpoint: Checkpoint) -> Iterator[Tensor]:
+    yield from checkpoint.tensors.values()
+    yield from checkpoint.differences.values()
+    for pair in checkpoint.low_rank.values():
+        yield pair.down
+        yield pair.up
+
+
+# For people
+
+
+def lines(description: Mapping[str, Any]) -> list[str]:
+    """A description as labelled lines, in the order in which a person asks; absent facts are left out."""
+    rows = [(label, printable(text)) for label, text in _rows(description) if text]
+    width = max(len(label) for label, _ in rows)
+    shown, before = [], ""
+    for label, text in rows:
+        shown.append(f"{'' if label == before else label:<{width}}  {text}")
+        before = label
+    return shown
+
+
+def _rows(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "path", facts["path"]
+    yield "is", f"{facts['variant']} ({_KINDS[facts['kind']]})"
+    yield "published", _published(facts)
+    yield "format", _format(facts)
+    if facts["kind"] != "component":
+        yield "network", _sizes(facts)
+        yield "heads", str(facts["heads"] or "not stated")
+    yield from _update_rows(facts)
+    yield "trained as", _text(facts["train_architecture"])
+    yield "random prefix", _text(facts["random_prefix_frames"])
+    if facts["audio_offset"] is not None:
+        yield "audio offset", f"{_frames(facts['audio_offset'])} ({facts['audio_offset_rule']})"
+    for name, value in facts["conventions"].items():
+        if name != "audio_offset":
+            yield "conventions", f"{_CONVENTIONS.get(name, name)}: {value:g}"
+    yield "holds", _holds(facts)
+    yield from _loader_rows(facts["loaders"])
+    yield from _names("missing", facts["missing"])
+    yield from _names("no place for", facts["unknown"])
+    for note in facts["notes"]:
+        yield "note", _cut(note, 2 * _WIDEST)
+    yield from _metadata_rows(facts["metadata"])
+
+
+def _published(facts: Mapping[str, Any]) -> str:
+    if not facts["published_hash"]:
+        return ""
+    known = facts["published_as"]
+    told = f"names and shapes of {known}" if known else "names and shapes of no published file that we know"
+    return f"{told} ({facts['published_hash']})"
+
+
+def _format(facts: Mapping[str, Any]) -> str:
+    files = facts["files"]
+    count = f"{len(files)} files" if len(files) > 1 else ""
+    form = _FORMATS.get(facts["format"] or "", "")
+    naming = _NAMINGS[facts["naming"]] if facts["kind"] != "component" else ""
+    return ", ".join(part for part in (form, count, naming) if part)
+
+
+def _sizes(facts: Mapping[str, Any]) -> str:
+    told = (
+        ("channels", "{} input channels"), ("layers", "{} layers"), ("width", "width {}"), ("ffn", "ffn {}"),
+        ("audio_hidden_size", "audio {}"), ("image_dim", "CLIP {}"),
+    )  # fmt: skip
+    return ", ".join(form.format(facts[name]) for name, form in told if facts[name])
+
+
+def _update_rows(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if facts["targets"]:
+        yield "LoRA", f"{facts['targets']} targets, rank {_span(facts['ranks'])}"
+        yield "alpha", _span(facts["alphas"]) or "not stated"
+        yield "scale", f"{_span(facts['scales'])} ({facts['scale_rule']})"
+    if facts["differences"]:
+        yield "adds", f"{facts['differences']} differences to biases, norms and the like"
+    if facts["whole_tensors"]:
+        yield "replaces", f"{facts['whole_tensors']} whole tensors"
+
+
+def _holds(facts: Mapping[str, Any]) -> str:
+    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in facts["dtypes"].items())
+    amount = f"{facts['parameters']:,}".replace(",", " ")
+    return f"{facts['tensors']} tensors ({dtypes}), {amount} parameters, {_bytes(facts['bytes'])}"
+
+
+def _loader_rows(loaders: Iterable[Mapping[str, str]]) -> Iterator[tuple[str, str]]:
+    """Who takes it, then who takes it wrongly; those who refuse it are in the JSON."""
+    told = [entry for entry in loaders if entry["answer"] in ("yes", "wrong")]
+    for entry in sorted(told, key=lambda entry: entry["answer"] == "wrong"):
+        label = "loads in" if entry["answer"] == "yes" else "wrongly in"
+        yield label, f"{entry['loader']}: {entry['reason']}" if entry["reason"] else entry["loader"]
+    if not told:
+        yield "loads in", "no program that we know, as it is"
+
+
+def _names(label: str, names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for name in names[:_SHOWN]:
+        yield label, _cut(name, _WIDEST)
+    if len(names) > _SHOWN:
+        yield label, f"and {len(names) - _SHOWN} more"
+
+
+def _metadata_rows(metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Strangers' metadata; ours is told above."""
+    told = [(key, value) for key, value in metadata.items() if not key.startswith("avatarctl.")]
+    for key, value in told[:_SHOWN]:
+        yield "metadata", f"{_cut(key, _WIDEST)} = {_cut(value, _WIDEST)}"
+    if len(told) > _SHOWN:
+        yield "metadata", f"and {len(told) - _SHOWN} more"
+
+
+def _span(values: Sequence[float]) -> str:
+    return " to ".join(f"{value:g}" for value in sorted({*values[:1], *values[-1:]}))
+
+
+def _frames(count: int) -> str:
+    return f"{count} frame" + ("" if count == 1 else "s")
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "" if value is None else _cut(str(value), _WIDEST)
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[:width]}…"
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} bytes"

@@ -1,0 +1,252 @@
+"""A full model minus its base: an adapter that turns the base into the model again.
+
+Linear weights become low-rank pairs, other changed tensors (biases, norms, modulation) differences, and what
+an adapter of the family carries whole (patch embedding, audio) whole tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import numpy as np
+
+from avatarctl.errors import UnusableWeights
+from avatarctl.events import Emit, Notice, Stage
+from avatarctl.weights.checkpoint import Checkpoint, LowRank
+from avatarctl.weights.low_rank import Factors, factorise
+from avatarctl.weights.recognise import require_complete
+from avatarctl.weights.sizes import variant_of
+from avatarctl.weights.tensors import DTYPES, ArrayTensor, Tensor, block_ranges, to_float32
+
+__all__ = ["PUBLISHED_RANK", "extract_low_rank"]
+
+Array = np.ndarray[Any, Any]
+
+PUBLISHED_RANK: Final = 128
+"""Rank of the published adapters (spec/omniavatar.md g.4)."""
+
+_ROUNDOFF: Final = {
+    "F64": 2.0**-24, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8,
+    "F8_E4M3": 2.0**-4, "F8_E5M2": 2.0**-3,
+}  # fmt: skip
+"""Largest relative rounding error by dtype; float64 is read as float32."""
+
+_SHARED_SIZES: Final = ("width", "ffn", "layers", "out_channels", "text_dim", "freq_dim", "image_dim")
+
+
+@dataclass(frozen=True)
+class _Change:
+    """values: model - base of one tensor, float32; norm: of these; weight_norm: of the model's values."""
+
+    values: Array
+    norm: float
+    weight_norm: float
+
+
+@dataclass
+class _Worst:
+    """The target whose change is kept least well. error: of the change; of_weight: of the weight itself."""
+
+    name: str = ""
+    error: float = -1.0
+    of_weight: float = 0.0
+
+    def see(self, name: str, change: _Change, factors: Factors) -> None:
+        error = factors.residual / change.norm
+        if error > self.error:
+            self.name, self.error = name, error
+            self.of_weight = factors.residual / change.weight_norm if change.weight_norm else 0.0
+
+
+def extract_low_rank(
+    model: Checkpoint, base: Checkpoint, *, rank: int | None = None, emit: Emit
+) -> Checkpoint:
+    """The adapter (kind "adapter", naming "original") whose merge into `base` gives `model`.
+
+    Every 2-D weight that differs is a target: up @ down is the best approximation of the difference. alpha
+    is the rank of each pair: scale 1.
+
+    rank: that many singular values. None: as many as stand out of the rounding of the model's file, at most
+    128 (the published rank). Values up to 2 u rms(W) (sqrt(m) + sqrt(n)) / sqrt(12), u the largest relative
+    rounding error of the dtype, cannot be told from rounding: that is the largest singular value of an m x n
+    matrix of independent errors, each uniform over one unit in the last place. A change of rank <= `rank`
+    that was merged in float32 comes back exactly up to that rounding.
+
+    The remainder is measured for every target and the worst is reported through `emit`; nothing is dropped
+    in silence. Same inputs, same adapter: the randomised part is seeded by tensor names.
+
+    Memory: the difference of one weight in float32, a few matrices of its longer side x (rank + 16), and the
+    adapter itself in float32. Time: minutes for 14B (low_rank.py).
+
+    Raises UnusableWeights where one side is no full model, where sizes differ in more than input channels and
+    the family's own tensors, where values are not finite, and where nothing differs.
+    """
+    _check(model, base)
+    emit(Stage("comparing with the base"))
+    pairs, differences = _compare(model, base, rank, emit)
+    whole = _whole(model, base)
+    if not (pairs or differences or whole):
+        raise UnusableWeights(
+            f"holds the same values as {base.path}: there is nothing to extract",
+            where=model.path,
+            fix="give the model these weights were trained from as --base",
+        )
+    if differences or whole:
+        kept = f"{len(differences)} biases, norms and the like as differences"
+        emit(Notice(f"{kept}, {len(whole)} tensors carried whole"))
+    return replace(
+        model,
+        kind="adapter",
+        naming="original",
+        variant=variant_of("adapter", model.layout, model.sizes),
+        tensors=whole,
+        low_rank=pairs,
+        differences=differences,
+        scale=1.0,
+        scale_rule="alpha equals the rank, as extracted",
+        missing=(),
+        unknown=(),
+        notes=(f"extracted as the difference from {base.path.name}",),
+    )
+
+
+def _compare(
+    model: Checkpoint, base: Checkpoint, rank: int | None, emit: Emit
+) -> tuple[dict[str, LowRank], dict[str, Tensor]]:
+    """Low-rank pairs by module and differences by tensor, of everything an adapter does not carry whole."""
+    pairs: dict[str, LowRank] = {}
+    differences: dict[str, Tensor] = {}
+    worst = _Worst()
+    limit = PUBLISHED_RANK if rank is None else rank
+    for name in _announced([name for name in model.tensors if not _is_whole(model, base, name)], emit):
+        change = _change(model, base, name)
+        if change is None:
+            continue
+        if not (name.endswith(".weight") and change.values.ndim == 2):
+            differences[name] = ArrayTensor(change.values, "F32")
+            continue
+        floor = _floor(change, model.tensors[name].info.dtype) if rank is None else 0.0
+        factors = factorise(change.values, limit, floor=floor, seed=name)
+        worst.see(name, change, factors)
+        pairs[name.removesuffix(".weight")] = LowRank(
+            ArrayTensor(factors.down, "F32"), ArrayTensor(factors.up, "F32"), alpha=float(factors.rank)
+        )
+    if pairs:
+        ranks = sorted({pair.rank for pair in pairs.values()})
+        span = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"{ranks[0]}"
+        emit(
+            Notice(
+                f"{len(pairs)} weights as rank {span}; largest remainder {worst.error:.2g} of the change "
+                f"({worst.of_weight:.2g} of the weight), in {worst.name}"
+            )
+        )
+    return pairs, differences
+
+
+def _check(model: Checkpoint, base: Checkpoint) -> None:
+    """Both full models of one network, up to input channels and the family's own tensors."""
+    for side in (model, base):
+        if side.kind != "model":
+            raise UnusableWeights(
+                f"is no full model ({side.kind}): an adapter is extracted from two full models",
+                where=side.path,
+                fix="merge it with --merge-lora first" if side.kind == "adapter" else None,
+            )
+        require_complete(side)
+    for field in _SHARED_SIZES:
+        ours, theirs = getattr(model.sizes, field), getattr(base.sizes, field)
+        if ours != theirs:
+            raise UnusableWeights(
+                f"has {field} {ours}, and the base {base.path} has {theirs}",
+                where=model.path,
+                fix="give the base of the same size",
+            )
+    lacking = [name for name in base.tensors if name not in model.tensors]
+    extra = [name for name in model.tensors if name not in base.tensors and not _is_own(model, name)]
+    for names, side, other in ((lacking, model, base), (extra, base, model)):
+        if names:
+            raise UnusableWeights(
+                f"lacks {names[0][:100]} ({len(names)} tensors in all), which {other.path} has",
+                where=side.path,
+            )
+    for name in model.tensors:
+        _check_tensor(model, base, name)
+
+
+def _check_tensor(model: Checkpoint, base: Checkpoint, name: str) -> None:
+    ours, theirs = model.tensors[name].info, base.tensors[name].info if name in base.tensors else None
+    for path, info in ((model.path, ours), (base.path, theirs)):
+        if info and not DTYPES[info.dtype].floating:
+            raise UnusableWeights(f"{name[:100]} is {info}: not a floating-point tensor", where=path)
+    if theirs and ours.shape != theirs.shape and not _is_own(model, name):
+        raise UnusableWeights(
+            f"{name[:100]} is {ours}, and in the base {base.path} it is {theirs}", where=model.path
+        )
+
+
+def _is_own(model: Checkpoint, name: str) -> bool:
+    """Whether a base may lack this tensor or have it with other input channels."""
+    return model.layout.is_replaced(name) or name == "patch_embedding.weight"
+
+
+def _is_whole(model: Checkpoint, base: Checkpoint, name: str) -> bool:
+    """Whether the adapter would carry this tensor whole if it differs."""
+    if model.layout.is_replaced(name) or name not in base.tensors:
+        return True
+    return model.tensors[name].info.shape != base.tensors[name].info.shape
+
+
+def _whole(model: Checkpoint, base: Checkpoint) -> dict[str, Tensor]:
+    """All tensors that adapters of the family carry whole, if any of them differs: an adapter with some of
+    them would be refused as incomplete."""
+    names = [name for name in model.tensors if _is_whole(model, base, name)]
+    for name in names:
+        theirs = base.tensors.get(name)
+        ours = model.tensors[name]
+        if theirs is None or theirs.info.shape != ours.info.shape or _change(model, base, name) is not None:
+            return {name: model.tensors[name] for name in names}
+    return {}
+
+
+def _announced(names: list[str], emit: Emit) -> Iterator[str]:
+    """The names, with a line at each quarter of them."""
+    step = max(len(names) // 4, 1)
+    for index, name in enumerate(names):
+        if index and index % step == 0:
+            emit(Notice(f"{index} of {len(names)} tensors compared"))
+        yield name
+
+
+def _change(model: Checkpoint, base: Checkpoint, name: str) -> _Change | None:
+    """model - base of one tensor of equal shapes, None where they are equal.
+
+    Raises UnusableWeights for values that are not finite.
+    """
+    ours, theirs = model.tensors[name], base.tensors[name]
+    values = np.empty(ours.info.numel, np.float32)
+    energy = weight_energy = 0.0
+    for start, stop in block_ranges(ours.info):
+        block = to_float32(ours.read(start, stop), ours.info.dtype)
+        weight_energy += float(np.square(block, dtype=np.float64).sum())
+        with np.errstate(invalid="ignore", over="ignore"):  # found below
+            block -= to_float32(theirs.read(start, stop), theirs.info.dtype)
+        energy += float(np.square(block, dtype=np.float64).sum())
+        values[start:stop] = block
+    if not math.isfinite(energy):
+        raise UnusableWeights(
+            f"{name[:100]} has values that are not finite, here or in the base {base.path}",
+            where=model.path,
+        )
+    if not energy:
+        return None
+    return _Change(values.reshape(ours.info.shape), math.sqrt(energy), math.sqrt(weight_energy))
+
+
+def _floor(change: _Change, dtype: str) -> float:
+    """The largest singular value that rounding alone gives (see `extract_low_rank`)."""
+    rows, columns = change.values.shape
+    error = 2 * _ROUNDOFF[dtype] / math.sqrt(12) * change.weight_norm / math.sqrt(rows * columns)
+    return error * (math.sqrt(rows) + math.sqrt(columns))
