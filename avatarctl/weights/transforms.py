@@ -1,0 +1,254 @@
+"""Tensors made from other tensors while they are read: casts, input channels, low-rank updates.
+
+Each function gives a lazy `Tensor`: nothing is read until a range is asked for, and then only what that
+range needs, so the memory of a chain is a few blocks whatever the size of the model. The objects hold no
+numbers between reads, may be read in any order, and give the same bits for any division into ranges.
+
+Rounding: a chain rounds once per link that ends in a narrow dtype. To add several updates, or to write a
+wider dtype, cast to F32 first, add, and cast to the wanted dtype last.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from avatarctl.errors import UnusableWeights
+from avatarctl.weights.checkpoint import LowRank
+from avatarctl.weights.tensors import DTYPES, Tensor, TensorInfo, from_float32, to_float32
+
+__all__ = ["cast", "drop_channels", "plus_difference", "plus_low_rank", "widen_channels"]
+
+Array = np.ndarray[Any, Any]
+
+_CAST_DTYPES: Final = ("F32", "BF16", "F16")
+_PIECE: Final = 1 << 18
+"""Elements converted at a time: float32 intermediates stay in the processor's cache."""
+_TILE_ROWS: Final = 64
+"""Rows of a low-rank product computed at a time, see `_PlusLowRank`."""
+_QUIET: Final = np.errstate(all="ignore")
+"""What is not finite is found by those who use the numbers; numpy's warnings would name no tensor."""
+
+
+def cast(tensor: Tensor, dtype: str) -> Tensor:
+    """`tensor` rounded to nearest even in F32, BF16 or F16; integers and equal dtypes stay as they are.
+
+    F64 goes through float32, so a value may be rounded twice on its way to BF16 or F16. What is too large
+    for the new dtype becomes infinity, which the writer refuses.
+    """
+    if dtype not in _CAST_DTYPES:
+        raise ValueError(f"cast writes {', '.join(_CAST_DTYPES)}, not {dtype}")
+    info = tensor.info
+    if info.dtype == dtype or not DTYPES[info.dtype].floating:
+        return tensor
+    return _Cast(tensor, TensorInfo(dtype, info.shape))
+
+
+def widen_channels(tensor: Tensor, channels: int) -> Tensor:
+    """A convolution weight [out, in, ...] as [out, channels, ...], the new input channels zero.
+
+    As the V2V trainer does with a patch embedding of fewer channels (spec/omniavatar.md g.4); the old
+    channels keep their bits. Equal `channels` give `tensor` itself.
+
+    Raises:
+        UnusableWeights: not a convolution weight, or it has more input channels.
+    """
+    info = _convolution(tensor)
+    if info.shape[1] > channels:
+        raise UnusableWeights(f"weight {info} has more than {channels} input channels")
+    return _Channels(tensor, channels) if info.shape[1] != channels else tensor
+
+
+def drop_channels(tensor: Tensor, channels: int) -> Tensor:
+    """A convolution weight [out, in, ...] as [out, channels, ...]: the leading ones, bit for bit.
+
+    Raises:
+        UnusableWeights: not a convolution weight, or it has fewer input channels.
+    """
+    info = _convolution(tensor)
+    if info.shape[1] < channels:
+        raise UnusableWeights(f"weight {info} has fewer than {channels} input channels")
+    return _Channels(tensor, channels) if info.shape[1] != channels else tensor
+
+
+def plus_low_rank(tensor: Tensor, pair: LowRank, scale: float) -> Tensor:
+    """`W + scale * up @ down` (Hu et al. 2021, "LoRA", 4.1), added in float32, rounded once to W's dtype.
+
+    W: [out, in], or a convolution [out, in, k...] whose `down` is [rank, in, k...]; trailing dimensions
+    of 1 may be there or not. An F64 weight keeps float32 precision.
+
+    Raises:
+        UnusableWeights: shapes disagree, or a dtype cannot be added to.
+    """
+    info, down, up = tensor.info, pair.down.info, pair.up.info
+    weight, factor = _split(info), _split(down)
+    if weight is None or factor is None or up.numel == 0:
+        fits = False
+    else:
+        fits = weight[1] == factor[1] and _trimmed(up.shape) == _trimmed((weight[0], factor[0]))
+    if not fits:
+        raise UnusableWeights(f"low-rank pair {down}, {up} does not fit weight {info}")
+    _require_summable(info, down, up)
+    return _PlusLowRank(tensor, pair, scale)
+
+
+def plus_difference(tensor: Tensor, diff: Tensor, scale: float = 1.0) -> Tensor:
+    """`W + scale * diff`, added in float32, rounded once to W's dtype.
+
+    Raises:
+        UnusableWeights: shapes disagree, or a dtype cannot be added to.
+    """
+    if tensor.info.shape != diff.info.shape:
+        raise UnusableWeights(f"difference {diff.info} does not fit weight {tensor.info}")
+    _require_summable(tensor.info, diff.info)
+    return _PlusDifference(tensor, diff, scale)
+
+
+@dataclass(frozen=True)
+class _Cast:
+    source: Tensor
+    info: TensorInfo
+
+    @_QUIET
+    def read(self, start: int, stop: int) -> Array:
+        stored = self.source.read(start, stop)
+        result = np.empty(stop - start, DTYPES[self.info.dtype].storage)
+        for i, j in _pieces(len(result)):
+            result[i:j] = from_float32(to_float32(stored[i:j], self.source.info.dtype), self.info.dtype)
+        return result
+
+
+@dataclass(frozen=True)
+class _Channels:
+    """The leading `channels` input channels of `source`, zeros where it has none."""
+
+    source: Tensor
+    channels: int
+
+    @property
+    def info(self) -> TensorInfo:
+        whole = self.source.info
+        return TensorInfo(whole.dtype, (whole.shape[0], self.channels, *whole.shape[2:]))
+
+    def read(self, start: int, stop: int) -> Array:
+        whole = self.source.info
+        kernel = math.prod(whole.shape[2:])
+        old, new = whole.shape[1] * kernel, self.channels * kernel
+        first, last = _rows(start, stop, new)
+        stored = self.source.read(first * old, last * old).reshape(last - first, old)
+        result = np.zeros((last - first, new), stored.dtype)  # zero bits are 0.0 in every dtype
+        kept = min(old, new)
+        result[:, :kept] = stored[:, :kept]
+        return result.reshape(-1)[start - first * new : stop - first * new]
+
+
+@dataclass(frozen=True)
+class _PlusLowRank:
+    """Factors are read again for every range: `down` is small beside a block of the weight (1.3 MB beside
+    8 MB at width 5120, rank 128), and thousands of targets that each kept theirs would be the whole adapter.
+
+    Matrix products are computed in tiles of whole rows at fixed places, because a BLAS may add in
+    another order for another number of rows: merging at load and merging into a file give equal bits.
+    """
+
+    source: Tensor
+    pair: LowRank
+    scale: float
+
+    @property
+    def info(self) -> TensorInfo:
+        return self.source.info
+
+    @_QUIET
+    def read(self, start: int, stop: int) -> Array:
+        stored = self.source.read(start, stop)
+        if start == stop:
+            return stored
+        info, rank = self.source.info, self.pair.rank
+        width = info.numel // info.shape[0]
+        down = _values(self.pair.down, 0, rank * width).reshape(rank, width)
+        first, last = _rows(start, stop, width)
+        for row in range(first - first % _TILE_ROWS, last, _TILE_ROWS):
+            end = min(row + _TILE_ROWS, info.shape[0])
+            up = _values(self.pair.up, row * rank, end * rank).reshape(end - row, rank)
+            # Range of the weight that this tile covers.
+            low, high = max(start, row * width), min(stop, end * width)
+            update = ((self.scale * up) @ down).reshape(-1)[low - row * width : high - row * width]
+            _add(stored[low - start : high - start], info.dtype, update)
+        return stored
+
+
+@dataclass(frozen=True)
+class _PlusDifference:
+    source: Tensor
+    diff: Tensor
+    scale: float
+
+    @property
+    def info(self) -> TensorInfo:
+        return self.source.info
+
+    @_QUIET
+    def read(self, start: int, stop: int) -> Array:
+        stored = self.source.read(start, stop)
+        added = self.diff.read(start, stop)
+        for i, j in _pieces(stop - start):
+            update = self.scale * to_float32(added[i:j], self.diff.info.dtype)
+            _add(stored[i:j], self.source.info.dtype, update)
+        return stored
+
+
+def _pieces(count: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, count, _PIECE):
+        yield start, min(start + _PIECE, count)
+
+
+def _rows(start: int, stop: int, width: int) -> tuple[int, int]:
+    """Rows [first, last) that hold the elements [start, stop) of a matrix of this width."""
+    return (start // width, -(-stop // width)) if start < stop else (0, 0)
+
+
+def _values(tensor: Tensor, start: int, stop: int) -> Array:
+    return to_float32(tensor.read(start, stop), tensor.info.dtype)
+
+
+def _add(stored: Array, dtype: str, update: Array) -> None:
+    """Adds float32 values to stored elements in place, rounding once."""
+    update += to_float32(stored, dtype)
+    stored[:] = from_float32(update, dtype)
+
+
+def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Without trailing dimensions of 1."""
+    while shape and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
+
+
+def _split(info: TensorInfo) -> tuple[int, tuple[int, ...]] | None:
+    """Rows and the trimmed rest of a shape; None with fewer than two dimensions or without elements."""
+    if len(info.shape) < 2 or 0 in info.shape:
+        return None
+    return info.shape[0], _trimmed(info.shape[1:])
+
+
+def _convolution(tensor: Tensor) -> TensorInfo:
+    info = tensor.info
+    if len(info.shape) < 3 or 0 in info.shape:
+        raise UnusableWeights(f"{info} is not a convolution weight, so it has no input channels")
+    return info
+
+
+def _require_summable(target: TensorInfo, *others: TensorInfo) -> None:
+    for info in (target, *others):
+        if not DTYPES[info.dtype].floating:
+            raise UnusableWeights(f"{info} holds integers, so nothing can be added")
+    if target.dtype.startswith("F8"):
+        raise UnusableWeights(
+            f"a change is not added to {target}: float8 would round it away",
+            fix="choose --dtype bf16",
+        )

@@ -1,0 +1,320 @@
+"""Writing safetensors files of any size in a few blocks of memory, whole or not at all.
+
+The format (an 8-byte length, a JSON header, raw bytes; github.com/huggingface/safetensors, "Format") puts all
+names, dtypes and shapes first. A lazy `Tensor` knows those without being read, so the header is written
+before the first number, and then one block after another: read by a thread, checked, written.
+
+What the file was made from is written into it: `avatarctl.sources` in the metadata holds the name and the
+SHA-256 of every source file. Hashing runs beside the copy; its digits have a fixed number, so the header is
+written with zeros and once more, at the same length, before the file gets its name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import numpy as np
+
+from avatarctl.atomic import atomic_path, disk_errors
+from avatarctl.errors import OutputRefused, UnusableWeights, WriteFailed
+from avatarctl.weights.finite import nonfinite
+from avatarctl.weights.hashes import FileHashes
+from avatarctl.weights.staging import staged_folder
+from avatarctl.weights.tensors import DTYPES, Tensor, TensorInfo, block_ranges
+
+__all__ = ["SOURCES_KEY", "staged_folder", "write_safetensors", "write_sharded"]
+
+Array = np.ndarray[Any, Any]
+_Block = tuple[str, TensorInfo, Array]
+
+SOURCES_KEY: Final = "avatarctl.sources"
+"""Metadata key of the files that a file was made from: JSON [{"name": ..., "sha256": ...}]."""
+
+_MAX_HEADER_BYTES: Final = 100_000_000
+"""Readers refuse longer headers (safetensors, MAX_HEADER_SIZE)."""
+_AHEAD: Final = 2
+"""Blocks that may wait between the reading thread and the writing one."""
+_NAME_CHARS: Final = 100
+
+
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    *,
+    allow_nonfinite: bool = False,
+    sources: Sequence[Path] = (),
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Writes `tensors`, in their order, as one safetensors file; the same input gives the same bytes.
+
+    metadata: without `avatarctl.sources`, which is made from `sources`, the files that were read.
+    progress: called with the bytes of tensors written so far.
+
+    An older file of this name stays as it was until the new one is complete and on the disk.
+
+    Raises:
+        OutputRefused: the place cannot be written, is no file, or is one of the sources.
+        WriteFailed: not enough space.
+        UnusableWeights: a tensor holds NaN or infinity (unless allowed), cannot be read, or has a name
+            that the format cannot hold.
+    """
+    _refuse_place(path, sources)
+    shard = _Shard(path, tensors, metadata, sources)
+    _require_space(path, len(shard.header()) + shard.nbytes)
+    with FileHashes(sources) as hashes, atomic_path(path) as temporary:
+        meter = _Meter(progress)
+        shard.write(temporary, hashes, meter, allow_nonfinite=allow_nonfinite)
+        shard.sign(temporary, hashes.result())
+
+
+def write_sharded(
+    folder: Path,
+    stem: str,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    shard_bytes: int,
+    *,
+    allow_nonfinite: bool = False,
+    sources: Sequence[Path] = (),
+    progress: Callable[[int], None] | None = None,
+) -> list[Path]:
+    """Writes `tensors` as shards of at most `shard_bytes` of numbers and an index that names them.
+
+    Tensors are packed in their order and never split, so one that is larger makes a larger shard. What
+    fits into one shard becomes `STEM.safetensors` without an index. `folder` exists. All files are
+    complete under temporary names before the first gets its own, and the index gets its name last: a
+    set cut short has no index. For the same reason a set is never written over another one; use
+    `staged_folder` to exchange whole folders.
+
+    Returns the files written, the index last. Raises as `write_safetensors`, and OutputRefused where
+    `folder` already holds weights of this stem.
+    """
+    packed = _pack(tensors, shard_bytes)
+    if len(packed) == 1:
+        names = [f"{stem}.safetensors"]
+    else:
+        names = [f"{stem}-{i:05d}-of-{len(packed):05d}.safetensors" for i in range(1, len(packed) + 1)]
+    _refuse_older_set(folder, stem)
+    shards = [
+        _Shard(folder / name, part, metadata, sources) for name, part in zip(names, packed, strict=True)
+    ]
+    total = sum(shard.nbytes for shard in shards)
+    _require_space(folder / names[0], total + sum(len(shard.header()) for shard in shards))
+    finals = [shard.path for shard in shards]
+    if len(shards) > 1:
+        finals.append(folder / f"{stem}.safetensors.index.json")
+    meter = _Meter(progress)
+    with FileHashes(sources) as hashes, _all_or_none(finals), ExitStack() as stack:
+        # The stack unwinds backwards: what is entered first is renamed last.
+        if len(shards) > 1:
+            index = stack.enter_context(atomic_path(finals[-1]))
+            with disk_errors(finals[-1]):
+                index.write_bytes(_index(shards, total))
+        temporary = [stack.enter_context(atomic_path(shard.path)) for shard in shards]
+        for shard, place in zip(shards, temporary, strict=True):
+            shard.write(place, hashes, meter, allow_nonfinite=allow_nonfinite)
+        for shard, place in zip(shards, temporary, strict=True):
+            shard.sign(place, hashes.result())
+    return finals
+
+
+class _Meter:
+    """Counts the bytes of one call over all its files."""
+
+    def __init__(self, progress: Callable[[int], None] | None) -> None:
+        self._progress = progress
+        self._done = 0
+
+    def add(self, count: int) -> None:
+        self._done += count
+        if self._progress is not None:
+            self._progress(self._done)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """One file to be written."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+    sources: Sequence[Path]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.info.nbytes for tensor in self.tensors.values())
+
+    def header(self, digests: Sequence[str] | None = None) -> bytes:
+        """Length and JSON, padded to a multiple of 8 bytes; without digests with zeros in their place."""
+        metadata = dict(self.metadata)
+        if self.sources:
+            entries = zip(self.sources, digests or ["0" * 64] * len(self.sources), strict=True)
+            metadata[SOURCES_KEY] = json.dumps(
+                [{"name": path.name, "sha256": digest} for path, digest in entries]
+            )
+        return _header({name: tensor.info for name, tensor in self.tensors.items()}, metadata, self.path)
+
+    def write(self, place: Path, hashes: FileHashes, meter: _Meter, *, allow_nonfinite: bool) -> None:
+        """Header and tensors; raises what `hashes` met as soon as it is known."""
+        with ExitStack() as stack:
+            with disk_errors(self.path):
+                file = stack.enter_context(place.open("xb"))
+            stack.enter_context(disk_errors(self.path, refusals=False))
+            file.write(self.header())
+            for name, info, block in stack.enter_context(closing(_read_ahead(self.tensors))):
+                if not allow_nonfinite and nonfinite(block, info.dtype):
+                    raise _not_finite(name, info, self.path)
+                _write_block(file, block)
+                meter.add(block.nbytes)
+                hashes.check()
+            # The disk works while the hashes are finished; `sign` leaves one page to be flushed.
+            file.flush()
+            os.fsync(file.fileno())
+
+    def sign(self, place: Path, digests: Sequence[str]) -> None:
+        """Writes the header once more, now with the hashes of the sources."""
+        if self.sources:
+            with place.open("r+b") as file:
+                file.write(self.header(digests))
+
+
+def _header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], path: Path) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, info in infos.items():
+        if name == "__metadata__":
+            raise UnusableWeights("a tensor cannot be named __metadata__ in safetensors", where=path)
+        end = offset + info.nbytes
+        entries[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [offset, end]}
+        offset = end
+    try:
+        text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError as error:  # a lone surrogate, which no JSON reader takes
+        cut = error.object[max(error.start - 20, 0) : error.end + 20]
+        raise UnusableWeights(f"a name is not valid Unicode: {cut}", where=path) from error
+    text += b" " * (-len(text) % 8)
+    if len(text) > _MAX_HEADER_BYTES:
+        raise UnusableWeights(f"{len(infos)} tensors need a longer header than safetensors has", where=path)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _read_ahead(tensors: Mapping[str, Tensor]) -> Generator[_Block, None, None]:
+    """Blocks of all tensors in order, read by a thread; to be closed, which ends the thread."""
+    waiting: deque[tuple[str, TensorInfo, Future[Array]]] = deque()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="weights-reader")
+    try:
+        for name, tensor in tensors.items():
+            info = tensor.info
+            for start, stop in block_ranges(info):
+                waiting.append((name, info, pool.submit(_read_block, tensor, start, stop)))
+                if len(waiting) > _AHEAD:
+                    yield _first_of(waiting)
+        while waiting:
+            yield _first_of(waiting)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _first_of(waiting: deque[tuple[str, TensorInfo, Future[Array]]]) -> _Block:
+    name, info, future = waiting.popleft()
+    return name, info, future.result()
+
+
+def _read_block(tensor: Tensor, start: int, stop: int) -> Array:
+    block = tensor.read(start, stop)
+    if block.shape != (stop - start,) or block.dtype != DTYPES[tensor.info.dtype].storage:
+        # One element too few would shift every tensor behind it.
+        raise RuntimeError(f"{tensor.info}: [{start}, {stop}) was read as {block.dtype} {block.shape}")
+    return np.ascontiguousarray(block)
+
+
+def _write_block(file: BinaryIO, block: Array) -> None:
+    file.write(block.view(np.uint8).data)
+
+
+def _not_finite(name: str, info: TensorInfo, path: Path) -> UnusableWeights:
+    cut = name if len(name) <= _NAME_CHARS else name[:_NAME_CHARS] + "…"
+    return UnusableWeights(
+        f"not written, tensor {cut} ({info}) holds NaN or infinity",
+        where=path,
+        fix="--allow-nonfinite writes it as it is",
+    )
+
+
+def _pack(tensors: Mapping[str, Tensor], shard_bytes: int) -> list[dict[str, Tensor]]:
+    packed: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        size = tensor.info.nbytes
+        if packed[-1] and filled + size > shard_bytes:
+            packed.append({})
+            filled = 0
+        packed[-1][name] = tensor
+        filled += size
+    return packed
+
+
+def _index(shards: Sequence[_Shard], total: int) -> bytes:
+    weight_map = {name: shard.path.name for shard in shards for name in shard.tensors}
+    return (
+        json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
+    ).encode()
+
+
+@contextmanager
+def _all_or_none(finals: Sequence[Path]) -> Iterator[None]:
+    """Removes files that already have their names when others could not get theirs."""
+    try:
+        yield
+    except BaseException:
+        for path in finals:
+            with suppress(OSError):  # the first error is the one to tell
+                path.unlink(missing_ok=True)
+        raise
+
+
+def _refuse_place(path: Path, sources: Sequence[Path]) -> None:
+    with disk_errors(path):
+        if not path.exists():
+            return
+        if not path.is_file():
+            what = "is a folder, not a file" if path.is_dir() else "is not a regular file"
+            raise OutputRefused(what, where=path, fix="choose another --out")
+        if any(source.exists() and path.samefile(source) for source in sources):
+            raise OutputRefused("is one of the files that are read", where=path, fix="choose another --out")
+
+
+def _refuse_older_set(folder: Path, stem: str) -> None:
+    with disk_errors(folder):
+        if not folder.is_dir():
+            what = "is a file, not a folder" if folder.exists() else "the folder does not exist"
+            raise OutputRefused(what, where=folder, fix="choose another --out")
+        names = {path.name for path in folder.iterdir()}
+    parts = (f"{stem}.safetensors", f"{stem}.safetensors.index.json")
+    for name in sorted(names):
+        shard = name.startswith(f"{stem}-") and "-of-" in name and name.endswith(".safetensors")
+        if name in parts or shard:
+            raise OutputRefused("exists", where=folder / name, fix="choose another --out")
+
+
+def _require_space(path: Path, needed: int) -> None:
+    """An early word instead of a late one; what else is written meanwhile is told when it happens."""
+    with disk_errors(path):
+        usage = shutil.disk_usage(path.parent)
+    if usage.total and usage.free < needed:  # some network file systems state nothing at all
+        raise WriteFailed(
+            f"needs {needed / 1e9:.2f} GB, {usage.free / 1e9:.2f} GB free",
+            where=path,
+            fix="free some space or choose another --out",
+        )
