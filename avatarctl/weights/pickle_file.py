@@ -1,0 +1,265 @@
+"""Files of torch.save (.pt, .pth, .bin, .ckpt), read without carrying out what strangers wrote.
+
+Two formats: a zip archive (torch 1.6 and newer) and the older row of pickles. Which one it is, is found from
+the bytes, never from the name. The pickle is looked through first (`pickle_scan`), then torch reads it
+with `weights_only=True`:
+
+- zip: onto the meta device, so that no tensor is read. torch notes where in the file each storage lies; that
+  is checked against the archive, and the tensors stay lazy.
+- older format: once with fake tensors, which gives the sizes, then for real and whole, because its storages
+  have no directory; torch compares each with the size that the file states before it reads it.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Final, Literal
+
+import numpy as np
+
+from avatarctl.errors import EnvironmentMissing, UnusableWeights
+from avatarctl.weights.pickle_scan import MAX_PICKLE, code_refused, is_plain_pickle, scan_pickle
+from avatarctl.weights.safetensors_file import refuse_placeholder
+from avatarctl.weights.state_dict import open_wrappers, tensors_in
+from avatarctl.weights.strict_json import clip, file_size
+from avatarctl.weights.tensors import DTYPES, Array, ArrayTensor, FileTensor, Tensor, TensorInfo
+from avatarctl.weights.zip_archive import Record, read_records
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["PickleFile", "StridedTensor", "is_pickle", "read_pickle"]
+
+Format = Literal["zip", "legacy"]
+
+LEGACY_MAGIC: Final = bytes.fromhex("8a0a6cfc9c46f9206aa850192e")
+"""The number 0x1950a86a20f9469cfc6c as a pickle, behind two bytes that state the protocol
+(torch/serialization.py, MAGIC_NUMBER)."""
+
+_ZIP: Final = (b"PK\x03\x04", b"PK\x05\x06")
+"""Signatures of the first member, and of an archive without any (APPNOTE.TXT 4.3.7, 4.3.16)."""
+
+_LEGACY_PICKLES: Final = 5
+"""magic number, protocol version, system, the object, names of the storages"""
+
+_TORCH_NAMES: Final = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint64": "U64",
+    "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PickleFile:
+    """tensors: by name as in the file, in the order of their bytes; notes: what was done to reach them."""
+
+    format: Format
+    tensors: Mapping[str, Tensor]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StridedTensor:
+    """A transposed or otherwise strided view of consecutive elements of a file.
+
+    base: the elements from the first to the last that the view touches; strides: in elements, none negative.
+    A read takes the part of `base` that the rows touched lie in: for a transposed matrix nearly all of it.
+    """
+
+    base: FileTensor
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def info(self) -> TensorInfo:
+        return TensorInfo(self.base.info.dtype, self.shape)
+
+    def read(self, start: int, stop: int) -> Array:
+        if start >= stop:
+            return np.empty(0, DTYPES[self.base.info.dtype].storage)
+        row = self.info.numel // self.shape[0]
+        first, last = start // row, (stop - 1) // row
+        inner = zip(self.shape[1:], self.strides[1:], strict=True)
+        begin = first * self.strides[0]
+        end = last * self.strides[0] + sum((size - 1) * stride for size, stride in inner) + 1
+        elements = self.base.read(begin, end)
+        shape = (last - first + 1, *self.shape[1:])
+        steps = [stride * elements.itemsize for stride in self.strides]
+        view = np.lib.stride_tricks.as_strided(elements, shape, steps, writeable=False)
+        return np.ascontiguousarray(view).reshape(-1)[start - first * row : stop - first * row]
+
+
+def is_pickle(start: bytes, *, of_torch: bool = True) -> bool:
+    """Whether a file that begins with these bytes (16 or more) comes from torch.save, or is any pickle.
+
+    Four bytes of a zip: two would also be the beginning of a safetensors header of 19280 bytes.
+    """
+    pickle = start[:1] == b"\x80" and (not of_torch or start[2:].startswith(LEGACY_MAGIC))
+    return pickle or start.startswith(_ZIP)
+
+
+def read_pickle(path: Path) -> PickleFile:
+    """The tensors of a file of torch.save; nothing is run, and no zip archive is read into memory.
+
+    Raises UnusableWeights (and PathNotFound).
+    """
+    size = file_size(path)
+    try:
+        with path.open("rb") as file:
+            start = file.read(512)
+            refuse_placeholder(start, path)
+            if not is_pickle(start):
+                _refuse_other_things(start, file, path)
+            found = _read_zip(file, size, path) if start.startswith(_ZIP) else _read_legacy(file, size, path)
+    except OSError as error:
+        raise UnusableWeights(f"cannot be read: {error.strerror}", where=path) from error
+    return found
+
+
+def _refuse_other_things(start: bytes, file: BinaryIO, path: Path) -> None:
+    """Names what else may lie under the name of a pickle."""
+    file.seek(0)
+    if start[257:262] == b"ustar":
+        what = "is a tar archive (the oldest torch format or something else), which is unsupported"
+        raise UnusableWeights(what, where=path, fix="load and save it again with torch.save")
+    if start.startswith(b"GGUF"):
+        raise UnusableWeights("is a GGUF file, which is unsupported", where=path)
+    if is_plain_pickle(io.BytesIO(file.read(MAX_PICKLE)), path):
+        raise UnusableWeights("refused: it is a plain pickle, not a file of torch.save", where=path)
+    kind = "text" if start.isascii() and b"\0" not in start else "other data"
+    raise UnusableWeights(f"is not a weight file: neither safetensors nor torch.save ({kind})", where=path)
+
+
+def _read_zip(file: BinaryIO, size: int, path: Path) -> PickleFile:
+    records = read_records(file, size, path)
+    for name, allowed in (("byteorder", b"little"), ("data.pkl", None)):
+        if not (record := records.get(name)):
+            continue
+        if record.size > MAX_PICKLE:
+            raise UnusableWeights(f"refused: {name} is too large ({record.size} bytes)", where=path)
+        file.seek(record.offset)
+        data = file.read(record.size)
+        if allowed is None:
+            scan_pickle(io.BytesIO(data), path)
+        elif data != allowed:
+            raise UnusableWeights(f"has the byte order {clip(data, 20)}; only little is read", where=path)
+    file.seek(0)
+    loaded = _torch_load(file, path, map_location="meta")
+    tensors, notes = open_wrappers(loaded, path)
+    storages = {record.offset: record for name, record in records.items() if name.startswith("data/")}
+    placed = [_lazy(name, tensor, storages, path) for name, tensor in tensors.items()]
+    placed.sort(key=lambda item: item[0])
+    return PickleFile("zip", {name: tensor for _, name, tensor in placed}, notes)
+
+
+def _lazy(
+    name: str, tensor: torch.Tensor, storages: Mapping[int, Record], path: Path
+) -> tuple[int, str, Tensor]:
+    """(first byte in the file, name, reader) of a tensor on the meta device."""
+    import torch
+
+    storage = torch.Tensor.untyped_storage(tensor)
+    if (offset := getattr(storage, "_checkpoint_offset", None)) is None:
+        raise EnvironmentMissing(
+            f"torch {torch.__version__} does not say where in a file a tensor lies", where=path,
+            fix="install torch 2.13 to read this format",
+        )  # fmt: skip
+    record = storages.get(offset)
+    if record is None or record.size != storage.nbytes():
+        held = 0 if record is None else record.size
+        raise _broken(name, f"has a storage of {storage.nbytes()} bytes, its record holds {held}", path)
+    info, strides, first, extent = _geometry(name, tensor, storage.nbytes(), path)
+    begin = record.offset + first * DTYPES[info.dtype].itemsize
+    if tensor.is_contiguous():
+        return begin, name, FileTensor(path, begin, info)
+    base = FileTensor(path, begin, TensorInfo(info.dtype, (extent,)))
+    return begin, name, StridedTensor(base, info.shape, strides)
+
+
+def _geometry(
+    name: str, tensor: torch.Tensor, storage_bytes: int, path: Path
+) -> tuple[TensorInfo, tuple[int, ...], int, int]:
+    """(dtype and shape, strides, first element, elements from first to last), all within the storage."""
+    import torch
+
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_neg() or tensor.is_conj():
+        raise _broken(name, "is quantized, sparse or a lazy negation, which is unsupported", path)
+    if (dtype := _TORCH_NAMES.get(str(tensor.dtype).removeprefix("torch."))) is None:
+        raise _broken(name, f"has the unsupported dtype {tensor.dtype}", path)
+    info = TensorInfo(dtype, tuple(tensor.shape))
+    strides = tuple(torch.Tensor.stride(tensor))
+    first = int(torch.Tensor.storage_offset(tensor))
+    held = storage_bytes // DTYPES[dtype].itemsize
+    if info.numel > held:
+        shape = clip(list(info.shape), 60)
+        raise _broken(name, f"has the shape {shape} over a storage of {held} elements", path)
+    steps = zip(info.shape, strides, strict=True)
+    extent = sum((size - 1) * stride for size, stride in steps) + 1 if info.numel else 0
+    if first < 0 or min(strides, default=0) < 0 or first + extent > held:
+        raise _broken(name, f"reaches outside its storage of {held} elements", path)
+    return info, strides, first, extent
+
+
+def _broken(name: str, what: str, path: Path) -> UnusableWeights:
+    return UnusableWeights(f"invalid: tensor {clip(name)!r} {what}", where=path)
+
+
+def _read_legacy(file: BinaryIO, size: int, path: Path) -> PickleFile:
+    file.seek(0)
+    data = io.BytesIO(file.read(MAX_PICKLE))
+    for _ in range(_LEGACY_PICKLES):
+        scan_pickle(data, path)
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    file.seek(0)
+    with FakeTensorMode():
+        shapes = _torch_load(file, path)
+    declared = max((tensor.untyped_storage().nbytes() for tensor in tensors_in(shapes)), default=0)
+    if declared > size:
+        raise UnusableWeights(
+            f"corrupt or truncated: a storage of {declared} bytes in a file of {size}", where=path
+        )
+    file.seek(0)
+    found, notes = open_wrappers(_torch_load(file, path, map_location="cpu"), path)
+    notes = (*notes, "a torch file in the format from before 1.6: read whole into memory")
+    tensors = {name: _in_memory(name, tensor, path) for name, tensor in found.items()}
+    return PickleFile("legacy", tensors, notes)
+
+
+def _in_memory(name: str, tensor: torch.Tensor, path: Path) -> ArrayTensor:
+    """A tensor that torch has read, as the array of its stored elements."""
+    import torch
+
+    info, *_ = _geometry(name, tensor, torch.Tensor.untyped_storage(tensor).nbytes(), path)
+    # numpy has no bfloat16 or float8: the bits travel as integers of the same size.
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    array = tensor.detach().contiguous().reshape(-1).view(bits).numpy()
+    return ArrayTensor(array.view(DTYPES[info.dtype].storage).reshape(info.shape), info.dtype)
+
+
+def _torch_load(file: BinaryIO, path: Path, map_location: str | None = None) -> object:
+    """torch.load with weights_only, its warnings unheard and its errors in one line.
+
+    Broken files lead it to exceptions of every kind (KeyError, AttributeError, AssertionError, ...).
+    """
+    import torch
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(file, map_location=map_location, weights_only=True, mmap=False)
+    except Exception as error:
+        text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+        if forbidden := re.search(r"GLOBAL ([\w.]+)", text):
+            raise code_refused(forbidden[1], path) from error
+        if lost := re.search(r"failed locating file ([^\s:]+)", text):
+            what = f"corrupt: the storage record {clip(lost[1])} is missing"
+        else:
+            first = next(iter(text.splitlines()), "")
+            what = f"corrupt or unsupported: torch cannot read it ({type(error).__name__}: {clip(first)})"
+        raise UnusableWeights(what, where=path) from error

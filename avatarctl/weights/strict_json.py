@@ -1,0 +1,86 @@
+"""JSON that strangers wrote: an object without duplicate keys, of bounded size, or one clear error.
+
+Two programs that read `{"a": 1, "a": 2}` differently would see two different models, so it is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from avatarctl.errors import PathNotFound, UnusableWeights
+
+__all__ = ["clip", "file_size", "parse_object", "read_object"]
+
+
+def clip(text: object, length: int = 100) -> str:
+    """A stranger's text, short enough for one line."""
+    line = str(text)
+    return line if len(line) <= length else f"{line[: length - 3]}..."
+
+
+def file_size(path: Path) -> int:
+    """Bytes of a regular file (or of what a link points at), found without opening it.
+
+    Raises PathNotFound where there is none, UnusableWeights for folders, devices and pipes.
+    """
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise PathNotFound("does not exist", where=path) from error
+    except OSError as error:
+        raise UnusableWeights(f"cannot be read: {error.strerror}", where=path) from error
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a device or pipe"
+        raise UnusableWeights(f"is {kind}, not a file", where=path)
+    return status.st_size
+
+
+def read_object(path: Path, limit: int) -> dict[str, Any]:
+    """The JSON object in a file of at most `limit` bytes."""
+    size = file_size(path)
+    if size > limit:
+        raise UnusableWeights(f"holds {size} bytes, which is too large for a JSON file here", where=path)
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise UnusableWeights(f"cannot be read: {error.strerror}", where=path) from error
+    return parse_object(data, path, f"{path.name} is")
+
+
+def parse_object(data: bytes, where: Path, subject: str) -> dict[str, Any]:
+    """The JSON object in `data`; `subject` starts the error: "the header is" not valid JSON.
+
+    Raises UnusableWeights: not UTF-8, not JSON, nested too deeply, numbers beyond reason, NaN, a duplicate
+    key, or something else than an object.
+    """
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(items)
+        if len(result) != len(items):
+            twice = Counter(key for key, _ in items).most_common(1)[0][0]
+            raise UnusableWeights(f"{subject} invalid: duplicate key {clip(twice)!r}", where=where)
+        return result
+
+    def constant(name: str) -> None:
+        raise ValueError(f"{name} is no JSON number")
+
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+    except UnicodeDecodeError as error:
+        raise UnusableWeights(f"{subject} invalid: not UTF-8 text", where=where) from error
+    except json.JSONDecodeError as error:
+        cause = f"{error.msg.lower()} at character {error.pos}"
+        raise UnusableWeights(f"{subject} not valid JSON: {cause}", where=where) from error
+    except RecursionError as error:
+        raise UnusableWeights(f"{subject} invalid: JSON nested too deeply", where=where) from error
+    except ValueError as error:  # Python's bound on the digits of an integer, and `constant`
+        cause = "a number that is not a sane one"
+        raise UnusableWeights(f"{subject} invalid JSON: {cause}", where=where) from error
+    if not isinstance(value, dict):
+        raise UnusableWeights(f"{subject} invalid: a JSON object is expected", where=where)
+    return value
