@@ -165,6 +165,10 @@ def _is_out_of_memory(error: BaseException) -> bool:
     name="avatarctl",
     lazy={
         "infer": ("avatarctl.cli.infer:infer", "Make a talking video from a picture and a voice."),
+        "convert-ckpt": (
+            "avatarctl.cli.convert:convert_ckpt",
+            "Convert, merge, extract or inspect weight files.",
+        ),
         "models": ("avatarctl.cli.models:models", "Show which models and published files exist."),
     },
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -1,0 +1,144 @@
+"""The steps of a conversion: merge or extract, input channels, dtype. Each turns one checkpoint into another.
+
+No step reads a tensor, except an extraction, which computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from avatarctl.errors import UnusableWeights, UsageError
+from avatarctl.events import Emit
+from avatarctl.weights.checkpoint import Checkpoint
+from avatarctl.weights.extract import extract_low_rank
+from avatarctl.weights.merge import merge_adapter, refuse_other_conventions
+from avatarctl.weights.sizes import variant_of
+from avatarctl.weights.transforms import cast, drop_channels, widen_channels
+
+__all__ = ["DTYPE_NAMES", "Step", "change_channels", "change_dtype", "extract", "merge"]
+
+DTYPE_NAMES: Final[Mapping[str, str]] = {
+    "float32": "F32", "bfloat16": "BF16", "float16": "F16", "fp32": "F32", "bf16": "BF16", "fp16": "F16",
+}  # fmt: skip
+"""What a person calls a dtype -> what safetensors does."""
+
+_CHANNELS: Final = (16, 33, 49, 65)
+"""Input channels that extend each other: noise; reference and mask; masked video; reference sequence
+(spec/omniavatar.md g.3)."""
+
+_PATCH: Final = "patch_embedding.weight"
+
+
+@dataclass(frozen=True)
+class Step:
+    """What became of a checkpoint; line: for people; operation: for the metadata, empty if none."""
+
+    checkpoint: Checkpoint
+    line: str
+    operation: Mapping[str, Any]
+
+
+def merge(adapter: Checkpoint, base: Checkpoint, strength: float, dtype: str | None) -> Step:
+    """`adapter` merged into `base`. dtype: as `merge_adapter` takes it.
+
+    Raises UnusableWeights where the two do not belong together.
+    """
+    merged = merge_adapter(base, adapter, strength, dtype)
+    operation = {
+        "operation": "merge",
+        "base": base.path.name,
+        "adapter": adapter.path.name,
+        "strength": strength,
+        "scale": adapter.scale_rule,
+    }
+    parts = (
+        (len(adapter.low_rank), "LoRA targets"),
+        (len(adapter.differences), "differences"),
+        (len(adapter.tensors), "tensors replaced"),
+    )
+    changes = ", ".join(f"{count} {what}" for count, what in parts if count)
+    factor = "" if strength == 1 else f", strength {strength:g}"
+    return Step(merged, f"merged into {base.path.name} ({base.variant}): {changes}{factor}", operation)
+
+
+def extract(model: Checkpoint, base: Checkpoint, rank: int | None, emit: Emit) -> Step:
+    """The adapter that makes `model` of `base`; see `extract_low_rank`."""
+    if model.kind == "model":
+        refuse_other_conventions(model, base)
+    adapter = extract_low_rank(model, base, rank=rank, emit=emit)
+    adapter = replace(adapter, variant=variant_of("adapter", adapter.layout, adapter.sizes))
+    operation = {"operation": "extract", "model": model.path.name, "base": base.path.name}
+    return Step(adapter, f"extracted: the difference from {base.path.name} ({base.variant})", operation)
+
+
+def change_channels(checkpoint: Checkpoint, wanted: int, *, drop: bool) -> Step:
+    """More input channels, new ones zero as the trainer makes them (spec/omniavatar.md g.4), or with `drop`
+    fewer.
+
+    Raises UnusableWeights for a file whose channels are none of ours, UsageError for a loss not asked for.
+    """
+    patch = checkpoint.tensors.get(_PATCH)
+    if patch is None:
+        raise UnusableWeights(
+            f"is {checkpoint.variant} without a patch embedding: it has no channels to change",
+            where=checkpoint.path,
+        )
+    held = patch.info.shape[1]
+    if held not in _CHANNELS:
+        raise UnusableWeights(
+            f"is {checkpoint.variant}: its {held} input channels mean other things than 16, 33, 49 or 65",
+            where=checkpoint.path,
+        )
+    if wanted == held:
+        return Step(checkpoint, f"channels: {held} already", {})
+    if wanted < held and not drop:
+        raise UsageError(
+            f"{checkpoint.path.name} has {held} input channels, and {wanted} would lose some",
+            where="--channels",
+            fix="--drop-channels does so",
+        )
+    change, how = (
+        (widen_channels, "the new ones are zero")
+        if wanted > held
+        else (drop_channels, f"the last {held - wanted} are dropped")
+    )
+    sizes = replace(checkpoint.sizes, in_channels=wanted)
+    changed = replace(
+        checkpoint,
+        tensors={**checkpoint.tensors, _PATCH: change(patch, wanted)},
+        sizes=sizes,
+        variant=variant_of(checkpoint.kind, checkpoint.layout, sizes),
+    )
+    audio = "; it still has no audio layers" if checkpoint.layout.family == "wan" else ""
+    operation = {"operation": "channels", "from": held, "to": wanted}
+    return Step(changed, f"channels: {held} to {wanted}, {how}{audio}", operation)
+
+
+def change_dtype(checkpoint: Checkpoint, dtype: str, *files: Checkpoint | None) -> Step:
+    """Every tensor in one dtype, but those that a file has in float32 and the network needs so.
+
+    files: what was read, as a sum in `checkpoint` is float32 until it is cast.
+    """
+    held = {
+        name: tensor.info.dtype for file in files if file is not None for name, tensor in file.tensors.items()
+    }
+
+    def target(name: str) -> str:
+        return "F32" if held[name] == "F32" and checkpoint.layout.stays_float32(name) else dtype
+
+    tensors = {name: cast(tensor, target(name)) for name, tensor in checkpoint.tensors.items()}
+    changed = replace(
+        checkpoint,
+        tensors=tensors,
+        low_rank={
+            module: replace(pair, down=cast(pair.down, dtype), up=cast(pair.up, dtype))
+            for module, pair in checkpoint.low_rank.items()
+        },
+        differences={name: cast(tensor, dtype) for name, tensor in checkpoint.differences.items()},
+    )
+    word = next(name for name, code in DTYPE_NAMES.items() if code == dtype)
+    kept = sum(target(name) != dtype for name in tensors)
+    islands = f"; {kept} tensors stay float32" if kept else ""
+    return Step(changed, f"dtype: {word}{islands}", {"operation": "cast", "dtype": word})

@@ -1,0 +1,382 @@
+"""A `Checkpoint` under the names that another program expects, with the small files that go beside it.
+
+    target      model                                adapter
+    original    release names                        blocks.N.self_attn.q.lora_A.default.weight, config.json
+    diffusers   names of WanTransformer3DModel       transformer.<module>.lora_A.weight, alpha in metadata
+    peft        -                                    base_model.model.<module>.lora_A.weight
+    comfyui     model.diffusion_model.<release>      diffusion_model.<module>.lora_A.weight, .alpha
+
+The factor of a low-rank update travels as alpha = scale * rank, stated in every format: a reader that finds
+none takes 1 where the release takes 0.5 (spec/field.md 4a). Whole tensors of an adapter (patch embedding,
+audio) cannot ride in the LoRA files of ComfyUI and diffusers; they go to a second file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Literal, get_args
+
+import numpy as np
+
+from avatarctl.errors import UnusableWeights, UsageError
+from avatarctl.weights.checkpoint import Checkpoint, LowRank
+from avatarctl.weights.metadata import network_of
+from avatarctl.weights.padding import padded_pair
+from avatarctl.weights.tensors import ArrayTensor, Tensor
+
+__all__ = ["TARGETS", "Export", "Target", "export", "with_release_config"]
+
+Target = Literal["original", "diffusers", "peft", "comfyui"]
+TARGETS: Final[tuple[Target, ...]] = get_args(Target)
+
+PATCH_SIZE: Final = [1, 2, 2]
+ROPE_MAX_SEQ_LEN: Final = 1024  # default of WanTransformer3DModel
+
+_LORA_FIELDS: Final = (
+    "train_architecture", "lora_rank", "lora_alpha", "lora_target_modules", "init_lora_weights",
+)  # fmt: skip
+_DIFFUSERS_CLASSES: Final = ("WanTransformer3DModel", "OmniAvatarTransformer")
+_MODEL_FILE: Final = "diffusion_pytorch_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Export:
+    """Files to write, tensors still on the disk.
+
+    name:      of the main file in a folder.
+    tensors:   of the main file, by the names it will have.
+    companion: whole tensors that need a second file, else empty.
+    metadata:  what this naming adds to the main file's header.
+    documents: file name -> JSON, beside the main file where the output is a folder.
+    needs_folder: whether nobody would read the main file without the documents.
+    notes:     one line each, for people.
+    """
+
+    name: str
+    tensors: Mapping[str, Tensor]
+    companion: Mapping[str, Tensor] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    documents: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    needs_folder: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def export(checkpoint: Checkpoint, target: Target) -> Export:
+    """`checkpoint` as `target` names it; its config is the release's, see `with_release_config`.
+
+    Raises UsageError for a target that cannot hold this kind of checkpoint, UnusableWeights for contents that
+    the target has no name for.
+    """
+    if checkpoint.kind == "model":
+        return _MODELS[target](checkpoint)
+    if checkpoint.differences and target != "comfyui":
+        raise UnusableWeights(
+            f"{len(checkpoint.differences)} differences (.diff) have no place in {target} adapters, first: "
+            f"{next(iter(checkpoint.differences))[:100]}",
+            where=checkpoint.path,
+            fix="use --to comfyui, or --merge-lora",
+        )
+    return _ADAPTERS[target](checkpoint)
+
+
+# Models
+
+
+def _original_model(checkpoint: Checkpoint) -> Export:
+    documents = {"config.json": checkpoint.config} if checkpoint.config else {}
+    return Export(_MODEL_FILE, dict(checkpoint.tensors), documents=documents)
+
+
+def _comfyui_model(checkpoint: Checkpoint) -> Export:
+    tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in checkpoint.tensors.items()}
+    return Export("model.safetensors", tensors)
+
+
+def _diffusers_model(checkpoint: Checkpoint) -> Export:
+    tensors = {_internal(checkpoint, name): tensor for name, tensor in checkpoint.tensors.items()}
+    return Export(
+        _MODEL_FILE, tensors, documents={"config.json": _diffusers_config(checkpoint)}, needs_folder=True
+    )
+
+
+def _peft_model(checkpoint: Checkpoint) -> Export:
+    raise UsageError(
+        "a full model is no adapter",
+        where="--to peft",
+        fix="add --extract lora --base BASE, or choose another --to",
+    )
+
+
+_MODELS: Final = {
+    "original": _original_model,
+    "diffusers": _diffusers_model,
+    "peft": _peft_model,
+    "comfyui": _comfyui_model,
+}
+
+
+def _diffusers_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Constructor arguments of `OmniAvatarTransformer` or `WanTransformer3DModel`."""
+    sizes, heads = checkpoint.sizes, checkpoint.heads
+    if not heads or sizes.width % heads:
+        raise UnusableWeights(
+            f"the number of attention heads is unknown for a width of {sizes.width}", where=checkpoint.path
+        )
+    config: dict[str, Any] = {
+        "patch_size": PATCH_SIZE,
+        "num_attention_heads": heads,
+        "attention_head_dim": sizes.width // heads,
+        "in_channels": sizes.in_channels,
+        "out_channels": sizes.out_channels,
+        "text_dim": sizes.text_dim,
+        "freq_dim": sizes.freq_dim,
+        "ffn_dim": sizes.ffn,
+        "num_layers": sizes.layers,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "eps": network_of(checkpoint)["eps"],
+    }
+    if checkpoint.layout.family == "omniavatar":
+        return {
+            "_class_name": "OmniAvatarTransformer",
+            **config,
+            "audio_input_dim": sizes.audio_input_dim,
+            "audio_hidden_size": sizes.audio_hidden_size,
+        }
+    return {
+        "_class_name": "WanTransformer3DModel",
+        **config,
+        "image_dim": sizes.image_dim or None,
+        "added_kv_proj_dim": sizes.width if sizes.image_dim else None,
+        "rope_max_seq_len": ROPE_MAX_SEQ_LEN,
+        "pos_embed_seq_len": None,
+    }
+
+
+def _internal(checkpoint: Checkpoint, name: str) -> str:
+    """The diffusers name of an original one."""
+    internal = checkpoint.layout.key_map.to_internal(name)
+    if internal is None:
+        raise UnusableWeights(f"{name[:100]} has no name in diffusers", where=checkpoint.path)
+    return internal
+
+
+def _internal_module(checkpoint: Checkpoint, module: str) -> str:
+    return _internal(checkpoint, f"{module}.weight").removesuffix(".weight")
+
+
+# Adapters
+
+
+def _original_adapter(checkpoint: Checkpoint) -> Export:
+    """One rank and one alpha, as the release's config has them; pairs of lower rank are filled with zeros."""
+    scales = {_scale(checkpoint, pair) for pair in checkpoint.low_rank.values()}
+    if len(scales) > 1:
+        raise UnusableWeights(
+            f"{len(scales)} different scales; the release's format holds one",
+            where=checkpoint.path,
+            fix="use --to comfyui, peft or diffusers",
+        )
+    ranks = sorted({pair.rank for pair in checkpoint.low_rank.values()})
+    tensors: dict[str, Tensor] = {}
+    for module, pair in checkpoint.low_rank.items():
+        full = padded_pair(pair, ranks[-1])
+        tensors[f"{module}.lora_A.default.weight"] = full.down
+        tensors[f"{module}.lora_B.default.weight"] = full.up
+    tensors |= checkpoint.tensors
+    metadata = {}
+    if ranks:
+        fields = {
+            "r": ranks[-1],
+            "lora_alpha": checkpoint.config["lora_alpha"],
+            "target_modules": list(checkpoint.low_rank),
+        }
+        metadata = {"lora_adapter_metadata": _document(fields)}
+    notes: tuple[str, ...] = ()
+    if len(ranks) > 1:
+        notes = (
+            f"ranks {ranks[0]} to {ranks[-1]} are filled with zeros to {ranks[-1]}: this format holds one",
+        )
+    return Export(
+        "pytorch_model.safetensors",
+        tensors,
+        metadata=metadata,
+        documents={"config.json": checkpoint.config},
+        notes=notes,
+    )
+
+
+def _diffusers_adapter(checkpoint: Checkpoint) -> Export:
+    prefix = "transformer."
+    tensors = _lora_tensors(checkpoint, prefix)
+    fields = {f"{prefix}{key}": value for key, value in _lora_config(checkpoint).items()}
+    return Export(
+        "pytorch_lora_weights.safetensors",
+        tensors,
+        # Bare names: they load into the transformer with load_state_dict(..., strict=False).
+        companion={_internal(checkpoint, name): tensor for name, tensor in checkpoint.tensors.items()},
+        metadata={"lora_adapter_metadata": _document(fields)} if tensors else {},
+        needs_folder=True,
+    )
+
+
+def _peft_adapter(checkpoint: Checkpoint) -> Export:
+    prefix = "base_model.model."
+    tensors = _lora_tensors(checkpoint, prefix)
+    if not tensors:
+        raise UnusableWeights(
+            "no low-rank updates: peft has no place for whole tensors alone", where=checkpoint.path
+        )
+    saved: dict[str, None] = {}
+    for name, tensor in checkpoint.tensors.items():
+        internal = _internal(checkpoint, name)
+        module, _, kind = internal.rpartition(".")
+        if kind not in ("weight", "bias"):
+            raise UnusableWeights(
+                f"{name[:100]} belongs to no module that peft could save", where=checkpoint.path
+            )
+        saved[module] = None
+        tensors[f"{prefix}{internal}"] = tensor
+    document = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "bias": "none",
+        "inference_mode": True,
+        **_lora_config(checkpoint),
+        "modules_to_save": list(saved) or None,
+    }
+    return Export(
+        "adapter_model.safetensors", tensors, documents={"adapter_config.json": document}, needs_folder=True
+    )
+
+
+def _comfyui_adapter(checkpoint: Checkpoint) -> Export:
+    """ComfyUI takes a missing `.alpha` as a scale of 1, so that every target states its own."""
+    prefix = "diffusion_model."
+    tensors: dict[str, Tensor] = {}
+    for module, pair in checkpoint.low_rank.items():
+        alpha = np.array(_alpha(checkpoint, pair), "<f4")
+        tensors[f"{prefix}{module}.lora_A.weight"] = pair.down
+        tensors[f"{prefix}{module}.lora_B.weight"] = pair.up
+        tensors[f"{prefix}{module}.alpha"] = ArrayTensor(alpha, "F32")
+    for name, tensor in checkpoint.differences.items():
+        tensors[f"{prefix}{_difference(name)}"] = tensor
+    companion = {f"{prefix}{name}": tensor for name, tensor in checkpoint.tensors.items()}
+    return Export("pytorch_lora_weights.safetensors", tensors, companion=companion)
+
+
+def _difference(name: str) -> str:
+    """ComfyUI adds `.diff` to a module's weight and to tensors of other names, `.diff_b` to its bias."""
+    if name.endswith(".bias"):
+        return f"{name.removesuffix('.bias')}.diff_b"
+    return f"{name.removesuffix('.weight')}.diff"
+
+
+_ADAPTERS: Final = {
+    "original": _original_adapter,
+    "diffusers": _diffusers_adapter,
+    "peft": _peft_adapter,
+    "comfyui": _comfyui_adapter,
+}
+
+
+def _scale(checkpoint: Checkpoint, pair: LowRank) -> float:
+    return checkpoint.scale_of(pair)
+
+
+def _alpha(checkpoint: Checkpoint, pair: LowRank) -> float:
+    return checkpoint.scale * pair.rank if pair.alpha is None else pair.alpha
+
+
+def _lora_tensors(checkpoint: Checkpoint, prefix: str) -> dict[str, Tensor]:
+    tensors = {}
+    for module, pair in checkpoint.low_rank.items():
+        internal = _internal_module(checkpoint, module)
+        tensors[f"{prefix}{internal}.lora_A.weight"] = pair.down
+        tensors[f"{prefix}{internal}.lora_B.weight"] = pair.up
+    return tensors
+
+
+def _lora_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Fields of peft's `LoraConfig`: the most frequent rank and alpha, exceptions by full module name."""
+    ranks = {_internal_module(checkpoint, name): pair.rank for name, pair in checkpoint.low_rank.items()}
+    alphas = {
+        _internal_module(checkpoint, name): _alpha(checkpoint, pair)
+        for name, pair in checkpoint.low_rank.items()
+    }
+    rank, alpha = _most_frequent(ranks.values()), _most_frequent(alphas.values())
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": list(ranks),
+        "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
+        "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
+        "lora_dropout": 0.0,
+    }
+
+
+def _most_frequent(values: Iterable[Any]) -> Any:
+    return max(Counter(values).most_common(1), default=(0, 0))[0]
+
+
+def _document(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=True, sort_keys=True, separators=(",", ":"))
+
+
+# The release's config.json
+
+
+def with_release_config(checkpoint: Checkpoint) -> Checkpoint:
+    """`checkpoint` with a config.json in the release's terms (spec/omniavatar.md g.6, i).
+
+    Fields that the source has beside those are kept; a config of diffusers or peft is replaced as a whole.
+    Empty for plain Wan models that came without one.
+    """
+    source = checkpoint.config
+    foreign = "peft_type" in source or source.get("_class_name") in _DIFFUSERS_CLASSES
+    config = {} if foreign else dict(source)
+    known = {
+        "in_dim": checkpoint.sizes.in_channels,
+        "audio_hidden_size": checkpoint.sizes.audio_hidden_size,
+    }
+    if checkpoint.kind == "model" and checkpoint.layout.family == "wan":
+        config |= {"in_dim": known["in_dim"]} if "in_dim" in config else {}
+        return replace(checkpoint, config=config)
+    stated = config.get("model_config")
+    network = dict(stated) if isinstance(stated, Mapping) else {}
+    network |= {name: value for name, value in known.items() if value}
+    if network:
+        config["model_config"] = network
+    if checkpoint.kind == "adapter" and checkpoint.low_rank:
+        config |= _lora_fields(checkpoint, config)
+    else:
+        config = {name: value for name, value in config.items() if name not in _LORA_FIELDS}
+    if checkpoint.kind == "model":
+        config["train_architecture"] = "full"
+    return replace(checkpoint, config=config)
+
+
+def _lora_fields(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Rank and alpha of the largest pair: others are filled up to it."""
+    largest = max(checkpoint.low_rank.values(), key=lambda pair: pair.rank)
+    alpha, targets = _alpha(checkpoint, largest), _suffixes(checkpoint.low_rank)
+    listed = config.get("lora_target_modules")
+    return {
+        "train_architecture": "lora",
+        "lora_rank": largest.rank,
+        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
+        "lora_target_modules": listed if listed in (targets, ",".join(targets)) else ",".join(targets),
+    }
+
+
+def _suffixes(modules: Iterable[str]) -> list[str]:
+    """Module names as the release lists them: "blocks.0.self_attn.q" is "q", "blocks.0.ffn.0" is "ffn.0"."""
+    found: dict[str, None] = {}
+    for module in modules:
+        words = module.split(".")
+        found[".".join(words[-2:]) if words[-1].isdigit() else words[-1]] = None
+    return list(found)

@@ -1,0 +1,185 @@
+"""An adapter merged into a full model, tensor by tensor and without reading any.
+
+W' = W + strength * scale * up @ down in float32, then in the dtype of W; differences are added with the same
+strength; whole tensors (patch embedding, audio) replace those of the model (spec/omniavatar.md i).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Final
+
+from avatarctl.errors import UnusableWeights
+from avatarctl.weights.checkpoint import Checkpoint
+from avatarctl.weights.layout import Sizes, WeightLayout
+from avatarctl.weights.metadata import config_of, mismatch
+from avatarctl.weights.sizes import variant_of
+from avatarctl.weights.tensors import Tensor
+from avatarctl.weights.transforms import cast, plus_difference, plus_low_rank
+
+__all__ = ["merge_adapter", "refuse_other_conventions"]
+
+PATCH: Final = "patch_embedding.weight"
+_NARROW: Final = ("BF16", "F16")
+_STALE: Final = (
+    "ss_network_dim", "ss_network_alpha", "lora_adapter_metadata", "modelspec.title", "avatarctl.config",
+)  # fmt: skip
+"""Metadata of the two that is untrue of the sum."""
+
+
+def merge_adapter(
+    base: Checkpoint, adapter: Checkpoint, strength: float = 1.0, dtype: str | None = None
+) -> Checkpoint:
+    """The full model that `adapter` makes of `base`; it has the adapter's input channels.
+
+    strength: factor of everything that is added. dtype: of the sums, "F32" for who casts them further; None
+    is the dtype that each tensor of the base has.
+
+    Raises UnusableWeights, naming both sides, where the two do not belong together.
+    """
+    _check_kinds(base, adapter)
+    layout = _common_layout(base, adapter)
+    refuse_other_conventions(adapter, base)
+    tensors = dict(base.tensors)
+    for name, tensor in adapter.tensors.items():
+        _check_replaced(base, adapter, name, tensor)
+        tensors[name] = tensor
+    for name, added in _sums(base, adapter, tensors, strength, dtype).items():
+        target = dtype or tensors[name].info.dtype
+        tensors[name] = added if added.info.dtype == target else cast(added, target)
+    sizes = _sizes(base, adapter, tensors)
+    _check_complete(base, adapter, layout, sizes, tensors)
+    own = adapter.layout is layout
+    return replace(
+        base,
+        path=adapter.path,
+        naming="original",
+        layout=layout,
+        variant=variant_of("model", layout, sizes),
+        sizes=sizes,
+        tensors=tensors,
+        heads=base.heads or adapter.heads,
+        audio_offset=adapter.audio_offset if own else base.audio_offset,
+        audio_offset_rule=adapter.audio_offset_rule if own else base.audio_offset_rule,
+        files=(*adapter.files, *base.files),
+        config=config_of(adapter if own and layout is not base.layout else base),
+        metadata=_metadata(base, adapter),
+        notes=(*base.notes, *adapter.notes),
+    )
+
+
+def _sums(
+    base: Checkpoint,
+    adapter: Checkpoint,
+    tensors: Mapping[str, Tensor],
+    strength: float,
+    dtype: str | None,
+) -> dict[str, Tensor]:
+    """The weights that change, float32 where they still have to be rounded."""
+    sums: dict[str, Tensor] = {}
+    for module, pair in adapter.low_rank.items():
+        name = f"{module}.weight"
+        _check_shape(base, adapter, name, (pair.up.info.shape[0], pair.down.info.shape[1]))
+        held = tensors[name]
+        if held.info.dtype.startswith("F8") and dtype is None:
+            raise UnusableWeights(
+                f"{name[:100]} is float8, which would round a small change away",
+                where=base.path,
+                fix="--dtype bfloat16 writes the sum as bfloat16",
+            )
+        if dtype or (name in adapter.differences and held.info.dtype in _NARROW):
+            held = cast(held, "F32")
+        sums[name] = plus_low_rank(held, pair, strength * adapter.scale_of(pair))
+    for name, difference in adapter.differences.items():
+        _check_shape(base, adapter, name, difference.info.shape)
+        held = tensors[name] if dtype is None else cast(tensors[name], "F32")
+        sums[name] = plus_difference(sums.get(name, held), difference, strength)
+    return sums
+
+
+def refuse_other_conventions(one: Checkpoint, base: Checkpoint) -> None:
+    """Raise UnusableWeights where two files were made with different conventions: their sum would be silent
+    damage."""
+    if different := mismatch(one, base):
+        raise UnusableWeights(
+            f"was made with another convention than the base {base.path}: {different}", where=one.path
+        )
+
+
+def _check_kinds(base: Checkpoint, adapter: Checkpoint) -> None:
+    if adapter.kind != "adapter":
+        raise UnusableWeights(f"is no adapter but {adapter.variant}: nothing to merge", where=adapter.path)
+    if base.kind != "model":
+        raise UnusableWeights(f"is no full model but {base.variant}", where=base.path)
+
+
+def _common_layout(base: Checkpoint, adapter: Checkpoint) -> WeightLayout:
+    """The layout of the result: of two, the one that is not plain Wan."""
+    if adapter.layout is base.layout or adapter.layout.family == "wan":
+        return base.layout
+    if base.layout.family == "wan":
+        return adapter.layout
+    raise UnusableWeights(
+        f"is {adapter.variant}, and the base {base.path} is {base.variant}", where=adapter.path
+    )
+
+
+def _check_shape(base: Checkpoint, adapter: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
+    held = base.tensors.get(name)
+    if held is None:
+        raise UnusableWeights(f"changes {name[:100]}, which the base {base.path} lacks", where=adapter.path)
+    if held.info.shape != shape:
+        raise UnusableWeights(
+            f"changes {name[:100]} as {list(shape)}, and in the base {base.path} it is "
+            f"{list(held.info.shape)}: {adapter.variant}, {base.variant}",
+            where=adapter.path,
+        )
+
+
+def _check_replaced(base: Checkpoint, adapter: Checkpoint, name: str, tensor: Tensor) -> None:
+    """Audio modules are new to a plain base, and a patch embedding may have other channels."""
+    held = base.tensors.get(name)
+    if held is None:
+        return
+    ours, theirs = tensor.info.shape, held.info.shape
+    if name == PATCH and len(ours) == len(theirs):
+        ours, theirs = (ours[0], *ours[2:]), (theirs[0], *theirs[2:])
+    if ours != theirs:
+        _check_shape(base, adapter, name, tensor.info.shape)
+
+
+def _sizes(base: Checkpoint, adapter: Checkpoint, tensors: Mapping[str, Tensor]) -> Sizes:
+    return replace(
+        base.sizes,
+        in_channels=tensors[PATCH].info.shape[1],
+        audio_hidden_size=adapter.sizes.audio_hidden_size or base.sizes.audio_hidden_size,
+        audio_input_dim=adapter.sizes.audio_input_dim or base.sizes.audio_input_dim,
+    )
+
+
+def _check_complete(
+    base: Checkpoint,
+    adapter: Checkpoint,
+    layout: WeightLayout,
+    sizes: Sizes,
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """The sum is a complete network of its layout: neither side has tensors for another number of layers."""
+    expected = layout.shapes(sizes)
+    wrong = [name for name in expected if name not in tensors or tensors[name].info.shape != expected[name]]
+    wrong += [name for name in tensors if name not in expected]
+    if wrong:
+        raise UnusableWeights(
+            f"{adapter.variant} does not make a complete network of the base {base.path} ({base.variant}): "
+            f"{len(wrong)} tensors do not fit, first {wrong[0][:100]}",
+            where=adapter.path,
+        )
+
+
+def _metadata(base: Checkpoint, adapter: Checkpoint) -> dict[str, str]:
+    """What both files say, the adapter's word first, with the names of both."""
+    both = {**base.metadata, **adapter.metadata}
+    names = ", ".join(file.name for file in (*base.files[:1], *adapter.files[:1]))
+    kept = {key: value for key, value in both.items() if key not in _STALE}
+    return kept | {"modelspec.merged_from": names} if names else kept

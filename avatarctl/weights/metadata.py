@@ -1,0 +1,210 @@
+"""The header metadata of every weight file that we write, and what it says when we read it back.
+
+All values are strings, as safetensors demands. Three vocabularies stand side by side (spec/field.md 4a):
+`format`, without which transformers and diffusers refuse a file; `modelspec.*`, ModelSpec 1.0.1;
+`avatarctl.*`, what only this program knows: conventions that do silent damage when two files disagree,
+dimensions that no shape tells, the configuration of the source, and what was done to it. Whatever a source
+said is kept unless we say it better. There is no date: the same conversion gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import avatarctl
+from avatarctl.errors import UnusableWeights, printable
+from avatarctl.timeline import FPS
+from avatarctl.weights.checkpoint import Checkpoint
+
+__all__ = [
+    "TRAINED_WITH",
+    "OwnMetadata",
+    "config_of",
+    "conventions_of",
+    "file_metadata",
+    "mismatch",
+    "network_of",
+    "read_own",
+]
+
+MODELSPEC_VERSION: Final = "1.0.1"
+REPOSITORY_OF_FAMILY: Final = {"omniavatar": "https://github.com/Omni-Avatar/OmniAvatar"}
+WAN_REPOSITORY: Final = "https://github.com/Wan-Video/Wan2.1"
+
+TRAINED_WITH: Final[Mapping[str, Mapping[str, float]]] = {
+    "omniavatar": {"mask_keep": 0, "hole": 0.0, "fps": FPS, "sigma_shift": 5.0}
+}
+"""What the published weights of a family were made with (`avatarctl.family.Conventions`), the audio offset
+excepted, which differs from file to file. The family objects say the same; asking them imports torch."""
+
+_CONVENTIONS: Final = ("audio_offset", "mask_keep", "hole", "fps", "sigma_shift")
+_STALE: Final = ("lora_adapter_metadata", "modelspec.hash_sha256")
+"""Keys of a source that describe its own bytes or names, not the ones that we write."""
+
+
+@dataclass(frozen=True)
+class OwnMetadata:
+    """What `avatarctl.*` of a header says; empty where it says nothing.
+
+    kind: "model" or "adapter"; channels: input channels, 0 unknown; conventions: `Conventions` by field name,
+    as far as known; network: num_attention_heads, attention_head_dim, eps; config: the source's
+    configuration; operations: one entry for each conversion step, oldest first; companion, companion_of:
+    plain file names.
+    """
+
+    version: str = ""
+    family: str = ""
+    kind: str = ""
+    channels: int = 0
+    conventions: Mapping[str, float] = field(default_factory=dict)
+    network: Mapping[str, float] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    operations: tuple[Mapping[str, Any], ...] = ()
+    companion: str = ""
+    companion_of: str = ""
+
+
+def read_own(metadata: Mapping[str, str]) -> OwnMetadata:
+    """The typed `avatarctl.*` part of a header.
+
+    Raises UnusableWeights for values that are not what we write: somebody edited them, and a guess at a
+    convention would do silent damage.
+    """
+    operations = _json(metadata, "avatarctl.operations", list)
+    channels = metadata.get("avatarctl.channels", "0")
+    if not (channels.isascii() and channels.isdigit() and len(channels) < 10):
+        raise UnusableWeights(f"the metadata avatarctl.channels is no number: {printable(channels)[:60]}")
+    if not all(isinstance(entry, dict) for entry in operations):
+        raise UnusableWeights("the metadata avatarctl.operations is no list of objects")
+    return OwnMetadata(
+        version=metadata.get("avatarctl.version", ""),
+        family=metadata.get("avatarctl.family", ""),
+        kind=metadata.get("avatarctl.kind", ""),
+        channels=int(channels),
+        conventions=_numbers(metadata, "avatarctl.conventions"),
+        network=_numbers(metadata, "avatarctl.network"),
+        config=_json(metadata, "avatarctl.config", dict),
+        operations=tuple(operations),
+        companion=metadata.get("avatarctl.companion", ""),
+        companion_of=metadata.get("avatarctl.companion_of", ""),
+    )
+
+
+def _json(metadata: Mapping[str, str], key: str, kind: type[Any]) -> Any:
+    if key not in metadata:
+        return kind()
+    try:
+        value = json.loads(metadata[key])
+    except (ValueError, RecursionError) as error:
+        raise UnusableWeights(f"the metadata {key} is no JSON") from error
+    if not isinstance(value, kind):
+        raise UnusableWeights(f"the metadata {key} is no JSON {'object' if kind is dict else 'list'}")
+    return value
+
+
+def _numbers(metadata: Mapping[str, str], key: str) -> Mapping[str, float]:
+    values = _json(metadata, key, dict)
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise UnusableWeights(f"the metadata {key} has no number for {printable(name)[:60]}")
+    return dict(values)
+
+
+def conventions_of(checkpoint: Checkpoint) -> Mapping[str, float]:
+    """What the file was made with: what its metadata states, else what its family is published with.
+
+    `checkpoint.audio_offset` is already the outcome of everything that can tell it.
+    """
+    stated = read_own(checkpoint.metadata).conventions
+    found = {**TRAINED_WITH.get(checkpoint.layout.family, {}), **stated}
+    if checkpoint.audio_offset is not None:
+        found["audio_offset"] = checkpoint.audio_offset
+    return {name: found[name] for name in _CONVENTIONS if name in found}
+
+
+def config_of(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """The configuration that came with a checkpoint: the first source's, which conversions carry along."""
+    return read_own(checkpoint.metadata).config or checkpoint.config
+
+
+def mismatch(one: Checkpoint, other: Checkpoint) -> str:
+    """The first convention on which two files disagree ("audio_offset 1 and 0"), empty if there is none."""
+    first, second = conventions_of(one), conventions_of(other)
+    for name in _CONVENTIONS:
+        if name in first and name in second and first[name] != second[name]:
+            return f"{name} {first[name]:g} and {second[name]:g}"
+    return ""
+
+
+def file_metadata(
+    checkpoint: Checkpoint, operations: Sequence[Mapping[str, Any]], extra: Mapping[str, str]
+) -> dict[str, str]:
+    """The metadata of a file that holds `checkpoint`, whose config goes with it.
+
+    operations: all steps, earlier ones included; extra: what the naming of the file adds (see `export`).
+    """
+    kept = {
+        key: value
+        for key, value in checkpoint.metadata.items()
+        if not key.startswith("avatarctl.") and key not in _STALE
+    }
+    own = {
+        "format": "pt",
+        "modelspec.sai_model_spec": MODELSPEC_VERSION,
+        "modelspec.architecture": _architecture(checkpoint),
+        "modelspec.implementation": REPOSITORY_OF_FAMILY.get(checkpoint.layout.family, WAN_REPOSITORY),
+        "avatarctl.version": avatarctl.__version__,
+        "avatarctl.family": checkpoint.layout.family,
+        "avatarctl.kind": checkpoint.kind,
+        "avatarctl.operations": _text(list(operations)),
+    }
+    if checkpoint.sizes.in_channels:
+        own["avatarctl.channels"] = str(checkpoint.sizes.in_channels)
+    parts = {
+        "avatarctl.conventions": conventions_of(checkpoint),
+        "avatarctl.network": network_of(checkpoint),
+        "avatarctl.config": checkpoint.config,
+    }
+    own |= {key: _text(value) for key, value in parts.items() if value}
+    title = {"modelspec.title": checkpoint.variant}
+    strangers = "avatarctl.version" not in checkpoint.metadata  # whose title is kept
+    return {**title, **kept, **own, **extra} if strangers else {**kept, **title, **own, **extra}
+
+
+def _text(value: Any) -> str:
+    """JSON on one line, ASCII: a header may be read by anybody's parser."""
+    return json.dumps(value, ensure_ascii=True, separators=(",", ":"))
+
+
+def _architecture(checkpoint: Checkpoint) -> str:
+    """ModelSpec's architecture id, such as "wan2.1-t2v-14b/omniavatar/lora"."""
+    sizes = checkpoint.sizes
+    base = "wan2.1-t2v"
+    if sizes.in_channels == 36:
+        base = "wan2.1-i2v" if sizes.image_dim else "wan2.2-i2v"
+    elif sizes.in_channels == 48:
+        base = "wan2.2-ti2v"
+    size = {(1536, 30): "-1.3b", (5120, 40): "-14b", (3072, 30): "-5b"}.get((sizes.width, sizes.layers), "")
+    words = [base + size]
+    if checkpoint.layout.family != "wan":
+        words.append(checkpoint.layout.family)
+    if checkpoint.kind == "adapter":
+        words.append("lora")
+    return "/".join(words)
+
+
+def network_of(checkpoint: Checkpoint) -> Mapping[str, float]:
+    """What shapes do not tell: num_attention_heads, attention_head_dim, eps; empty where the heads are
+    unknown. eps is 1e-6 in every published network (spec/omniavatar.md a.1)."""
+    stated = read_own(checkpoint.metadata).network
+    if not (checkpoint.heads and checkpoint.sizes.width):
+        return stated
+    eps = stated.get("eps", checkpoint.config.get("eps"))
+    return {
+        "num_attention_heads": checkpoint.heads,
+        "attention_head_dim": checkpoint.sizes.width // checkpoint.heads,
+        "eps": float(eps) if isinstance(eps, (int, float)) and 0 < eps < 1 else 1e-6,
+    }
