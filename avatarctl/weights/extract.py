@@ -70,10 +70,11 @@ def extract_low_rank(
     is the rank of each pair: scale 1.
 
     rank: that many singular values. None: as many as stand out of the rounding of the model's file, at most
-    128 (the published rank). Values up to 2 u rms(W) (sqrt(m) + sqrt(n)) / sqrt(12), u the largest relative
-    rounding error of the dtype, cannot be told from rounding: that is the largest singular value of an m x n
-    matrix of independent errors, each uniform over one unit in the last place. A change of rank <= `rank`
-    that was merged in float32 comes back exactly up to that rounding.
+    128 (the published rank). Values up to 2 e (sqrt(m) + sqrt(n)) / sqrt(12) cannot be told from rounding:
+    that is the largest singular value of an m x n matrix of independent errors, each uniform over one unit
+    in the last place. e is the largest relative rounding error of the dtype times the root mean square of
+    the weight, and the same of the difference in float32, in which it was added and is taken. A change of
+    rank <= `rank` that was merged in float32 comes back exactly up to that rounding.
 
     The remainder is measured for every target and the worst is reported through `emit`; nothing is dropped
     in silence. Same inputs, same adapter: the randomised part is seeded by tensor names.
@@ -107,8 +108,8 @@ def extract_low_rank(
         differences=differences,
         scale=1.0,
         scale_rule="alpha equals the rank, as extracted",
-        missing=(),
-        unknown=(),
+        format="",
+        names=(),
         notes=(f"extracted as the difference from {base.path.name}",),
     )
 
@@ -248,5 +249,6 @@ def _change(model: Checkpoint, base: Checkpoint, name: str) -> _Change | None:
 def _floor(change: _Change, dtype: str) -> float:
     """The largest singular value that rounding alone gives (see `extract_low_rank`)."""
     rows, columns = change.values.shape
-    error = 2 * _ROUNDOFF[dtype] / math.sqrt(12) * change.weight_norm / math.sqrt(rows * columns)
+    rounded = _ROUNDOFF[dtype] * change.weight_norm + _ROUNDOFF["F32"] * change.norm
+    error = 2 / math.sqrt(12) * rounded / math.sqrt(rows * columns)
     return error * (math.sqrt(rows) + math.sqrt(columns))
