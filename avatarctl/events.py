@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 __all__ = [
+    "BytesMoved",
     "ChunkFinished",
     "Emit",
     "Event",
@@ -76,7 +77,16 @@ class OutputFinished:
     frames_per_second: float
 
 
-Event = Notice | Stage | Planned | StepFinished | ChunkFinished | OutputFinished
+@dataclass(frozen=True)
+class BytesMoved:
+    """`done` of `total` bytes of `what` are fetched, checked or written; total 0 if it is not known."""
+
+    what: str
+    done: int
+    total: int
+
+
+Event = Notice | Stage | Planned | StepFinished | ChunkFinished | OutputFinished | BytesMoved
 Emit = Callable[[Event], None]
 
 

@@ -1,19 +1,27 @@
-"""`avatarctl models`: what exists, what runs, which files it wants and where they go."""
+"""`avatarctl models`: what exists and runs, which files it wants and where they are; fetch and check them."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from avatarctl.cli.app import CommandGroup
 from avatarctl.cli.options import WEIGHTS_VARIABLE
+from avatarctl.cli.screen import Screen
+from avatarctl.errors import Interrupted, UnusableWeights, UsageError, WeightsMissing, printable
 from avatarctl.registry import ROWS, Row, find
-from avatarctl.weights.locate import missing_files
+from avatarctl.weights.locate import Located, hub_constants, locate, with_needs
+
+if TYPE_CHECKING:
+    from avatarctl.weights.hub import HubFile
+    from avatarctl.weights.pull import PullPlan
 
 __all__ = ["models"]
 
@@ -50,22 +58,42 @@ def list_models(kind: str | None, as_json: bool) -> None:
 @click.option("--weights-root", metavar="PATH", help="Folder with the published files.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def show_model(name: str, weights_root: str | None, as_json: bool) -> None:
-    """Show one model: where its files come from, what is missing here, its settings."""
+    """Show one model: where its files come from, where they are, what is missing here, its settings."""
+    from avatarctl.weights.store import recorded_license
+
     row = find(name)
-    missing = missing_files(row, weights_root or os.environ.get(WEIGHTS_VARIABLE) or None)
+    root = _root(weights_root)
+    located = [locate(each, root) for each in with_needs(row)]
+    missing = [wanted for each in located for wanted in each.missing]
+    stated = {each.row.hub_id: recorded_license(each.row.hub_id, root) for each in located if each.row.hub_id}
+    licenses = {repo: text for repo, text in stated.items() if text}
     if as_json:
-        document = asdict(row) | {"missing": [asdict(item) for item in missing]}
-        click.echo(json.dumps(document, default=str))
+        found = {each.row.name: _paths(each) for each in located}
+        extra = {"missing": [asdict(item) for item in missing], "found": found, "licenses": licenses}
+        click.echo(json.dumps(asdict(row) | extra, default=str))
         return
     for label, value in _facts(row):
         click.echo(f"{label:<10} {value}")
+    for repo, text in licenses.items():
+        click.echo(f"{'license':<10} {printable(text)}  (of {repo}, as its card said when it was fetched)")
     if row.source == "package":
         click.echo("weights    none needed: seeded random weights are made at load")
     elif not missing:
         click.echo("weights    all files are here")
+    for path in (path for each in located for path in _paths(each).values()):
+        click.echo(f"found      {printable(path)}")
     for item in missing:
         origin = f"  (from {item.hub_id})" if item.hub_id else "  (no confirmed source)"
         click.echo(f"missing    {item.folder}/{item.file}{origin}")
+
+
+def _root(weights_root: str | None) -> str | None:
+    return weights_root or os.environ.get(WEIGHTS_VARIABLE) or None
+
+
+def _paths(located: Located) -> dict[str, str]:
+    """Name in the row -> path; a folder keeps its slash."""
+    return {name: f"{path}{os.sep if name.endswith('/') else ''}" for name, path in located.files.items()}
 
 
 def _status(row: Row) -> str:
@@ -85,3 +113,168 @@ def _facts(row: Row) -> Iterator[tuple[str, Any]]:
     for dotted, value in row.defaults.items():
         if not dotted.startswith(("data.", "input.")):
             yield "default", f"{dotted} = {value}"
+
+
+PULL_EXAMPLES = """\b
+Examples:
+  avatarctl models pull omniavatar-1.3b
+  avatarctl models pull --for 'train v2v --model omniavatar-14b --aux sync,lpips' --dry-run
+  avatarctl models pull someone/loras/style.safetensors --weights-root ~/weights
+"""
+
+
+@models.command("pull", context_settings=HELP, epilog=PULL_EXAMPLES)
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--for", "command", metavar="COMMAND", help="What this command needs, as you would type it.")
+@click.option(
+    "--weights-root",
+    metavar="PATH",
+    help="Folder to fetch to, and to look in first; without it the hub's cache.",
+)
+@click.option("-y", "--yes", is_flag=True, help="Do not ask; without a terminal nothing is asked anyway.")
+@click.option("--dry-run", is_flag=True, help="Show what would be fetched; fetch nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def pull_models(
+    names: tuple[str, ...],
+    command: str | None,
+    weights_root: str | None,
+    yes: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Fetch published files: models, encoders, judges, LoRA files.
+
+    A NAME is one of `avatarctl models list`, and brings what it needs, or a repository or file on the hub
+    (org/name, org/name/path). Files that are on this disk already are not fetched again. Sizes and licences
+    are shown first; every file is checked; what was interrupted goes on where it stopped.
+    """
+    from avatarctl.weights.pull import plan_pull, run_pull
+    from avatarctl.weights.wanted import Wants, wanted_by_names, wanted_for
+
+    if not names and command is None:
+        raise UsageError("nothing is named", fix="give names, or a command with --for")
+    wants = wanted_by_names(names) + (wanted_for(command) if command is not None else Wants((), ()))
+    _quiet_hub()
+    with Screen("info") as screen:
+        plan = plan_pull(wants, _root(weights_root), screen)
+        for line in _plan_lines(plan):
+            if dry_run and not as_json:
+                click.echo(line)
+            else:
+                screen.line(line)
+        paths: Mapping[HubFile, Path] = {}
+        if plan.fetch and not dry_run:
+            plan.store.check_space(plan.fetch)
+            _confirm(yes)
+            from avatarctl.cli.signals import stop_on_signals
+
+            with stop_on_signals() as should_stop:
+                paths = run_pull(plan, screen, should_stop)
+    if as_json:
+        click.echo(json.dumps({"command": "models pull", "dry_run": dry_run, **_plan_facts(plan, paths)}))
+    elif not dry_run:
+        for path in paths.values():
+            click.echo(printable(path))
+    if plan.by_hand and not dry_run:
+        raise WeightsMissing(f"to be fetched by hand: {'; '.join(map(str, plan.by_hand))}")
+
+
+def _quiet_hub() -> None:
+    """Its log repeats in many lines, some of them the server's, what our errors say in one."""
+    hub_constants()
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()
+
+
+def _confirm(yes: bool) -> None:
+    """Asks a person; a script without a terminal is not held up."""
+    if not yes and sys.stdin.isatty() and sys.stderr.isatty() and not click.confirm("Fetch?", err=True):
+        raise Interrupted("nothing was fetched")
+
+
+def _plan_lines(plan: PullPlan) -> Iterator[str]:
+    for _, path in plan.present:
+        yield f"here       {printable(path)}"
+    for file in plan.fetch:
+        kept = plan.store.kept(file)
+        note = f"  ({_size(kept)} of it are here)" if kept else ""
+        yield f"fetch      {'size unknown' if file.size is None else _size(file.size):>9}  {file}{note}"
+    for item in plan.by_hand:
+        yield f"by hand    {printable(item)}"
+    for listing in plan.listings.values():
+        yield f"license    {listing.repo}: {printable(listing.license) or 'none stated on its card'}"
+    if plan.fetch:
+        count = f"{len(plan.fetch)} file{'s' if len(plan.fetch) > 1 else ''}"
+        yield f"total      {_size(plan.total_bytes)} in {count}, to {printable(plan.store.top)}"
+    elif plan.by_hand:
+        yield "total      nothing can be fetched from the hub"
+    else:
+        yield "total      nothing to fetch" + (": everything is here" if plan.present else "")
+
+
+def _plan_facts(plan: PullPlan, paths: Mapping[HubFile, Path]) -> dict[str, Any]:
+    return {
+        "files": [
+            {**asdict(file), "to_fetch": left, "path": str(paths[file]) if file in paths else None}
+            for file, left in plan.fetch.items()
+        ],
+        "present": [{"name": name, "path": str(path)} for name, path in plan.present],
+        "by_hand": [asdict(item) for item in plan.by_hand],
+        "licenses": {listing.repo: listing.license for listing in plan.listings.values()},
+        "total_bytes": plan.total_bytes,
+        "to": str(plan.store.top),
+    }
+
+
+def _size(count: int) -> str:
+    """Bytes for people; GB = 1e9."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"
+
+
+@models.command("verify", context_settings=HELP)
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@click.option("--weights-root", metavar="PATH", help="Folder with the published files.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def verify_models(names: tuple[str, ...], weights_root: str | None, as_json: bool) -> None:
+    """Compare files on this disk with the digests that the hub states.
+
+    Files that were fetched by `models pull` or the hub's own tools are checked without a connection. Ends
+    with 3 if a file is damaged, with 4 if one is missing.
+    """
+    from avatarctl.cli.signals import stop_on_signals
+    from avatarctl.weights.verify import verify
+
+    rows = {row.name: row for name in names for row in with_needs(find(name))}
+    _quiet_hub()
+    with Screen("info") as screen, stop_on_signals() as should_stop:
+        found = []
+        for item in verify(rows.values(), _root(weights_root), screen, should_stop):
+            found.append(item)
+            if not as_json:
+                why = f": {item.why}" if item.why else ""
+                click.echo(f"{item.state:<11}  {printable(item.path or item.name)}{printable(why)}")
+    if as_json:
+        click.echo(
+            json.dumps({"command": "models verify", "files": [asdict(item) for item in found]}, default=str)
+        )
+    damaged = [item for item in found if item.state == "damaged"]
+    missing = [item for item in found if item.state == "missing"]
+    if damaged:
+        raise UnusableWeights(
+            f"{damaged[0].why}{_and_more(damaged)}",
+            where=damaged[0].path,
+            fix=f"remove it, then `avatarctl models pull {damaged[0].row}`",
+        )
+    if missing:
+        fix = f"`avatarctl models pull {missing[0].row}`"
+        raise WeightsMissing(
+            f"{missing[0].name} is missing{_and_more(missing)}", where=missing[0].row, fix=fix
+        )
+
+
+def _and_more(items: list[Any]) -> str:
+    return f", and {len(items) - 1} more" if len(items) > 1 else ""

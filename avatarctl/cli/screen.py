@@ -8,12 +8,24 @@ from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
 from avatarctl.errors import printable
-from avatarctl.events import ChunkFinished, Event, Notice, OutputFinished, Planned, Stage, StepFinished
+from avatarctl.events import (
+    BytesMoved,
+    ChunkFinished,
+    Event,
+    Notice,
+    OutputFinished,
+    Planned,
+    Stage,
+    StepFinished,
+)
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 __all__ = ["Screen"]
+
+LONG_MOVE = 10**9
+"""Bytes from which a log says how far they are."""
 
 _LEVELS = ("debug", "info", "warning", "error")
 
@@ -30,6 +42,8 @@ class Screen:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._plan: Planned | None = None
+        self._moving = ""
+        self._tenth = 0
 
     def __enter__(self) -> Screen:
         return self
@@ -59,6 +73,8 @@ class Screen:
                     self.line(
                         f"chunk {span + 1} of {self._plan.spans}: {frames} of {self._plan.frames} frames"
                     )
+            case BytesMoved():
+                self._move(event)
             case OutputFinished():
                 self._end_progress()
                 self.line(
@@ -112,7 +128,47 @@ class Screen:
                 description=f"chunk {span + 1} of {self._plan.spans}",
             )
 
+    def _move(self, event: BytesMoved) -> None:
+        """A bar for a terminal; in a log a line per tenth of what takes long."""
+        if event.what != self._moving:
+            self._end_progress()
+            self._moving, self._tenth = event.what, 0
+            self._start_moving(event)
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=event.done)
+        elif event.total >= LONG_MOVE and event.done * 10 // event.total > self._tenth:
+            self._tenth = event.done * 10 // event.total
+            self.line(f"{event.what}: {self._tenth * 10} %")
+        if event.done == event.total:
+            self._end_progress()
+
+    def _start_moving(self, event: BytesMoved) -> None:
+        if not self._stream.isatty() or self._rank > _LEVELS.index("info"):
+            return
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=Console(file=self._stream),
+            transient=True,
+        )
+        self._task = self._progress.add_task(printable(event.what), total=event.total or None)
+        self._progress.start()
+
     def _end_progress(self) -> None:
+        self._moving = ""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None

@@ -11,8 +11,9 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+from avatarctl.errors import UsageError
 from avatarctl.registry import ROWS, Row, Wanted
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "HubName",
     "Located",
     "hub_cache",
+    "hub_constants",
     "locate",
     "locate_hub_name",
     "missing_files",
@@ -129,9 +131,19 @@ def _present(folder: Path, name: str) -> bool:
 
 def hub_cache() -> Path:
     """The hub's cache on this machine (`HF_HUB_CACHE`, `HF_HOME`, `XDG_CACHE_HOME`)."""
-    from huggingface_hub import constants
+    return Path(hub_constants().HF_HUB_CACHE)
 
-    return Path(constants.HF_HUB_CACHE)
+
+def hub_constants() -> Any:
+    """What `huggingface_hub` makes of its environment variables, which it reads when it is first imported.
+
+    Raises UsageError if it cannot.
+    """
+    try:
+        from huggingface_hub import constants
+    except ValueError as error:
+        raise UsageError(f"a variable HF_... has a wrong value: {error}", where="environment") from error
+    return constants
 
 
 def snapshots(repo: str) -> Iterator[Path]:

@@ -1,0 +1,181 @@
+"""`models pull`: what is lacking is listed, then fetched, checked and put where `locate` finds it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from avatarctl.errors import WeightsMissing
+from avatarctl.events import Emit, Notice
+from avatarctl.registry import Row
+from avatarctl.weights.hub import HubFile, Listing, check_access, fetch, list_files
+from avatarctl.weights.locate import HubName, hub_cache, locate, locate_hub_name
+from avatarctl.weights.store import Store
+from avatarctl.weights.wanted import Wants
+
+__all__ = ["ByHand", "PullPlan", "plan_pull", "run_pull"]
+
+_WEIGHTS: Final = (".safetensors",)
+_PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt")
+_BESIDE: Final = (".json", ".model", ".txt")
+
+
+@dataclass(frozen=True)
+class ByHand:
+    """A file that cannot be fetched here: where it comes from, as far as known, and the folder it goes to."""
+
+    row: str
+    file: str
+    source: str
+    folder: str
+
+    def __str__(self) -> str:
+        return f"{self.folder}/{self.file} ({self.source})"
+
+
+@dataclass(frozen=True)
+class PullPlan:
+    """What a pull would do.
+
+    fetch:    files to fetch -> bytes still to come (0 where the hub states no size).
+    present:  (row or hub name, path) of what is on this disk already.
+    by_hand:  what somebody has to fetch.
+    listings: what the hub said about each repository that files are fetched from.
+    """
+
+    store: Store
+    fetch: Mapping[HubFile, int]
+    present: tuple[tuple[str, Path], ...]
+    by_hand: tuple[ByHand, ...]
+    listings: Mapping[str, Listing]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.fetch.values())
+
+
+def plan_pull(wants: Wants, weights_root: str | None, emit: Emit) -> PullPlan:
+    """Compares what is wanted with this disk and asks the hub for the rest: names, sizes, licences, access.
+
+    Raises what `list_files` and `check_access` raise.
+    """
+    root = Path(weights_root).expanduser() if weights_root else None
+    planner = _Planner(Store(root), weights_root, emit)
+    for row in wants.rows:
+        planner.add_row(row)
+    for name in wants.hub_names:
+        planner.add_name(name)
+    return planner.plan()
+
+
+class _Planner:
+    """Gathers the plan; asks the hub once per repository."""
+
+    def __init__(self, store: Store, weights_root: str | None, emit: Emit) -> None:
+        self._store = store
+        self._weights_root = weights_root
+        self._emit = emit
+        self._listings: dict[str, Listing] = {}
+        self._fetch: dict[HubFile, int] = {}
+        self._present: list[tuple[str, Path]] = []
+        self._by_hand: list[ByHand] = []
+
+    def add_row(self, row: Row) -> None:
+        located = locate(row, self._weights_root)
+        for names, path in located.files.items():
+            if names.endswith("/") and row.hub_id:
+                self._add_folder(row, names, path, alone=not located.missing)
+            else:
+                self._present.append((row.name, path))
+        for wanted, names in zip(
+            located.missing, (n for n in row.files if n not in located.files), strict=True
+        ):
+            if row.hub_id:
+                self._add_files(self._listing(row.hub_id).select(names))
+            else:
+                source = row.obtained or "no source is confirmed"
+                self._by_hand.append(ByHand(row.name, wanted.file, source, wanted.folder))
+
+    def _add_folder(self, row: Row, name: str, path: Path, *, alone: bool) -> None:
+        """A folder that exists may lack files: an earlier pull may have been stopped in the middle of it."""
+        try:
+            files = self._listing(row.hub_id).select(name)
+        except WeightsMissing as error:
+            if not alone:
+                raise
+            self._emit(Notice(f"{path}: whether it is complete is not known: {error.what}", "warning"))
+            self._present.append((row.name, path))
+            return
+        absent = [file for file in files if not (path / file.name.removeprefix(name)).is_file()]
+        if not absent:
+            self._present.append((row.name, path))
+        elif self._store.root is not None or path.is_relative_to(hub_cache()):
+            self._add_files(file for file in files if not self._store.path(file).is_file())
+        else:  # found before anything that a pull could put elsewhere
+            lacking = ", ".join(file.name.removeprefix(name) for file in absent)
+            self._by_hand.append(ByHand(row.name, lacking, f"incomplete, from {row.hub_id}", str(path)))
+
+    def add_name(self, name: HubName) -> None:
+        path = locate_hub_name(name, self._weights_root)
+        if path is not None and name.path:
+            self._present.append((str(name), path))
+            return
+        listing = self._listing(name.repo)
+        files = _of_repository(listing) if not name.path else listing.select(name.path)
+        for file in files:
+            there = locate_hub_name(HubName(file.repo, file.name), self._weights_root)
+            if there is None:
+                self._add_files([file])
+            else:
+                self._present.append((str(file), there))
+
+    def _listing(self, repo: str) -> Listing:
+        if repo not in self._listings:
+            self._listings[repo] = list_files(repo)
+        return self._listings[repo]
+
+    def _add_files(self, files: Iterator[HubFile] | list[HubFile]) -> None:
+        for file in files:
+            self._fetch[file] = max(0, (file.size or 0) - self._store.kept(file))
+
+    def plan(self) -> PullPlan:
+        used = {file.repo: file for file in reversed(self._fetch)}
+        for repo, first in used.items():
+            if self._listings[repo].gated:
+                check_access(first)
+        listings = {repo: self._listings[repo] for repo in used}
+        return PullPlan(self._store, self._fetch, tuple(self._present), tuple(self._by_hand), listings)
+
+
+def _of_repository(listing: Listing) -> list[HubFile]:
+    """Of a whole repository: weights, and the small files that say what they are. Pickles only where there
+    are no safetensors."""
+    safe = any(name.endswith(_WEIGHTS) for name in listing.files)
+    endings = (*(_WEIGHTS if safe else _PICKLES), *_BESIDE)
+    found = [file for name, file in listing.files.items() if name.endswith(endings)]
+    if not any(file.name.endswith((*_WEIGHTS, *_PICKLES)) for file in found):
+        raise WeightsMissing("the repository has no weight files", where=listing.repo)
+    return found
+
+
+def run_pull(plan: PullPlan, emit: Emit, should_stop: Callable[[], bool]) -> dict[HubFile, Path]:
+    """Fetches what `plan` lists, file after file; each is checked before it gets its name.
+
+    Returns the path of each. Raises what `Store.check_space`, `Store.lend` and `fetch` raise; the files
+    before stay, and so does the part of the file that was being fetched.
+    """
+    plan.store.check_space(plan.fetch)
+    paths = {}
+    unrecorded = dict(plan.listings)
+    for file in plan.fetch:
+        with plan.store.lend(file) as partial:
+            if partial is not None:
+                fetch(file, partial, emit, should_stop)
+                plan.store.keep(file, partial)
+        paths[file] = plan.store.finish(file)
+        emit(Notice(f"fetched {file}"))
+        if file.repo in unrecorded:
+            plan.store.record(unrecorded.pop(file.repo))
+    return paths

@@ -1,0 +1,150 @@
+"""Which files a name, or a command as somebody would type it, needs: registry rows and names on the hub.
+
+The text of a command is resolved by the tables below; the command itself need not exist in this version.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from avatarctl.config import nearest
+from avatarctl.errors import ConfigError, PathNotFound, UsageError
+from avatarctl.registry import ROWS, Row, find
+from avatarctl.weights.locate import HubName, read_hub_name, with_needs
+
+__all__ = ["AUX_ROWS", "JOBS", "Wants", "wanted_by_names", "wanted_for"]
+
+AUX_ROWS: Final[Mapping[str, str]] = {
+    "sync": "stable-syncnet",
+    "lpips": "lpips-vgg16",
+    "trepa": "videomae-v2-g",
+}
+"""Rows behind the values of `aux.losses`."""
+
+_PROFILE: Final = ("--model", "--size", "--frames", "--aux", "--fit")
+
+JOBS: Final[Mapping[str, tuple[str, ...]]] = {
+    "infer": ("--model", "--lora"),
+    "train i2v": ("--model", "--aux"),
+    "train v2v": ("--model", "--aux"),
+    "vram-profile": _PROFILE,
+    "vram-profile infer": _PROFILE,
+    "vram-profile train i2v": _PROFILE,
+    "vram-profile train v2v": _PROFILE,
+}
+"""Commands and the options that may say something about weights. `vram-profile` predicts without any."""
+
+_SCALE: Final = re.compile(r":[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\Z", re.IGNORECASE | re.ASCII)
+
+
+@dataclass(frozen=True)
+class Wants:
+    """Rows in the order in which they are needed, each once, and names on the hub that are no rows."""
+
+    rows: tuple[Row, ...]
+    hub_names: tuple[HubName, ...]
+
+    def __add__(self, other: Wants) -> Wants:
+        rows = {row.name: row for row in (*self.rows, *other.rows)}
+        return Wants(tuple(rows.values()), tuple(dict.fromkeys((*self.hub_names, *other.hub_names))))
+
+
+def wanted_by_names(names: Iterable[str]) -> Wants:
+    """What these names stand for: rows with what they need, or `org/name[/path]` on the hub.
+
+    Raises ConfigError for an unknown name, with the nearest.
+    """
+    wants = Wants((), ())
+    for name in names:
+        on_hub = read_hub_name(name) if name not in ROWS else None
+        wants += Wants((), (on_hub,)) if on_hub else Wants(tuple(with_needs(find(name))), ())
+    return wants
+
+
+def wanted_for(text: str) -> Wants:
+    """What a command line needs: its model with all parts, its auxiliary losses, its LoRA files on the hub.
+
+    Without `--model` it is the built-in one, which needs nothing. Raises UsageError for words that are
+    unknown here, with the nearest known one.
+    """
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UsageError(f"a quotation mark is open in {text[:100]!r}", where="--for") from error
+    job, rest = _job(words[1:] if words[:1] == ["avatarctl"] else words)
+    wants = Wants((), ())
+    for option, value in _options(job, rest):
+        if not job.startswith("vram-profile"):
+            wants += _READERS[option](value)
+    return wants
+
+
+def _job(words: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """The longest command that `words` begin with, and what is left of them."""
+    for count in range(min(3, len(words)), 0, -1):
+        if " ".join(words[:count]) in JOBS:
+            return " ".join(words[:count]), words[count:]
+    asked = " ".join(word for word in words[:3] if not word.startswith("-"))
+    like = nearest(asked, JOBS)
+    known = f"did you mean {like}?" if like else f"it knows {', '.join(JOBS)}"
+    raise UsageError(f"{asked[:100]!r} is no command that needs weights", where="--for", fix=known)
+
+
+def _options(job: str, words: Sequence[str]) -> list[tuple[str, str]]:
+    """(option, value) pairs; `--option=value` and `--option value`."""
+    found = []
+    left = list(words)
+    while left:
+        option, equals, value = left.pop(0).partition("=")
+        if option not in JOBS[job]:
+            like = nearest(option, JOBS[job])
+            known = f"did you mean {like}?" if like else f"{job} knows {', '.join(JOBS[job])} here"
+            raise UsageError(f"{option[:100]!r} says nothing about weights", where="--for", fix=known)
+        if not equals:
+            if not left:
+                raise UsageError(f"{option} needs a value", where="--for")
+            value = left.pop(0)
+        found.append((option, value))
+    return found
+
+
+def _model(value: str) -> Wants:
+    row = find(value)
+    if row.kind != "model":
+        users = [model.name for model in ROWS.values() if value in model.needs]
+        raise ConfigError(
+            f"{value} is a row of kind {row.kind}, no model",
+            where="--for",
+            fix=f"did you mean {users[0]}?" if users else None,
+        )
+    return Wants(tuple(with_needs(row)), ())
+
+
+def _aux(value: str) -> Wants:
+    wants = Wants((), ())
+    for loss in filter(None, (part.strip() for part in value.split(","))):
+        if loss not in AUX_ROWS:
+            like = nearest(loss, AUX_ROWS)
+            known = f"did you mean {like}?" if like else f"there are {', '.join(AUX_ROWS)}"
+            raise UsageError(f"there is no loss {loss[:100]!r}", where="--for", fix=known)
+        wants += Wants((find(AUX_ROWS[loss]),), ())
+    return wants
+
+
+def _lora(value: str) -> Wants:
+    """A LoRA on the hub; a file that is here already needs nothing."""
+    path = _SCALE.sub("", value)
+    if Path(path).exists():
+        return Wants((), ())
+    name = read_hub_name(path)
+    if name is None:
+        raise PathNotFound("does not exist, and is no name on the hub (org/name/file)", where=path[:200])
+    return Wants((), (name,))
+
+
+_READERS: Final = {"--model": _model, "--aux": _aux, "--lora": _lora}
