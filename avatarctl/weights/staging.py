@@ -6,6 +6,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
@@ -38,9 +39,9 @@ def staged_folder(final: Path, *, overwrite: bool, sources: Sequence[Path] = ())
     _refuse_place(final, overwrite, sources)
     mark = secrets.token_hex(8)
     temporary = final.with_name(f".tmp-{mark}")
-    with disk_errors(final):
-        temporary.mkdir()
     try:
+        with disk_errors(final):
+            temporary.mkdir()
         with disk_errors(final, refusals=False):
             yield temporary
         with disk_errors(final):
@@ -55,11 +56,13 @@ def _refuse_place(final: Path, overwrite: bool, sources: Sequence[Path]) -> None
     if final.name in ("", ".."):
         raise OutputRefused("names no folder of its own", where=final, fix="choose another --out")
     with disk_errors(final):
-        if final.is_symlink():
-            raise OutputRefused("is a symbolic link", where=final, fix="name the folder that it points to")
-        if not final.exists():
+        try:
+            mode = final.lstat().st_mode
+        except FileNotFoundError:
             return
-        if not final.is_dir():
+        if stat.S_ISLNK(mode):
+            raise OutputRefused("is a symbolic link", where=final, fix="name the folder that it points to")
+        if not stat.S_ISDIR(mode):
             raise OutputRefused("is a file, not a folder", where=final, fix="choose another --out")
         if not overwrite:
             raise OutputRefused("exists", where=final, fix="choose another --out or --overwrite")
@@ -84,12 +87,12 @@ def _flush_tree(folder: Path) -> None:
 
 def _replace(temporary: Path, final: Path, aside: Path) -> None:
     older = final.exists()
-    if older:
-        final.rename(aside)
     try:
+        if older:
+            final.rename(aside)
         temporary.rename(final)
     except BaseException:
-        if older:
+        if aside.exists() and not final.exists():
             aside.rename(final)
         raise
     flush_folder(final.parent)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 import struct
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -73,8 +74,7 @@ def write_safetensors(
     shard = _Shard(path, tensors, metadata, sources)
     _require_space(path, len(shard.header()) + shard.nbytes)
     with FileHashes(sources) as hashes, atomic_path(path) as temporary:
-        meter = _Meter(progress)
-        shard.write(temporary, hashes, meter, allow_nonfinite=allow_nonfinite)
+        shard.write(temporary, hashes, _Meter(progress), allow_nonfinite=allow_nonfinite)
         shard.sign(temporary, hashes.result())
 
 
@@ -114,6 +114,8 @@ def write_sharded(
     finals = [shard.path for shard in shards]
     if len(shards) > 1:
         finals.append(folder / f"{stem}.safetensors.index.json")
+    for path in finals:
+        _refuse_place(path, sources)
     meter = _Meter(progress)
     with FileHashes(sources) as hashes, _all_or_none(finals), ExitStack() as stack:
         # The stack unwinds backwards: what is entered first is renamed last.
@@ -286,10 +288,12 @@ def _all_or_none(finals: Sequence[Path]) -> Iterator[None]:
 
 def _refuse_place(path: Path, sources: Sequence[Path]) -> None:
     with disk_errors(path):
-        if not path.exists():
-            return
-        if not path.is_file():
-            what = "is a folder, not a file" if path.is_dir() else "is not a regular file"
+        try:
+            mode = path.stat().st_mode
+        except FileNotFoundError:
+            return  # whether its folder is there is told by `_require_space`
+        if not stat.S_ISREG(mode):
+            what = "is a folder, not a file" if stat.S_ISDIR(mode) else "is not a regular file"
             raise OutputRefused(what, where=path, fix="choose another --out")
         if any(source.exists() and path.samefile(source) for source in sources):
             raise OutputRefused("is one of the files that are read", where=path, fix="choose another --out")
