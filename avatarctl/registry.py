@@ -6,16 +6,16 @@ built-in model, spec/weight-sources.md for the files. An empty hub id means that
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final, Literal
 
 from avatarctl.config import ModelRowDefaults, RunConfig, nearest, read_assignment, resolve
-from avatarctl.errors import ConfigError, NotYetSupported
+from avatarctl.errors import ConfigError
 
 __all__ = [
     "COMPAT",
+    "ENCODER_FILES",
     "ROWS",
     "Row",
     "TrainedFor",
@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 Kind = Literal["model", "base", "adapter", "encoder", "loss", "metric", "detector", "separator"]
-Status = Literal["works", "needs weights: loading of published files has not landed", "not yet supported"]
+Status = Literal["works", "needs weights", "not yet supported"]
 
 
 @dataclass(frozen=True)
@@ -46,20 +46,22 @@ class TrainedFor:
 class Row:
     """One thing that can be named.
 
-    source:  "package" needs no file; "hub" is a repository; "other" is described by `obtained`.
+    source:  "package" needs no file; "hub" is a repository; "other" is described by `obtained`; "path" is a
+             file or folder that a person named, see `path`; only rows of weights/model_row.py have it.
     files:   names relative to the repository; "a|b" is satisfied by either, a trailing "/" is a folder.
     network: constructor arguments by part: "dit" (`OmniAvatarTransformer`), "vae" (`AutoencoderKLWan`),
              "text" (`UMT5Config`), "audio" (`Wav2Vec2Config`).
     defaults: RunConfig values by dotted key.
     audio_offset_stated: the weights themselves say which audio offset they were made with.
     needs:   names of the rows whose files it needs as well.
+    path:    of the transformer's file, absolute, where the source is "path".
     """
 
     name: str
     kind: Kind
     title: str
     status: Status
-    source: Literal["package", "hub", "other"] = "hub"
+    source: Literal["package", "hub", "other", "path"] = "hub"
     hub_id: str = ""
     files: tuple[str, ...] = ()
     obtained: str = ""
@@ -71,11 +73,18 @@ class Row:
     trained: bool = True
     trained_for: TrainedFor = TrainedFor()
     needs: tuple[str, ...] = ()
+    path: str = ""
 
     @property
     def folder(self) -> str:
         """Name of the folder that holds its files below a weights root."""
         return self.hub_id.rpartition("/")[2] or self.name
+
+    @property
+    def width(self) -> int:
+        """Width of the transformer, 0 for rows that do not state it."""
+        dit = self.network.get("dit", {})
+        return int(dit.get("num_attention_heads", 0)) * int(dit.get("attention_head_dim", 0))
 
     @property
     def for_config(self) -> ModelRowDefaults:
@@ -99,7 +108,7 @@ COMPAT: Final[Mapping[str, Mapping[str, Any]]] = {
 """What each `model.compat` sets, above the model row and below everything that a person sets."""
 
 WORKS: Final[Status] = "works"
-NEEDS_LOADER: Final[Status] = "needs weights: loading of published files has not landed"
+NEEDS_WEIGHTS: Final[Status] = "needs weights"
 NOT_YET: Final[Status] = "not yet supported"
 
 PROMPT: Final = "a person is talking"
@@ -170,7 +179,14 @@ _OMNIAVATAR_TRAINED: Final = TrainedFor(
     overlap_frames=(1, 13),
 )
 
-_WAN21_ENCODERS: Final = ("models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth", "google/umt5-xxl/")
+ENCODER_FILES: Final[Mapping[str, str]] = {
+    "text": "models_t5_umt5-xxl-enc-bf16.pth",
+    "vae": "Wan2.1_VAE.pth",
+    "tokenizer": "google/umt5-xxl/",
+}
+"""What stands beside the transformer in every Wan release, by part."""
+
+_WAN21_ENCODERS: Final = tuple(ENCODER_FILES.values())
 
 
 def _shards(count: int) -> tuple[str, ...]:
@@ -205,7 +221,7 @@ _MODELS: Final = (
         trained_for=TrainedFor(sizes=((64, 64),), num_frames=(33,), overlap_frames=(1,)),
     ),
     Row(
-        "omniavatar-14b", "model", "OmniAvatar on Wan 2.1 T2V 14B", NEEDS_LOADER,
+        "omniavatar-14b", "model", "OmniAvatar on Wan 2.1 T2V 14B", NEEDS_WEIGHTS,
         family="omniavatar",
         network=_omniavatar_network(heads=40, layers=40, ffn_dim=13_824),
         defaults=_OMNIAVATAR_DEFAULTS,
@@ -213,7 +229,7 @@ _MODELS: Final = (
         needs=("wan2.1-t2v-14b", "omniavatar-14b-adapter", "wav2vec2-base-960h"),
     ),
     Row(
-        "omniavatar-1.3b", "model", "OmniAvatar on Wan 2.1 T2V 1.3B", NEEDS_LOADER,
+        "omniavatar-1.3b", "model", "OmniAvatar on Wan 2.1 T2V 1.3B", NEEDS_WEIGHTS,
         family="omniavatar",
         network=_omniavatar_network(heads=12, layers=30, ffn_dim=8960),
         defaults=_OMNIAVATAR_DEFAULTS,
@@ -236,11 +252,11 @@ _MODELS: Final = (
 
 _FILES: Final = (
     Row(
-        "wan2.1-t2v-14b", "base", "Wan 2.1 text to video 14B, with text encoder and VAE", NEEDS_LOADER,
+        "wan2.1-t2v-14b", "base", "Wan 2.1 text to video 14B, with text encoder and VAE", NEEDS_WEIGHTS,
         hub_id="Wan-AI/Wan2.1-T2V-14B", files=(*_shards(6), *_WAN21_ENCODERS),
     ),
     Row(
-        "wan2.1-t2v-1.3b", "base", "Wan 2.1 text to video 1.3B, with text encoder and VAE", NEEDS_LOADER,
+        "wan2.1-t2v-1.3b", "base", "Wan 2.1 text to video 1.3B, with text encoder and VAE", NEEDS_WEIGHTS,
         hub_id="Wan-AI/Wan2.1-T2V-1.3B", files=("diffusion_pytorch_model.safetensors", *_WAN21_ENCODERS),
     ),
     Row(
@@ -254,18 +270,18 @@ _FILES: Final = (
     ),
     Row(
         "omniavatar-14b-adapter", "adapter", "LoRA, audio layers and patch embedding of OmniAvatar 14B",
-        NEEDS_LOADER, hub_id="OmniAvatar/OmniAvatar-14B", files=("config.json", "pytorch_model.pt"),
+        NEEDS_WEIGHTS, hub_id="OmniAvatar/OmniAvatar-14B", files=("config.json", "pytorch_model.pt"),
     ),
     Row(
         "omniavatar-1.3b-adapter", "adapter", "LoRA, audio layers and patch embedding of OmniAvatar 1.3B",
-        NEEDS_LOADER, hub_id="OmniAvatar/OmniAvatar-1.3B", files=("config.json", "pytorch_model.pt"),
+        NEEDS_WEIGHTS, hub_id="OmniAvatar/OmniAvatar-1.3B", files=("config.json", "pytorch_model.pt"),
     ),
     Row(
         "liveavatar-adapter", "adapter", "LoRA of LiveAvatar", NOT_YET,
         hub_id="Quark-Vision/Live-Avatar", files=("liveavatar.safetensors",),
     ),
     Row(
-        "wav2vec2-base-960h", "encoder", "wav2vec 2.0 base", NEEDS_LOADER,
+        "wav2vec2-base-960h", "encoder", "wav2vec 2.0 base", NEEDS_WEIGHTS,
         hub_id="facebook/wav2vec2-base-960h",
         files=("config.json", "model.safetensors|pytorch_model.bin", "preprocessor_config.json"),
     ),
@@ -309,12 +325,10 @@ def find(name: str) -> Row:
 
 
 def find_model(name: str) -> Row:
-    """The row that `model.name` means.
+    """The row of a registry name that can run; weights/model_row.py reads paths as well.
 
-    Raises ConfigError for unknown names and for rows that are no models; NotYetSupported for paths.
+    Raises ConfigError for unknown names and for rows that are no models.
     """
-    if name not in ROWS and _names_a_path(name):
-        raise NotYetSupported(f"model.name {name[:200]}: checkpoint files and folders cannot be run yet")
     row = find(name)
     if row.kind != "model":
         users = [model.name for model in _MODELS if name in model.needs]
@@ -325,20 +339,16 @@ def find_model(name: str) -> Row:
     return row
 
 
-def _names_a_path(name: str) -> bool:
-    try:
-        return "/" in name or Path(name).exists()
-    except (OSError, ValueError):  # too long for a path, or with a NUL
-        return False
-
-
-def configure(*assignments: str, origin: str = "configure") -> RunConfig:
+def configure(
+    *assignments: str, origin: str = "configure", row_named: Callable[[str], Row] = find_model
+) -> RunConfig:
     """The resolved configuration of a run from `section.key=value` texts; the library's short way.
 
+    row_named: finds the row of `model.name`; `weights.model_row.row_named` takes files and folders as well.
     Raises ConfigError for unknown keys, wrong types and impossible values.
     """
     asked = dict(read_assignment(text, origin) for text in assignments)
-    return resolve(lambda name: find_model(name).for_config, COMPAT, None, asked).cfg
+    return resolve(lambda name: row_named(name).for_config, COMPAT, None, asked).cfg
 
 
 def outside_training(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import get_args
 
 import pytest
 
 from avatarctl.config import ModelRowDefaults, Setting, keys, resolve, value_of
-from avatarctl.errors import ConfigError, NotYetSupported
+from avatarctl.errors import ConfigError
 from avatarctl.registry import ROWS, Kind, Row, Status, configure, find, find_model
 
 ALL = [pytest.param(row, id=row.name) for row in ROWS.values()]
@@ -74,11 +73,9 @@ def test_find() -> None:
         find("zzzzzz")
 
 
-def test_find_model(tmp_path: Path) -> None:
+def test_find_model() -> None:
     assert find_model("omniavatar-14b").kind == "model"
     with pytest.raises(ConfigError, match=r"kind base.*did you mean omniavatar-14b\?"):
         find_model("wan2.1-t2v-14b")
-    with pytest.raises(NotYetSupported, match="checkpoint files and folders"):
-        find_model(str(tmp_path))
     with pytest.raises(ConfigError, match="no model"):
         find_model("absent")

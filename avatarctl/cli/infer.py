@@ -6,10 +6,9 @@ import contextlib
 import itertools
 import json
 import os
-import re
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +20,11 @@ from avatarctl.cli.screen import Screen
 from avatarctl.config import Resolved, RunConfig, dump_run, require_supported, value_of
 from avatarctl.errors import NotYetSupported, OutputRefused, UsageError, WeightsMissing, printable
 from avatarctl.events import Notice
-from avatarctl.registry import COMPAT, NOT_YET, Row, Wanted, find_model
-from avatarctl.weights.locate import missing_files
+from avatarctl.registry import COMPAT, NOT_YET, ROWS, Row, Wanted
+from avatarctl.weights.assemble import assemble
+from avatarctl.weights.loras import absolute_lora
+from avatarctl.weights.model_row import row_named
+from avatarctl.weights.sources import Sources, find_sources, missing_line
 
 if TYPE_CHECKING:
     from avatarctl.pipelines.job import Job
@@ -31,9 +33,8 @@ __all__ = ["DEFAULT_MODEL", "infer"]
 
 DEFAULT_MODEL = "cartoon-i2v"
 
-_SHARD = re.compile(r"(?P<stem>.*-)(?P<number>\d{5})(?P<rest>-of-\d{5}\..*)")
-
 _PATHS = ("model.weights_root", "input.image", "input.audio", "output.path")
+"""Keys whose paths a run file holds as absolute ones; those of a model's own files need more than that."""
 
 EXAMPLES = """\b
 Examples:
@@ -56,29 +57,30 @@ def infer(**params: Any) -> None:
     Without --model it is the built-in cartoon model, and without --image or --audio its built-in face and
     voice. The path of the video is printed on standard output.
     """
-    request = read_request("infer", params, lambda name: find_model(name).for_config, COMPAT, DEFAULT_MODEL)
+    request = read_request("infer", params, lambda name: row_named(name).for_config, COMPAT, DEFAULT_MODEL)
     cfg = request.resolved.cfg
     require_supported(cfg, "infer", request.resolved.origins)
     assert cfg.model.name is not None
-    row = find_model(cfg.model.name)
+    row = row_named(cfg.model.name)
     if row.status == NOT_YET:
         raise NotYetSupported(f"{row.name} is not yet supported", where="model.name")
     _refuse_existing(cfg)
     with Screen(cfg.runtime.log_level) as screen:
         for notice in _introduction(request, row):
             screen(Notice(notice))
-        missing = missing_files(row, cfg.model.weights_root)
-        job = _job(request, row, missing, screen)
+        sources = find_sources(row, cfg.model)
+        job = _job(request, row, sources.missing, screen)
         if request.dry_run:
-            _dry_run(request, row, job, missing, screen)
+            _dry_run(request, row, job, sources, screen)
         else:
-            _run(request, row, job, missing, screen)
+            _run(request, row, job, sources.missing, screen)
 
 
 def _introduction(request: Request, row: Row) -> list[str]:
     asked = "" if "model.name" in request.resolved.asked else " (built in; --model names another)"
     untrained = "" if row.trained else ", untrained: the picture will be noise"
-    return [f"model: {row.name}{asked}{untrained}", *request.resolved.notices]
+    title = f" ({row.title})" if row.source == "path" else ""
+    return [f"model: {row.name}{title}{asked}{untrained}", *request.resolved.notices]
 
 
 def _job(request: Request, row: Row, weights: tuple[Wanted, ...], screen: Screen) -> Job:
@@ -88,7 +90,7 @@ def _job(request: Request, row: Row, weights: tuple[Wanted, ...], screen: Screen
     missing = [key for key in ("image", "audio") if getattr(cfg.input, key) is None]
     if missing and row.source != "package" and not request.dry_run:
         if weights:  # the larger obstacle first
-            raise WeightsMissing(_missing_line(weights), where=row.name, fix=_pull(row))
+            raise WeightsMissing(missing_line(weights), where=row.name, fix=_pull(row))
         raise UsageError(f"{row.name} needs --{missing[0]}")
 
     from avatarctl.demo.sample import sample_picture, sample_sound
@@ -106,17 +108,20 @@ def _job(request: Request, row: Row, weights: tuple[Wanted, ...], screen: Screen
     return Job(picture, sound, cfg.input.prompt or "", cfg.input.negative_prompt or "")
 
 
-def _dry_run(request: Request, row: Row, job: Job, missing: tuple[Wanted, ...], screen: Screen) -> None:
+def _dry_run(request: Request, row: Row, job: Job, sources: Sources, screen: Screen) -> None:
     from avatarctl.pipelines.infer import environment_problems
     from avatarctl.pipelines.job import check_job
 
-    plan = check_job(request.resolved.cfg, row, job, screen)
+    cfg, missing = request.resolved.cfg, sources.missing
+    plan = check_job(cfg, row, job, screen)
+    if sources.dit and not missing:
+        assemble(row, sources, cfg.model, screen)  # reads headers: do the files belong together?
     for problem in environment_problems(row, plan):
         screen(Notice(f"a run would end with exit 4: {problem}", "warning"))
     summary = plan.summary()
     summary["missing_weights"] = [f"{item.folder}/{item.file}" for item in missing]
     if missing:
-        screen(Notice(_missing_line(missing), "warning"))
+        screen(Notice(missing_line(missing), "warning"))
     if request.json:
         click.echo(json.dumps({"command": "infer", "dry_run": True, **summary}, ensure_ascii=True))
         return
@@ -129,7 +134,7 @@ def _run(request: Request, row: Row, job: Job, missing: tuple[Wanted, ...], scre
     cfg = request.resolved.cfg
     path = Path(cfg.output.path) if cfg.output.path else _fresh_path(row)
     if missing:
-        raise WeightsMissing(_missing_line(missing), where=row.name, fix=_pull(row))
+        raise WeightsMissing(missing_line(missing), where=row.name, fix=_pull(row))
 
     from avatarctl.atomic import atomic_write_text
     from avatarctl.cli.signals import stop_on_signals
@@ -163,15 +168,22 @@ def _from_anywhere(resolved: Resolved, cfg: RunConfig) -> Resolved:
     """
     asked = dict(resolved.asked)
     sections: dict[str, Any] = {}
-    for dotted in _PATHS:
-        section, _, name = dotted.partition(".")
-        value = value_of(cfg, dotted)
-        if value is not None:
-            absolute = str(Path(value).absolute())
-            sections[section] = replace(sections.get(section, getattr(cfg, section)), **{name: absolute})
+    absolute: dict[str, Any] = {dotted: _absolute(value_of(cfg, dotted)) for dotted in _PATHS}
+    absolute["model.lora"] = tuple(absolute_lora(text) for text in cfg.model.lora)
+    absolute["model.weights"] = {part: _absolute(path) for part, path in cfg.model.weights.items()}
+    if cfg.model.name not in ROWS:
+        absolute["model.name"] = _absolute(cfg.model.name)
+    for dotted, value in absolute.items():
+        if value:
+            section, _, name = dotted.partition(".")
+            sections[section] = replace(sections.get(section, getattr(cfg, section)), **{name: value})
             if dotted in asked:
-                asked[dotted] = replace(asked[dotted], value=absolute)
+                asked[dotted] = replace(asked[dotted], value=value)
     return replace(resolved, cfg=replace(cfg, **sections), asked=asked)
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).expanduser().absolute())
 
 
 @contextlib.contextmanager
@@ -213,37 +225,5 @@ def _fresh_path(row: Row) -> Path:
     return next(folder for name in names if not (folder := stamp.with_name(name)).exists()) / "video.mp4"
 
 
-def _pull(row: Row) -> str:
-    return f"`avatarctl models pull {row.name}` fetches them"
-
-
-def _missing_line(missing: tuple[Wanted, ...]) -> str:
-    """All files in one line, grouped by the folder they go to."""
-    folders: dict[str, list[str]] = {}
-    for item in missing:
-        source = f" from {item.hub_id}" if item.hub_id else ""
-        folders.setdefault(f"{item.folder}/{source}", []).append(item.file)
-    places = "; ".join(
-        f"{', '.join(_shards_as_ranges(files))} in {place}" for place, files in folders.items()
-    )
-    return f"weights are missing: {places}"
-
-
-def _shards_as_ranges(files: Iterable[str]) -> list[str]:
-    """The names, neighbouring shards as one: `model-00001..00006-of-00006.safetensors`."""
-    shown: list[str] = []
-    first, previous = "", None
-    for name in files:
-        shard = _SHARD.fullmatch(name)
-        if shard and previous and _follows(shard, previous):
-            shown[-1] = f"{shard['stem']}{first}..{shard['number']}{shard['rest']}"
-        else:
-            shown.append(name)
-            first = shard["number"] if shard else ""
-        previous = shard
-    return shown
-
-
-def _follows(shard: re.Match[str], previous: re.Match[str]) -> bool:
-    same = (shard["stem"], shard["rest"]) == (previous["stem"], previous["rest"])
-    return same and int(shard["number"]) == int(previous["number"]) + 1
+def _pull(row: Row) -> str | None:
+    return None if row.source == "path" else f"`avatarctl models pull {row.name}` fetches them"

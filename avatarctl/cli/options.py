@@ -41,6 +41,13 @@ SHORT_FORMS: Final[Mapping[str, tuple[str, ...]]] = {
 }
 """Flags of keys that have a short form, or whose own name says too little alone."""
 
+METAVARS: Final[Mapping[str, str]] = {
+    "model.name": "NAME|PATH",
+    "model.weights": "PART=PATH",
+    "model.lora": "PATH[:SCALE]",
+}
+"""What stands for a value in the help, where its type says too little."""
+
 TITLES: Final[Mapping[str, str]] = {
     "model": "Model",
     "input": "Input",
@@ -147,9 +154,11 @@ def _metavar(spec: KeySpec) -> str:
     kind = kind_of(spec.type)
     if get_origin(kind) is Literal:
         return "|".join(map(str, _supported(spec, get_args(kind)) or get_args(kind)))
-    if spec.key.rule is PATH and spec.dotted != "model.name":
+    if spec.dotted in METAVARS:
+        return METAVARS[spec.dotted]
+    if spec.key.rule is PATH:
         return "PATH"
-    return {int: "N", float: "X"}.get(kind, "NAME" if spec.dotted == "model.name" else "TEXT")
+    return {int: "N", float: "X"}.get(kind, "TEXT")
 
 
 def _help(spec: KeySpec) -> str:

@@ -93,5 +93,9 @@ def _without_code(cfg: RunConfig, command: str) -> Iterator[tuple[KeySpec, Any]]
         if spec.section not in COMMAND_SECTIONS[command]:
             continue
         value, mark = value_of(cfg, spec.dotted), spec.key.not_yet
-        if (mark == ANY and value != spec.default) or (isinstance(mark, tuple) and value in mark):
-            yield spec, value
+        if mark == ANY:
+            found = [value] if value != spec.default else []
+        else:
+            # Of a mapping its keys are marked: parts that have no code.
+            found = [item for item in (value if isinstance(value, Mapping) else (value,)) if item in mark]
+        yield from ((spec, item) for item in found)

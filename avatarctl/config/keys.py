@@ -27,7 +27,8 @@ class Key:
 
     low, high: inclusive bounds of a number, or of each number of a list; `above` is exclusive.
     from_row:  None until the model row fills it.
-    not_yet:   valid values without code: `ANY`, or those values. Deleted when the code lands.
+    not_yet:   valid values without code: `ANY`, or those values (of a mapping its keys). Deleted when the
+               code lands.
     split:     separator that makes a list of one text ("sync,lpips"); None where items may hold it.
     """
 

@@ -44,7 +44,10 @@ LAST_SEED = 2**63 - 1
 class Model:
     """Which network runs, and where its files are."""
 
-    name: str | None = key(None, "registry name of the model (see `avatarctl models list`)", rule=rules.PATH)
+    name: str | None = key(
+        None, "model: its registry name (see `avatarctl models list`), or its exported file or folder",
+        rule=rules.PATH,
+    )  # fmt: skip
     channels: Literal[33, 49, 65] | None = key(
         None, "input channels: 33 picture, 49 video, 65 video with reference sequence", from_row=True,
         not_yet=(49, 65),
@@ -56,9 +59,14 @@ class Model:
         None, "folder with the published files, one sub-folder per repository", rule=rules.PATH
     )
     weights: Mapping[str, str] = key(
-        {}, "path of a part's own file, by part name", rule=rules.PARTS, not_yet=ANY
+        {}, "path of a part's own file, by part name", rule=rules.PARTS,
+        not_yet=("clip", "syncnet", "lpips_vgg", "videomae", "syncnet_v2", "yunet", "mdx"),
+    )  # fmt: skip
+    lora: tuple[str, ...] = key(
+        (),
+        "LoRA to merge: `path[:scale]`, or the name of one fetched from the hub; several add up",
+        split=None,
     )
-    lora: tuple[str, ...] = key((), "LoRA files to merge, each `path[:scale]`", split=None, not_yet=ANY)
     compat: Literal["none", "reference", "fork"] = key(
         "none", "reproduce the published script (reference) or the trainer's (fork) where they differ"
     )

@@ -1,12 +1,13 @@
 """Registry row -> networks on a device.
 
-Rows with `source: package` and no trained weights are built with seeded random ones. Published files are
-not read yet; asking for them raises WeightsMissing before anything is built.
+Rows with `source: package` and no trained weights are built with seeded random ones; all others come from
+files (models/parts.py), every one of which is found before the first is read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -14,16 +15,23 @@ from diffusers import AutoencoderKLWan
 from torch import nn
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel, Wav2Vec2Config
 
-from avatarctl.errors import EnvironmentMissing, WeightsMissing
-from avatarctl.events import Notice
+from avatarctl.errors import EnvironmentMissing, UnusableWeights, WeightsMissing
+from avatarctl.events import Notice, Stage
 from avatarctl.family import Modules
 from avatarctl.models.attention import choose_attention, use_attention
 from avatarctl.models.omniavatar import OmniAvatarTransformer
+from avatarctl.models.parts import audio_encoder, text_encoder, transformer, video_codec
 from avatarctl.models.precision import cast
 from avatarctl.models.text import PromptEncoder
 from avatarctl.models.vae import WanVae
 from avatarctl.models.wav2vec import FrameWav2Vec2
 from avatarctl.rng import stable_hash
+from avatarctl.weights.assemble import assemble, with_loras
+from avatarctl.weights.checkpoint import Checkpoint
+from avatarctl.weights.layouts import LAYOUTS
+from avatarctl.weights.sizes import read_sizes
+from avatarctl.weights.sources import Sources, find_sources, missing_line
+from avatarctl.weights.tensors import ArrayTensor
 
 if TYPE_CHECKING:
     from avatarctl.config import RunConfig
@@ -56,30 +64,94 @@ def resolve_device(name: str) -> torch.device:
 def load_modules(row: Row, cfg: RunConfig, device: torch.device, emit: Emit) -> Modules:
     """The networks of a model row, in eval mode, frozen, on the device.
 
-    Raises WeightsMissing (exit 4) for rows whose files cannot be loaded.
+    Raises WeightsMissing (exit 4) naming every file that is not here, before any is read; UnusableWeights for
+    files that do not fit; ExtraMissing for an attention kernel that does not run here.
     """
-    if row.source != "package":
-        raise WeightsMissing(
-            f"loading the published files of {row.name} is not part of this version",
-            where=row.name,
-            fix="--dry-run checks everything else; the built-in model is cartoon-i2v",
-        )
-    modules = build_random_modules(row)
+    sources = find_sources(row, cfg.model)
+    if sources.missing:
+        raise WeightsMissing(missing_line(sources.missing), where=row.name)
     dtype = getattr(torch, cfg.runtime.dtype or "float32")
-    dtypes = {"dit": dtype, "text": dtype, "vae": dtype, "audio": torch.float32}  # audio: spec b.8
-    if device.type == "cpu" and dtype != torch.float32:
-        # PyTorch has no fast half-precision 3-D convolution on the CPU: measured 30 times slower.
-        dtypes["vae"] = torch.float32
-        emit(Notice("the VAE computes in float32, as half precision is slow on a CPU"))
-    for part, part_dtype in dtypes.items():
-        module = getattr(modules, part)
-        assert isinstance(module, nn.Module)
-        cast(module, part_dtype).to(device)
-    head_width = row.network["dit"]["attention_head_dim"]
-    kernel = choose_attention(cfg.runtime.attention, device, dtype, head_width)
+    if row.source == "package":
+        head_width = row.network["dit"]["attention_head_dim"]
+        kernel = choose_attention(cfg.runtime.attention, device, dtype, head_width)
+        modules = _built_in(row, sources, dtype, device, emit)
+    else:
+        held = assemble(row, sources, cfg.model, emit)
+        kernel = choose_attention(cfg.runtime.attention, device, dtype, held.sizes.width // held.heads)
+        modules = _from_files(held, sources.encoders, dtype, device, emit)
     use_attention(modules.dit, kernel)
     emit(Notice(f"attention: {kernel}; {str(dtype).removeprefix('torch.')} on {device}"))
     return modules
+
+
+def _vae_dtype(dtype: torch.dtype, device: torch.device, emit: Emit) -> torch.dtype:
+    if device.type == "cpu" and dtype != torch.float32:
+        # PyTorch has no fast half-precision 3-D convolution on the CPU: measured 30 times slower.
+        emit(Notice("the VAE computes in float32, as half precision is slow on a CPU"))
+        return torch.float32
+    return dtype
+
+
+def _from_files(
+    held: Checkpoint, files: Mapping[str, Path], dtype: torch.dtype, device: torch.device, emit: Emit
+) -> Modules:
+    """The transformer comes last: it is the largest, and most refusals need not wait for it."""
+    emit(Stage("loading the text encoder"))
+    text = text_encoder(files["text"], files["tokenizer"], dtype, device)
+    emit(Stage("loading the VAE"))
+    vae = video_codec(files["vae"], _vae_dtype(dtype, device, emit), device)
+    emit(Stage("loading the sound encoder"))
+    audio = audio_encoder(files["audio"], device, emit)
+    _check_widths(held, files, text, audio)
+    emit(Stage("loading the transformer"))
+    return Modules(dit=transformer(held, dtype, device), vae=vae, text=text, audio=audio)
+
+
+def _check_widths(
+    held: Checkpoint, files: Mapping[str, Path], text: PromptEncoder, audio: FrameWav2Vec2
+) -> None:
+    """What the encoders put out is what the transformer takes in."""
+    for what, path, given, taken in (
+        ("text", files["text"], text.width, held.sizes.text_dim),
+        ("sound", files["audio"], audio.width, held.sizes.audio_input_dim),
+    ):
+        if given != taken:
+            raise UnusableWeights(
+                f"gives {what} features of width {given}, and {held.path} takes {taken}", where=path
+            )
+
+
+def _built_in(row: Row, sources: Sources, dtype: torch.dtype, device: torch.device, emit: Emit) -> Modules:
+    modules = build_random_modules(row)
+    if sources.loras:
+        modules.dit = _with_loras(row, modules.dit, sources, emit)
+    dtypes = {"dit": dtype, "text": dtype, "vae": _vae_dtype(dtype, device, emit), "audio": torch.float32}
+    for part, part_dtype in dtypes.items():  # audio: spec b.8
+        module = getattr(modules, part)
+        assert isinstance(module, nn.Module)
+        cast(module, part_dtype).to(device)
+    return modules
+
+
+def _with_loras(row: Row, dit: nn.Module, sources: Sources, emit: Emit) -> nn.Module:
+    """A built-in transformer with LoRAs merged in: the same road as files, from tensors in memory."""
+    layout = next(each for each in LAYOUTS if each.family == row.family)
+    network = row.network["dit"]
+    state = layout.key_map.rename_to_original(dit.state_dict())
+    tensors = {name: ArrayTensor(tensor.numpy(), "F32") for name, tensor in state.items()}
+    sizes = read_sizes({name: tensor.info.shape for name, tensor in tensors.items()}, tensors)
+    held = Checkpoint(
+        path=Path(row.name),
+        kind="model",
+        naming="original",
+        layout=layout,
+        variant=row.title,
+        sizes=sizes,
+        tensors=tensors,
+        heads=network["num_attention_heads"],
+        audio_offset=row.defaults["model.audio_offset"],
+    )
+    return transformer(with_loras(held, sources.loras, emit), torch.float32, torch.device("cpu"))
 
 
 def build_random_modules(row: Row) -> Modules:

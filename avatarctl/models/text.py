@@ -36,6 +36,12 @@ class PromptEncoder(nn.Module):
         self.tokenizer = tokenizer
         self.text_len = text_len
 
+    @property
+    def width(self) -> int:
+        """Of a row of the encoder's output."""
+        width: int = self.encoder.get_input_embeddings().embedding_dim  # type: ignore[operator]
+        return width
+
     def tokens(self, prompt: str) -> int:
         """Tokens of the cleaned prompt, end token included, before it is cut to text_len."""
         return len(self.tokenizer(clean_prompt(prompt), add_special_tokens=True).input_ids)

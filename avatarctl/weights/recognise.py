@@ -128,15 +128,16 @@ def _layout_of(raw: RawWeights) -> WeightLayout:
     for layout in LAYOUTS:
         if any(layout.owns(name) for name in names):
             return layout
+    # Before plain Wan: the text encoder's blocks.N.norm2 is a name of diffusers' Wan as well.
+    for component in COMPONENTS:
+        if any(component.owns(name) for name in names):
+            return component
     known = place_names(raw.tensors, WAN).placed.values()
     if known:
         # An adapter with a patch embedding is an avatar's: nothing else widens it (omniavatar.md i).
         roles = {placed.role for placed in known}
         patched = Placed("tensor", "patch_embedding.weight") in known
         return OMNIAVATAR if patched and "down" in roles else WAN
-    for component in COMPONENTS:
-        if any(component.owns(name) for name in names):
-            return component
     raise UnusableWeights(
         f"unknown tensors: none of the {len(names)} names belongs to a network that we know: "
         f"{_first(raw.tensors)}"

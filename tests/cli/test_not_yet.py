@@ -13,8 +13,6 @@ from avatarctl.config import ANY, COMMAND_SECTIONS, keys
 from avatarctl.config.values import kind_of
 
 TEXTS = {  # one value other than the default, where the type does not give it
-    "model.weights": "dit=x.safetensors",
-    "model.lora": "x.safetensors:0.5",
     "input.face": "largest",
     "sampling.guidance_interval": "0.2,0.8",
     "runtime.trackers": "wandb",
@@ -29,7 +27,8 @@ def without_code() -> Iterator[tuple[str, str]]:
         if not mark or spec.section not in COMMAND_SECTIONS["infer"]:
             continue
         if mark != ANY:
-            yield from ((dotted, str(value)) for value in mark)
+            # Of a mapping its keys are marked.
+            yield from ((dotted, f"{value}=x.bin" if spec.default == {} else str(value)) for value in mark)
         elif dotted in TEXTS:
             yield dotted, TEXTS[dotted]
         elif get_origin(kind) is Literal:
@@ -47,6 +46,7 @@ def test_refused_by_option_and_by_file(
     for words in (("--dry-run", "-o", f"{dotted}={text}"), ("-o", f"{dotted}={text}")):
         line = refused(2, "infer", *words)
         assert dotted in line and "not yet supported by `avatarctl infer`" in line
+        assert "=" not in text or text.partition("=")[0] in line.removeprefix(f"-o {dotted}: ")
         assert line.startswith(f"-o {dotted}: ")
     if "=" not in text:
         section, name = dotted.split(".")
@@ -61,7 +61,7 @@ def test_what_is_known_to_have_no_code() -> None:
     assert {
         "input.video=some/path", "input.jobs=some/path", "long_video.strategy=fused", "memory.mode=auto",
         "sampling.solver=unipc", "sampling.cache=teacache", "output.paste=face", "model.channels=65",
-        "runtime.gpus=1024", "runtime.compile=true", "output.save_latents=true",
+        "model.weights=yunet=x.bin", "runtime.gpus=1024", "runtime.compile=true", "output.save_latents=true",
     } <= marked  # fmt: skip
 
 
@@ -94,7 +94,7 @@ def test_models_that_are_only_listed(name: str, flags: tuple[str, ...], refused:
     assert f"{name} is not yet supported" in refused(2, "infer", "--model", name, *flags)
 
 
-def test_a_checkpoint_folder_as_model(refused: Callable[..., str], here: Path) -> None:
+def test_a_folder_without_weights_as_model(refused: Callable[..., str], here: Path) -> None:
     (here / "mine").mkdir()
-    assert "cannot be run yet" in refused(2, "infer", "--model", "mine", "--dry-run")
-    assert "cannot be run yet" in refused(2, "infer", "--model", "a/b.safetensors", "--dry-run")
+    assert "mine: holds no weight file" in refused(3, "infer", "--model", "mine", "--dry-run")
+    assert "no such file or folder" in refused(2, "infer", "--model", "a/b.safetensors", "--dry-run")

@@ -1,0 +1,300 @@
+"""Published files -> networks, one function per part. Sizes come from the tensors, not from a table.
+
+Every network is built on the meta device and filled by streaming (models/fill.py), so that a file of another
+size than the published one works, and one that lacks a tensor is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from diffusers import AutoencoderKLWan
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel, Wav2Vec2Config
+
+from avatarctl.errors import UnusableWeights, printable
+from avatarctl.events import Emit, Notice
+from avatarctl.models.fill import DTypeOf, fill, on_meta
+from avatarctl.models.omniavatar import OmniAvatarTransformer
+from avatarctl.models.precision import is_float32_island
+from avatarctl.models.text import PromptEncoder
+from avatarctl.models.vae import WanVae
+from avatarctl.models.wav2vec import FrameWav2Vec2
+from avatarctl.timeline import SAMPLE_RATE
+from avatarctl.weights.checkpoint import Checkpoint
+from avatarctl.weights.recognise import read_checkpoint
+from avatarctl.weights.strict_json import read_object
+from avatarctl.weights.tensors import Tensor
+from avatarctl.weights.wan import UMT5_ENCODER
+from avatarctl.weights.wan_vae import internal_name, read_vae_sizes
+
+__all__ = ["audio_encoder", "text_encoder", "transformer", "video_codec"]
+
+Shape = tuple[int, ...]
+
+_LATENT_CHANNELS: Final = 16
+_DOWN: Final = (False, True, True)
+"""Steps of the Wan 2.1 VAE: 8 times smaller in space, 4 times in time (spec/omniavatar.md c)."""
+
+
+def transformer(held: Checkpoint, dtype: torch.dtype, device: torch.device) -> OmniAvatarTransformer:
+    """The diffusion transformer of a full model, float32 where `models/precision.py` says so."""
+    sizes, eps = held.sizes, held.config.get("eps", 1e-6)
+    with on_meta():
+        network = OmniAvatarTransformer(
+            num_attention_heads=held.heads,
+            attention_head_dim=sizes.width // held.heads,
+            in_channels=sizes.in_channels,
+            out_channels=sizes.out_channels,
+            text_dim=sizes.text_dim,
+            freq_dim=sizes.freq_dim,
+            ffn_dim=sizes.ffn,
+            num_layers=sizes.layers,
+            eps=float(eps) if isinstance(eps, (int, float)) else 1e-6,
+            audio_input_dim=sizes.audio_input_dim,
+            audio_hidden_size=sizes.audio_hidden_size,
+        )
+    tensors = held.layout.key_map.rename_to_internal(held.tensors)
+
+    def dtype_of(name: str) -> torch.dtype:
+        return torch.float32 if is_float32_island(network, name) else dtype
+
+    fill(network, tensors, dtype_of=dtype_of, device=device, where=held.path)
+    return network.eval()
+
+
+def video_codec(path: Path, dtype: torch.dtype, device: torch.device) -> WanVae:
+    """The VAE of `Wan2.1_VAE.pth`."""
+    held = _component(path, "Wan VAE")
+    sizes = read_vae_sizes(_shapes(held))
+    if sizes.z_dim != _LATENT_CHANNELS or sizes.temporal != _DOWN:
+        raise UnusableWeights(
+            f"is a VAE with {sizes.z_dim} channels, halving time in steps {sizes.temporal}; Wan 2.1 has "
+            f"{_LATENT_CHANNELS} and {_DOWN}",
+            where=path,
+        )
+    with on_meta():
+        network = AutoencoderKLWan(
+            base_dim=sizes.base_dim,
+            z_dim=sizes.z_dim,
+            dim_mult=list(sizes.dim_mult),
+            num_res_blocks=sizes.num_res_blocks,
+            temperal_downsample=list(sizes.temporal),  # diffusers' spelling
+        )
+    tensors = {
+        internal_name(name, sizes.num_res_blocks) or name: tensor for name, tensor in held.tensors.items()
+    }
+    fill(network, tensors, dtype_of=_always(dtype), device=device, where=path)
+    return WanVae(network.eval())
+
+
+def text_encoder(path: Path, tokenizer: Path, dtype: torch.dtype, device: torch.device) -> PromptEncoder:
+    """The UMT5 encoder of `models_t5_umt5-xxl-enc-bf16.pth` and the tokenizer of `google/umt5-xxl`."""
+    held = _component(path, "UMT5 text encoder")
+    shapes = _shapes(held)
+    # Before the encoder is read: a tokenizer of another model would index outside its table.
+    vocabulary, width = _matrix(held, "token_embedding.weight")
+    words = _tokenizer(tokenizer, vocabulary)
+    inner, _ = _matrix(held, "blocks.0.attn.q.weight")
+    buckets, heads = _matrix(held, "blocks.0.pos_embedding.embedding.weight")
+    if heads < 1 or inner % heads:
+        raise UnusableWeights(f"{heads} heads do not divide an attention of width {inner}", where=path)
+    config = UMT5Config(
+        vocab_size=vocabulary,
+        d_model=width,
+        d_kv=inner // heads,
+        d_ff=_matrix(held, "blocks.0.ffn.gate.0.weight")[0],
+        num_layers=sum(name.endswith(".norm1.weight") for name in shapes),
+        num_heads=heads,
+        relative_attention_num_buckets=buckets,
+        feed_forward_proj="gated-gelu",
+    )
+    with on_meta():
+        network = UMT5EncoderModel(config)
+    tensors = {UMT5_ENCODER.to_internal(name) or name: tensor for name, tensor in held.tensors.items()}
+    fill(network, tensors, dtype_of=_always(dtype), device=device, where=path)
+    return PromptEncoder(network.eval(), words)
+
+
+def _tokenizer(folder: Path, vocabulary: int) -> PreTrainedTokenizerFast:
+    """The tokenizer exactly as tokenizer.json describes it.
+
+    Not through AutoTokenizer: transformers 5 builds T5's class anew from the vocabulary alone, with another
+    unknown token and without the normaliser, so that other token ids come out (measured). Nothing but this
+    one file is read, hence no code and no class that a stranger names.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise UnusableWeights("tokenizer.json is not there", where=folder, fix="fetch google/umt5-xxl/ again")
+    try:
+        words = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer.from_file(str(path)), pad_token="<pad>", eos_token="</s>"
+        )
+    except Exception as error:  # the library raises the base class itself
+        raise UnusableWeights(f"is no tokenizer: {str(error)[:200]}", where=path) from error
+    known = words.get_vocab()
+    last = max(known.values(), default=-1)
+    if last >= vocabulary:
+        raise UnusableWeights(
+            f"knows token {last}, and the text encoder has {vocabulary} tokens: they do not belong together",
+            where=path,
+        )
+    ended = words("", add_special_tokens=True).input_ids
+    if ended != [words.eos_token_id]:
+        raise UnusableWeights("does not end a prompt with </s>, as UMT5 needs", where=path)
+    return words
+
+
+def audio_encoder(folder: Path, device: torch.device, emit: Emit) -> FrameWav2Vec2:
+    """The wav2vec 2.0 encoder of a folder; always float32 (spec/omniavatar.md b.8)."""
+    config = _wav2vec_config(folder)
+    _read_preprocessor(folder, emit)
+    file = next(
+        (folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()),
+        None,
+    )
+    if file is None:
+        raise UnusableWeights("has neither model.safetensors nor pytorch_model.bin", where=folder)
+    held = _component(file, "wav2vec 2.0 encoder")
+    tensors = {
+        _wav2vec_name(name): tensor for name, tensor in held.tensors.items() if not name.startswith(_HEADS)
+    }
+    if config["num_hidden_layers"] > len(tensors):
+        raise UnusableWeights(
+            f"{config['num_hidden_layers']} layers are stated, and there are {len(tensors)} tensors",
+            where=folder / "config.json",
+        )
+    try:
+        with on_meta():
+            network = FrameWav2Vec2(Wav2Vec2Config(**config))
+    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+        raise UnusableWeights(
+            f"describes no encoder: {str(error)[:200]}", where=folder / "config.json"
+        ) from error
+    fill(
+        network,
+        tensors,
+        dtype_of=_always(torch.float32),
+        device=device,
+        where=file,
+        likely=lambda: "config.json and the weights are of two models",
+        unused=_UNUSED,
+    )
+    return network.eval()
+
+
+_HEADS: Final = ("lm_head.", "quantizer.", "project_q.", "project_hid.")
+"""What stands behind the encoder in published files: the recogniser's head and what pretraining needed."""
+
+_UNUSED: Final = ("masked_spec_embed",)
+"""Replaces masked steps while a model is trained; in evaluation mode nothing is masked (spec b.8)."""
+
+# Weight normalisation as torch wrote it before 2.0, and as its parametrisation is called now.
+_RENAMED: Final = {
+    "encoder.pos_conv_embed.conv.weight_g": "encoder.pos_conv_embed.conv.parametrizations.weight.original0",
+    "encoder.pos_conv_embed.conv.weight_v": "encoder.pos_conv_embed.conv.parametrizations.weight.original1",
+}
+
+
+def _wav2vec_name(name: str) -> str:
+    name = name.removeprefix("wav2vec2.")
+    return _RENAMED.get(name, name)
+
+
+_INTEGERS: Final = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_conv_pos_embeddings",
+    "num_conv_pos_embedding_groups",
+)  # fmt: skip
+_LISTS: Final = ("conv_dim", "conv_kernel", "conv_stride")
+_WORDS: Final[Mapping[str, tuple[Any, ...]]] = {
+    "feat_extract_norm": ("group", "layer"),
+    "feat_extract_activation": ("gelu",),
+    "hidden_act": ("gelu",),
+    "conv_bias": (False, True),
+    "do_stable_layer_norm": (False, True),
+}
+_LARGEST: Final = 65_536
+_LONGEST_CONFIG: Final = 1 << 20
+_MOST_CONVOLUTIONS: Final = 32
+
+
+def _wav2vec_config(folder: Path) -> dict[str, Any]:
+    """The fields of config.json that shape the encoder, each checked; all others are left alone."""
+    path = folder / "config.json"
+    fields = read_object(path, _LONGEST_CONFIG)
+    if fields.get("model_type") != "wav2vec2":
+        raise UnusableWeights(
+            f"describes a model of type {printable(fields.get('model_type'))[:60]}, not wav2vec2", where=path
+        )
+    if fields.get("add_adapter") is True:
+        raise UnusableWeights("describes an encoder with an adapter, which changes its output", where=path)
+    chosen: dict[str, Any] = {}
+    for name in _INTEGERS:
+        chosen[name] = _size(path, name, fields.get(name))
+    for name in _LISTS:
+        values = fields.get(name)
+        if not isinstance(values, list) or not 1 <= len(values) <= _MOST_CONVOLUTIONS:
+            raise UnusableWeights(f"{name} is no list of sizes", where=path)
+        chosen[name] = tuple(_size(path, name, value) for value in values)
+    for name, allowed in _WORDS.items():
+        if name in fields:
+            if not any(fields[name] is word or fields[name] == word for word in allowed):
+                raise UnusableWeights(
+                    f"{name} is {printable(fields[name])[:60]}; known are {', '.join(map(str, allowed))}",
+                    where=path,
+                )
+            chosen[name] = fields[name]
+    eps = fields.get("layer_norm_eps", 1e-5)
+    if isinstance(eps, bool) or not isinstance(eps, float) or not 0 < eps < 1:
+        raise UnusableWeights("layer_norm_eps is no small number", where=path)
+    return {**chosen, "layer_norm_eps": eps}
+
+
+def _size(path: Path, name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST:
+        raise UnusableWeights(f"{name} is {printable(value)[:60]}, not a size", where=path)
+    return value
+
+
+def _read_preprocessor(folder: Path, emit: Emit) -> None:
+    path = folder / "preprocessor_config.json"
+    fields = read_object(path, _LONGEST_CONFIG) if path.is_file() else {}
+    if fields.get("sampling_rate", SAMPLE_RATE) != SAMPLE_RATE:
+        raise UnusableWeights(
+            f"hears {printable(fields['sampling_rate'])[:60]} samples a second, not {SAMPLE_RATE}", where=path
+        )
+    if fields.get("do_normalize", True) is not True:
+        # The published features are of normalised sound (spec/omniavatar.md b.2), and so is ours, always.
+        emit(Notice(f"{path} says do_normalize false; the sound is normalised all the same", "warning"))
+
+
+def _component(path: Path, title: str) -> Checkpoint:
+    """The tensors of a file that must be of one kind."""
+    held = read_checkpoint(path)
+    if held.layout.title != title:
+        raise UnusableWeights(f"is {held.variant}, and the {title} was looked for", where=path)
+    return held
+
+
+def _shapes(held: Checkpoint) -> dict[str, Shape]:
+    return {name: tensor.info.shape for name, tensor in held.tensors.items()}
+
+
+def _matrix(held: Checkpoint, name: str) -> tuple[int, int]:
+    """Both sides of a matrix that sizes are read from."""
+    tensor: Tensor | None = held.tensors.get(name)
+    if tensor is None or len(tensor.info.shape) != 2:
+        raise UnusableWeights(
+            f"{name} is missing or no matrix",
+            where=held.path,
+            fix="only the release's own file is read: models_t5_umt5-xxl-enc-bf16.pth",
+        )
+    rows, columns = tensor.info.shape
+    return rows, columns
+
+
+def _always(dtype: torch.dtype) -> DTypeOf:
+    return lambda name: dtype

@@ -1,0 +1,131 @@
+"""The transformer of a run out of its files: base, adapters, LoRAs. Headers are read, no weight is.
+
+What comes out is a full model whose tensors are merged while somebody reads them, in float32.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from avatarctl.config import Model
+from avatarctl.errors import UnusableWeights
+from avatarctl.events import Emit, Notice
+from avatarctl.registry import ROWS, Row
+from avatarctl.weights.checkpoint import Checkpoint
+from avatarctl.weights.loras import Lora
+from avatarctl.weights.merge import merge_adapter
+from avatarctl.weights.metadata import read_own
+from avatarctl.weights.recognise import read_checkpoint, require_complete
+from avatarctl.weights.sources import Sources
+
+__all__ = ["assemble", "open_model", "with_loras"]
+
+SUM_DTYPE = "F32"
+"""Of merged tensors: whoever loads them casts them once."""
+
+
+def open_model(path: Path) -> Checkpoint:
+    """The complete checkpoint at `path`.
+
+    Raises what `read_checkpoint` and `require_complete` raise, and UnusableWeights for the second file of an
+    adapter that is written as two: half of it would run and be wrong.
+    """
+    held = read_checkpoint(path)
+    if first := read_own(held.metadata).companion_of:
+        raise UnusableWeights(
+            f"is the second half of an adapter; its first file is {first[:100]}",
+            where=path,
+            fix=f"name {first[:100]}, which reads both",
+        )
+    require_complete(held)
+    return held
+
+
+def assemble(row: Row, sources: Sources, model: Model, emit: Emit) -> Checkpoint:
+    """The full transformer that a run asks for: every tensor, complete, under original names.
+
+    Raises UnusableWeights, naming both sides, where files do not belong together or are not what was asked.
+    """
+    base, *adapters = sources.dit
+    held = open_model(base)
+    for path in adapters:
+        held = merge_adapter(held, open_model(path), dtype=SUM_DTYPE)
+    _check_asked(row, model, held, emit)
+    held = with_loras(held, sources.loras, emit)
+    _check_channels(row, model, held)
+    return held
+
+
+def with_loras(held: Checkpoint, loras: tuple[Lora, ...], emit: Emit) -> Checkpoint:
+    """`held` with each LoRA merged in order; one line says what each is and where its scale comes from."""
+    for lora in loras:
+        part = open_model(lora.path)
+        held = merge_adapter(held, part, lora.strength, SUM_DTYPE)
+        emit(Notice(_line(lora, part)))
+    return held
+
+
+def _line(lora: Lora, part: Checkpoint) -> str:
+    counts = (
+        (len(part.low_rank), "pairs", f"at {_shown(lora, part)}"),
+        (len(part.differences), "differences", f"at {lora.strength:g}"),
+        (len(part.tensors), "tensors", "replaced"),
+    )
+    changes = ", ".join(f"{count} {what} {how}" for count, what, how in counts if count)
+    return f"lora {part.path}: {changes}"
+
+
+def _shown(lora: Lora, part: Checkpoint) -> str:
+    factors = {part.scale_of(pair) for pair in part.low_rank.values()}
+    rule = f" ({part.scale_rule})" if part.scale_rule else ""
+    if len(factors) > 1:
+        return f"{lora.strength:g} times a factor of their own, {min(factors):g} to {max(factors):g}{rule}"
+    factor = factors.pop()
+    product = "" if lora.strength == 1 else f"{lora.strength:g} x "
+    return f"scale {product}{factor:g}{rule}"
+
+
+def _check_asked(row: Row, model: Model, held: Checkpoint, emit: Emit) -> None:
+    """Whether the files are the model that was named. A width that nobody published runs, with a notice."""
+    if held.layout.family != row.family:
+        raise UnusableWeights(f"is {held.variant}, not a model of family {row.family}", where=held.path)
+    if not row.path and held.sizes.width != row.width:
+        others = [each.name for each in ROWS.values() if each.family == row.family and each is not row]
+        like = [name for name in others if ROWS[name].width == held.sizes.width]
+        if like:
+            raise UnusableWeights(
+                f"holds the weights of {like[0]} (width {held.sizes.width}), and {row.name} was asked for "
+                f"(width {row.width})",
+                where=held.path,
+                fix=f"use --model {like[0]}",
+            )
+        emit(
+            Notice(
+                f"{row.name} is published with width {row.width}; these weights have "
+                f"{held.sizes.width}: {held.path}",
+                "warning",
+            )
+        )
+    if not row.path and held.audio_offset not in (None, model.audio_offset):
+        emit(
+            Notice(
+                f"{held.path} has audio offset {held.audio_offset} ({held.audio_offset_rule}); "
+                f"{model.audio_offset} moves the lips",
+                "warning",
+            )
+        )
+
+
+def _check_channels(row: Row, model: Model, held: Checkpoint) -> None:
+    if model.channels is not None and held.sizes.in_channels != model.channels:
+        raise UnusableWeights(
+            f"has {held.sizes.in_channels} input channels, and {model.channels} were asked for",
+            where=held.path,
+            fix=f"leave out --channels, or name another file; this run is of {row.name}",
+        )
+    if not held.heads:
+        raise UnusableWeights(
+            f"the number of attention heads is unknown for a width of {held.sizes.width}",
+            where=held.path,
+            fix='its config.json needs "num_heads"',
+        )

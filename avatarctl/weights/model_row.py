@@ -1,0 +1,109 @@
+"""What `--model` means: a registry name, or a file or folder that says itself what it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+from avatarctl.errors import PathNotFound, UnusableWeights
+from avatarctl.registry import ENCODER_FILES, NEEDS_WEIGHTS, ROWS, Row, find_model
+from avatarctl.weights.assemble import open_model
+from avatarctl.weights.checkpoint import Checkpoint
+
+__all__ = ["published_row", "row_named"]
+
+_FALLBACK: Final = {"omniavatar": "omniavatar-1.3b"}
+"""By family: whose defaults and encoders a width that was never published takes."""
+
+_UNKNOWN_HEAD_WIDTH: Final = 128
+"""Where only the base of an adapter can tell (omniavatar.md a.1)."""
+
+
+def row_named(name: str) -> Row:
+    """The row of a registry name, or one made for the file or folder `name`.
+
+    Raises ConfigError for names that nobody has, PathNotFound, and UnusableWeights for files that are no
+    avatar model, naming what they are.
+    """
+    if name in ROWS:
+        return find_model(name)
+    path = Path(name).expanduser()
+    if not _exists(path):
+        for row in ROWS.values():
+            if name == row.hub_id:
+                return find_model(row.name)  # says which model uses it
+        if "/" in name or path.suffix:
+            raise PathNotFound("no such file or folder, and no model of this name", where=name)
+        return find_model(name)
+    return _row_of(path.absolute(), open_model(path))
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # too long for a path
+        return False
+
+
+def _row_of(path: Path, held: Checkpoint) -> Row:
+    """The row of a full model or of an adapter."""
+    _refuse(held)
+    published = published_row(held.layout.family, held.sizes.width) or ROWS[_FALLBACK[held.layout.family]]
+    adapter = held.kind == "adapter"
+    stated = {"model.channels": held.sizes.in_channels}
+    if held.audio_offset is not None:
+        stated["model.audio_offset"] = held.audio_offset
+    encoders: dict[str, Any] = {}
+    if not adapter:
+        # Of the release, what stands beside the transformer.
+        base = next(ROWS[name] for name in published.needs if ROWS[name].kind == "base")
+        encoders = {"hub_id": base.hub_id, "files": tuple(ENCODER_FILES.values())}
+    kinds = ("base", "encoder") if adapter else ("encoder",)
+    heads = held.heads or held.sizes.width // _UNKNOWN_HEAD_WIDTH or 1
+    return Row(
+        name=path.name,
+        kind="model",
+        title=held.variant,
+        status=NEEDS_WEIGHTS,
+        source="path",
+        family=held.layout.family,
+        network={"dit": {"attention_head_dim": held.sizes.width // heads}},
+        defaults={**published.defaults, **stated},
+        audio_offset_stated=held.audio_offset is not None,
+        trained_for=published.trained_for,
+        needs=tuple(name for name in published.needs if ROWS[name].kind in kinds),
+        path=str(path),
+        **encoders,
+    )
+
+
+def _refuse(held: Checkpoint) -> None:
+    """Raise UnusableWeights for everything that cannot be a model."""
+    if held.layout.family in _FALLBACK and held.layout.supported:
+        return
+    if held.kind == "adapter":
+        raise UnusableWeights(
+            f"is a {held.variant}: it changes a model and is none",
+            where=held.path,
+            fix="name the model by --model and this file by --lora",
+        )
+    if held.layout.family == "wan":
+        raise UnusableWeights(
+            f"is {held.variant}, which hears nothing: it has no audio layers",
+            where=held.path,
+            fix="name an avatar model or its adapter by --model; this file is found, or named by "
+            "-o model.weights.dit=PATH",
+        )
+    raise UnusableWeights(f"is {held.variant}, which this version does not run", where=held.path)
+
+
+def published_row(family: str, width: int) -> Row | None:
+    """The published model of a family and width."""
+    return next(
+        (
+            row
+            for row in ROWS.values()
+            if row.kind == "model" and row.source == "hub" and row.family == family and row.width == width
+        ),
+        None,
+    )
