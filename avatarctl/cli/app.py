@@ -169,7 +169,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
             "avatarctl.cli.convert:convert_ckpt",
             "Convert, merge, extract or inspect weight files.",
         ),
-        "models": ("avatarctl.cli.models:models", "Show which models and published files exist."),
+        "models": ("avatarctl.cli.models:models", "Show, fetch and check models and published files."),
     },
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -31,7 +31,7 @@ KINDS = ("model", "base", "adapter", "encoder", "loss", "metric", "detector", "s
 
 @click.group(cls=CommandGroup, context_settings=HELP)
 def models() -> None:
-    """Show which models and published files exist."""
+    """Show, fetch and check models and published files."""
 
 
 @models.command("list", context_settings=HELP)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import os
 import shutil
@@ -351,12 +352,13 @@ def start(hub: HubServer, tmp_path: Path) -> Start:
     """`avatarctl models pull NAME` as people start it, with the variables of the hub set."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "AVATARCTL_"))}
     environment = kept | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0",
-                          "HF_TOKEN": "hf_right", "HF_HUB_DISABLE_TELEMETRY": "1"}  # fmt: skip
+                          "HF_TOKEN": "hf_right", "TERM": "xterm"}  # fmt: skip
 
-    def run(**extra: str) -> subprocess.Popen[str]:
+    def run(terminal: int | None = None, **extra: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, "-m", "avatarctl", "models", "pull", NAME],
-            env=environment | extra, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=environment | extra, cwd=tmp_path, text=True, stdin=terminal, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE if terminal is None else terminal,
         )  # fmt: skip
 
     return run
@@ -381,6 +383,7 @@ def test_killed_in_the_middle_then_completed(hub: HubServer, start: Start, tmp_p
         time.sleep(0.3)
         process.send_signal(number)
         if number == signal.SIGINT:
+            time.sleep(0.2)  # or both would be one
             process.send_signal(number)  # nothing more comes: the second stops it at once
         _, stderr = process.communicate(timeout=30)
         assert process.returncode == code, stderr
@@ -396,6 +399,31 @@ def test_killed_in_the_middle_then_completed(hub: HubServer, start: Start, tmp_p
     assert not incomplete(tmp_path)
     last = [each for each in hub.gets() if each.path.startswith("/storage")][-1]
     assert last.range == f"bytes={kept}-"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="terminals of POSIX systems")
+@pytest.mark.parametrize("answer", ["n", "y"])
+def test_a_person_is_asked(answer: str, hub: HubServer, start: Start, tmp_path: Path) -> None:
+    import pty
+
+    keyboard, terminal = pty.openpty()
+    process = start(terminal)
+    os.close(terminal)
+    shown = b""
+    while b"Fetch? [y/N]" not in shown:
+        shown += os.read(keyboard, 1000)
+    assert b"total" in shown and hub.fetched() == [], "sizes come before the question"
+    os.write(keyboard, f"{answer}\n".encode())
+    with contextlib.suppress(OSError):  # how Linux says that the other end is closed
+        while more := os.read(keyboard, 1000):
+            shown += more
+    stdout, _ = process.communicate(timeout=60)
+    os.close(keyboard)
+    if answer == "n":
+        assert process.returncode == 6 and b"error: nothing was fetched" in shown and hub.fetched() == []
+    else:
+        assert process.returncode == 0 and len(stdout.splitlines()) == 3
+        assert b"checking facebook/wav2vec2-base-960h/model.safetensors" in shown, "a bar"
 
 
 def test_offline_by_the_environment(hub: HubServer, start: Start) -> None:

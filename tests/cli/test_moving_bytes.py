@@ -1,0 +1,42 @@
+"""How far a long copy, download or check is: a line per tenth in a log, nothing for what is over at once."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from avatarctl.cli.screen import LONG_MOVE, Screen
+from avatarctl.events import BytesMoved, Notice
+
+
+@pytest.mark.parametrize(
+    ("total", "lines"),
+    [
+        (LONG_MOVE, [f"a: {tenth}0 %" for tenth in range(1, 11)]),
+        (LONG_MOVE - 1, []),
+        (0, []),  # nobody knows how much it is
+    ],
+)
+def test_a_log(total: int, lines: list[str]) -> None:
+    stream = io.StringIO()
+    with Screen("info", stream) as screen:
+        for done in range(0, LONG_MOVE + 1, LONG_MOVE // 100):
+            screen(BytesMoved("a", min(done, total) if total else done, total))
+        screen(Notice("end"))
+    assert stream.getvalue().splitlines() == [*lines, "end"]
+
+
+def test_one_after_the_other() -> None:
+    stream = io.StringIO()
+    with Screen("info", stream) as screen:
+        for what in ("a", "b\x1b[31m"):
+            screen(BytesMoved(what, LONG_MOVE // 2, LONG_MOVE))
+    assert stream.getvalue().splitlines() == ["a: 50 %", "b\\x1b[31m: 50 %"]
+
+
+def test_quiet() -> None:
+    stream = io.StringIO()
+    with Screen("warning", stream) as screen:
+        screen(BytesMoved("a", LONG_MOVE, LONG_MOVE))
+    assert stream.getvalue() == ""
