@@ -7,7 +7,7 @@ those out. Names, notes and metadata are strangers' text and are escaped before 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
@@ -30,7 +30,7 @@ _NAMINGS: Final = {
     "original": "the release's names", "diffusers": "names of diffusers", "peft": "names of PEFT",
     "comfyui": "names of ComfyUI", "kohya": "names of kohya's scripts",
 }  # fmt: skip
-_KINDS: Final = {"model": "full model", "adapter": "adapter", "component": "encoder or decoder"}
+_KINDS: Final = {"model": " (full model)", "adapter": "", "component": ""}  # their variants say it
 _CONVENTIONS: Final = {
     "mask_keep": "mask value that keeps", "hole": "value in the hole", "fps": "frames per second",
     "sigma_shift": "shift of the noise levels", "audio_offset": "audio offset",
@@ -153,12 +153,12 @@ def lines(description: Mapping[str, Any]) -> list[str]:
 
 def _rows(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "path", facts["path"]
-    yield "is", f"{facts['variant']} ({_KINDS[facts['kind']]})"
+    yield "is", f"{facts['variant']}{_KINDS[facts['kind']]}"
     yield "published", _published(facts)
     yield "format", _format(facts)
     if facts["kind"] != "component":
         yield "network", _sizes(facts)
-        yield "heads", str(facts["heads"] or "not stated")
+        yield "heads", str(facts["heads"] or ("not stated" if facts["kind"] == "model" else ""))
     yield from _update_rows(facts)
     yield "trained as", _text(facts["train_architecture"])
     yield "random prefix", _text(facts["random_prefix_frames"])
@@ -217,14 +217,17 @@ def _holds(facts: Mapping[str, Any]) -> str:
     return f"{facts['tensors']} tensors ({dtypes}), {amount} parameters, {_bytes(facts['bytes'])}"
 
 
-def _loader_rows(loaders: Iterable[Mapping[str, str]]) -> Iterator[tuple[str, str]]:
-    """Who takes it, then who takes it wrongly; those who refuse it are in the JSON."""
-    told = [entry for entry in loaders if entry["answer"] in ("yes", "wrong")]
-    for entry in sorted(told, key=lambda entry: entry["answer"] == "wrong"):
-        label = "loads in" if entry["answer"] == "yes" else "wrongly in"
-        yield label, f"{entry['loader']}: {entry['reason']}" if entry["reason"] else entry["loader"]
-    if not told:
+def _loader_rows(loaders: Sequence[Mapping[str, str]]) -> Iterator[tuple[str, str]]:
+    """Who takes it, who takes it wrongly, and why no command of ours does; other refusals are in the JSON."""
+    takes = [entry for entry in loaders if entry["answer"] == "yes"]
+    wrongly = [entry for entry in loaders if entry["answer"] == "wrong"]
+    ours = [entry for entry in loaders if entry["loader"].startswith("avatarctl")]
+    refuse = [] if any(entry in takes for entry in ours) else ours
+    if not (takes or wrongly):
         yield "loads in", "no program that we know, as it is"
+    for label, entries in (("loads in", takes), ("wrongly in", wrongly), ("not in", refuse)):
+        for entry in entries:
+            yield label, f"{entry['loader']}: {entry['reason']}" if entry["reason"] else entry["loader"]
 
 
 def _names(label: str, names: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -1,7 +1,7 @@
 """Which programs take a weight file as it is, as a table of rules.
 
-A program that lists a file's kind takes it unless one of its objections applies; the first one that does
-gives verdict and reason. "wrong" is the verdict that people need most: the file loads without an error, and
+A program takes the files of its kinds, unless one of its objections applies; the first one that does gives
+verdict and reason. "wrong" is the verdict that people need most: the file loads without an error, and
 the result is not what it should be.
 
 Sources: spec/omniavatar.md a.2, i, j 19 (published scripts); spec/building-blocks.md 1 and the loaders of
@@ -64,14 +64,11 @@ class Verdict:
 
 
 def verdicts(checkpoint: Checkpoint) -> tuple[Verdict, ...]:
-    """What every known program does with a file, in the order of the table."""
-    return tuple(_verdict(loader, checkpoint) for loader in LOADERS)
+    """What every program that takes files of this kind does with this one, in the order of the table."""
+    return tuple(_verdict(loader, checkpoint) for loader in LOADERS if checkpoint.kind in loader.kinds)
 
 
 def _verdict(loader: Loader, checkpoint: Checkpoint) -> Verdict:
-    if checkpoint.kind not in loader.kinds:
-        kinds = " or ".join(_KINDS[kind] for kind in loader.kinds)
-        return Verdict(loader.name, "no", f"takes {kinds}, and this is {_KINDS[checkpoint.kind]}")
     for objection in loader.objections:
         if objection.applies(checkpoint):
             return Verdict(loader.name, objection.answer, _told(objection.reason, checkpoint))
@@ -80,9 +77,6 @@ def _verdict(loader: Loader, checkpoint: Checkpoint) -> Verdict:
 
 def _told(text: str | Callable[[Checkpoint], str], checkpoint: Checkpoint) -> str:
     return text if isinstance(text, str) else text(checkpoint)
-
-
-_KINDS: Final = {"model": "a full model", "adapter": "an adapter", "component": "an encoder or decoder"}
 
 
 # Facts about a file
@@ -124,10 +118,13 @@ def _scales(checkpoint: Checkpoint) -> list[float]:
     return sorted({checkpoint.scale_of(pair) for pair in checkpoint.low_rank.values()})
 
 
+def _alphas(checkpoint: Checkpoint) -> int:
+    return sum(name.endswith(".alpha") for name in checkpoint.names)
+
+
 def _loses_alpha(checkpoint: Checkpoint) -> bool:
     """Whether a reader that knows alpha from `.alpha` tensors alone would use another scale."""
-    stated = sum(name.endswith(".alpha") for name in checkpoint.names)
-    return stated < len(checkpoint.low_rank) and _scales(checkpoint) not in ([], [1.0])
+    return _alphas(checkpoint) < len(checkpoint.low_rank) and _scales(checkpoint) not in ([], [1.0])
 
 
 def _loses_header_alpha(checkpoint: Checkpoint) -> bool:
@@ -145,8 +142,10 @@ def _leaves_out(checkpoint: Checkpoint) -> str:
     return f"{len(checkpoint.tensors)} whole tensors (audio, patch embedding) are left out"
 
 
-def _has_targets_outside_blocks(checkpoint: Checkpoint) -> bool:
-    return any(not module.startswith("blocks.") for module in checkpoint.low_rank)
+def _cannot_be_converted(checkpoint: Checkpoint) -> bool:
+    """Whether diffusers' converters would stop at targets that are in no block."""
+    outside = any(not module.startswith("blocks.") for module in checkpoint.low_rank)
+    return outside and (checkpoint.naming == "kohya" or _alphas(checkpoint) > 0)
 
 
 def _is_release(checkpoint: Checkpoint) -> bool:
@@ -314,7 +313,7 @@ LOADERS: Final = (
             Objection(_loses_header_alpha, "wrong", _without_alpha),
             _WHOLE_TENSORS,
         ),
-        remark='prefix="transformer" or None, as its names begin',
+        remark='with use_safetensors=True, else alpha is lost; prefix="transformer" or None, as names begin',
     ),
     Loader(
         "diffusers load_lora_weights",
@@ -331,11 +330,14 @@ LOADERS: Final = (
                 lambda checkpoint: bool(checkpoint.tensors), "no", "whole tensors in a LoRA file are refused"
             ),
             Objection(
-                lambda checkpoint: (
-                    checkpoint.naming != "diffusers" and _has_targets_outside_blocks(checkpoint)
-                ),
+                lambda checkpoint: checkpoint.naming == "diffusers" and _alphas(checkpoint) > 0,
                 "no",
-                "targets outside the blocks are not converted",
+                ".alpha tensors beside the names of diffusers are refused",
+            ),
+            Objection(
+                _cannot_be_converted,
+                "no",
+                "targets outside the blocks are not converted from kohya's names, nor with .alpha",
             ),
             Objection(
                 lambda checkpoint: bool(checkpoint.differences),

@@ -1,0 +1,200 @@
+"""What we say that other programs do with a file, compared with what the real diffusers does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanPipeline, WanTransformer3DModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from avatarctl.weights.checkpoint import Checkpoint
+from avatarctl.weights.loaders import Verdict, verdicts
+from avatarctl.weights.recognise import read_checkpoint
+from tests.weights.published_tables import LINEARS, Shapes, audio, lora, wan
+
+WIDTH, FFN, LAYERS, RANK = 32, 48, 4, 4
+TARGET = "blocks.0.self_attn.q"
+INSIDE = {
+    "self_attn.q": "attn1.to_q", "self_attn.k": "attn1.to_k", "self_attn.v": "attn1.to_v",
+    "self_attn.o": "attn1.to_out.0", "cross_attn.q": "attn2.to_q", "cross_attn.k": "attn2.to_k",
+    "cross_attn.v": "attn2.to_v", "cross_attn.o": "attn2.to_out.0", "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+}  # fmt: skip
+
+State = dict[str, Tensor]
+MODULES = [f"blocks.{i}.{name}" for i in range(LAYERS) for name in LINEARS]
+ALPHA = torch.tensor(float(RANK) / 2)
+
+
+def random(shapes: Shapes) -> State:
+    generator = torch.Generator().manual_seed(1)
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+LORA = random(lora(WIDTH, FFN, LAYERS, RANK))
+
+
+def internal(module: str) -> str:
+    block, number, name = module.split(".", 2)
+    return f"{block}.{number}.{INSIDE[name]}"
+
+
+def named(module: Callable[[str], str], down: str = "lora_A", up: str = "lora_B") -> State:
+    """The LoRA with other names of modules and matrices."""
+    parts = ((down, "lora_A"), (up, "lora_B"))
+    return {
+        f"{module(name)}.{part}.weight": LORA[f"{name}.{original}.default.weight"].clone()
+        for name in MODULES
+        for part, original in parts
+    }
+
+
+def alphas(module: Callable[[str], str]) -> State:
+    return {f"{module(name)}.alpha": ALPHA.clone() for name in MODULES}
+
+
+def transformer_name(module: str) -> str:
+    return f"transformer.{internal(module)}"
+
+
+def comfyui(module: str) -> str:
+    return f"diffusion_model.{module}"
+
+
+def kohya(module: str) -> str:
+    return f"lora_unet_{module.replace('.', '_')}"
+
+
+HEADER = {
+    "lora_adapter_metadata": json.dumps(
+        {
+            "transformer.r": RANK,
+            "transformer.lora_alpha": float(ALPHA),
+            "transformer.target_modules": [internal(module) for module in MODULES],
+        }
+    )
+}
+HEAD = {
+    "diffusion_model.head.head.lora_A.weight": torch.zeros(RANK, WIDTH),
+    "diffusion_model.head.head.lora_B.weight": torch.zeros(64, RANK),
+}
+FILES: dict[str, tuple[State, dict[str, str]]] = {
+    "release": (LORA, {}),
+    "diffusers": (named(transformer_name), {}),
+    "diffusers with alpha in the header": (named(transformer_name), HEADER),
+    "diffusers with .alpha": (named(transformer_name) | alphas(transformer_name), {}),
+    "comfyui": (named(comfyui), {}),
+    "comfyui with .alpha": (named(comfyui) | alphas(comfyui), {}),
+    "comfyui with a patch embedding": (
+        named(comfyui) | {"diffusion_model.patch_embedding.weight": torch.zeros(WIDTH, 33, 1, 2, 2)},
+        {},
+    ),
+    "comfyui with the head": (named(comfyui) | HEAD, {}),
+    "comfyui with the head and .alpha": (
+        named(comfyui) | alphas(comfyui) | HEAD | {"diffusion_model.head.head.alpha": ALPHA},
+        {},
+    ),
+    "kohya": (named(kohya, "lora_down", "lora_up") | alphas(kohya), {}),
+}
+
+
+def network() -> WanTransformer3DModel:
+    torch.manual_seed(0)
+    return WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=16, text_dim=7, freq_dim=10, ffn_dim=FFN,
+        num_layers=LAYERS,
+    )  # fmt: skip
+
+
+def by_adapter(path: Path) -> nn.Module:
+    model = network()
+    prefix = "transformer" if path.stem.startswith("diffusers") else None
+    model.load_lora_adapter(path.parent, weight_name=path.name, prefix=prefix, use_safetensors=True)
+    return model
+
+
+def by_pipeline(path: Path) -> nn.Module:
+    """What `WanPipeline.load_lora_weights` does, without a pipeline around the network."""
+    model = network()
+    state, metadata = WanPipeline.lora_state_dict(
+        path.parent, weight_name=path.name, use_safetensors=True, return_lora_metadata=True
+    )
+    if not all("lora" in name for name in state):
+        raise ValueError("Invalid LoRA checkpoint.")
+    WanPipeline.load_lora_into_transformer(state, model, adapter_name="it", metadata=metadata)
+    return model
+
+
+def applied_scale(model: nn.Module) -> float | None:
+    """Factor of the update of one weight, None where nothing was loaded."""
+    layer = model.get_submodule(internal(TARGET))
+    if not getattr(layer, "scaling", None):
+        return None
+    name = next(iter(layer.scaling))
+    update = layer.scaling[name] * (layer.lora_B[name].weight @ layer.lora_A[name].weight)
+    product = LORA[f"{TARGET}.lora_B.default.weight"] @ LORA[f"{TARGET}.lora_A.default.weight"]
+    return float((update * product).sum().detach() / product.square().sum())
+
+
+def verdict(checkpoint: Checkpoint, loader: str) -> Verdict:
+    return next(each for each in verdicts(checkpoint) if each.loader == loader)
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize(
+    ("loader", "load"),
+    [("diffusers load_lora_adapter", by_adapter), ("diffusers load_lora_weights", by_pipeline)],
+)
+def test_loras_in_diffusers(
+    file: str, loader: str, load: Callable[[Path], nn.Module], tmp_path: Path
+) -> None:
+    state, metadata = FILES[file]
+    path = tmp_path / f"{file}.safetensors"
+    save_file(state, path, metadata=metadata or None)
+    checkpoint = read_checkpoint(path)
+    ours = checkpoint.scale_of(checkpoint.low_rank[TARGET])
+    said = verdict(checkpoint, loader)
+    try:
+        theirs = applied_scale(load(path))
+    except (ValueError, IndexError):
+        theirs = None
+    if said.answer == "no":
+        assert theirs is None
+    elif said.answer == "yes":
+        assert theirs == pytest.approx(ours)
+    else:
+        assert said.answer == "wrong"
+        assert theirs is not None and theirs != pytest.approx(ours)
+        assert f"scale {theirs:g} instead of {ours:g}" in said.reason
+
+
+@pytest.mark.parametrize(
+    ("parts", "answer"),
+    [({}, "yes"), (audio(WIDTH, LAYERS, 3, 5), "wrong")],
+    ids=["plain Wan", "with audio layers"],
+)
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "pipe.dit."])
+def test_models_in_diffusers(prefix: str, parts: Shapes, answer: str, tmp_path: Path) -> None:
+    channels = 33 if parts else 16
+    state = random(wan(WIDTH, FFN, LAYERS, channels, text=7, freq=10) | parts)
+    path = tmp_path / "model.safetensors"
+    save_file({f"{prefix}{name}": tensor for name, tensor in state.items()}, path)
+    said = verdict(read_checkpoint(path), "diffusers from_single_file")
+    (tmp_path / "config.json").write_text(json.dumps({**network().config, "in_channels": channels}))
+    try:
+        model = WanTransformer3DModel.from_single_file(path, config=str(tmp_path))
+    except Exception:
+        model = None
+    assert said.answer == ("no" if prefix == "pipe.dit." else answer)
+    if said.answer == "no":
+        assert model is None or not torch.equal(model.patch_embedding.bias, state["patch_embedding.bias"])
+        return
+    assert model is not None
+    assert torch.equal(model.patch_embedding.bias, state["patch_embedding.bias"])
+    assert torch.equal(model.blocks[1].attn2.to_out[0].weight, state["blocks.1.cross_attn.o.weight"])
+    assert not any("audio" in name for name in model.state_dict())
