@@ -1,0 +1,246 @@
+"""What `convert-ckpt --inspect` says, for files that are nothing but names, shapes and configs."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from avatarctl.errors import UnusableWeights
+from avatarctl.weights.describe import describe, lines
+from avatarctl.weights.recognise import recognise
+from avatarctl.weights.source import RawWeights
+from avatarctl.weights.tensors import TensorInfo
+from tests.weights.published_tables import Shapes, audio, lora, umt5, wan
+
+PATCH: Shapes = {"patch_embedding.weight": (5120, 33, 1, 2, 2), "patch_embedding.bias": (5120,)}
+RELEASE_14B = lora(5120, 13_824, 40) | audio(5120, 40) | PATCH
+CONFIG = {
+    "model_config": {"in_dim": 33, "audio_hidden_size": 32}, "train_architecture": "lora", "lora_rank": 128,
+    "lora_alpha": 64, "lora_target_modules": "q,k,v,o,ffn.0,ffn.2", "init_lora_weights": "kaiming",
+    "use_audio": True, "i2v": True, "random_prefix_frames": True,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Header:
+    """A tensor of which nobody may read a value."""
+
+    info: TensorInfo
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        raise AssertionError("a value was read")
+
+
+def about(
+    shapes: Shapes,
+    *,
+    dtype: str = "BF16",
+    file: str = "model.safetensors",
+    config: dict[str, Any] | None = None,
+    metadata: dict[str, str] | None = None,
+    notes: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    path = Path("folder") / file
+    raw = RawWeights(
+        path=path,
+        files=(path,),
+        format="safetensors" if file.endswith(".safetensors") else "zip",
+        tensors={name: Header(TensorInfo(dtype, shape)) for name, shape in shapes.items()},
+        metadata=metadata or {},
+        config=config or {},
+        notes=notes,
+    )
+    return describe(recognise(raw))
+
+
+def answers(facts: dict[str, Any]) -> dict[str, str]:
+    return {entry["loader"]: entry["answer"] for entry in facts["loaders"]}
+
+
+def reason(facts: dict[str, Any], loader: str) -> str:
+    return next(entry["reason"] for entry in facts["loaders"] if entry["loader"] == loader)
+
+
+def test_the_published_adapter() -> None:
+    facts = about(RELEASE_14B, file="pytorch_model.pt", config=CONFIG)
+    assert facts["variant"] == "adapter of OmniAvatar 14B, 33 channels"
+    assert (facts["kind"], facts["family"], facts["naming"], facts["format"]) == (
+        "adapter", "omniavatar", "original", "zip",
+    )  # fmt: skip
+    assert (facts["channels"], facts["layers"], facts["width"], facts["ffn"], facts["heads"]) == (
+        33, 40, 5120, 13_824, 40,
+    )  # fmt: skip
+    assert (facts["targets"], facts["ranks"], facts["alphas"], facts["scales"]) == (400, [128], [64], [0.5])
+    assert facts["train_architecture"] == "lora" and facts["random_prefix_frames"] is True
+    assert facts["audio_offset"] == 1 and facts["audio_offset_rule"]
+    # omniavatar.md i: 844 tensors; g.4: 613 million LoRA parameters.
+    assert facts["tensors"] == 844 and facts["dtypes"] == {"BF16": 844}
+    whole = 32 * 43_008 + 3 * 32 + 19 * (5120 * 32 + 5120) + 5120 * 33 * 4 + 5120
+    assert facts["parameters"] == 613_416_960 + whole
+    assert facts["bytes"] == 2 * facts["parameters"]
+    assert facts["published_hash"] is None
+    assert facts["unknown"] == facts["missing"] == []
+    assert answers(facts) == {
+        "avatarctl infer --model": "yes", "avatarctl infer --lora": "yes",
+        "OmniAvatar scripts, as exp_path": "yes", "diffusers load_lora_adapter": "no",
+        "diffusers load_lora_weights": "no", "PEFT from_pretrained": "no", "ComfyUI LoRA": "no",
+        "kohya's scripts (musubi-tuner) LoRA": "no",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("shapes", "variant", "published"),
+    [
+        (wan(1536, 8960, 30), "Wan 2.1 T2V 1.3B", "Wan2.1-T2V-1.3B"),
+        (wan(5120, 13_824, 40), "Wan 2.1 T2V 14B", "Wan2.1-T2V-14B"),
+        (wan(5120, 13_824, 40, 36, image=1280), "Wan 2.1 I2V 14B", "Wan2.1-I2V-14B"),
+        (wan(3072, 14_336, 30, 48, out=48), "Wan 2.2 TI2V 5B", "Wan2.2-TI2V-5B"),
+    ],
+)
+def test_plain_wan_is_named_as_what_it_is(shapes: Shapes, variant: str, published: str) -> None:
+    facts = about(shapes)
+    assert facts["variant"].startswith(variant) and facts["published_as"] == published
+    known = answers(facts)
+    assert known["avatarctl infer --model"] == "no"
+    assert known["diffusers from_single_file"] == known["ComfyUI diffusion model"] == "yes"
+    assert known["OmniAvatar scripts, as base"] == ("yes" if "T2V" in published[7:11] else "no")
+    assert known["diffusers from_pretrained"] == "no"
+
+
+def test_a_full_avatar_is_damaged_where_audio_layers_are_unknown() -> None:
+    facts = about(wan(1536, 8960, 30, 33) | audio(1536, 30))
+    known = answers(facts)
+    assert known["avatarctl infer --model"] == "yes"
+    assert known["diffusers from_single_file"] == known["ComfyUI diffusion model"] == "wrong"
+    assert "audio layers" in reason(facts, "diffusers from_single_file")
+    assert any(line.startswith("wrongly in") for line in lines(facts))
+
+
+def test_names_without_default_are_passed_over_by_the_published_scripts() -> None:
+    shapes = {name.replace(".default", ""): shape for name, shape in RELEASE_14B.items()}
+    facts = about(shapes, file="pytorch_model.pt", config=CONFIG)
+    assert answers(facts)["avatarctl infer --model"] == "yes"
+    assert answers(facts)["OmniAvatar scripts, as exp_path"] == "no"
+    assert ".default" in reason(facts, "OmniAvatar scripts, as exp_path")
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"file": "step-100.pt"}, "pytorch_model.pt"),
+        ({"config": {}}, "config.json"),
+    ],
+)
+def test_what_the_published_scripts_need_beside_the_names(change: dict[str, Any], why: str) -> None:
+    facts = about(RELEASE_14B, **{"file": "pytorch_model.pt", "config": CONFIG, **change})
+    assert answers(facts)["OmniAvatar scripts, as exp_path"] == "no"
+    assert why in reason(facts, "OmniAvatar scripts, as exp_path")
+
+
+def test_a_comfyui_lora_whose_alpha_is_in_a_config_is_applied_wrongly_there() -> None:
+    names = {
+        f"diffusion_model.{name.replace('.default', '')}": shape
+        for name, shape in lora(1536, 8960, 30, 16).items()
+    }
+    stated = {"ss_network_alpha": "8"}
+    assert answers(about(names))["ComfyUI LoRA"] == "yes"
+    facts = about(names, metadata=stated)
+    assert facts["scales"] == [0.5]
+    assert answers(facts)["ComfyUI LoRA"] == "wrong"
+    assert reason(facts, "ComfyUI LoRA").endswith("scale 1 instead of 0.5")
+    assert answers(facts)["avatarctl infer --lora"] == "yes"
+
+
+def test_an_encoder_is_named_and_only_offered_as_one() -> None:
+    facts = about(umt5(), file="models_t5_umt5-xxl-enc-bf16.pth")
+    assert facts["kind"] == "component" and "UMT5" in facts["variant"]
+    assert facts["published_as"].startswith("models_t5")
+    assert answers(facts) == {"avatarctl infer -o model.weights": "yes", "OmniAvatar scripts, as base": "yes"}
+    assert "text=PATH" in reason(facts, "avatarctl infer -o model.weights")
+    assert not any(line.startswith(("heads", "network")) for line in lines(facts))
+
+
+def test_conventions_come_from_our_metadata_only() -> None:
+    shapes = wan(1536, 8960, 30, 49) | audio(1536, 30)
+    stated = {"audio_offset": 0, "mask_keep": 0, "hole": 0.0, "fps": 25, "sigma_shift": 5.0}
+    facts = about(shapes, metadata={"avatarctl.conventions": json.dumps(stated)})
+    assert facts["conventions"] == stated
+    assert (facts["audio_offset"], facts["audio_offset_rule"]) == (0, "the file's metadata")
+    shown = "\n".join(lines(facts))
+    assert "mask value that keeps: 0" in shown and "frames per second: 25" in shown
+    silent = about(shapes)
+    assert silent["conventions"] == {} and "conventions" not in "\n".join(lines(silent))
+
+
+def test_damaged_metadata_of_ours_is_refused_and_named() -> None:
+    with pytest.raises(UnusableWeights, match=r"model\.safetensors: .*avatarctl\."):
+        about(wan(1536, 8960, 30), metadata={"avatarctl.operations": "{"})
+
+
+def test_everything_strange_is_in_the_json_and_the_first_ten_are_shown() -> None:
+    strange = {f"strange.{i:02}\x1b[2J": (1,) for i in range(25)}
+    facts = about(wan(1536, 8960, 30, 33) | audio(1536, 30) | strange)
+    assert facts["unknown"] == list(strange)
+    assert answers(facts)["avatarctl infer --model"] == "no"
+    shown = [line for line in lines(facts) if "strange." in line]
+    assert len(shown) == 10 and any("and 15 more" in line for line in lines(facts))
+
+
+def test_missing_tensors_are_named() -> None:
+    shapes = wan(1536, 8960, 30, 33) | audio(1536, 30)
+    lost = [name for name in shapes if name.startswith("blocks.29.norm3.")]
+    facts = about({name: shape for name, shape in shapes.items() if name not in lost})
+    assert sorted(facts["missing"]) == sorted(lost)
+    assert any("blocks.29.norm3.weight" in line for line in lines(facts))
+    assert "2 tensors are missing" in reason(facts, "avatarctl infer --model")
+
+
+def test_what_strangers_wrote_reaches_no_terminal_raw() -> None:
+    hostile = "\x1b]0;owned\x07\r\n\u202e" + "x" * 5000
+    facts = about(
+        wan(1536, 8960, 30) | {hostile: (1,)},
+        metadata={hostile: hostile, "plain": "text"},
+        config={"train_architecture": hostile, "random_prefix_frames": [hostile]},
+        notes=(hostile,),
+    )
+    for line in lines(facts):
+        assert not any(unicodedata.category(char) in ("Cc", "Cf") for char in line)
+        assert len(line) < 700
+    assert json.loads(json.dumps(facts))["metadata"][hostile] == hostile
+
+
+def test_lines_are_aligned_and_say_nothing_about_absent_facts() -> None:
+    facts = about(lora(1536, 8960, 30), file="lora.safetensors")
+    shown = lines(facts)
+    text = "\n".join(shown)
+    assert shown[0].startswith("path") and shown[1].split(maxsplit=1) == ["is", facts["variant"]]
+    column = len(shown[0]) - len(shown[0].split(maxsplit=1)[1])
+    assert all(line[column - 1] == " " and line[column] != " " for line in shown)
+    labels = {line[:column].strip() for line in shown}
+    assert labels == {
+        "path",
+        "is",
+        "format",
+        "network",
+        "LoRA",
+        "alpha",
+        "scale",
+        "heads",
+        "holds",
+        "loads in",
+    }
+    assert "None" not in text and "0.5" in text
+
+
+def test_a_description_is_json_with_the_same_keys_for_every_file() -> None:
+    kinds = (wan(1536, 8960, 30), lora(1536, 8960, 30), umt5(), RELEASE_14B)
+    described = [about(shapes) for shapes in kinds]
+    assert len({tuple(facts) for facts in described}) == 1
+    for facts in described:
+        assert json.loads(json.dumps(facts)) == facts
