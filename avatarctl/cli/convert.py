@@ -94,7 +94,7 @@ def _flag(name: str) -> str:
 
 def _check_combination(params: dict[str, Any]) -> None:
     """Options that would have no effect beside others are refused: their effect was wanted."""
-    given = [name for name, value in params.items() if value not in (None, False)]
+    given = [name for name, value in params.items() if value is not None and value is not False]
     if params["inspect"]:
         for name in given:
             if name not in _ALONE:

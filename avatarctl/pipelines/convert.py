@@ -239,6 +239,9 @@ def _outputs(request: ConvertRequest) -> list[Path]:
 
 def _check_place(request: ConvertRequest) -> None:
     """Before anything is read; the writer looks again."""
+    folder = request.out.absolute().parent
+    if not folder.is_dir():
+        raise OutputRefused(f"the folder {folder} does not exist", where=request.out, fix="make it first")
     for path in _outputs(request):
         if path == request.out and _same(path, request.source):
             raise OutputRefused("is what is read", where=path, fix="choose another --out")

@@ -1,7 +1,7 @@
 """Tiny weight files in the published layouts, typed from the tables of the specification.
 
-Names and shapes: spec/omniavatar.md a.2 and i. Names of other programs: spec/building-blocks.md 1 (diffusers),
-spec/field.md 4a (peft, ComfyUI, kohya). Nothing here asks the product for a name.
+Names and shapes: spec/omniavatar.md a.2 and i. Names of other programs: spec/building-blocks.md 1
+(diffusers), spec/field.md 4a (peft, ComfyUI, kohya). Nothing here asks the product for a name.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ def diffusers_name(name: str) -> str:
 
 def _draw(shapes: dict[str, tuple[int, ...]], seed: int, dtype: torch.dtype) -> State:
     generator = torch.Generator().manual_seed(seed)
-    return {name: (torch.randn(shape, generator=generator) * 0.05).to(dtype) for name, shape in shapes.items()}
+    return {
+        name: (torch.randn(shape, generator=generator) * 0.05).to(dtype) for name, shape in shapes.items()
+    }
 
 
 def _linear(name: str, outputs: int, inputs: int) -> dict[str, tuple[int, ...]]:
