@@ -142,7 +142,12 @@ def plan_conversion(request: ConvertRequest, emit: Emit) -> ConvertPlan:
     checkpoint = with_release_config(checkpoint)
     exported = export(checkpoint, request.to)
     _check_layout(request, checkpoint, exported)
-    return ConvertPlan(request, checkpoint, exported, sources, (*did, *exported.notes), tuple(operations))
+    plan = ConvertPlan(request, checkpoint, exported, sources, (*did, *exported.notes), tuple(operations))
+    if plan.companion:
+        count, names = len(exported.companion), (plan.companion, plan.main)
+        line = f"{count} whole tensors (patch embedding, audio) go to {names[0]}, beside {names[1]}"
+        plan = replace(plan, did=(*plan.did, line))
+    return plan
 
 
 def preview_conversion(request: ConvertRequest, emit: Emit) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from avatarctl.pipelines.convert import (
 )
 from avatarctl.weights.metadata import read_own
 from avatarctl.weights.recognise import read_checkpoint
-from tests.weights import release
+from tests.weights import published_tables, release
 from tests.weights.release import State
 
 SCALE = release.ALPHA / release.RANK
@@ -490,3 +490,18 @@ def test_a_preview_writes_nothing_and_computes_no_extraction(
     request = ConvertRequest(tmp_path / "whole", tmp_path / "out", base=base, extract=True)
     assert preview_conversion(request, silent)["files"] is None
     assert not (tmp_path / "out").exists()
+
+
+def test_an_image_to_video_model_is_renamed_with_its_image_layers(tmp_path: Path) -> None:
+    from diffusers import WanTransformer3DModel
+
+    shapes = published_tables.wan(release.WIDTH, 64, 2, 36, text=16, freq=32, image=1280)
+    generator = torch.Generator().manual_seed(0)
+    state = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    save_file(state, tmp_path / "i2v.safetensors")
+    convert(tmp_path / "i2v.safetensors", tmp_path / "there", "diffusers")
+    model, told = WanTransformer3DModel.from_pretrained(tmp_path / "there", output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"]
+    assert torch.equal(model.blocks[1].attn2.add_k_proj.weight, state["blocks.1.cross_attn.k_img.weight"])
+    convert(tmp_path / "there", tmp_path / "back.safetensors")
+    same(loaded(tmp_path / "back.safetensors"), state)
