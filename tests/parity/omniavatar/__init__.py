@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from ..golden import Format, Listed
-from . import chunks, denoising, encoders, network, schedule
+from . import adapters, chunks, denoising, encoders, network, schedule
 
 _WAITS_FOR = (
-    Listed("lora_in*.safetensors", "*", "LoRA: merging adapters"),
-    Listed("patch_embedding_expansion.safetensors", "*", "expansion of the patch embedding"),
     Listed("latentsync_mask.safetensors", "*", "masks of video-to-video"),
     Listed("train_i2v_in*.safetensors", "*", "training"),
     Listed("train_v2v_in*.safetensors", "*", "training"),
@@ -38,6 +36,7 @@ OMNIAVATAR = Format(
         *schedule.checks,
         *chunks.checks,
         *encoders.checks,
+        *adapters.checks,
     ),
     waits_for=_WAITS_FOR,
     defects=_DEFECTS,

@@ -28,7 +28,7 @@ def transformer(reader: Reader) -> OmniAvatarTransformer:
     state = reader.group("state.")
     patch = state["patch_embedding.weight"]
     width, channels = patch.shape[:2]
-    head_width = _head_width(reader, width)
+    head_width = width_of_head(reader, width)
     hidden, packed = state["audio_proj.proj.weight"].shape
     model = OmniAvatarTransformer(
         patch_size=tuple(patch.shape[2:]),
@@ -48,7 +48,7 @@ def transformer(reader: Reader) -> OmniAvatarTransformer:
     return model
 
 
-def _head_width(reader: Reader, width: int) -> int:
+def width_of_head(reader: Reader, width: int) -> int:
     if heads := settings(reader).get("num_heads"):
         return width // int(heads)
     if HEAD_WIDTH_SOURCE not in reader.folder.files:
