@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
-from avatarctl.config import ModelRowDefaults, RunConfig, nearest, read_assignment, resolve
+from avatarctl.config import ModelRowDefaults, RunConfig, Setting, nearest, read_assignment, resolve
 from avatarctl.errors import ConfigError
 
 __all__ = [
@@ -347,7 +347,11 @@ def configure(
     row_named: finds the row of `model.name`; `weights.model_row.row_named` takes files and folders as well.
     Raises ConfigError for unknown keys, wrong types and impossible values.
     """
-    asked = dict(read_assignment(text, origin) for text in assignments)
+    asked: dict[str, Setting] = {}
+    for dotted, setting in (read_assignment(text, origin) for text in assignments):
+        if isinstance(setting.value, Mapping) and dotted in asked:  # one part of `model.weights` at a time
+            setting = Setting({**asked[dotted].value, **setting.value}, origin)
+        asked[dotted] = setting
     return resolve(lambda name: row_named(name).for_config, COMPAT, None, asked).cfg
 
 

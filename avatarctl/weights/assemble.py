@@ -5,6 +5,7 @@ What comes out is a full model whose tensors are merged while somebody reads the
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from pathlib import Path
 
 from avatarctl.config import Model
@@ -66,16 +67,21 @@ def with_loras(held: Checkpoint, loras: tuple[Lora, ...], emit: Emit) -> Checkpo
 
 
 def _line(lora: Lora, part: Checkpoint) -> str:
-    counts = (
-        (len(part.low_rank), "pairs", f"at {_shown(lora, part)}"),
-        (len(part.differences), "differences", f"at {lora.strength:g}"),
-        (len(part.tensors), "tensors", "replaced"),
-    )
-    changes = ", ".join(f"{count} {what} {how}" for count, what, how in counts if count)
-    return f"lora {part.path}: {changes}"
+    changes = []
+    if part.low_rank:
+        changes.append(f"{_counted(part.low_rank, 'target')} at {_scale(lora, part)}")
+    if part.differences:
+        changes.append(f"{_counted(part.differences, 'difference')} times {lora.strength:g}")
+    if part.tensors:
+        changes.append(f"{_counted(part.tensors, 'tensor')} replaced")
+    return f"lora {part.path}: {', '.join(changes)}"
 
 
-def _shown(lora: Lora, part: Checkpoint) -> str:
+def _counted(items: Sized, what: str) -> str:
+    return f"{len(items)} {what}{'' if len(items) == 1 else 's'}"
+
+
+def _scale(lora: Lora, part: Checkpoint) -> str:
     factors = {part.scale_of(pair) for pair in part.low_rank.values()}
     rule = f" ({part.scale_rule})" if part.scale_rule else ""
     if len(factors) > 1:

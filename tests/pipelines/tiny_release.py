@@ -11,7 +11,7 @@ spec/weight-sources.md, by PyTorch's and safetensors' own writers: nothing here 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -305,17 +305,3 @@ def write_tokenizer(folder: Path, letters: str = LETTERS) -> None:
 
 def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value), encoding="utf-8")
-
-
-def renamed(state: Mapping[str, Tensor], *rules: tuple[str, str]) -> State:
-    """Substring replacements in order, for tests that need a network's own names."""
-
-    def rename(name: str) -> str:
-        for old, new in rules:
-            name = name.replace(old, new)
-        return name
-
-    return {rename(name): tensor for name, tensor in state.items()}
-
-
-Write = Callable[[Path], None]

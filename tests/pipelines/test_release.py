@@ -1,0 +1,250 @@
+"""A complete published release, in tiny: found, loaded, run, and the same frames by every road."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from avatarctl.cli import app
+from avatarctl.events import Event, Notice
+from avatarctl.family import Modules
+from avatarctl.media import load_picture, open_sound
+from avatarctl.pipelines.infer import generate, load
+from avatarctl.pipelines.job import Job, JobPlan, check_job
+from avatarctl.registry import Row, configure
+from avatarctl.weights.model_row import row_named
+from tests.helpers_video import count_frames
+from tests.pipelines import assembled_by_hand as by_hand
+from tests.pipelines import tiny_release as tiny
+
+SETTINGS = ("output.width=32", "output.height=32", "sampling.steps=2", "long_video.num_frames=5",
+            "long_video.overlap_frames=1", "runtime.dtype=float32")  # fmt: skip
+
+
+class Place:
+    """A release on the disk, and what a run of it needs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.root = folder, folder / "weights"
+        self.release = tiny.tiny_release()
+        self.release.write(self.root)
+        self.base, self.adapter = self.root / "Wan2.1-T2V-14B", self.root / "OmniAvatar-14B"
+        self.face, self.voice = folder / "face.png", folder / "voice.wav"
+        random = np.random.default_rng(0)
+        Image.fromarray(random.integers(0, 255, (48, 40, 3), np.uint8)).save(self.face)
+        soundfile.write(self.voice, random.standard_normal(3_200).astype(np.float32) * 0.1, 16_000)
+
+    def plan(self, model: str, *assignments: str) -> tuple[Row, Job, JobPlan, list[Event]]:
+        events: list[Event] = []
+        cfg = configure(
+            f"model.name={model}", f"model.weights_root={self.root}", *SETTINGS, *assignments,
+            row_named=row_named,
+        )  # fmt: skip
+        row = row_named(model)
+        job = Job(load_picture(str(self.face)), open_sound(str(self.voice)), "a person.", "")
+        return row, job, check_job(cfg, row, job, events.append), events
+
+    def modules(self, model: str = "omniavatar-14b", *assignments: str) -> Modules:
+        row, _, plan, events = self.plan(model, *assignments)
+        return load(row, plan, emit=events.append)
+
+    def frames(self, model: str, *assignments: str, modules: Modules | None = None) -> Tensor:
+        """[3, n, 32, 32] of a whole run."""
+        row, job, plan, _ = self.plan(model, *assignments)
+        return torch.cat([block.pixels for block in generate(row, job, plan, modules=modules)], dim=1)
+
+    def cli(self, *words: str | Path) -> Result:
+        return CliRunner().invoke(app, list(map(str, words)), prog_name="avatarctl")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(tmp_path_factory.mktemp("release"))
+
+
+@pytest.fixture(scope="module")
+def published(place: Place) -> Tensor:
+    return place.frames("omniavatar-14b")
+
+
+def state(modules: Modules) -> dict[str, Tensor]:
+    assert isinstance(modules.dit, nn.Module)
+    return modules.dit.state_dict()
+
+
+def test_the_names_of_the_vae_are_those_of_the_recorded_one() -> None:
+    from safetensors import safe_open
+
+    with safe_open(Path(__file__).parents[1] / "golden/omniavatar/vae.safetensors", "pt") as file:
+        recorded = {
+            name.removeprefix("state."): tuple(file.get_slice(name).get_shape())
+            for name in file.keys()  # noqa: SIM118
+            if name.startswith("state.")
+        }
+    assert tiny.vae_shapes(base=4) == recorded
+
+
+def test_a_release_runs_to_a_video(place: Place, tmp_path: Path) -> None:
+    out = tmp_path / "clip.mp4"
+    result = place.cli(
+        "infer", "--model", "omniavatar-14b", "--weights-root", place.root, "--image", place.face, "--audio",
+        place.voice, "--size", "64x64", "--steps", "2", "--num-frames", "5", "--overlap", "1", "--out", out,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    assert count_frames(out) == 6  # 3200 / 640, and one of silence: audio offset 1
+    assert "published with width 5120; these weights have 48" in result.stderr
+    for part in ("text encoder", "VAE", "sound encoder", "transformer"):
+        assert f"loading the {part}" in result.stderr
+
+
+def test_frames_are_those_of_networks_put_together_by_hand(place: Place, published: Tensor) -> None:
+    expected = place.frames("omniavatar-14b", modules=by_hand.modules(place.release, place.root))
+    assert published.shape == (3, 6, 32, 32)
+    assert published.std() > 0.01 and (published[:, 1:] - published[:, :-1]).abs().max() > 1e-3
+    torch.testing.assert_close(published, expected, atol=1e-4, rtol=0)
+
+
+def test_the_adapter_matters(place: Place, published: Tensor) -> None:
+    """So that equal frames mean something: without the low-rank updates they are others."""
+    parts = by_hand.modules(place.release, place.root)
+    bare = by_hand.merged(place.release) | {
+        name: tensor for name, tensor in place.release.base.items() if name.startswith("blocks.")
+    }
+    parts.dit = by_hand.transformer(bare)
+    assert (place.frames("omniavatar-14b", modules=parts) - published).abs().max() > 1e-2
+
+
+CONVERSIONS = {
+    "original model": ("--merge-lora", "--base"),
+    "diffusers model": ("--merge-lora", "--to", "diffusers", "--base"),
+    "comfyui model": ("--merge-lora", "--to", "comfyui", "--base"),
+    "original adapter": ("--to", "original"),
+    "diffusers adapter": ("--to", "diffusers"),
+    "peft adapter": ("--to", "peft"),
+    "comfyui adapter": ("--to", "comfyui"),
+}
+
+
+@pytest.mark.parametrize("kind", CONVERSIONS)
+def test_the_same_frames_after_conversion(kind: str, place: Place, published: Tensor, tmp_path: Path) -> None:
+    flags, out = CONVERSIONS[kind], tmp_path / ("x.safetensors" if kind == "comfyui adapter" else "x")
+    converted = place.cli(
+        "convert-ckpt", place.adapter, "--out", out, *flags, *((place.base,) if "--base" in flags else ())
+    )
+    assert converted.exit_code == 0, converted.stderr
+    base = () if "--base" in flags else (f"model.weights.dit={place.base}",)
+    row = row_named(str(out))
+    assert (row.family, row.defaults["model.channels"], row.defaults["model.audio_offset"]) == (
+        "omniavatar", 33, 1,
+    )  # fmt: skip
+    assert torch.equal(place.frames(str(out), *base), published)
+
+
+def test_parts_named_one_by_one(place: Place, published: Tensor, tmp_path: Path) -> None:
+    """The whole release under other names and in other folders, with no root that holds it."""
+    full = tmp_path / "mine"
+    full.mkdir()
+    save_file(by_hand.merged(place.release), full / "any-name.safetensors")
+    tiny.write_json(full / "config.json", {"num_heads": 2})
+    for name, source in (("t5.pth", "models_t5_umt5-xxl-enc-bf16.pth"), ("v.pth", "Wan2.1_VAE.pth")):
+        (tmp_path / name).write_bytes((place.base / source).read_bytes())
+    tiny.write_tokenizer(tmp_path / "google" / "umt5-xxl")
+    words = [
+        f"model.weights.{part}={path}"
+        for part, path in (
+            ("text", tmp_path / "t5.pth"), ("vae", tmp_path / "v.pth"),
+            ("audio", place.root / "wav2vec2-base-960h"),
+        )
+    ]  # fmt: skip
+    elsewhere = f"model.weights_root={tmp_path / 'nothing'}"
+    frames = place.frames(str(full), elsewhere, *words)
+    torch.testing.assert_close(frames, published, atol=1e-4, rtol=0)
+    words.append(f"model.weights.dit={full}")
+    assert torch.equal(place.frames("omniavatar-14b", elsewhere, *words), frames)
+
+
+def test_bfloat16_with_float32_islands(place: Place) -> None:
+    loaded = state(place.modules("omniavatar-14b", "runtime.dtype=bfloat16"))
+    expected = by_hand.transformer(by_hand.merged(place.release)).state_dict()
+    islands = {name for name, tensor in loaded.items() if tensor.dtype == torch.float32}
+    for name, tensor in loaded.items():
+        words = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
+        assert (name in islands) == any(word in name.split(".") for word in words), name
+        # Merged in float32 and rounded once; the sum may fall on the other side of a rounding boundary.
+        torch.testing.assert_close(
+            tensor.float(), expected[name].to(tensor.dtype).float(), rtol=1e-2, atol=1e-6
+        )
+        if tensor.dtype == torch.bfloat16:
+            assert (tensor == expected[name].bfloat16()).float().mean() > 0.999
+    assert len(islands) == 2 * 2 + 1 + tiny.LAYERS * 3
+
+
+def lora_file(path: Path, scale: float, seed: int) -> Path:
+    """A LoRA of one projection in ComfyUI's names; the update is scale * B @ A of `lora_update`."""
+    a, b = lora_update(seed)
+    module = "diffusion_model.blocks.1.self_attn.q"
+    alpha = torch.tensor(scale * a.shape[0])
+    save_file({f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b, f"{module}.alpha": alpha}, path)
+    return path
+
+
+def lora_update(seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, 48, generator=generator), torch.randn(48, 2, generator=generator)
+
+
+def test_loras_add_up_with_their_scales(place: Place, tmp_path: Path) -> None:
+    one = lora_file(tmp_path / "one.safetensors", 1.0, 1)
+    two = lora_file(tmp_path / "two.safetensors", 0.5, 2)
+    row, _, plan, events = place.plan("omniavatar-14b")
+    before = state(load(row, plan))
+    model = replace(plan.cfg.model, lora=(f"{one}:0.8", f"{two}:-1e-1"))
+    after = state(load(row, replace(plan, cfg=replace(plan.cfg, model=model)), emit=events.append))
+    target = "blocks.1.attn1.to_q.weight"
+    assert {name for name in after if not torch.equal(after[name], before[name])} == {target}
+    (a1, b1), (a2, b2) = lora_update(1), lora_update(2)
+    expected = before[target] + 0.8 * 1.0 * (b1 @ a1) - 0.1 * 0.5 * (b2 @ a2)
+    torch.testing.assert_close(after[target], expected)
+    notices = [event.text for event in events if isinstance(event, Notice)]
+    lines = [text for text in notices if text.startswith("lora ")]
+    assert [line.partition(" (")[0] for line in lines] == [
+        f"lora {one}: 1 target at scale 0.8 x 1",
+        f"lora {two}: 1 target at scale -0.1 x 0.5",
+    ]
+    assert all("alpha" in line for line in lines), "the rule that gave the scale"
+
+
+def test_a_dry_run_and_a_run_file_know_loras(place: Place, tmp_path: Path) -> None:
+    one = lora_file(tmp_path / "one.safetensors", 1.0, 1)
+    words = ("infer", "--model", "omniavatar-14b", "--weights-root", place.root, "--image", place.face,
+             "--audio", place.voice, "--lora", f"{one}:0.8", "--dry-run")  # fmt: skip
+    result = place.cli(*words)
+    assert result.exit_code == 0, result.stderr
+    assert f"lora {one}: 1 target" in result.stderr
+
+
+def test_a_lora_on_the_built_in_model(place: Place, tmp_path: Path) -> None:
+    """The same road as files: only its target changes, by exactly the scaled product."""
+    path = tmp_path / "cartoon.safetensors"
+    generator = torch.Generator().manual_seed(3)
+    a, b = torch.randn(2, 96, generator=generator), torch.randn(96, 2, generator=generator)
+    save_file({"blocks.0.self_attn.q.lora_A.weight": a, "blocks.0.self_attn.q.lora_B.weight": b}, path)
+    plain, changed = (
+        state(place.modules("cartoon-i2v")),
+        state(place.modules("cartoon-i2v", f"model.lora={path}")),
+    )
+    assert plain.keys() == changed.keys()
+    different = [name for name in plain if not torch.equal(plain[name], changed[name])]
+    assert different == ["blocks.0.attn1.to_q.weight"]
+    # No alpha and OmniAvatar's naming: the published ratio.
+    expected = plain[different[0]] + 0.5 * (b @ a)
+    torch.testing.assert_close(changed[different[0]], expected)
