@@ -201,6 +201,10 @@ def _place(name: str, flat: bool, translate: _Translator) -> Placed | None:
     for pattern, role in _ROLES:
         if match := pattern.fullmatch(name):
             module = translate.module(match["module"], flat)
+            if module is None and role == "diff" and not flat and not match.groupdict().get("bias"):
+                # A parameter that is no module's weight: ComfyUI writes blocks.0.modulation.diff.
+                parameter = translate.tensor(match["module"])
+                return None if parameter is None else Placed(role, parameter)
             if module is None:
                 break
             if role == "diff":

@@ -13,6 +13,7 @@ import pytest
 from avatarctl.errors import UnusableWeights
 from avatarctl.events import Event, Notice, silent
 from avatarctl.weights.checkpoint import Checkpoint, LowRank
+from avatarctl.weights.export import export
 from avatarctl.weights.extract import extract_low_rank
 from avatarctl.weights.merge import merge_adapter
 from avatarctl.weights.recognise import recognise
@@ -159,6 +160,19 @@ def test_biases_norms_and_modulation_become_differences() -> None:
     assert set(found.differences) == set(names) and not found.low_rank
     for name in names:
         np.testing.assert_array_equal(read_whole(found.differences[name]), changed[name] - arrays[name])
+
+
+def test_differences_survive_the_only_naming_that_holds_them() -> None:
+    """Biases, norms and parameters that are no module's weight, as ComfyUI writes them."""
+    arrays = values(BASE, 1)
+    changed = {name: array + 0.25 for name, array in arrays.items()}
+    found = extract_low_rank(checkpoint(changed), checkpoint(arrays), emit=silent)
+    path = Path("lora.safetensors")
+    again = recognise(RawWeights(path, (path,), "safetensors", export(found, "comfyui").tensors))
+    assert not again.unknown
+    assert again.low_rank.keys() == found.low_rank.keys()
+    assert again.differences.keys() == found.differences.keys()
+    assert {"blocks.2.modulation", "head.modulation", "head.head.bias"} < again.differences.keys()
 
 
 def test_one_changed_audio_tensor_brings_all_that_adapters_carry_whole() -> None:
