@@ -176,7 +176,7 @@ class _Shard:
             file.write(self.header())
             for name, info, block in stack.enter_context(closing(_read_ahead(self.tensors))):
                 if not allow_nonfinite and nonfinite(block, info.dtype):
-                    raise _not_finite(name, info, self.path)
+                    raise _not_finite(name, info, self)
                 _write_block(file, block)
                 meter.add(block.nbytes)
                 hashes.check()
@@ -245,11 +245,12 @@ def _write_block(file: BinaryIO, block: Array) -> None:
     file.write(block.view(np.uint8).data)
 
 
-def _not_finite(name: str, info: TensorInfo, path: Path) -> UnusableWeights:
+def _not_finite(name: str, info: TensorInfo, shard: _Shard) -> UnusableWeights:
+    """Names what is to blame: the file that was read, where there is one."""
     cut = name if len(name) <= _NAME_CHARS else name[:_NAME_CHARS] + "…"
     return UnusableWeights(
-        f"not written, tensor {cut} ({info}) holds NaN or infinity",
-        where=path,
+        f"tensor {cut} ({info}) holds NaN or infinity; {shard.path.name} is not written",
+        where=shard.sources[0] if len(shard.sources) == 1 else shard.path,
         fix="--allow-nonfinite writes it as it is",
     )
 
