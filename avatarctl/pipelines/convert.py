@@ -18,7 +18,14 @@ from typing import Any, Final
 from avatarctl.atomic import atomic_path, atomic_write_text
 from avatarctl.errors import AvatarctlError, OutputRefused, UnusableWeights, UsageError
 from avatarctl.events import BytesMoved, Emit, Stage
-from avatarctl.pipelines.convert_steps import Step, change_channels, change_dtype, extract, merge
+from avatarctl.pipelines.convert_steps import (
+    Step,
+    change_channels,
+    change_dtype,
+    extract,
+    merge,
+    plain_name,
+)
 from avatarctl.weights.checkpoint import Checkpoint
 from avatarctl.weights.export import Export, Target, export, with_release_config
 from avatarctl.weights.metadata import config_of, file_metadata, read_own
@@ -138,7 +145,7 @@ def plan_conversion(request: ConvertRequest, emit: Emit) -> ConvertPlan:
         checkpoint = steps[-1].checkpoint
     did += [step.line for step in steps]
     operations += [step.operation for step in steps if step.operation]
-    operations.append({"operation": "write", "to": request.to, "source": source.path.name})
+    operations.append({"operation": "write", "to": request.to, "source": plain_name(source)})
     checkpoint = with_release_config(checkpoint)
     exported = export(checkpoint, request.to)
     _check_layout(request, checkpoint, exported)
@@ -163,7 +170,7 @@ def preview_conversion(request: ConvertRequest, emit: Emit) -> dict[str, Any]:
     assert base is not None
     did = (
         f"read: {_described(source)}",
-        f"would extract the difference from {base.path.name} ({base.variant})",
+        f"would extract the difference from {plain_name(base)} ({base.variant})",
     )
     return _summary(request, None, None, None, did)
 
@@ -199,7 +206,11 @@ def _read(path: Path) -> Checkpoint:
             fix="--inspect shows what it holds",
         )
     require_complete(checkpoint)
-    return replace(checkpoint, config=config_of(checkpoint))
+    try:
+        return replace(checkpoint, config=config_of(checkpoint))
+    except UnusableWeights as error:  # damaged metadata of our own
+        error.where = path
+        raise
 
 
 def _described(checkpoint: Checkpoint) -> str:
@@ -222,6 +233,8 @@ def _check_names(request: ConvertRequest) -> None:
             where="--out",
             fix="name a .safetensors file or a folder",
         )
+    if out.suffix.lower() == _SUFFIX and not _is_file(out):
+        raise UsageError(f"the suffix is {_SUFFIX}, in lower case", where="--out")
     if _is_file(out) and request.shard_bytes is not None:
         raise UsageError(
             "shards need a folder", where="--shard-size", fix=f"--out {out.with_suffix('').name}"

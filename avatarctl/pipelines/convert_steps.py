@@ -17,7 +17,7 @@ from avatarctl.weights.merge import merge_adapter, refuse_other_conventions
 from avatarctl.weights.sizes import variant_of
 from avatarctl.weights.transforms import cast, drop_channels, widen_channels
 
-__all__ = ["DTYPE_NAMES", "Step", "change_channels", "change_dtype", "extract", "merge"]
+__all__ = ["DTYPE_NAMES", "Step", "change_channels", "change_dtype", "extract", "merge", "plain_name"]
 
 DTYPE_NAMES: Final[Mapping[str, str]] = {
     "float32": "F32", "bfloat16": "BF16", "float16": "F16", "fp32": "F32", "bf16": "BF16", "fp16": "F16",
@@ -40,6 +40,11 @@ class Step:
     operation: Mapping[str, Any]
 
 
+def plain_name(checkpoint: Checkpoint) -> str:
+    """Name of the file or folder that was read, without the folders above it."""
+    return checkpoint.path.name or checkpoint.path.resolve().name
+
+
 def merge(adapter: Checkpoint, base: Checkpoint, strength: float, dtype: str | None) -> Step:
     """`adapter` merged into `base`. dtype: as `merge_adapter` takes it.
 
@@ -48,8 +53,8 @@ def merge(adapter: Checkpoint, base: Checkpoint, strength: float, dtype: str | N
     merged = merge_adapter(base, adapter, strength, dtype)
     operation = {
         "operation": "merge",
-        "base": base.path.name,
-        "adapter": adapter.path.name,
+        "base": plain_name(base),
+        "adapter": plain_name(adapter),
         "strength": strength,
         "scale": adapter.scale_rule,
     }
@@ -60,7 +65,7 @@ def merge(adapter: Checkpoint, base: Checkpoint, strength: float, dtype: str | N
     )
     changes = ", ".join(f"{count} {what}" for count, what in parts if count)
     factor = "" if strength == 1 else f", strength {strength:g}"
-    return Step(merged, f"merged into {base.path.name} ({base.variant}): {changes}{factor}", operation)
+    return Step(merged, f"merged into {plain_name(base)} ({base.variant}): {changes}{factor}", operation)
 
 
 def extract(model: Checkpoint, base: Checkpoint, rank: int | None, emit: Emit) -> Step:
@@ -69,8 +74,8 @@ def extract(model: Checkpoint, base: Checkpoint, rank: int | None, emit: Emit) -
         refuse_other_conventions(model, base)
     adapter = extract_low_rank(model, base, rank=rank, emit=emit)
     adapter = replace(adapter, variant=variant_of("adapter", adapter.layout, adapter.sizes))
-    operation = {"operation": "extract", "model": model.path.name, "base": base.path.name}
-    return Step(adapter, f"extracted: the difference from {base.path.name} ({base.variant})", operation)
+    operation = {"operation": "extract", "model": plain_name(model), "base": plain_name(base)}
+    return Step(adapter, f"extracted: the difference from {plain_name(base)} ({base.variant})", operation)
 
 
 def change_channels(checkpoint: Checkpoint, wanted: int, *, drop: bool) -> Step:
@@ -95,7 +100,7 @@ def change_channels(checkpoint: Checkpoint, wanted: int, *, drop: bool) -> Step:
         return Step(checkpoint, f"channels: {held} already", {})
     if wanted < held and not drop:
         raise UsageError(
-            f"{checkpoint.path.name} has {held} input channels, and {wanted} would lose some",
+            f"{plain_name(checkpoint)} has {held} input channels, and {wanted} would lose some",
             where="--channels",
             fix="--drop-channels does so",
         )

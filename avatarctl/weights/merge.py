@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final
 
-from avatarctl.errors import UnusableWeights
+from avatarctl.errors import UnusableWeights, printable
 from avatarctl.weights.checkpoint import Checkpoint
 from avatarctl.weights.layout import Sizes, WeightLayout
 from avatarctl.weights.metadata import config_of, mismatch
@@ -180,6 +180,6 @@ def _check_complete(
 def _metadata(base: Checkpoint, adapter: Checkpoint) -> dict[str, str]:
     """What both files say, the adapter's word first, with the names of both."""
     both = {**base.metadata, **adapter.metadata}
-    names = ", ".join(file.name for file in (*base.files[:1], *adapter.files[:1]))
+    names = ", ".join(printable(file.name) for file in (*base.files[:1], *adapter.files[:1]))
     kept = {key: value for key, value in both.items() if key not in _STALE}
     return kept | {"modelspec.merged_from": names} if names else kept

@@ -395,6 +395,21 @@ def test_incomplete_and_unknown_tensors_are_named(tmp_path: Path) -> None:
         convert(tmp_path / "more.safetensors", tmp_path / "out")
 
 
+def test_damaged_metadata_is_told_with_the_file(tmp_path: Path) -> None:
+    source = tmp_path / "edited.safetensors"
+    save_file(release.omniavatar_state(), source, {"avatarctl.operations": "{"})
+    with pytest.raises(UnusableWeights, match=r"edited\.safetensors: .*avatarctl\.operations"):
+        convert(source, tmp_path / "out")
+
+
+def test_a_source_called_by_a_dot_has_a_name(
+    omni: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(omni)
+    convert(Path(), tmp_path / "out")
+    assert read_own(read_checkpoint(tmp_path / "out").metadata).operations[-1]["source"] == "omni"
+
+
 def test_encoders_are_named_and_not_converted(tmp_path: Path) -> None:
     save_file({"encoder.conv1.weight": torch.ones(2, 2)}, tmp_path / "vae.safetensors")
     with pytest.raises(UnusableWeights, match="is Wan VAE: only"):
@@ -451,6 +466,7 @@ def test_a_failure_in_the_second_file_leaves_no_first_one(tmp_path: Path) -> Non
         ("x", {"shard_bytes": 10**6}, "adapters are one file"),
         ("x.pt", {}, r"\.pt files are not written"),
         ("x.gguf", {}, r"\.gguf files are not written"),
+        ("x.SafeTensors", {}, "in lower case"),
     ],
 )
 def test_combinations_that_nobody_could_read(
