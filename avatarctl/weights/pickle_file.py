@@ -24,7 +24,7 @@ import numpy as np
 
 from avatarctl.errors import EnvironmentMissing, UnusableWeights
 from avatarctl.weights.pickle_scan import MAX_PICKLE, code_refused, is_plain_pickle, scan_pickle
-from avatarctl.weights.safetensors_file import refuse_placeholder
+from avatarctl.weights.safetensors_file import is_possible_shape, refuse_placeholder
 from avatarctl.weights.state_dict import open_wrappers, tensors_in
 from avatarctl.weights.strict_json import clip, file_size
 from avatarctl.weights.tensors import DTYPES, Array, ArrayTensor, FileTensor, Tensor, TensorInfo
@@ -46,6 +46,9 @@ _ZIP: Final = (b"PK\x03\x04", b"PK\x05\x06")
 
 _LEGACY_PICKLES: Final = 5
 """magic number, protocol version, system, the object, names of the storages"""
+
+_NUMBERS: Final = ("version", ".format_version", ".storage_alignment")
+"""Records of a zip archive that hold one positive number."""
 
 _TORCH_NAMES: Final = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
@@ -137,17 +140,7 @@ def _refuse_other_things(start: bytes, file: BinaryIO, path: Path) -> None:
 
 def _read_zip(file: BinaryIO, size: int, path: Path) -> PickleFile:
     records = read_records(file, size, path)
-    for name, allowed in (("byteorder", b"little"), ("data.pkl", None)):
-        if not (record := records.get(name)):
-            continue
-        if record.size > MAX_PICKLE:
-            raise UnusableWeights(f"refused: {name} is too large ({record.size} bytes)", where=path)
-        file.seek(record.offset)
-        data = file.read(record.size)
-        if allowed is None:
-            scan_pickle(io.BytesIO(data), path)
-        elif data != allowed:
-            raise UnusableWeights(f"has the byte order {clip(data, 20)}; only little is read", where=path)
+    _check_small_records(file, records, path)
     file.seek(0)
     loaded = _torch_load(file, path, map_location="meta")
     tensors, notes = open_wrappers(loaded, path)
@@ -155,6 +148,26 @@ def _read_zip(file: BinaryIO, size: int, path: Path) -> PickleFile:
     placed = [_lazy(name, tensor, storages, path) for name, tensor in tensors.items()]
     placed.sort(key=lambda item: item[0])
     return PickleFile("zip", {name: tensor for _, name, tensor in placed}, notes)
+
+
+def _check_small_records(file: BinaryIO, records: Mapping[str, Record], path: Path) -> None:
+    """Looks at what torch reads whole: the pickle, and a few numbers that it believes.
+
+    An alignment of 0, for instance, ends the process with an arithmetic exception (torch 2.13).
+    """
+    for name, record in records.items():
+        if name.startswith("data/"):
+            continue
+        if record.size > MAX_PICKLE:
+            raise UnusableWeights(f"refused: record {clip(name)} has {record.size} bytes", where=path)
+        file.seek(record.offset)
+        content = file.read(record.size)
+        if name == "data.pkl":
+            scan_pickle(io.BytesIO(content), path)
+        elif name == "byteorder" and content != b"little":
+            raise UnusableWeights(f"has the byte order {clip(content, 20)}; only little is read", where=path)
+        elif name in _NUMBERS and not re.fullmatch(rb"[1-9][0-9]{0,6}\n?", content):
+            raise UnusableWeights(f"corrupt: record {name} holds {clip(content, 20)}", where=path)
 
 
 def _lazy(
@@ -169,11 +182,15 @@ def _lazy(
             f"torch {torch.__version__} does not say where in a file a tensor lies", where=path,
             fix="install torch 2.13 to read this format",
         )  # fmt: skip
-    record = storages.get(offset)
-    if record is None or record.size != storage.nbytes():
-        held = 0 if record is None else record.size
-        raise _broken(name, f"has a storage of {storage.nbytes()} bytes, its record holds {held}", path)
-    info, strides, first, extent = _geometry(name, tensor, storage.nbytes(), path)
+    if (record := storages.get(offset)) is None:
+        raise UnusableWeights(
+            f"corrupt or repacked: the storage of {clip(name)!r} is not where torch.save puts it", where=path,
+            fix="load and save it again with torch",
+        )  # fmt: skip
+    size = storage.nbytes()
+    if record.size != size:
+        raise _broken(name, f"has a storage of {size} bytes, its record holds {record.size}", path)
+    info, strides, first, extent = _geometry(name, tensor, size, path)
     begin = record.offset + first * DTYPES[info.dtype].itemsize
     if tensor.is_contiguous():
         return begin, name, FileTensor(path, begin, info)
@@ -192,6 +209,9 @@ def _geometry(
     if (dtype := _TORCH_NAMES.get(str(tensor.dtype).removeprefix("torch."))) is None:
         raise _broken(name, f"has the unsupported dtype {tensor.dtype}", path)
     info = TensorInfo(dtype, tuple(tensor.shape))
+    # torch checks no shape on the meta device: there it may be negative.
+    if not is_possible_shape(info.shape, DTYPES[dtype].itemsize):
+        raise _broken(name, f"has the impossible shape {clip(list(info.shape), 60)}", path)
     strides = tuple(torch.Tensor.stride(tensor))
     first = int(torch.Tensor.storage_offset(tensor))
     held = storage_bytes // DTYPES[dtype].itemsize
@@ -259,6 +279,8 @@ def _torch_load(file: BinaryIO, path: Path, map_location: str | None = None) -> 
             raise code_refused(forbidden[1], path) from error
         if lost := re.search(r"failed locating file ([^\s:]+)", text):
             what = f"corrupt: the storage record {clip(lost[1])} is missing"
+        elif "expected key '0'" in text:
+            what = "corrupt: the first storage record, data/0, is missing or not the first"
         else:
             first = next(iter(text.splitlines()), "")
             what = f"corrupt or unsupported: torch cannot read it ({type(error).__name__}: {clip(first)})"

@@ -18,8 +18,8 @@ from avatarctl.weights.strict_json import clip
 
 __all__ = ["MAX_PICKLE", "code_refused", "is_plain_pickle", "scan_pickle"]
 
-MAX_PICKLE: Final = 8 << 20
-"""Bytes of a pickle without its tensors. One byte may become an object of 64; 1100 tensors take 0.2 MB."""
+MAX_PICKLE: Final = 4 << 20
+"""Bytes of a pickle without its tensors. One byte may become an object of 100; 1100 tensors take 0.2 MB."""
 
 MAX_OBJECTS: Final = 200_000
 """Calls and storages in a pickle: three bytes of it may become a storage object of a kilobyte."""

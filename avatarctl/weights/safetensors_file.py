@@ -8,7 +8,7 @@ of safetensors 0.8). Only the header is read here; tensors are lazy.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -17,7 +17,7 @@ from avatarctl.errors import UnusableWeights
 from avatarctl.weights.strict_json import clip, file_size, parse_object
 from avatarctl.weights.tensors import DTYPES, FileTensor, TensorInfo
 
-__all__ = ["Header", "read_header", "refuse_placeholder"]
+__all__ = ["Header", "is_possible_shape", "read_header", "refuse_placeholder"]
 
 MAX_HEADER: Final = 32 << 20
 """Bytes of a header. The format allows 100 MB, but two characters of JSON become up to 64 bytes of Python
@@ -104,6 +104,14 @@ def refuse_placeholder(start: bytes, path: Path) -> None:
         )  # fmt: skip
 
 
+def is_possible_shape(shape: Sequence[int], itemsize: int) -> bool:
+    """Whether an array may have this shape: no negative sizes, and a size that fits into 63 bits even
+    where another dimension is 0. itemsize: bytes of an element."""
+    if len(shape) > MAX_DIMENSIONS or not all(0 <= size <= _LARGEST for size in shape):
+        return False
+    return math.prod(size for size in shape if size) * itemsize <= _LARGEST
+
+
 def _metadata(value: object, path: Path) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise UnusableWeights("the header is invalid: __metadata__ holds strings only", where=path)
@@ -125,19 +133,20 @@ def _entry(name: str, value: Any, path: Path) -> _Span:
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise refuse(f"has the unknown dtype {clip(dtype, 30)!r}")
-    if not isinstance(shape, list) or not all(type(size) is int and 0 <= size <= _LARGEST for size in shape):
+    if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
         raise refuse("has a shape that is not a list of non-negative integers")
-    if len(shape) > MAX_DIMENSIONS:
-        raise refuse(f"has a shape of {len(shape)} dimensions")
+    if not is_possible_shape(shape, DTYPES[dtype].itemsize):
+        raise refuse(
+            f"has the shape {clip(shape, 60)}: too many or too large dimensions, which would overflow"
+        )
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(at) is int for at in offsets):
         raise refuse("has data_offsets that are not two integers")
     begin, end = offsets
     if not 0 <= begin <= end <= _LARGEST:
         raise refuse(f"has impossible data_offsets [{clip(begin, 25)}, {clip(end, 25)}]")
     if (needed := math.prod(shape) * DTYPES[dtype].itemsize) != end - begin:
-        text = needed if needed <= _LARGEST else "more than 2^63"
         raise refuse(
-            f"has the shape {clip(shape, 60)}, which takes {text} bytes of {dtype}, "
+            f"has the shape {clip(shape, 60)}, which takes {needed} bytes of {dtype}, "
             f"but its offsets hold {end - begin}"
         )
     return _Span(name, TensorInfo(dtype, tuple(shape)), begin, end)

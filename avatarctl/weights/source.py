@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from avatarctl.errors import UnusableWeights
+from avatarctl.errors import UnusableWeights, printable
 from avatarctl.weights.pickle_file import is_pickle, read_pickle
 from avatarctl.weights.safetensors_file import read_header
 from avatarctl.weights.strict_json import clip, file_size, read_object
@@ -87,9 +87,8 @@ def open_weights(path: Path) -> RawWeights:
     raw = _read_index(chosen) if chosen.name.endswith(INDEX_SUFFIXES) else _with_companion(_read_file(chosen))
     config_path = _config_beside(chosen, anything=chosen != path)
     config = read_object(config_path, MAX_CONFIG) if config_path else {}
-    return replace(
-        raw, path=path, config=config, config_path=config_path, notes=(*notes, *dict.fromkeys(raw.notes))
-    )
+    told = tuple(printable(note) for note in dict.fromkeys((*notes, *raw.notes)))
+    return replace(raw, path=path, config=config, config_path=config_path, notes=told)
 
 
 def _is_folder(path: Path) -> bool:
@@ -217,8 +216,8 @@ def _choose(folder: Path, notes: list[str]) -> Path:
         raise UnusableWeights(f"cannot be read: {error.strerror}", where=folder) from error
     names = {entry.name for entry in inside}
     if "model_index.json" in names and (folder / "transformer").is_dir():
-        others = [name for name in sorted(names) if name.startswith("transformer") and name != "transformer"]
-        aside = f"; not {', '.join(others)}" if others else ""
+        more = [name for name in sorted(names) if re.fullmatch(r"transformer.+", name)]
+        aside = f"; not {', '.join(more)}" if more else ""
         notes.append(f"a diffusers pipeline: read its folder transformer{aside}")
         return _choose(folder / "transformer", notes)
     sets = _weight_sets(inside)
@@ -236,8 +235,8 @@ def _choose(folder: Path, notes: list[str]) -> Path:
         raise UnusableWeights(
             f"holds several weight files: {_listed(sets)}", where=folder, fix="name the one you mean"
         )
-    if aside := [path for path in sets if path != chosen]:
-        notes.append(f"read {chosen.name}; beside it, not read: {_listed(aside)}")
+    if others := [path for path in sets if path != chosen]:
+        notes.append(f"read {chosen.name}; beside it, not read: {_listed(others)}")
     return chosen
 
 
