@@ -158,14 +158,17 @@ def _bytes(text: str) -> int:
 
 def _inspect(source: Path, as_json: bool) -> None:
     from avatarctl.weights.describe import describe, lines
-    from avatarctl.weights.recognise import read_checkpoint
+    from avatarctl.weights.recognise import read_checkpoint, require_complete
 
-    description = describe(read_checkpoint(source))
+    checkpoint = read_checkpoint(source)
+    description = describe(checkpoint)
     if as_json:
         click.echo(json.dumps(description, ensure_ascii=True))
-        return
-    for line in lines(description):
-        click.echo(printable(line))
+    else:
+        for line in lines(description):
+            click.echo(printable(line))
+    if checkpoint.missing:  # shown all the same: what is there may tell why; unknown tensors are listed only
+        require_complete(checkpoint)
 
 
 def _dry_run(request: ConvertRequest, as_json: bool, screen: Screen) -> None:

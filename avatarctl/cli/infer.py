@@ -21,7 +21,7 @@ from avatarctl.config import Resolved, RunConfig, dump_run, require_supported, v
 from avatarctl.errors import NotYetSupported, OutputRefused, UsageError, WeightsMissing, printable
 from avatarctl.events import Notice
 from avatarctl.registry import COMPAT, NOT_YET, ROWS, Row, Wanted
-from avatarctl.weights.assemble import assemble
+from avatarctl.weights.assemble import assemble, open_model
 from avatarctl.weights.loras import absolute_lora
 from avatarctl.weights.model_row import row_named
 from avatarctl.weights.sources import Sources, find_sources, missing_line
@@ -116,6 +116,9 @@ def _dry_run(request: Request, row: Row, job: Job, sources: Sources, screen: Scr
     plan = check_job(cfg, row, job, screen)
     if sources.dit and not missing:
         assemble(row, sources, cfg.model, screen)  # reads headers: do the files belong together?
+    else:
+        for lora in sources.loras:
+            open_model(lora.path)
     for problem in environment_problems(row, plan):
         screen(Notice(f"a run would end with exit 4: {problem}", "warning"))
     summary = plan.summary()

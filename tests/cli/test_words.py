@@ -13,7 +13,10 @@ from avatarctl.config import COMMAND_SECTIONS, keys
 from avatarctl.registry import ROWS
 
 Run = Callable[..., Result]
-COMMANDS = [(), ("infer",), ("models",), ("models", "list"), ("models", "show")]
+COMMANDS = [
+    (), ("infer",), ("convert-ckpt",), ("models",), ("models", "list"), ("models", "show"), ("models", "pull"),
+    ("models", "verify"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])
@@ -65,7 +68,7 @@ def test_every_key_that_infer_reads_has_an_option(run: Run) -> None:
     ("words", "says"),
     [
         (("infr",), "no such command 'infr' (did you mean infer?)"),
-        (("zzz",), "no such command 'zzz' (there are infer, models)"),
+        (("zzz",), "no such command 'zzz' (there are infer, convert-ckpt, models)"),
         (("models", "lst"), "did you mean list?"),
         (("models", "show", "cartoon-i2w"), "did you mean cartoon-i2v?"),
         (("models", "show"), "missing argument 'NAME'"),
