@@ -239,6 +239,8 @@ def _wav2vec_config(folder: Path) -> dict[str, Any]:
         if not isinstance(values, list) or not 1 <= len(values) <= _MOST_CONVOLUTIONS:
             raise UnusableWeights(f"{name} is no list of sizes", where=path)
         chosen[name] = tuple(_size(path, name, value) for value in values)
+    if len({len(chosen[name]) for name in _LISTS}) > 1:
+        raise UnusableWeights(f"{', '.join(_LISTS)} differ in length", where=path)
     for name, allowed in _WORDS.items():
         if name in fields:
             if not any(fields[name] is word or fields[name] == word for word in allowed):

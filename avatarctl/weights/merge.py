@@ -128,7 +128,10 @@ def _common_layout(base: Checkpoint, adapter: Checkpoint) -> WeightLayout:
 def _check_shape(base: Checkpoint, adapter: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
     held = base.tensors.get(name)
     if held is None:
-        raise UnusableWeights(f"changes {name[:100]}, which the base {base.path} lacks", where=adapter.path)
+        raise UnusableWeights(
+            f"changes {name[:100]}, which the base {base.path} lacks: {adapter.variant}, {base.variant}",
+            where=adapter.path,
+        )
     if held.info.shape != shape:
         raise UnusableWeights(
             f"changes {name[:100]} as {list(shape)}, and in the base {base.path} it is "

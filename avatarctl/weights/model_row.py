@@ -32,7 +32,7 @@ def row_named(name: str) -> Row:
         for row in ROWS.values():
             if name == row.hub_id:
                 return find_model(row.name)  # says which model uses it
-        if "/" in name or path.suffix:
+        if "/" in name or path.suffix in (".safetensors", ".pt", ".pth", ".bin", ".ckpt"):
             raise PathNotFound("no such file or folder, and no model of this name", where=name)
         return find_model(name)
     return _row_of(path.absolute(), open_model(path))
