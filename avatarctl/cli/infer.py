@@ -21,13 +21,11 @@ from avatarctl.config import Resolved, RunConfig, dump_run, require_supported, v
 from avatarctl.errors import NotYetSupported, OutputRefused, UsageError, WeightsMissing, printable
 from avatarctl.events import Notice
 from avatarctl.registry import COMPAT, NOT_YET, ROWS, Row, Wanted
-from avatarctl.weights.assemble import assemble, open_model
-from avatarctl.weights.loras import absolute_lora
-from avatarctl.weights.model_row import row_named
-from avatarctl.weights.sources import Sources, find_sources, missing_line
 
+# The weights room imports numpy, which `--help` need not wait for: its names come where they are used.
 if TYPE_CHECKING:
     from avatarctl.pipelines.job import Job
+    from avatarctl.weights.sources import Sources
 
 __all__ = ["DEFAULT_MODEL", "infer"]
 
@@ -57,6 +55,9 @@ def infer(**params: Any) -> None:
     Without --model it is the built-in cartoon model, and without --image or --audio its built-in face and
     voice. The path of the video is printed on standard output.
     """
+    from avatarctl.weights.model_row import row_named
+    from avatarctl.weights.sources import find_sources
+
     request = read_request("infer", params, lambda name: row_named(name).for_config, COMPAT, DEFAULT_MODEL)
     cfg = request.resolved.cfg
     require_supported(cfg, "infer", request.resolved.origins)
@@ -90,7 +91,7 @@ def _job(request: Request, row: Row, weights: tuple[Wanted, ...], screen: Screen
     missing = [key for key in ("image", "audio") if getattr(cfg.input, key) is None]
     if missing and row.source != "package" and not request.dry_run:
         if weights:  # the larger obstacle first
-            raise WeightsMissing(missing_line(weights), where=row.name, fix=_pull(row))
+            raise _weights_missing(row, weights)
         raise UsageError(f"{row.name} needs --{missing[0]}")
 
     from avatarctl.demo.sample import sample_picture, sample_sound
@@ -111,6 +112,8 @@ def _job(request: Request, row: Row, weights: tuple[Wanted, ...], screen: Screen
 def _dry_run(request: Request, row: Row, job: Job, sources: Sources, screen: Screen) -> None:
     from avatarctl.pipelines.infer import environment_problems
     from avatarctl.pipelines.job import check_job
+    from avatarctl.weights.assemble import assemble, open_model
+    from avatarctl.weights.sources import missing_line
 
     cfg, missing = request.resolved.cfg, sources.missing
     plan = check_job(cfg, row, job, screen)
@@ -137,7 +140,7 @@ def _run(request: Request, row: Row, job: Job, missing: tuple[Wanted, ...], scre
     cfg = request.resolved.cfg
     path = Path(cfg.output.path) if cfg.output.path else _fresh_path(row)
     if missing:
-        raise WeightsMissing(missing_line(missing), where=row.name, fix=_pull(row))
+        raise _weights_missing(row, missing)
 
     from avatarctl.atomic import atomic_write_text
     from avatarctl.cli.signals import stop_on_signals
@@ -169,6 +172,8 @@ def _from_anywhere(resolved: Resolved, cfg: RunConfig) -> Resolved:
 
     The output's path is in it only if it was asked for: otherwise a repeated run picks a fresh folder.
     """
+    from avatarctl.weights.loras import absolute_lora
+
     asked = dict(resolved.asked)
     sections: dict[str, Any] = {}
     absolute: dict[str, Any] = {dotted: _absolute(value_of(cfg, dotted)) for dotted in _PATHS}
@@ -228,5 +233,8 @@ def _fresh_path(row: Row) -> Path:
     return next(folder for name in names if not (folder := stamp.with_name(name)).exists()) / "video.mp4"
 
 
-def _pull(row: Row) -> str | None:
-    return None if row.source == "path" else f"`avatarctl models pull {row.name}` fetches them"
+def _weights_missing(row: Row, missing: tuple[Wanted, ...]) -> WeightsMissing:
+    from avatarctl.weights.sources import missing_line
+
+    pull = None if row.source == "path" else f"`avatarctl models pull {row.name}` fetches them"
+    return WeightsMissing(missing_line(missing), where=row.name, fix=pull)
