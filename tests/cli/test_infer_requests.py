@@ -95,7 +95,7 @@ def test_missing_inputs_of_a_published_model(
     assert "weights are missing" in refused(4, "infer", "--model", name)
     planned = run("infer", "--model", name, "--dry-run")
     assert planned.exit_code == 0 and "the built-in face" in planned.stderr
-    monkeypatch.setattr("avatarctl.cli.infer.find_sources", lambda *_: Sources())
+    monkeypatch.setattr("avatarctl.weights.sources.find_sources", lambda *_: Sources())
     assert f"{name} needs --image" in refused(2, "infer", "--model", name)
     assert "needs --audio" in refused(2, "infer", "--model", name, "--image", str(face))
 
