@@ -38,15 +38,16 @@ class Record:
 class _Bounded:
     """A file that refuses to be read in one go beyond a bound: zipfile reads as much as the file claims."""
 
-    def __init__(self, file: BinaryIO, path: Path) -> None:
+    def __init__(self, file: BinaryIO, size: int, path: Path) -> None:
         self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
-        self._file, self._path = file, path
+        self._file, self._size, self._path = file, size, path
 
     def read(self, count: int = -1) -> bytes:
-        data = self._file.read(MAX_DIRECTORY + 1 if not 0 <= count <= MAX_DIRECTORY else count)
-        if len(data) > MAX_DIRECTORY:
+        left = max(self._size - self._file.tell(), 0)
+        count = left if count < 0 else min(count, left)
+        if count > MAX_DIRECTORY:
             raise UnusableWeights("invalid: the archive's list of members is too large", where=self._path)
-        return data
+        return self._file.read(count)
 
 
 def read_records(file: BinaryIO, size: int, path: Path) -> dict[str, Record]:
@@ -55,7 +56,7 @@ def read_records(file: BinaryIO, size: int, path: Path) -> dict[str, Record]:
     size: bytes of the whole file. Raises UnusableWeights.
     """
     try:
-        with zipfile.ZipFile(cast("BinaryIO", _Bounded(file, path))) as archive:
+        with zipfile.ZipFile(cast("BinaryIO", _Bounded(file, size, path))) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError) as error:
         raise UnusableWeights(
