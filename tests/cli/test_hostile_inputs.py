@@ -1,4 +1,4 @@
-"""Every configuration, sound and picture of the hostile corpus through `infer --dry-run`."""
+"""Every configuration, sound, picture and weight file of the hostile corpus, through what reads it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import Result
 
 from avatarctl.config import RunConfig, read_config, resolve, value_of
 from avatarctl.registry import COMPAT, find_model
+from avatarctl.weights.source import open_weights
+from avatarctl.weights.tensors import read_whole
 
 HOSTILE = Path(__file__).resolve().parents[3] / "shared" / "hostile"
 MANIFEST = HOSTILE / "manifest.json"
@@ -84,3 +87,33 @@ def test_audio(row: dict[str, Any], judged: Callable[..., dict[str, Any] | None]
 @pytest.mark.parametrize("row", rows("image"))
 def test_image(row: dict[str, Any], judged: Callable[..., dict[str, Any] | None]) -> None:
     judged(row, "--image")
+
+
+@pytest.mark.parametrize("row", rows("checkpoint"))
+def test_checkpoint(row: dict[str, Any], run: Callable[..., Result], here: Path) -> None:
+    """Inspected, converted, named as a LoRA (with code in it also as a model): nothing is left behind."""
+    path = HOSTILE / row["file"]
+    beside = sorted(path.parent.iterdir())
+    out = here / "converted.safetensors"
+    for command in (
+        ("convert-ckpt", str(path), "--inspect"),
+        ("convert-ckpt", str(path), "--out", str(out)),
+        ("infer", "--lora", str(path), "--dry-run"),
+        *([("infer", "--model", str(path), "--dry-run")] if row["malicious"] else []),
+    ):
+        result = run(*command)
+        assert result.exit_code in row["exit"], (command, result.output)
+        assert result.output.replace("\n", "").isprintable()
+        if result.exit_code:
+            assert not list(here.iterdir()) and sorted(path.parent.iterdir()) == beside
+            (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+            assert path.name in error
+            cause = error.replace(str(path), "")
+            wanted = row.get("message_should_mention", [])
+            assert not wanted or any(re.search(want, cause, re.IGNORECASE) for want in wanted), error
+    if path.name in ("pytorch_model.pt", "good_lora.safetensors") and row["exit"] == [0]:
+        ours, theirs = open_weights(out).tensors, open_weights(path).tensors
+        assert ours.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            assert ours[name].info == tensor.info
+            assert np.array_equal(read_whole(ours[name]), read_whole(tensor))
