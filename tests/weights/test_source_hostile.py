@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,8 @@ def test_a_row_ends_as_the_corpus_wants(
         )
     assert time.perf_counter() - start < 10
     assert not list(tmp_path.iterdir()), "something was executed or left behind"
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 400_000  # KiB; torch itself takes 230
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
+    assert grown * (1 if sys.platform == "darwin" else 1024) < 400e6  # torch itself takes 230 MB
 
 
 def test_most_rows_are_tested_here(shared_dir: Path) -> None:
