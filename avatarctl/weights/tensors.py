@@ -148,12 +148,13 @@ class FileTensor:
 
 
 def block_ranges(info: TensorInfo, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, int]]:
-    """Element ranges [start, stop) that cover a tensor, whole rows where a row fits into a block."""
+    """Element ranges [start, stop) that cover a tensor: where a row fits into a block, whole rows, a power of
+    two of them."""
     total = info.numel
-    row = total // info.shape[0] if info.shape and info.shape[0] else 1
+    row = max(total // info.shape[0], 1) if info.shape and info.shape[0] else 1
     size = max(block_bytes // DTYPES[info.dtype].itemsize, 1)
     if row <= size:
-        size -= size % max(row, 1)
+        size = row << ((size // row).bit_length() - 1)
     for start in range(0, total, size):
         yield start, min(start + size, total)
 

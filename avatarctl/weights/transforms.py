@@ -28,8 +28,9 @@ Array = np.ndarray[Any, Any]
 _CAST_DTYPES: Final = ("F32", "BF16", "F16")
 _PIECE: Final = 1 << 18
 """Elements converted at a time: float32 intermediates stay in the processor's cache."""
-_TILE_ROWS: Final = 64
-"""Rows of a low-rank product computed at a time, see `_PlusLowRank`."""
+_TILE: Final = 1 << 21
+"""Elements of a low-rank product computed at a time. Smaller tiles would let the threads of a BLAS wait for
+each other longer than they work, thirty times longer on a busy machine."""
 _QUIET: Final = np.errstate(all="ignore")
 """What is not finite is found by those who use the numbers; numpy's warnings would name no tensor."""
 
@@ -172,13 +173,15 @@ class _PlusLowRank:
         width = info.numel // info.shape[0]
         down = _values(self.pair.down, 0, rank * width).reshape(rank, width)
         first, last = _rows(start, stop, width)
-        for row in range(first - first % _TILE_ROWS, last, _TILE_ROWS):
-            end = min(row + _TILE_ROWS, info.shape[0])
+        tile = _tile_rows(width)
+        for row in range(first - first % tile, last, tile):
+            end = min(row + tile, info.shape[0])
             up = _values(self.pair.up, row * rank, end * rank).reshape(end - row, rank)
             # Range of the weight that this tile covers.
             low, high = max(start, row * width), min(stop, end * width)
             update = ((self.scale * up) @ down).reshape(-1)[low - row * width : high - row * width]
-            _add(stored[low - start : high - start], info.dtype, update)
+            for i, j in _pieces(high - low):
+                _add(stored[low - start + i : low - start + j], info.dtype, update[i:j])
         return stored
 
 
@@ -200,6 +203,12 @@ class _PlusDifference:
             update = self.scale * to_float32(added[i:j], self.diff.info.dtype)
             _add(stored[i:j], self.source.info.dtype, update)
         return stored
+
+
+def _tile_rows(width: int) -> int:
+    """Rows of a tile: a power of two, as the rows of a block are (`block_ranges`), so that no tile is
+    computed for two blocks."""
+    return 1 << max((_TILE // width).bit_length() - 1, 0)
 
 
 def _pieces(count: int) -> Iterator[tuple[int, int]]:
