@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -223,13 +224,37 @@ def test_loras_add_up_with_their_scales(place: Place, tmp_path: Path) -> None:
     assert all("alpha" in line for line in lines), "the rule that gave the scale"
 
 
-def test_a_dry_run_and_a_run_file_know_loras(place: Place, tmp_path: Path) -> None:
-    one = lora_file(tmp_path / "one.safetensors", 1.0, 1)
-    words = ("infer", "--model", "omniavatar-14b", "--weights-root", place.root, "--image", place.face,
-             "--audio", place.voice, "--lora", f"{one}:0.8", "--dry-run")  # fmt: skip
-    result = place.cli(*words)
-    assert result.exit_code == 0, result.stderr
-    assert f"lora {one}: 1 target" in result.stderr
+def test_a_run_file_repeats_the_run_from_another_folder(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Model, base, encoders and LoRA given by relative paths; the file holds what finds them again."""
+    monkeypatch.chdir(place.folder)
+    lora_file(Path("one.safetensors"), 1.0, 1)
+    words = ("infer", "--model", "weights/OmniAvatar-14B", "--weights-root", "weights", "--weights",
+             "dit=weights/Wan2.1-T2V-14B", "--weights", "vae=weights/Wan2.1-T2V-14B/Wan2.1_VAE.pth", "--lora",
+             "one.safetensors:0.8", "--image", "face.png", "--audio", "voice.wav", "--size", "32x32",
+             "--steps", "1", "--guidance", "1", "--num-frames", "5", "--overlap", "1")  # fmt: skip
+    planned = place.cli(*words, "--dry-run", "--json")
+    assert planned.exit_code == 0, planned.stderr
+    assert "lora one.safetensors: 1 target" in planned.stderr
+    assert json.loads(planned.stdout)["missing_weights"] == []
+    first = place.cli(*words, "--out", tmp_path / "first.mp4")
+    assert first.exit_code == 0, first.stderr
+    assert "model: OmniAvatar-14B (adapter of OmniAvatar of width 48" in first.stderr
+    monkeypatch.chdir(tmp_path)
+    again = place.cli("infer", "--config", "first.run.yaml", "--out", "again.mp4")
+    assert again.exit_code == 0, again.stderr
+    assert f"lora {place.folder}/one.safetensors: 1 target at scale 0.8 x 1" in again.stderr
+    assert Path("first.mp4").read_bytes() == Path("again.mp4").read_bytes()
+
+
+def test_a_lora_on_the_hub_is_never_fetched(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    result = place.cli("infer", "--lora", "org/repo/x.safetensors:0.5", "--dry-run")
+    assert result.exit_code == 4
+    assert "avatarctl models pull org/repo/x.safetensors`" in result.stderr
 
 
 def test_a_lora_on_the_built_in_model(place: Place, tmp_path: Path) -> None:
