@@ -17,11 +17,11 @@ from avatarctl.cli.options import WEIGHTS_VARIABLE
 from avatarctl.cli.screen import Screen
 from avatarctl.errors import Interrupted, UnusableWeights, UsageError, WeightsMissing, printable
 from avatarctl.registry import ROWS, Row, find
-from avatarctl.weights.locate import Located, hub_constants, locate, with_needs
+from avatarctl.weights.hub.locate import Located, hub_constants, locate, with_needs
 
 if TYPE_CHECKING:
-    from avatarctl.weights.hub import HubFile
-    from avatarctl.weights.pull import PullPlan
+    from avatarctl.weights.hub.client import HubFile
+    from avatarctl.weights.hub.pull import PullPlan
 
 __all__ = ["models"]
 
@@ -59,7 +59,7 @@ def list_models(kind: str | None, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def show_model(name: str, weights_root: str | None, as_json: bool) -> None:
     """Show one model: where its files come from, where they are, what is missing here, its settings."""
-    from avatarctl.weights.store import recorded_license
+    from avatarctl.weights.hub.store import recorded_license
 
     row = find(name)
     root = _root(weights_root)
@@ -148,8 +148,8 @@ def pull_models(
     (org/name, org/name/path). Files that are on this disk already are not fetched again. Sizes and licences
     are shown first; every file is checked; what was interrupted goes on where it stopped.
     """
-    from avatarctl.weights.pull import plan_pull, run_pull
-    from avatarctl.weights.wanted import Wants, wanted_by_names, wanted_for
+    from avatarctl.weights.hub.pull import plan_pull, run_pull
+    from avatarctl.weights.hub.wanted import Wants, wanted_by_names, wanted_for
 
     if not names and command is None:
         raise UsageError("nothing is named", fix="give names, or a command with --for")
@@ -246,7 +246,7 @@ def verify_models(names: tuple[str, ...], weights_root: str | None, as_json: boo
     with 3 if a file is damaged, with 4 if one is missing.
     """
     from avatarctl.cli.signals import stop_on_signals
-    from avatarctl.weights.verify import verify
+    from avatarctl.weights.hub.verify import verify
 
     rows = {row.name: row for name in names for row in with_needs(find(name))}
     _quiet_hub()

@@ -25,8 +25,8 @@ from avatarctl.models.vae import WanVae
 from avatarctl.models.wav2vec import FrameWav2Vec2
 from avatarctl.timeline import SAMPLE_RATE
 from avatarctl.weights.checkpoint import Checkpoint
+from avatarctl.weights.files.strict_json import read_object
 from avatarctl.weights.recognise import read_checkpoint
-from avatarctl.weights.strict_json import read_object
 from avatarctl.weights.tensors import Tensor
 from avatarctl.weights.wan import UMT5_ENCODER
 from avatarctl.weights.wan_vae import internal_name, read_vae_sizes

@@ -28,10 +28,10 @@ from avatarctl.pipelines.convert_steps import (
 )
 from avatarctl.weights.checkpoint import Checkpoint
 from avatarctl.weights.export import Export, Target, export, with_release_config
+from avatarctl.weights.files.writer import staged_folder, write_safetensors, write_sharded
 from avatarctl.weights.metadata import config_of, file_metadata, read_own
 from avatarctl.weights.recognise import read_checkpoint, require_complete
 from avatarctl.weights.tensors import Tensor
-from avatarctl.weights.writer import staged_folder, write_safetensors, write_sharded
 
 __all__ = [
     "ConvertPlan",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from avatarctl.errors import ConfigError, PathNotFound, WeightsMissing
-from avatarctl.weights.locate import locate_hub_name, read_hub_name
+from avatarctl.weights.hub.locate import locate_hub_name, read_hub_name
 
 __all__ = ["Lora", "absolute_lora", "find_lora", "split_scale"]
 

@@ -11,11 +11,11 @@ from typing import Any, Final
 from avatarctl.errors import UnusableWeights
 from avatarctl.weights.adapter import read_pairs
 from avatarctl.weights.checkpoint import Checkpoint, Kind, LowRank
+from avatarctl.weights.files.source import RawWeights, open_weights
 from avatarctl.weights.layout import Sizes, WeightLayout
 from avatarctl.weights.layouts import COMPONENTS, LAYOUTS, OMNIAVATAR, WAN
 from avatarctl.weights.naming import Names, Placed, place_names, plain_name
 from avatarctl.weights.sizes import read_sizes, variant_of
-from avatarctl.weights.source import RawWeights, open_weights
 from avatarctl.weights.tensors import DTYPES, Tensor
 
 __all__ = ["read_checkpoint", "recognise", "require_complete"]

@@ -11,7 +11,7 @@ from typing import Final
 from avatarctl.config import Model
 from avatarctl.errors import ConfigError, PathNotFound, UnusableWeights
 from avatarctl.registry import ENCODER_FILES, ROWS, Row, Wanted
-from avatarctl.weights.locate import Located, locate, with_needs
+from avatarctl.weights.hub.locate import Located, locate, with_needs
 from avatarctl.weights.loras import Lora, find_lora
 from avatarctl.weights.recognise import read_checkpoint
 

@@ -65,11 +65,13 @@ def verdict(value: float, limit: float) -> str:
 
 @dataclass(frozen=True)
 class Used:
-    """Of one finished child process: exit code, wall seconds, CPU seconds (user + system)."""
+    """Of one finished child process: exit code, wall seconds, CPU seconds (user + system), and the largest
+    resident set in bytes. Linux counts that from before the exec on: a caller that wants it stays small."""
 
     code: int
     wall: float
     cpu: float
+    peak: int
 
 
 def timed_process(command: Sequence[str], clock: Callable[[], float]) -> Used:
@@ -79,7 +81,8 @@ def timed_process(command: Sequence[str], clock: Callable[[], float]) -> Used:
     _, status, usage = os.wait4(child.pid, 0)
     wall = clock() - started
     child.returncode = os.waitstatus_to_exitcode(status)  # already reaped: Popen must not wait again
-    return Used(child.returncode, wall, usage.ru_utime + usage.ru_stime)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return Used(child.returncode, wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit)
 
 
 def write_voice(path: Path, seconds: int, rate: int = 16_000, channels: int = 1) -> Path:

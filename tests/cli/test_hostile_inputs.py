@@ -15,7 +15,7 @@ from click.testing import Result
 
 from avatarctl.config import RunConfig, read_config, resolve, value_of
 from avatarctl.registry import COMPAT, find_model
-from avatarctl.weights.source import open_weights
+from avatarctl.weights.files.source import open_weights
 from avatarctl.weights.tensors import read_whole
 
 HOSTILE = Path(__file__).resolve().parents[3] / "shared" / "hostile"

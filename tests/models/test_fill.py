@@ -17,7 +17,7 @@ from avatarctl.live_bytes import LiveBytes
 from avatarctl.models.fill import fill, on_meta
 from avatarctl.models.omniavatar import OmniAvatarTransformer
 from avatarctl.models.precision import is_float32_island
-from avatarctl.weights.source import open_weights
+from avatarctl.weights.files.source import open_weights
 from avatarctl.weights.tensors import ArrayTensor, Tensor, from_float32
 
 CPU = torch.device("cpu")

@@ -22,7 +22,7 @@ State = dict[str, Tensor]
 
 def merged(release: tiny.Release) -> State:
     """W + alpha / rank * B @ A, whole tensors in place of the base's; original names."""
-    state, scale = dict(release.base), tiny.ALPHA / tiny.RANK
+    state, scale = dict(release.base), tiny.TINY.alpha / tiny.TINY.rank
     for name, tensor in release.adapter.items():
         if name.endswith("lora_A.default.weight"):
             module = name.removesuffix(".lora_A.default.weight")
@@ -35,16 +35,16 @@ def merged(release: tiny.Release) -> State:
 
 def transformer(state: State) -> OmniAvatarTransformer:
     network = OmniAvatarTransformer(
-        num_attention_heads=tiny.HEADS,
-        attention_head_dim=tiny.WIDTH // tiny.HEADS,
+        num_attention_heads=tiny.TINY.heads,
+        attention_head_dim=tiny.TINY.width // tiny.TINY.heads,
         in_channels=33,
         out_channels=16,
-        text_dim=tiny.TEXT_WIDTH,
-        freq_dim=tiny.FREQUENCIES,
-        ffn_dim=tiny.FFN,
-        num_layers=tiny.LAYERS,
-        audio_input_dim=tiny.AUDIO_WIDTH,
-        audio_hidden_size=tiny.AUDIO_HIDDEN,
+        text_dim=tiny.TINY.text_width,
+        freq_dim=tiny.TINY.frequencies,
+        ffn_dim=tiny.TINY.ffn,
+        num_layers=tiny.TINY.layers,
+        audio_input_dim=tiny.TINY.audio_width,
+        audio_hidden_size=tiny.TINY.audio_hidden,
     )
     network.load_state_dict({diffusers_name(name): tensor for name, tensor in state.items()})
     return network.eval().requires_grad_(False)
@@ -55,7 +55,7 @@ def modules(release: tiny.Release, root: Path) -> Modules:
     text = UMT5EncoderModel(
         UMT5Config(
             vocab_size=tiny.VOCABULARY,
-            d_model=tiny.TEXT_WIDTH,
+            d_model=tiny.TINY.text_width,
             d_kv=8,
             d_ff=64,
             num_layers=2,
@@ -67,7 +67,7 @@ def modules(release: tiny.Release, root: Path) -> Modules:
     words = PreTrainedTokenizerFast.from_pretrained(root / "Wan2.1-T2V-14B" / "google" / "umt5-xxl")
     vae = AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2)
     vae.load_state_dict(convert_wan_vae_to_diffusers(dict(release.vae)))
-    sound = FrameWav2Vec2(Wav2Vec2Config(**tiny.SOUND_CONFIG))
+    sound = FrameWav2Vec2(Wav2Vec2Config(**tiny.sound_config(tiny.TINY)))
     sound.load_state_dict(_sound_names(release.sound))
     for network in (text, vae, sound):
         network.eval().requires_grad_(False)

@@ -186,7 +186,7 @@ def test_bfloat16_with_float32_islands(place: Place) -> None:
         )
         if tensor.dtype == torch.bfloat16:
             assert (tensor == expected[name].bfloat16()).float().mean() > 0.999
-    assert len(islands) == 2 * 2 + 1 + tiny.LAYERS * 3
+    assert len(islands) == 2 * 2 + 1 + tiny.TINY.layers * 3
 
 
 def lora_file(path: Path, scale: float, seed: int) -> Path:

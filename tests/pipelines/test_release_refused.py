@@ -157,20 +157,13 @@ def sparse_file(path: Path, shapes: tiny.Shapes) -> None:
         file.truncate(8 + len(text) + end)
 
 
-def test_weights_of_another_size_than_the_model_that_was_named(
-    release: tiny.Release, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_of_another_size_than_the_model_that_was_named(release: tiny.Release, tmp_path: Path) -> None:
     """The tensors of a 1.3B model in the folders of the 14B one."""
-    monkeypatch.setattr(tiny, "WIDTH", 1536)
-    monkeypatch.setattr(tiny, "HEADS", 12)
-    large = {name: torch.zeros(shape) for name, shape in tiny.adapter_shapes(33, 4).items()}
-    release.adapter = large
+    dims = tiny.Dims(width=1536, heads=12, layers=4)
+    release.adapter = {name: torch.zeros(shape) for name, shape in tiny.adapter_shapes(dims).items()}
     release.write(tmp_path)
     base = tmp_path / "Wan2.1-T2V-14B"
-    for file in base.glob("diffusion*"):
-        file.unlink()
-    sparse_file(base / "x.safetensors", tiny.wan_shapes(16, 4))
-    (base / "config.json").write_text("{}")
+    sparse_file(base / "x.safetensors", tiny.wan_shapes(dims))
     line = refused(UnusableWeights, tmp_path, "omniavatar-14b", f"model.weights.dit={base / 'x.safetensors'}")
     assert "omniavatar-1.3b (width 1536)" in line and "omniavatar-14b was asked for (width 5120)" in line
     assert "use --model omniavatar-1.3b" in line
@@ -185,7 +178,7 @@ def test_an_adapter_of_another_size_than_the_base(release: tiny.Release, tmp_pat
 
 
 def test_a_base_with_other_layers_than_the_adapter(release: tiny.Release, tmp_path: Path) -> None:
-    release.base = tiny.tiny_release(layers=4).base
+    release.base = tiny.tiny_release(tiny.Dims(layers=4)).base
     release.write(tmp_path)
     line = refused(UnusableWeights, tmp_path)
     assert "6 layers" in line and "4 layers" in line
@@ -235,7 +228,7 @@ def test_names_that_mean_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_model_with_more_channels_is_read_and_not_run_yet(release: tiny.Release, tmp_path: Path) -> None:
-    release.adapter["patch_embedding.weight"] = torch.randn(tiny.WIDTH, 49, 1, 2, 2)
+    release.adapter["patch_embedding.weight"] = torch.randn(tiny.TINY.width, 49, 1, 2, 2)
     release.config["model_config"] = {"in_dim": 49}
     release.write(tmp_path)
     row = row_named(str(tmp_path / "OmniAvatar-14B"))
@@ -261,7 +254,7 @@ def test_the_second_file_of_an_adapter_alone(release: tiny.Release, tmp_path: Pa
 
 def test_parts_that_do_not_fit_each_other(release: tiny.Release, tmp_path: Path) -> None:
     release.text = {
-        name: tensor[..., :16] if tensor.shape[-1] == tiny.TEXT_WIDTH else tensor
+        name: tensor[..., :16] if tensor.shape[-1] == tiny.TINY.text_width else tensor
         for name, tensor in release.text.items()
         if not name.endswith(("attn.o.weight", "fc2.weight"))
     } | {
@@ -321,12 +314,11 @@ CONFIGS: dict[str, tuple[dict[str, object], str]] = {
 
 
 @pytest.mark.parametrize("what", CONFIGS)
-def test_sound_configs(
-    what: str, release: tiny.Release, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sound_configs(what: str, release: tiny.Release, tmp_path: Path) -> None:
     fields, says = CONFIGS[what]
-    monkeypatch.setattr(tiny, "SOUND_CONFIG", tiny.SOUND_CONFIG | fields)
     release.write(tmp_path)
+    path = tmp_path / "wav2vec2-base-960h" / "config.json"
+    tiny.write_json(path, tiny.sound_config(tiny.TINY) | fields)
     assert says in refused(UnusableWeights, tmp_path)
 
 

@@ -23,11 +23,38 @@ from torch import Tensor
 State = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
 
-WIDTH, HEADS, FFN, LAYERS = 48, 2, 96, 6
-TEXT_WIDTH, FREQUENCIES, AUDIO_HIDDEN = 32, 64, 8
-RANK, ALPHA = 4, 2
-SOUND_WIDTH, SOUND_LAYERS = 16, 2
-AUDIO_WIDTH = SOUND_WIDTH * (SOUND_LAYERS + 2)  # the last layer, the input and every layer (b.7)
+
+@dataclass(frozen=True)
+class Dims:
+    """Sizes of a release (spec/omniavatar.md a.1, b, c, d); tiny unless given."""
+
+    width: int = 48
+    heads: int = 2
+    ffn: int = 96
+    layers: int = 6
+    text_width: int = 32
+    text_ffn: int = 64
+    frequencies: int = 64
+    audio_hidden: int = 8
+    rank: int = 4
+    alpha: int = 2
+    sound_width: int = 16
+    sound_layers: int = 2
+    vae_base: int = 4
+
+    @property
+    def audio_width(self) -> int:
+        """Of a feature frame: the last layer, the encoder's input and every layer (b.7)."""
+        return self.sound_width * (self.sound_layers + 2)
+
+
+TINY = Dims()
+OMNIAVATAR_1_3B = Dims(
+    width=1536, heads=12, ffn=8960, layers=30, text_width=4096, frequencies=256, audio_hidden=32, rank=128,
+    alpha=64, sound_width=768, sound_layers=12, vae_base=96,
+)  # fmt: skip
+"""As published, except for the text encoder: two layers and a small table."""
+
 LETTERS = "abcdefghijklmnopqrstuvwxyz,.'"
 VOCABULARY = 48
 TARGETS = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "cross_attn.q", "cross_attn.k",
@@ -43,47 +70,50 @@ class Release:
     text: State
     vae: State
     sound: State
+    dims: Dims = TINY
     config: dict[str, object] = field(default_factory=dict)
 
-    def write(self, root: Path) -> None:
-        base = root / "Wan2.1-T2V-14B"
+    def write(self, root: Path, size: str = "14B") -> None:
+        base = root / f"Wan2.1-T2V-{size}"
         base.mkdir(parents=True)
-        write_shards(base, self.base, 6)
-        write_json(base / "config.json", BASE_CONFIG)
+        if size == "14B":
+            write_shards(base, self.base, 6)
+        else:
+            save_file(self.base, base / "diffusion_pytorch_model.safetensors")
+        write_json(base / "config.json", base_config(self.dims))
         torch.save(self.text, base / "models_t5_umt5-xxl-enc-bf16.pth")
         torch.save({"model_state": self.vae}, base / "Wan2.1_VAE.pth")
         write_tokenizer(base / "google" / "umt5-xxl")
-        self.write_adapter(root / "OmniAvatar-14B")
+        adapter = root / f"OmniAvatar-{size}"
+        adapter.mkdir()
+        torch.save(self.adapter, adapter / "pytorch_model.pt")
+        write_json(adapter / "config.json", self.config)
         sound = root / "wav2vec2-base-960h"
         sound.mkdir()
         save_file(self.sound, sound / "model.safetensors", {"format": "pt"})
-        write_json(sound / "config.json", SOUND_CONFIG)
+        write_json(sound / "config.json", sound_config(self.dims))
         write_json(sound / "preprocessor_config.json", {"do_normalize": True, "sampling_rate": 16000})
 
-    def write_adapter(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(self.adapter, folder / "pytorch_model.pt")
-        write_json(folder / "config.json", self.config)
 
-
-def tiny_release(seed: int = 0, layers: int = LAYERS) -> Release:
-    """Random tensors; the same seed gives the same ones."""
-    generator = torch.Generator().manual_seed(seed)
+def tiny_release(dims: Dims = TINY, dtype: torch.dtype = torch.float32) -> Release:
+    """Random tensors, the same in every call; dtype: of the transformer's files."""
+    generator = torch.Generator().manual_seed(0)
 
     def random(shapes: Shapes, dtype: torch.dtype = torch.float32) -> State:
         return {name: _value(name, shape, generator).to(dtype) for name, shape in shapes.items()}
 
     return Release(
-        base=random(wan_shapes(16, layers)),
-        adapter=random(adapter_shapes(33, layers)),
-        text=random(text_shapes(), torch.bfloat16),
-        vae=random(vae_shapes(base=4)),
-        sound=random(sound_shapes()),
+        base=random(wan_shapes(dims), dtype),
+        adapter=random(adapter_shapes(dims), dtype),
+        text=random(text_shapes(dims), torch.bfloat16),
+        vae=random(vae_shapes(dims.vae_base)),
+        sound=random(sound_shapes(dims)),
+        dims=dims,
         config={
-            "model_config": {"in_dim": 33, "audio_hidden_size": AUDIO_HIDDEN},
+            "model_config": {"in_dim": 33, "audio_hidden_size": dims.audio_hidden},
             "train_architecture": "lora",
-            "lora_rank": RANK,
-            "lora_alpha": ALPHA,
+            "lora_rank": dims.rank,
+            "lora_alpha": dims.alpha,
             "lora_target_modules": "q,k,v,o,ffn.0,ffn.2",
             "use_audio": True,
             "i2v": True,
@@ -100,32 +130,46 @@ def _value(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Ten
     return noise * (fan_in**-0.5 if len(shape) > 1 else 0.05)
 
 
-BASE_CONFIG = {"dim": WIDTH, "eps": 1e-6, "ffn_dim": FFN, "freq_dim": FREQUENCIES, "in_dim": 16,
-               "model_type": "t2v", "num_heads": HEADS, "num_layers": LAYERS, "out_dim": 16,
-               "text_len": 512}  # fmt: skip
+def base_config(dims: Dims) -> dict[str, object]:
+    """config.json of a Wan release."""
+    return {
+        "dim": dims.width,
+        "eps": 1e-6,
+        "ffn_dim": dims.ffn,
+        "freq_dim": dims.frequencies,
+        "in_dim": 16,
+        "model_type": "t2v",
+        "num_heads": dims.heads,
+        "num_layers": dims.layers,
+        "out_dim": 16,
+        "text_len": 512,
+    }
 
-SOUND_CONFIG = {
-    "architectures": ["Wav2Vec2ForCTC"],
-    "model_type": "wav2vec2",
-    "hidden_size": SOUND_WIDTH,
-    "num_hidden_layers": SOUND_LAYERS,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "conv_dim": [8] * 7,
-    "conv_kernel": [10, 3, 3, 3, 3, 2, 2],
-    "conv_stride": [5, 2, 2, 2, 2, 2, 2],
-    "conv_bias": False,
-    "feat_extract_norm": "group",
-    "feat_extract_activation": "gelu",
-    "hidden_act": "gelu",
-    "num_conv_pos_embeddings": 16,
-    "num_conv_pos_embedding_groups": 2,
-    "do_stable_layer_norm": False,
-    "layer_norm_eps": 1e-5,
-    "vocab_size": 32,
-    "mask_time_prob": 0.05,
-    "layerdrop": 0.1,
-}
+
+def sound_config(dims: Dims) -> dict[str, object]:
+    """config.json of wav2vec2-base-960h, with a smaller convolution stack."""
+    return {
+        "architectures": ["Wav2Vec2ForCTC"],
+        "model_type": "wav2vec2",
+        "hidden_size": dims.sound_width,
+        "num_hidden_layers": dims.sound_layers,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "conv_dim": [8] * 7,
+        "conv_kernel": [10, 3, 3, 3, 3, 2, 2],
+        "conv_stride": [5, 2, 2, 2, 2, 2, 2],
+        "conv_bias": False,
+        "feat_extract_norm": "group",
+        "feat_extract_activation": "gelu",
+        "hidden_act": "gelu",
+        "num_conv_pos_embeddings": 16,
+        "num_conv_pos_embedding_groups": 2,
+        "do_stable_layer_norm": False,
+        "layer_norm_eps": 1e-5,
+        "vocab_size": 32,
+        "mask_time_prob": 0.05,
+        "layerdrop": 0.1,
+    }
 
 
 def _linear(name: str, outputs: int, inputs: int) -> Shapes:
@@ -136,49 +180,52 @@ def _norm(name: str, width: int) -> Shapes:
     return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
 
 
-def wan_shapes(channels: int, layers: int) -> Shapes:
+def wan_shapes(dims: Dims, channels: int = 16) -> Shapes:
     """spec/omniavatar.md a.2."""
-    d = WIDTH
+    d = dims.width
     shapes: Shapes = {"patch_embedding.weight": (d, channels, 1, 2, 2), "patch_embedding.bias": (d,)}
-    shapes |= _linear("text_embedding.0", d, TEXT_WIDTH) | _linear("text_embedding.2", d, d)
-    shapes |= _linear("time_embedding.0", d, FREQUENCIES) | _linear("time_embedding.2", d, d)
+    shapes |= _linear("text_embedding.0", d, dims.text_width) | _linear("text_embedding.2", d, d)
+    shapes |= _linear("time_embedding.0", d, dims.frequencies) | _linear("time_embedding.2", d, d)
     shapes |= _linear("time_projection.1", 6 * d, d)
-    for i in range(layers):
+    for i in range(dims.layers):
         for attention in ("self_attn", "cross_attn"):
             for letter in "qkvo":
                 shapes |= _linear(f"blocks.{i}.{attention}.{letter}", d, d)
             shapes |= {f"blocks.{i}.{attention}.norm_{letter}.weight": (d,) for letter in "qk"}
         shapes |= _norm(f"blocks.{i}.norm3", d)
-        shapes |= _linear(f"blocks.{i}.ffn.0", FFN, d) | _linear(f"blocks.{i}.ffn.2", d, FFN)
+        shapes |= _linear(f"blocks.{i}.ffn.0", dims.ffn, d) | _linear(f"blocks.{i}.ffn.2", d, dims.ffn)
         shapes[f"blocks.{i}.modulation"] = (1, 6, d)
     return shapes | _linear("head.head", 16 * 4, d) | {"head.modulation": (1, 2, d)}
 
 
-def audio_shapes(layers: int) -> Shapes:
+def audio_shapes(dims: Dims) -> Shapes:
     """spec/omniavatar.md a.2, a.4."""
-    shapes = _linear("audio_proj.proj", AUDIO_HIDDEN, 4 * AUDIO_WIDTH)
-    shapes |= _norm("audio_proj.norm_out", AUDIO_HIDDEN)
-    for j in range(layers // 2 - 1):
-        shapes |= _linear(f"audio_cond_projs.{j}", WIDTH, AUDIO_HIDDEN)
+    shapes = _linear("audio_proj.proj", dims.audio_hidden, 4 * dims.audio_width)
+    shapes |= _norm("audio_proj.norm_out", dims.audio_hidden)
+    for j in range(dims.layers // 2 - 1):
+        shapes |= _linear(f"audio_cond_projs.{j}", dims.width, dims.audio_hidden)
     return shapes
 
 
-def adapter_shapes(channels: int, layers: int) -> Shapes:
+def adapter_shapes(dims: Dims, channels: int = 33) -> Shapes:
     """spec/omniavatar.md i: LoRA pairs on ten linear layers a block, patch embedding, audio."""
     shapes: Shapes = {}
-    for i in range(layers):
+    for i in range(dims.layers):
         for target in TARGETS:
-            inputs = FFN if target == "ffn.2" else WIDTH
-            outputs = FFN if target == "ffn.0" else WIDTH
-            shapes[f"blocks.{i}.{target}.lora_A.default.weight"] = (RANK, inputs)
-            shapes[f"blocks.{i}.{target}.lora_B.default.weight"] = (outputs, RANK)
-    shapes |= {"patch_embedding.weight": (WIDTH, channels, 1, 2, 2), "patch_embedding.bias": (WIDTH,)}
-    return shapes | audio_shapes(layers)
+            inputs = dims.ffn if target == "ffn.2" else dims.width
+            outputs = dims.ffn if target == "ffn.0" else dims.width
+            shapes[f"blocks.{i}.{target}.lora_A.default.weight"] = (dims.rank, inputs)
+            shapes[f"blocks.{i}.{target}.lora_B.default.weight"] = (outputs, dims.rank)
+    shapes |= {
+        "patch_embedding.weight": (dims.width, channels, 1, 2, 2),
+        "patch_embedding.bias": (dims.width,),
+    }
+    return shapes | audio_shapes(dims)
 
 
-def text_shapes(layers: int = 2, ffn: int = 64, heads: int = 4) -> Shapes:
+def text_shapes(dims: Dims, layers: int = 2, heads: int = 4) -> Shapes:
     """spec/omniavatar.md d."""
-    d = TEXT_WIDTH
+    d, ffn = dims.text_width, dims.text_ffn
     shapes: Shapes = {"token_embedding.weight": (VOCABULARY, d), "norm.weight": (d,)}
     for i in range(layers):
         shapes |= {f"blocks.{i}.norm1.weight": (d,), f"blocks.{i}.norm2.weight": (d,)}
@@ -246,9 +293,9 @@ def _middle(coder: str, width: int) -> Shapes:
     )
 
 
-def sound_shapes() -> Shapes:
+def sound_shapes(dims: Dims) -> Shapes:
     """wav2vec2-base-960h as published: prefix, old names of weight normalisation, the recogniser's head."""
-    d, ffn, head = SOUND_WIDTH, 32, "wav2vec2."
+    d, ffn, head = dims.sound_width, 32, "wav2vec2."
     shapes: Shapes = {f"{head}masked_spec_embed": (d,), **_linear("lm_head", 32, d)}
     for i, kernel in enumerate((10, 3, 3, 3, 3, 2, 2)):
         shapes[f"{head}feature_extractor.conv_layers.{i}.conv.weight"] = (8, 1 if i == 0 else 8, kernel)
@@ -261,7 +308,7 @@ def sound_shapes() -> Shapes:
         f"{head}encoder.pos_conv_embed.conv.weight_v": (d, d // 2, 16),
     }
     shapes |= _norm(f"{head}encoder.layer_norm", d)
-    for i in range(SOUND_LAYERS):
+    for i in range(dims.sound_layers):
         layer = f"{head}encoder.layers.{i}"
         for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
             shapes |= _linear(f"{layer}.attention.{projection}", d, d)

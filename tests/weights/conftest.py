@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from avatarctl.weights import hub as hub_module
+from avatarctl.weights.hub import client as hub_module
 from tests.weights.hub_server import HubServer, Repo
 
 CONFIG = b'{"model_type": "wav2vec2"}\n'

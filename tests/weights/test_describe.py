@@ -13,8 +13,8 @@ import pytest
 
 from avatarctl.errors import UnusableWeights
 from avatarctl.weights.describe import describe, lines
+from avatarctl.weights.files.source import RawWeights
 from avatarctl.weights.recognise import recognise
-from avatarctl.weights.source import RawWeights
 from avatarctl.weights.tensors import TensorInfo
 from tests.weights.published_tables import Shapes, audio, lora, umt5, wan
 

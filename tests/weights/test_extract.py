@@ -15,9 +15,9 @@ from avatarctl.events import Event, Notice, silent
 from avatarctl.weights.checkpoint import Checkpoint, LowRank
 from avatarctl.weights.export import export
 from avatarctl.weights.extract import extract_low_rank
+from avatarctl.weights.files.source import RawWeights
 from avatarctl.weights.merge import merge_adapter
 from avatarctl.weights.recognise import recognise
-from avatarctl.weights.source import RawWeights
 from avatarctl.weights.tensors import ArrayTensor, from_float32, read_whole, to_float32
 from avatarctl.weights.transforms import cast
 from tests.weights.published_tables import LINEARS, Shapes, audio, ends, lora, wan

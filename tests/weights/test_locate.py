@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import constants
 
 from avatarctl.registry import ROWS, find
-from avatarctl.weights.locate import (
+from avatarctl.weights.hub.locate import (
     HubName,
     locate,
     locate_hub_name,
@@ -242,7 +242,7 @@ def test_a_fetched_hub_name_is_found(tmp_path: Path) -> None:
 PROBE = """
 import sys
 from avatarctl.registry import find
-from avatarctl.weights.locate import hub_cache, missing_files
+from avatarctl.weights.hub.locate import hub_cache, missing_files
 missing_files(find("cartoon-i2v"), None)
 print("huggingface_hub" in sys.modules)
 missing_files(find("omniavatar-14b"), None)

@@ -21,9 +21,9 @@ from huggingface_hub import constants, hf_hub_download, scan_cache_dir
 from avatarctl.cli import app
 from avatarctl.errors import Interrupted
 from avatarctl.registry import find
-from avatarctl.weights.locate import locate, snapshots
-from avatarctl.weights.pull import plan_pull, run_pull
-from avatarctl.weights.wanted import wanted_by_names
+from avatarctl.weights.hub.locate import locate, snapshots
+from avatarctl.weights.hub.pull import plan_pull, run_pull
+from avatarctl.weights.hub.wanted import wanted_by_names
 from tests.weights.conftest import CONFIG, WEIGHTS
 from tests.weights.hub_server import Break, HubServer, Repo, Slow, Status, Wrong, digest_of
 

@@ -12,8 +12,8 @@ import pytest
 
 from avatarctl.errors import UnusableWeights
 from avatarctl.weights.checkpoint import Checkpoint
+from avatarctl.weights.files.source import RawWeights
 from avatarctl.weights.recognise import recognise, require_complete
-from avatarctl.weights.source import RawWeights
 from avatarctl.weights.tensors import ArrayTensor
 
 LAYERS, D, FFN, RANK, HIDDEN, AUDIO = 6, 48, 80, 4, 3, 5

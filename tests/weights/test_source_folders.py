@@ -14,7 +14,7 @@ import torch
 from safetensors.numpy import save
 
 from avatarctl.errors import PathNotFound, UnusableWeights
-from avatarctl.weights.source import RawWeights, open_weights
+from avatarctl.weights.files.source import RawWeights, open_weights
 from avatarctl.weights.tensors import read_whole
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from avatarctl.errors import UnusableWeights
-from avatarctl.weights.source import open_weights
+from avatarctl.weights.files.source import open_weights
 from avatarctl.weights.tensors import read_whole
 
 resource = pytest.importorskip("resource")

@@ -23,8 +23,8 @@ import pytest
 import torch
 
 from avatarctl.errors import UnusableWeights
-from avatarctl.weights.pickle_file import StridedTensor
-from avatarctl.weights.source import open_weights
+from avatarctl.weights.files.pickle_file import StridedTensor
+from avatarctl.weights.files.source import open_weights
 from avatarctl.weights.tensors import FileTensor, read_whole
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

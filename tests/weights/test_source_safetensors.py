@@ -18,8 +18,8 @@ import pytest
 from safetensors.numpy import save
 
 from avatarctl.errors import PathNotFound, UnusableWeights
-from avatarctl.weights.safetensors_file import read_header
-from avatarctl.weights.source import open_weights
+from avatarctl.weights.files.safetensors_file import read_header
+from avatarctl.weights.files.source import open_weights
 from avatarctl.weights.tensors import read_whole
 
 
@@ -190,7 +190,7 @@ def test_a_file_of_28_gigabytes_is_opened_without_torch_in_well_under_a_second(t
     assert len(read_header(path).tensors) == 400
     assert time.perf_counter() - start < 0.5
     code = (
-        "import sys, pathlib; from avatarctl.weights.source import open_weights; "
+        "import sys, pathlib; from avatarctl.weights.files.source import open_weights; "
         f"print(len(open_weights(pathlib.Path({str(path)!r})).tensors)); "
         "print(sorted({'torch', 'safetensors'} & sys.modules.keys()))"
     )

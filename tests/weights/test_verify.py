@@ -96,7 +96,7 @@ def test_a_folder_is_checked_file_by_file(hub: HubServer, client: Path) -> None:
 def test_a_stop_in_the_middle(hub: HubServer, client: Path) -> None:
     from avatarctl.errors import Interrupted
     from avatarctl.registry import find
-    from avatarctl.weights.verify import verify
+    from avatarctl.weights.hub.verify import verify
 
     models("pull", NAME)
     with pytest.raises(Interrupted):

@@ -10,8 +10,8 @@ import pytest
 from avatarctl.config.sections import section_types
 from avatarctl.errors import AvatarctlError, ConfigError, PathNotFound, UsageError
 from avatarctl.registry import ROWS
-from avatarctl.weights.locate import HubName
-from avatarctl.weights.wanted import AUX_ROWS, wanted_by_names, wanted_for
+from avatarctl.weights.hub.locate import HubName
+from avatarctl.weights.hub.wanted import AUX_ROWS, wanted_by_names, wanted_for
 
 BASE_14B = ["omniavatar-14b", "wan2.1-t2v-14b", "omniavatar-14b-adapter", "wav2vec2-base-960h"]
 

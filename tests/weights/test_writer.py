@@ -20,8 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from avatarctl.errors import AvatarctlError, OutputRefused, UnusableWeights, WriteFailed
+from avatarctl.weights.files.writer import SOURCES_KEY, write_safetensors, write_sharded
 from avatarctl.weights.tensors import DTYPES, ArrayTensor, FileTensor, Tensor, TensorInfo
-from avatarctl.weights.writer import SOURCES_KEY, write_safetensors, write_sharded
 
 posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX links, limits or users")
 
@@ -232,7 +232,7 @@ READ_ONLY = """
     import numpy as np
     from avatarctl.errors import AvatarctlError
     from avatarctl.weights.tensors import ArrayTensor
-    from avatarctl.weights.writer import staged_folder, write_safetensors, write_sharded
+    from avatarctl.weights.files.writer import staged_folder, write_safetensors, write_sharded
 
     def staged(folder):
         with staged_folder(folder / "new", overwrite=False):
@@ -427,7 +427,7 @@ CHILD = """
     from pathlib import Path
     import numpy as np
     from avatarctl.weights.tensors import TensorInfo
-    from avatarctl.weights.writer import staged_folder, write_safetensors, write_sharded
+    from avatarctl.weights.files.writer import staged_folder, write_safetensors, write_sharded
 
     class Slow:
         def __init__(self, stop): self.info, self.stop = TensorInfo("F32", (6_000_000,)), stop

@@ -17,9 +17,9 @@ from avatarctl.events import silent
 from avatarctl.models.parts import transformer
 from avatarctl.weights.checkpoint import Checkpoint
 from avatarctl.weights.extract import extract_low_rank
+from avatarctl.weights.files.source import open_weights
 from avatarctl.weights.merge import merge_adapter
 from avatarctl.weights.recognise import read_checkpoint, require_complete
-from avatarctl.weights.source import open_weights
 from avatarctl.weights.tensors import read_whole
 from avatarctl.weights.transforms import drop_channels, widen_channels
 

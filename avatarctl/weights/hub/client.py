@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import avatarctl
 from avatarctl.errors import AvatarctlError, Interrupted, UnusableWeights, WeightsMissing, WriteFailed
 from avatarctl.events import BytesMoved, Emit, Notice
-from avatarctl.weights.locate import hub_constants
+from avatarctl.weights.hub.locate import hub_constants
 
 __all__ = [
     "HubFile",

@@ -28,9 +28,9 @@ import numpy as np
 
 from avatarctl.atomic import atomic_path, disk_errors
 from avatarctl.errors import OutputRefused, UnusableWeights, WriteFailed
+from avatarctl.weights.files.hashes import FileHashes
+from avatarctl.weights.files.staging import staged_folder
 from avatarctl.weights.finite import nonfinite
-from avatarctl.weights.hashes import FileHashes
-from avatarctl.weights.staging import staged_folder
 from avatarctl.weights.tensors import DTYPES, Tensor, TensorInfo, block_ranges
 
 __all__ = ["SOURCES_KEY", "staged_folder", "write_safetensors", "write_sharded"]

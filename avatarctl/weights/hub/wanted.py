@@ -15,7 +15,7 @@ from typing import Final
 from avatarctl.config import nearest
 from avatarctl.errors import ConfigError, PathNotFound, UsageError
 from avatarctl.registry import ROWS, Row, find
-from avatarctl.weights.locate import HubName, read_hub_name, with_needs
+from avatarctl.weights.hub.locate import HubName, read_hub_name, with_needs
 
 __all__ = ["AUX_ROWS", "JOBS", "Wants", "wanted_by_names", "wanted_for"]
 

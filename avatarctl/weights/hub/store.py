@@ -24,8 +24,8 @@ from avatarctl.atomic import (
     flush_folder,
 )
 from avatarctl.errors import OutputRefused, WriteFailed
-from avatarctl.weights.hub import DIGEST, HubFile, Listing, hub_errors, kept_bytes
-from avatarctl.weights.locate import hub_cache
+from avatarctl.weights.hub.client import DIGEST, HubFile, Listing, hub_errors, kept_bytes
+from avatarctl.weights.hub.locate import hub_cache
 
 __all__ = ["Store", "recorded_digest", "recorded_license"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from avatarctl.errors import UnusableWeights
-from avatarctl.weights.strict_json import clip
+from avatarctl.weights.files.strict_json import clip
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from avatarctl.errors import UnusableWeights
-from avatarctl.weights.strict_json import clip, file_size, parse_object
+from avatarctl.weights.files.strict_json import clip, file_size, parse_object
 from avatarctl.weights.tensors import DTYPES, FileTensor, TensorInfo
 
 __all__ = ["Header", "is_possible_shape", "read_header", "refuse_placeholder"]

@@ -10,10 +10,10 @@ from typing import Final
 from avatarctl.errors import WeightsMissing
 from avatarctl.events import Emit, Notice
 from avatarctl.registry import Row
-from avatarctl.weights.hub import HubFile, Listing, check_access, fetch, list_files
-from avatarctl.weights.locate import HubName, hub_cache, locate, locate_hub_name
-from avatarctl.weights.store import Store
-from avatarctl.weights.wanted import Wants
+from avatarctl.weights.hub.client import HubFile, Listing, check_access, fetch, list_files
+from avatarctl.weights.hub.locate import HubName, hub_cache, locate, locate_hub_name
+from avatarctl.weights.hub.store import Store
+from avatarctl.weights.hub.wanted import Wants
 
 __all__ = ["ByHand", "PullPlan", "plan_pull", "run_pull"]
 

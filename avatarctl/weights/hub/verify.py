@@ -15,9 +15,9 @@ from typing import Final, Literal
 from avatarctl.errors import AvatarctlError, Interrupted
 from avatarctl.events import BytesMoved, Emit
 from avatarctl.registry import Row
-from avatarctl.weights.hub import HubFile, Listing, digest_of, list_files
-from avatarctl.weights.locate import locate
-from avatarctl.weights.store import recorded_digest
+from avatarctl.weights.hub.client import HubFile, Listing, digest_of, list_files
+from avatarctl.weights.hub.locate import locate
+from avatarctl.weights.hub.store import recorded_digest
 
 __all__ = ["Checked", "verify"]
 

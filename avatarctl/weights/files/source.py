@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from avatarctl.errors import UnusableWeights, printable
-from avatarctl.weights.pickle_file import is_pickle, read_pickle
-from avatarctl.weights.safetensors_file import read_header
-from avatarctl.weights.strict_json import clip, file_size, read_object
+from avatarctl.weights.files.pickle_file import is_pickle, read_pickle
+from avatarctl.weights.files.safetensors_file import read_header
+from avatarctl.weights.files.strict_json import clip, file_size, read_object
 from avatarctl.weights.tensors import Tensor
 
 __all__ = ["COMPANION", "COMPANION_OF", "RawWeights", "open_weights"]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from avatarctl.errors import UnusableWeights
-from avatarctl.weights.strict_json import clip
+from avatarctl.weights.files.strict_json import clip
 
 __all__ = ["MAX_PICKLE", "code_refused", "is_plain_pickle", "scan_pickle"]
 

@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, BinaryIO, Final, Literal
 import numpy as np
 
 from avatarctl.errors import EnvironmentMissing, UnusableWeights
-from avatarctl.weights.pickle_scan import MAX_PICKLE, code_refused, is_plain_pickle, scan_pickle
-from avatarctl.weights.safetensors_file import is_possible_shape, refuse_placeholder
-from avatarctl.weights.state_dict import open_wrappers, tensors_in
-from avatarctl.weights.strict_json import clip, file_size
+from avatarctl.weights.files.pickle_scan import MAX_PICKLE, code_refused, is_plain_pickle, scan_pickle
+from avatarctl.weights.files.safetensors_file import is_possible_shape, refuse_placeholder
+from avatarctl.weights.files.state_dict import open_wrappers, tensors_in
+from avatarctl.weights.files.strict_json import clip, file_size
+from avatarctl.weights.files.zip_archive import Record, read_records
 from avatarctl.weights.tensors import DTYPES, Array, ArrayTensor, FileTensor, Tensor, TensorInfo
-from avatarctl.weights.zip_archive import Record, read_records
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, Final, cast
 
 from avatarctl.errors import UnusableWeights
-from avatarctl.weights.strict_json import clip
+from avatarctl.weights.files.strict_json import clip
 
 __all__ = ["Record", "read_records"]
 

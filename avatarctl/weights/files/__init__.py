@@ -1,0 +1,1 @@
+"""Files on the disk: formats read and written, folders understood, nothing interpreted."""

@@ -1,0 +1,1 @@
+"""Published weights: where they lie on this disk, how they are fetched and checked."""
