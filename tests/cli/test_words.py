@@ -14,8 +14,8 @@ from avatarctl.registry import ROWS
 
 Run = Callable[..., Result]
 COMMANDS = [
-    (), ("infer",), ("convert-ckpt",), ("models",), ("models", "list"), ("models", "show"), ("models", "pull"),
-    ("models", "verify"),
+    (), ("infer",), ("convert-ckpt",), ("models",), ("models", "list"), ("models", "show"),
+    ("models", "pull"), ("models", "verify"),
 ]  # fmt: skip
 
 
