@@ -14,7 +14,7 @@ from avatarctl.errors import UnusableWeights
 
 __all__ = ["FileHashes"]
 
-_BLOCK_BYTES: Final = 4 << 20
+_BLOCK_BYTES: Final = 1 << 20
 
 
 class FileHashes:
