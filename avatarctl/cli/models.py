@@ -105,7 +105,9 @@ def _facts(row: Row) -> Iterator[tuple[str, Any]]:
     yield "title", row.title
     yield "kind", row.kind
     yield "status", _status(row)
-    yield "source", row.hub_id or row.obtained or ("built in" if row.source == "package" else "unconfirmed")
+    if row.files or not row.needs:  # a model without files of its own is made of what it needs
+        built_in = "built in" if row.source == "package" else "unconfirmed"
+        yield "source", row.hub_id or row.obtained or built_in
     if row.license:
         yield "license", row.license
     if row.needs:
