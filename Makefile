@@ -1,5 +1,6 @@
 # make demo   install into .venv, then make a talking video
 # make test   the same, then the whole test suite
+# make torture  kill conversions at random moments; a few minutes, 1 GB of disk
 # make lint   style, types, layering, generated documents
 # make clean  remove .venv
 
@@ -42,7 +43,13 @@ clean:
 	rm -rf $(VENV)
 
 # The figures of docs/benchmarks.md; about ten minutes on two idle cores.
-BENCHES := help_cpu memory_against_length outside_networks audio_windows demo_time
+BENCHES := help_cpu memory_against_length outside_networks audio_windows demo_time convert_speed
 .PHONY: bench
 bench: $(installed)
 	@for name in $(BENCHES); do $(bin)/python tests/bench/$$name.py || exit 1; done
+
+# What `make test` tries two or three times, here many times over.
+TORTURES := kill_convert
+.PHONY: torture
+torture: $(installed)
+	@for name in $(TORTURES); do $(bin)/python tests/torture/$$name.py || exit 1; done

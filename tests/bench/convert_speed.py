@@ -3,9 +3,9 @@
     python tests/bench/convert_speed.py [FOLDER]
 
 An OmniAvatar 1.3B in the published layout, random bf16 weights, as safetensors and as a zip `.pt`. Whole
-processes, imports included, take turns: `cp` and `sync` of the source, then `convert-ckpt`, which also scans for NaN,
-hashes the source and flushes its output to the disk. Memory is the largest resident set above that of
-`convert-ckpt --inspect` of the same file. Targets: at least 0.8 x the speed of the copy, at most 300 MB above.
+processes, imports included, take turns: `cp` and `sync` of the source, then `convert-ckpt`, which also scans
+for NaN, hashes the source and flushes its output to the disk. Memory is the largest resident set above that
+of `convert-ckpt --inspect` of the same file. Targets: at least 0.8 x the speed of the copy, at most 300 MB.
 
 FOLDER (default: the system's temporary one) needs 9 GB and is left as it was. Files are read from the page
 cache where they fit: that is the harder case, as hashing then has nothing to wait for.
