@@ -227,7 +227,7 @@ def _not_finite(name: str, info: TensorInfo, shard: _Shard) -> UnusableWeights:
     """Names what is to blame: the file that was read, where there is one."""
     cut = name if len(name) <= _NAME_CHARS else name[:_NAME_CHARS] + "…"
     return UnusableWeights(
-        f"tensor {cut} ({info}) holds NaN or infinity; {shard.path.name} is not written",
+        f"tensor {cut} ({info}) holds NaN or infinity; nothing is written",
         where=shard.sources[0] if len(shard.sources) == 1 else shard.path,
         fix="--allow-nonfinite writes it as it is",
     )
