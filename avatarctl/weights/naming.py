@@ -30,6 +30,7 @@ Role = Literal["tensor", "down", "up", "alpha", "diff"]
 
 _PREFIXES: Final = (
     "pipe.dit.", "model.diffusion_model.", "diffusion_model.", "base_model.model.", "transformer.", "module.",
+    "_orig_mod.", "model.", "dit.",
 )  # fmt: skip
 _FLAT: Final = ("lora_unet_", "lora_transformer__", "lora_transformer_")
 
@@ -45,7 +46,10 @@ _ROLES: Final[tuple[tuple[re.Pattern[str], Role], ...]] = tuple(
         (r"diff", "diff"),
     )
 )
-_WHOLE: Final = re.compile(r"(?P<module>.+)\.(set_weight|modules_to_save\.\w+\.(?P<what>weight|bias))")
+_WHOLE: Final = re.compile(
+    r"(?P<module>.+)\.(set_weight|modules_to_save\.\w+\.(?P<what>weight|bias)|base_layer\.(?P<bias>bias))"
+)
+"""A tensor that replaces the base's; `base_layer.bias` is PEFT's `bias="lora_only"`."""
 _OTHER_ADAPTERS: Final = re.compile(
     r".*\.(dora_scale|lora_magnitude_vector.*|hada_\w+|lokr_\w+|oft_\w+|reshape_weight)"
 )
@@ -212,7 +216,11 @@ def _place(name: str, flat: bool, translate: _Translator) -> Placed | None:
             return Placed(role, module)
     if match := _WHOLE.fullmatch(name):
         module = translate.module(match["module"], flat)
-        return None if module is None else Placed("tensor", f"{module}.{match['what'] or 'weight'}")
+        return (
+            None
+            if module is None
+            else Placed("tensor", f"{module}.{match['what'] or match['bias'] or 'weight'}")
+        )
     if flat:
         return None
     whole = translate.tensor(name)

@@ -94,7 +94,7 @@ def recognise(raw: RawWeights) -> Checkpoint:
         _check_shapes(shapes, expected)
         strange |= {key for key, placed in names.placed.items() if placed.weight not in expected}
         missing = _missing(kind, layout, expected, shapes, pairs.low_rank, raw.config)
-    _check_config(raw.config, sizes, kind)
+    _check_config(raw.config, sizes, kind, pairs.low_rank)
     offset, offset_rule = _audio_offset(raw, layout, sizes)
     return Checkpoint(
         path=raw.path,
@@ -210,28 +210,51 @@ def _missing(
     if not any(layout.is_replaced(name) for name in shapes):
         return []
     missing = [name for name in expected if layout.is_replaced(name) and name not in shapes]
-    stated = config.get("lora_target_modules", "")
-    targets = [part.strip() for part in stated.split(",")] if isinstance(stated, str) and low_rank else []
+    targets = _stated_targets(config) if low_rank else []
     inside = {module.split(".", 2)[2] for module in low_rank if module.startswith("blocks.")}
     for name in expected:
         module = name.removesuffix(".weight")
         if not name.startswith("blocks.") or module == name or module in low_rank or len(expected[name]) != 2:
             continue
-        if module.split(".", 2)[2] in inside or any(t and f".{module}".endswith(f".{t}") for t in targets):
+        if module.split(".", 2)[2] in inside or any(f".{module}".endswith(f".{each}") for each in targets):
             missing.append(f"{module}.lora")
     return missing
 
 
-def _check_config(config: Mapping[str, Any], sizes: Sizes, kind: Kind) -> None:
-    """Refuse a config that describes another file."""
+def _stated_targets(config: Mapping[str, Any]) -> list[str]:
+    """Ends of module names that have a pair: "q,k,v" in the release, a list in other trainers' configs."""
+    stated = config.get("lora_target_modules", "")
+    parts = stated.split(",") if isinstance(stated, str) else stated if isinstance(stated, list) else []
+    return [part.strip() for part in parts if isinstance(part, str) and part.strip()]
+
+
+_STATED_SIZES: Final = {
+    "num_layers": "layers", "dim": "width", "ffn_dim": "ffn", "in_dim": "in_channels",
+    "in_channels": "in_channels", "out_dim": "out_channels", "out_channels": "out_channels",
+    "freq_dim": "freq_dim", "text_dim": "text_dim",
+}  # fmt: skip
+"""Fields of Wan's and diffusers' config.json -> `Sizes`."""
+
+
+def _check_config(
+    config: Mapping[str, Any], sizes: Sizes, kind: Kind, low_rank: Mapping[str, LowRank]
+) -> None:
+    """Refuse a config that describes another file, or a whole of which the file is a part."""
     of_model = config.get("model_config")
-    stated = of_model.get("in_dim") if isinstance(of_model, Mapping) else config.get("in_dim")
-    if isinstance(stated, int) and sizes.in_channels and stated != sizes.in_channels:
+    fields = {**config, **(of_model if isinstance(of_model, Mapping) else {})}
+    for name, size in _STATED_SIZES.items():
+        stated, held = fields.get(name), getattr(sizes, size)
+        # An adapter may leave blocks out, and then their number is that of the last one it changes.
+        if isinstance(stated, int) and held and stated != held and (kind == "model" or size != "layers"):
+            raise UnusableWeights(
+                f"config.json says {name} {stated}, and the file has {held}",
+                fix="a part of a model, or the config of another",
+            )
+    if config.get("train_architecture") == "lora" and not low_rank:
         raise UnusableWeights(
-            f"config.json says {stated} input channels, and patch_embedding has {sizes.in_channels}"
+            "config.json says LoRA, and the file has no LoRA tensors",
+            fix="a part of an adapter, or the wrong file",
         )
-    if config.get("train_architecture") == "lora" and kind == "model":
-        raise UnusableWeights("config.json says LoRA, and the file is a full model without LoRA tensors")
 
 
 def _heads(raw: RawWeights, sizes: Sizes) -> int:

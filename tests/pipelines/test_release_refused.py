@@ -178,8 +178,10 @@ def test_an_adapter_of_another_size_than_the_base(release: tiny.Release, tmp_pat
 
 
 def test_a_base_with_other_layers_than_the_adapter(release: tiny.Release, tmp_path: Path) -> None:
-    release.base = tiny.tiny_release(tiny.Dims(layers=4)).base
+    other_layers = tiny.Dims(layers=4)
+    release.base = tiny.tiny_release(other_layers).base
     release.write(tmp_path)
+    tiny.write_json(tmp_path / "Wan2.1-T2V-14B" / "config.json", tiny.base_config(other_layers))
     line = refused(UnusableWeights, tmp_path)
     assert "6 layers" in line and "4 layers" in line
 

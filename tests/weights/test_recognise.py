@@ -247,7 +247,7 @@ def test_half_a_pair_and_ranks_that_disagree_are_refused() -> None:
         ({"train_architecture": "lora", "lora_rank": 9, "lora_alpha": 1}, "rank 4.*says 9"),
         ({"train_architecture": "lora", "lora_alpha": "much"}, "not a finite number"),
         ({"train_architecture": "lora", "lora_alpha": float("inf")}, "not a finite number"),
-        ({"model_config": {"in_dim": 49}}, "49 input channels.*33"),
+        ({"model_config": {"in_dim": 49}}, "in_dim 49.*33"),
         ({"peft_type": "LORA", "r": RANK}, "lora_alpha"),
         ({"peft_type": "LOHA", "lora_alpha": 1}, "only plain LoRA"),
     ],
@@ -255,6 +255,38 @@ def test_half_a_pair_and_ranks_that_disagree_are_refused() -> None:
 def test_a_config_that_does_not_fit_is_refused(config: dict[str, Any], words: str) -> None:
     with pytest.raises(UnusableWeights, match=words):
         read(pairs() | avatar_parts(), config=config)
+
+
+def test_a_config_tells_that_a_part_is_missing() -> None:
+    config = {"train_architecture": "lora", "lora_rank": RANK, "lora_alpha": 1}
+    with pytest.raises(UnusableWeights, match="no LoRA tensors"):
+        read(avatar_parts(), config=config)
+    with pytest.raises(UnusableWeights, match="no LoRA tensors"):
+        read(base(), config=config)
+    with pytest.raises(UnusableWeights, match=f"num_layers {LAYERS + 1}.* {LAYERS}"):
+        read(base(), config={"num_layers": LAYERS + 1})
+    with pytest.raises(UnusableWeights, match="in_channels 36"):
+        read(base(), config={"in_channels": 36})
+    without_ffn = {name: shape for name, shape in pairs().items() if ".ffn." not in name} | avatar_parts()
+    for targets in ("q,k,v,o,ffn.0,ffn.2", ["q", "k", "v", "o", "ffn.0", "ffn.2"]):
+        checkpoint = read(without_ffn, config={**config, "lora_target_modules": targets})
+        assert len(checkpoint.missing) == 2 * LAYERS and "blocks.0.ffn.0.lora" in checkpoint.missing
+
+
+def test_pefts_biases_replace_the_bases() -> None:
+    bias = {"base_model.model.blocks.0.attn1.to_q.base_layer.bias": (D,)}
+    checkpoint = read(pairs(NAMINGS["peft, diffusers"]) | bias)
+    require_complete(checkpoint)
+    assert set(checkpoint.tensors) == {"blocks.0.self_attn.q.bias"}
+
+
+@pytest.mark.parametrize(
+    "prefix", ["_orig_mod.", "model.", "dit.", "module._orig_mod.", "model.diffusion_model."]
+)
+def test_what_wrappers_put_in_front_is_taken_off_and_said(prefix: str) -> None:
+    checkpoint = read({f"{prefix}{name}": shape for name, shape in base().items()})
+    require_complete(checkpoint)
+    assert any(prefix in note for note in checkpoint.notes)
 
 
 def test_alpha_of_a_target_wins_over_everything_else() -> None:
