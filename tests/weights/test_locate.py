@@ -13,6 +13,7 @@ from huggingface_hub import constants
 from avatarctl.registry import ROWS, find
 from avatarctl.weights.hub.locate import (
     HubName,
+    folder_name,
     locate,
     locate_hub_name,
     missing_files,
@@ -235,8 +236,24 @@ def test_a_fetched_hub_name_is_found(tmp_path: Path) -> None:
     assert locate_hub_name(HubName("org/loras", ""), None) == tmp_path / (
         f"hub/models--org--loras/snapshots/{COMMIT}"
     )
-    put(tmp_path / "root" / "loras", "a/b.safetensors")
-    assert locate_hub_name(lora, str(tmp_path / "root")) == tmp_path / "root/loras/a/b.safetensors"
+    put(tmp_path / "root" / "org--loras", "a/b.safetensors")
+    assert locate_hub_name(lora, str(tmp_path / "root")) == tmp_path / "root/org--loras/a/b.safetensors"
+
+
+def test_two_repositories_of_one_name_are_two(here: Path) -> None:
+    put(here / "pretrained_models" / "wan-lora", "a.safetensors")
+    put(here / "pretrained_models" / "alice--wan-lora", "a.safetensors")
+    for path in ("", "a.safetensors"):
+        assert locate_hub_name(HubName("bob/wan-lora", path), None) is None
+        found = Path("pretrained_models/alice--wan-lora", path)
+        assert locate_hub_name(HubName("alice/wan-lora", path), None) == found
+
+
+def test_folders_below_a_root_differ_whenever_repositories_do() -> None:
+    known = {row.hub_id: row.folder for row in ROWS.values() if row.hub_id}
+    assert {repo: folder_name(repo) for repo in known} == known
+    assert len(set(known.values())) == len(known)
+    assert folder_name("bob/OmniAvatar-14B") == "bob--OmniAvatar-14B"
 
 
 PROBE = """

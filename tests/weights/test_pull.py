@@ -316,6 +316,15 @@ def test_lora_files_by_their_name_on_the_hub(hub: HubServer, client: Path) -> No
     assert hub.fetched() == ["a.safetensors", "config.json"], "no pickle beside safetensors"
 
 
+def test_a_hub_name_below_a_root_says_whose_it_is(hub: HubServer, client: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "root" / "loras" / "a.safetensors"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"of somebody else")
+    result = models("pull", "org/loras/a.safetensors", "--weights-root", str(tmp_path / "root"))
+    assert result.stdout.splitlines() == [str(tmp_path / "root/org--loras/a.safetensors")]
+    assert mine.read_bytes() == b"of somebody else"
+
+
 def test_a_stop_keeps_the_part(hub: HubServer, client: Path) -> None:
     plan = plan_pull(wanted_by_names([NAME]), None, lambda event: None)
     with pytest.raises(Interrupted, match="run the same command again: what was fetched is kept"):

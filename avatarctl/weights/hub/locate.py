@@ -20,6 +20,7 @@ __all__ = [
     "USUAL_ROOTS",
     "HubName",
     "Located",
+    "folder_name",
     "hub_cache",
     "hub_constants",
     "locate",
@@ -129,6 +130,17 @@ def _present(folder: Path, name: str) -> bool:
     return path.is_file()
 
 
+def folder_name(repo: str) -> str:
+    """The folder of a repository below a weights root.
+
+    NAME for the repositories of the registry, as toolkits keep them; `ORG--NAME` for any other: two owners
+    may choose one name, and the files of one must not pass for those of the other. No owner's name holds
+    `--` (`read_hub_name`), so that these differ whenever the repositories do.
+    """
+    known = {row.hub_id for row in ROWS.values()}
+    return repo.rpartition("/")[2] if repo in known else repo.replace("/", "--")
+
+
 def hub_cache() -> Path:
     """The hub's cache on this machine (`HF_HUB_CACHE`, `HF_HOME`, `XDG_CACHE_HOME`)."""
     return Path(hub_constants().HF_HUB_CACHE)
@@ -179,8 +191,7 @@ def read_hub_name(text: str) -> HubName | None:
 def locate_hub_name(name: HubName, weights_root: str | None) -> Path | None:
     """The file that `name` means, or the folder of a whole repository, where `models pull` puts it; None if
     it was never fetched."""
-    folder = name.repo.rpartition("/")[2]
-    places = [root / folder for root in _roots(weights_root)]
+    places = [root / folder_name(name.repo) for root in _roots(weights_root)]
     for place in (*places, *snapshots(name.repo)):
         if name.path and (place / name.path).is_file():
             return place / name.path

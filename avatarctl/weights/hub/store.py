@@ -25,7 +25,7 @@ from avatarctl.atomic import (
 )
 from avatarctl.errors import OutputRefused, WriteFailed
 from avatarctl.weights.hub.client import DIGEST, HubFile, Listing, hub_errors, kept_bytes
-from avatarctl.weights.hub.locate import hub_cache
+from avatarctl.weights.hub.locate import folder_name, hub_cache
 
 __all__ = ["Store", "recorded_digest", "recorded_license"]
 
@@ -48,7 +48,7 @@ class Store:
         """The folder of a repository."""
         if self.root is None:
             return hub_cache() / f"models--{repo.replace('/', '--')}"
-        return self.root / repo.rpartition("/")[2]
+        return self.root / folder_name(repo)
 
     def path(self, file: HubFile) -> Path:
         """The final name of a file."""
