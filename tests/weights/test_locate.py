@@ -13,6 +13,7 @@ from huggingface_hub import constants
 from avatarctl.registry import ROWS, find
 from avatarctl.weights.hub.locate import (
     HubName,
+    files_together,
     folder_name,
     locate,
     locate_hub_name,
@@ -22,6 +23,7 @@ from avatarctl.weights.hub.locate import (
 )
 
 WAV2VEC = ("config.json", "model.safetensors", "preprocessor_config.json")
+TRANSFORMER = "diffusion_pytorch_model.safetensors"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OLDER = "f" * 40
 
@@ -130,13 +132,36 @@ def test_a_whole_repository_in_a_usual_folder(here: Path) -> None:
 
 
 def test_a_named_root_comes_first_and_the_others_after_it(tmp_path: Path, here: Path) -> None:
-    put(here / "pretrained_models" / "wav2vec2-base-960h", *WAV2VEC)
+    put(here / "pretrained_models" / "Wan2.1-T2V-1.3B", TRANSFORMER, "Wan2.1_VAE.pth")
     root = tmp_path / "root"
-    put(root / "wav2vec2-base-960h", "config.json")
-    found = locate(find("wav2vec2-base-960h"), str(root))
-    assert found.missing == () and found.folder is None, "two folders share the files"
-    assert found.files["config.json"].is_relative_to(root)
-    assert found.files["preprocessor_config.json"].parts[0] == "pretrained_models"
+    put(root / "Wan2.1-T2V-1.3B", "Wan2.1_VAE.pth")
+    found = locate(find("wan2.1-t2v-1.3b"), str(root))
+    assert found.folder is None, "two folders share the files"
+    assert found.files["Wan2.1_VAE.pth"].is_relative_to(root)
+    assert found.files[TRANSFORMER].parts[0] == "pretrained_models"
+
+
+@pytest.mark.parametrize("row", ["wav2vec2-base-960h", "omniavatar-14b-adapter", "wan2.1-t2v-14b"])
+def test_a_part_of_a_set_does_not_hide_a_whole_one(row: str, tmp_path: Path, here: Path) -> None:
+    """An index finds its shards beside it, and the weights of a config are those beside it."""
+    names = [names.split("|")[0] for names in files_together(find(row))]
+    repo = find(row).hub_id
+    home = cached(tmp_path, repo, *names)
+    folder = Path(repo).name
+    put(tmp_path / "root" / folder, *names[:-1])
+    put(here / "checkpoints" / folder, names[-1])
+    found = locate(find(row), str(tmp_path / "root"))
+    assert {path.parent for path in found.files.values()} == {home / "snapshots" / COMMIT}
+    assert len(found.files) == len(names)
+
+
+def test_parts_in_several_places_are_not_added_up(tmp_path: Path, here: Path) -> None:
+    put(tmp_path / "root" / "wav2vec2-base-960h", "config.json")
+    folder = Path("checkpoints/wav2vec2-base-960h")
+    put(folder, "pytorch_model.bin", "preprocessor_config.json")
+    found = locate(find("wav2vec2-base-960h"), str(tmp_path / "root"))
+    assert found.folder == folder and len(found.files) == 2
+    assert [(wanted.file, wanted.folder) for wanted in found.missing] == [("config.json", str(folder))]
 
 
 def test_a_root_may_be_the_folder_itself(tmp_path: Path) -> None:
@@ -186,11 +211,11 @@ def test_a_link_whose_blob_is_gone_does_not_count(tmp_path: Path) -> None:
 
 def test_an_older_commit_counts_and_main_comes_first(tmp_path: Path) -> None:
     cached(tmp_path, "facebook/wav2vec2-base-960h", *WAV2VEC, commit=OLDER, main=False)
-    cached(tmp_path, "facebook/wav2vec2-base-960h", "config.json")
+    home = cached(tmp_path, "facebook/wav2vec2-base-960h", "config.json")
     found = locate(find("wav2vec2-base-960h"), None)
-    assert found.missing == ()
-    assert found.files["config.json"].parent.name == COMMIT
-    assert found.files["preprocessor_config.json"].parent.name == OLDER
+    assert found.folder == home / "snapshots" / OLDER and found.missing == (), "main has a part only"
+    cached(tmp_path, "facebook/wav2vec2-base-960h", *WAV2VEC[1:])
+    assert locate(find("wav2vec2-base-960h"), None).folder == home / "snapshots" / COMMIT
 
 
 @pytest.mark.parametrize("text", ["../../../etc", "x" * 40, "", "\x1b[31m"])
@@ -238,6 +263,20 @@ def test_a_fetched_hub_name_is_found(tmp_path: Path) -> None:
     )
     put(tmp_path / "root" / "org--loras", "a/b.safetensors")
     assert locate_hub_name(lora, str(tmp_path / "root")) == tmp_path / "root/org--loras/a/b.safetensors"
+
+
+def test_a_whole_repository_is_one_that_lacks_no_weights(tmp_path: Path) -> None:
+    name = HubName("org/loras", "")
+    cached(tmp_path, "org/loras", "README.md", "config.json")
+    assert locate_hub_name(name, None) is None
+    shards = [f"x-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    put(tmp_path / "root" / "org--loras", shards[0], "config.json")
+    part = locate_hub_name(name, str(tmp_path / "root"))
+    assert part == tmp_path / "root/org--loras", "who reads it says what is missing"
+    home = cached(tmp_path, "org/loras", *shards, commit=OLDER, main=False)
+    assert locate_hub_name(name, str(tmp_path / "root")) == home / "snapshots" / OLDER
+    put(tmp_path / "root" / "org--loras", shards[1])
+    assert locate_hub_name(name, str(tmp_path / "root")) == tmp_path / "root/org--loras"
 
 
 def test_two_repositories_of_one_name_are_two(here: Path) -> None:

@@ -96,10 +96,50 @@ def test_a_root_instead_of_the_cache(hub: HubServer, client: Path, tmp_path: Pat
 def test_what_lies_in_a_usual_folder_is_not_fetched_again(hub: HubServer, client: Path) -> None:
     folder = Path("checkpoints") / NAME
     folder.mkdir(parents=True)
+    for name in ("config.json", "pytorch_model.bin", "preprocessor_config.json"):
+        (folder / name).write_bytes(b"mine")
+    result = models("pull", NAME)
+    assert hub.fetched() == [] and f"here       {folder}/pytorch_model.bin" in result.stderr
+
+
+def test_a_part_of_a_set_is_completed_where_a_pull_puts_it(hub: HubServer, client: Path) -> None:
+    """Else a pull would succeed and leave files that no run can read: half here, half in the cache."""
+    folder = Path("checkpoints") / NAME
+    folder.mkdir(parents=True)
     (folder / "pytorch_model.bin").write_bytes(b"mine")
     result = models("pull", NAME)
+    assert sorted(hub.fetched()) == FILES
+    assert f"{folder} has a part of {NAME}" in result.stderr
+    assert "--weights-root checkpoints completes them there" in result.stderr
+    (snapshot,) = snapshots(REPO)
+    assert locate(find(NAME), None).folder == snapshot
+    hub.requests.clear()
+    models("pull", NAME, "--weights-root", "checkpoints")
+    assert hub.requests == [], "a whole copy is in the cache"
+    shutil.rmtree(client)
+    models("pull", NAME, "--weights-root", "checkpoints")
     assert sorted(hub.fetched()) == ["config.json", "preprocessor_config.json"]
-    assert f"here       {folder}/pytorch_model.bin" in result.stderr
+    assert locate(find(NAME), "checkpoints").folder == folder
+
+
+def test_a_new_commit_is_fetched_as_a_whole(hub: HubServer, client: Path) -> None:
+    models("pull", NAME)
+    (old,) = snapshots(REPO)
+    (old / "config.json").unlink()
+    hub.repos[REPO].commit = "f" * 40
+    hub.requests.clear()
+    models("pull", NAME)
+    found = locate(find(NAME), None)
+    assert found.folder == old.with_name("f" * 40) and found.missing == ()
+    assert hub.fetched() == [], "all bytes were among the blobs"
+
+
+def test_a_repository_of_which_a_part_is_elsewhere(hub: HubServer, client: Path) -> None:
+    part = Path("checkpoints/org--loras/a.safetensors")
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"x")
+    models("pull", "org/loras")
+    assert sorted(hub.fetched()) == ["a.safetensors", "config.json", "sub/b.safetensors"]
 
 
 def test_a_broken_connection_goes_on_where_it_broke(hub: HubServer, client: Path) -> None:

@@ -8,24 +8,29 @@ own environment variables; its client is not imported for that.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from avatarctl.errors import UsageError
-from avatarctl.registry import ROWS, Row, Wanted
+from avatarctl.registry import ENCODER_FILES, ROWS, Row, Wanted
 
 __all__ = [
     "USUAL_ROOTS",
+    "WEIGHT_SUFFIXES",
     "HubName",
     "Located",
+    "files_together",
     "folder_name",
+    "found_in",
     "hub_cache",
     "hub_constants",
     "locate",
     "locate_hub_name",
     "missing_files",
+    "places_of",
     "read_hub_name",
     "snapshots",
     "with_needs",
@@ -34,6 +39,9 @@ __all__ = [
 USUAL_ROOTS: Final = ("pretrained_models", "checkpoints", "ckpt")
 """Folders of the current folder in which other toolkits keep `NAME/`."""
 
+WEIGHT_SUFFIXES: Final = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+
+_SHARD: Final = re.compile(r"(?P<stem>.*)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\.\w+)", re.DOTALL)
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _REPOSITORY: Final = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _OUTSIDE: Final = frozenset({"", ".", ".."})
@@ -66,28 +74,51 @@ class HubName:
 
 
 def locate(row: Row, weights_root: str | None) -> Located:
-    """The files of `row`, each taken from the first place that has it.
+    """The files of `row`: what is read together from the first place that has all of it, every other file
+    from the first place that has it.
+
+    Where no place has all that is read together, the one with the most of it counts alone: files of two
+    downloads may be of two versions, and an index knows its shards only beside itself.
 
     Places, in this order: `weights_root/FOLDER`, `weights_root` itself, `FOLDER` in each of `USUAL_ROOTS`,
     these themselves, the hub's cache. A root itself counts only if every file of the row lies directly in it,
     and not if it is named for another row: `config.json` alone says nothing about whose it is.
     """
+    together = files_together(row)
     files: dict[str, Path] = {}
-    places: list[Path] = []
+    part: dict[str, Path] = {}
+    place_of: dict[str, Path] = {}
+    part_place = _roots(weights_root)[0] / row.folder
     for place in _places(row, weights_root):
         absent = [names for names in row.files if names not in files]
-        found = {names: path for names in absent if (path := _found(place, names)) is not None}
-        if found:
-            files |= found
-            places.append(place)
+        found = {names: path for names in absent if (path := found_in(place, names)) is not None}
+        here = {names: path for names, path in found.items() if names in together}
+        if len(here) < len(together):
+            found = {names: path for names, path in found.items() if names not in together}
+            if len(here) > len(part):
+                part, part_place = here, place
+        files |= found
+        place_of |= dict.fromkeys(found, place)
         if len(files) == len(row.files):
             break
+    if files.keys().isdisjoint(together):
+        files |= part
+        place_of |= dict.fromkeys(part, part_place)
     home = _roots(weights_root)[0] / row.folder
     missing = tuple(
-        Wanted(names.replace("|", " or "), str(home), row.hub_id) for names in row.files if names not in files
+        Wanted(names.replace("|", " or "), str(part_place if names in together else home), row.hub_id)
+        for names in row.files
+        if names not in files
     )
     in_order = {names: files[names] for names in row.files if names in files}
-    return Located(row, places[0] if len(places) == 1 else None, in_order, missing)
+    places = set(place_of.values())
+    return Located(row, places.pop() if len(places) == 1 else None, in_order, missing)
+
+
+def files_together(row: Row) -> tuple[str, ...]:
+    """The names in `row.files` that are of use only beside each other: all but encoders and folders."""
+    alone = ENCODER_FILES.values()
+    return tuple(names for names in row.files if names not in alone and not names.endswith("/"))
 
 
 def missing_files(row: Row, weights_root: str | None) -> tuple[Wanted, ...]:
@@ -112,14 +143,14 @@ def _places(row: Row, weights_root: str | None) -> Iterator[Path]:
     others = {each.folder for each in ROWS.values()} - {row.folder}
     for root in _roots(weights_root):
         yield root / row.folder
-        if root.name not in others and all(_found(root, names) is not None for names in row.files):
+        if root.name not in others and all(found_in(root, names) is not None for names in row.files):
             yield root
     if row.hub_id:
         yield from snapshots(row.hub_id)
 
 
-def _found(folder: Path, names: str) -> Path | None:
-    """The first of "a|b" that is there."""
+def found_in(folder: Path, names: str) -> Path | None:
+    """The first of "a|b" that is in `folder`."""
     return next((folder / name for name in names.split("|") if _present(folder, name)), None)
 
 
@@ -188,13 +219,34 @@ def read_hub_name(text: str) -> HubName | None:
     return HubName(repo, path)
 
 
+def places_of(repo: str, weights_root: str | None) -> Iterator[Path]:
+    """Folders that may hold files of a repository that is no row."""
+    for root in _roots(weights_root):
+        yield root / folder_name(repo)
+    yield from snapshots(repo)
+
+
 def locate_hub_name(name: HubName, weights_root: str | None) -> Path | None:
     """The file that `name` means, or the folder of a whole repository, where `models pull` puts it; None if
-    it was never fetched."""
-    places = [root / folder_name(name.repo) for root in _roots(weights_root)]
-    for place in (*places, *snapshots(name.repo)):
-        if name.path and (place / name.path).is_file():
-            return place / name.path
-        if not name.path and _present(place, "./"):
-            return place
-    return None
+    it was never fetched. Of several folders it is the first that lacks no shard."""
+    incomplete = None
+    for place in places_of(name.repo, weights_root):
+        if name.path:
+            if (place / name.path).is_file():
+                return place / name.path
+        elif (lacks_shards := _lacks_shards(place)) is not None:
+            if not lacks_shards:
+                return place
+            incomplete = incomplete or place
+    return incomplete
+
+
+def _lacks_shards(folder: Path) -> bool | None:
+    """Whether weight files below `folder` are numbered and not all there; None if there are none at all."""
+    files = [path for path in folder.rglob("*") if path.suffix in WEIGHT_SUFFIXES and path.is_file()]
+    shards = Counter(
+        (match["stem"], int(match["count"]), match["suffix"])
+        for path in files
+        if (match := _SHARD.fullmatch(str(path)))
+    )
+    return any(number < count for (_, count, _), number in shards.items()) if files else None

@@ -11,14 +11,23 @@ from avatarctl.errors import WeightsMissing
 from avatarctl.events import Emit, Notice
 from avatarctl.registry import Row
 from avatarctl.weights.hub.client import HubFile, Listing, check_access, fetch, list_files
-from avatarctl.weights.hub.locate import HubName, hub_cache, locate, locate_hub_name
+from avatarctl.weights.hub.locate import (
+    WEIGHT_SUFFIXES,
+    HubName,
+    Located,
+    files_together,
+    found_in,
+    hub_cache,
+    locate,
+    locate_hub_name,
+    places_of,
+)
 from avatarctl.weights.hub.store import Store
 from avatarctl.weights.hub.wanted import Wants
 
 __all__ = ["ByHand", "PullPlan", "plan_pull", "run_pull"]
 
-_WEIGHTS: Final = (".safetensors",)
-_PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt")
+_SAFE: Final = ".safetensors"
 _BESIDE: Final = (".json", ".model", ".txt")
 
 
@@ -84,19 +93,44 @@ class _Planner:
 
     def add_row(self, row: Row) -> None:
         located = locate(row, self._weights_root)
+        lacking = [names for names in row.files if names not in located.files]
+        together = files_together(row) if row.hub_id else ()
+        if set(lacking).isdisjoint(together):
+            together = ()
         for names, path in located.files.items():
+            if names in together:
+                continue
             if names.endswith("/") and row.hub_id:
                 self._add_folder(row, names, path, alone=not located.missing)
             else:
                 self._present.append((row.name, path))
-        for wanted, names in zip(
-            located.missing, (n for n in row.files if n not in located.files), strict=True
-        ):
+        if together:
+            self._add_together(located, together)
+        for wanted, names in zip(located.missing, lacking, strict=True):
+            if names in together:
+                continue
             if row.hub_id:
                 self._add_files(self._listing(row.hub_id).select(names))
             else:
                 source = row.obtained or "no source is confirmed"
                 self._by_hand.append(ByHand(row.name, wanted.file, source, wanted.folder))
+
+    def _add_together(self, located: Located, together: tuple[str, ...]) -> None:
+        """Files that are of use only in one folder: they are completed in the one that a pull fills."""
+        row = located.row
+        listing = self._listing(row.hub_id)
+        target = self._store.place(listing.repo, listing.commit)
+        for names in together:
+            path = found_in(target, names)
+            if path is not None:
+                self._present.append((row.name, path))
+            else:
+                self._add_files(listing.select(names))
+        others = {path.parent for names, path in located.files.items() if names in together} - {target}
+        for other in others:
+            if not other.is_relative_to(hub_cache()):  # which nobody completes but its client
+                hint = f"; --weights-root {other.parent} completes them there" * (other.name == row.folder)
+                self._emit(Notice(f"{other} has a part of {row.name}, which is read from one folder{hint}"))
 
     def _add_folder(self, row: Row, name: str, path: Path, *, alone: bool) -> None:
         """A folder that exists may lack files: an earlier pull may have been stopped in the middle of it."""
@@ -124,12 +158,14 @@ class _Planner:
             return
         listing = self._listing(name.repo)
         files = _of_repository(listing) if not name.path else listing.select(name.path)
+        places = places_of(name.repo, self._weights_root)
+        whole = (place for place in places if all((place / file.name).is_file() for file in files))
+        target = next(whole, self._store.place(listing.repo, listing.commit))
         for file in files:
-            there = locate_hub_name(HubName(file.repo, file.name), self._weights_root)
-            if there is None:
-                self._add_files([file])
+            if (target / file.name).is_file():
+                self._present.append((str(file), target / file.name))
             else:
-                self._present.append((str(file), there))
+                self._add_files([file])
 
     def _listing(self, repo: str) -> Listing:
         if repo not in self._listings:
@@ -152,10 +188,10 @@ class _Planner:
 def _of_repository(listing: Listing) -> list[HubFile]:
     """Of a whole repository: weights, and the small files that say what they are. Pickles only where there
     are no safetensors."""
-    safe = any(name.endswith(_WEIGHTS) for name in listing.files)
-    endings = (*(_WEIGHTS if safe else _PICKLES), *_BESIDE)
+    safe = any(name.endswith(_SAFE) for name in listing.files)
+    endings = (*((_SAFE,) if safe else WEIGHT_SUFFIXES), *_BESIDE)
     found = [file for name, file in listing.files.items() if name.endswith(endings)]
-    if not any(file.name.endswith((*_WEIGHTS, *_PICKLES)) for file in found):
+    if not any(file.name.endswith(WEIGHT_SUFFIXES) for file in found):
         raise WeightsMissing("the repository has no weight files", where=listing.repo)
     return found
 

@@ -50,11 +50,13 @@ class Store:
             return hub_cache() / f"models--{repo.replace('/', '--')}"
         return self.root / folder_name(repo)
 
+    def place(self, repo: str, commit: str) -> Path:
+        """The folder of a repository's files at one commit."""
+        return self.home(repo) / "snapshots" / commit if self.root is None else self.home(repo)
+
     def path(self, file: HubFile) -> Path:
         """The final name of a file."""
-        if self.root is None:
-            return self.home(file.repo) / "snapshots" / file.commit / file.name
-        return self.home(file.repo) / file.name
+        return self.place(file.repo, file.commit) / file.name
 
     def kept(self, file: HubFile) -> int:
         """Bytes of `file` that need not be fetched."""
