@@ -26,11 +26,12 @@ from avatarctl.pipelines.convert_steps import (
     merge,
     plain_name,
 )
+from avatarctl.weights.assemble import require_whole
 from avatarctl.weights.checkpoint import Checkpoint
 from avatarctl.weights.export import Export, Target, export, with_release_config
 from avatarctl.weights.files.writer import staged_folder, write_safetensors, write_sharded
 from avatarctl.weights.metadata import config_of, file_metadata, read_own
-from avatarctl.weights.recognise import read_checkpoint, require_complete
+from avatarctl.weights.recognise import read_checkpoint
 from avatarctl.weights.tensors import Tensor
 
 __all__ = [
@@ -205,11 +206,12 @@ def _read(path: Path) -> Checkpoint:
             where=path,
             fix="--inspect shows what it holds",
         )
-    require_complete(checkpoint)
     try:
+        require_whole(checkpoint)
         return replace(checkpoint, config=config_of(checkpoint))
     except UnusableWeights as error:  # damaged metadata of our own
-        error.where = path
+        if error.where is None:
+            error.where = path
         raise
 
 

@@ -19,7 +19,7 @@ from avatarctl.weights.metadata import read_own
 from avatarctl.weights.recognise import read_checkpoint, require_complete
 from avatarctl.weights.sources import Sources
 
-__all__ = ["assemble", "open_model", "with_loras"]
+__all__ = ["assemble", "open_model", "require_whole", "with_loras"]
 
 SUM_DTYPE = "F32"
 """Of merged tensors: whoever loads them casts them once."""
@@ -32,14 +32,19 @@ def open_model(path: Path) -> Checkpoint:
     adapter that is written as two: half of it would run and be wrong.
     """
     held = read_checkpoint(path)
+    require_whole(held)
+    return held
+
+
+def require_whole(held: Checkpoint) -> None:
+    """Raise what `open_model` raises for a checkpoint that is open."""
     if first := read_own(held.metadata).companion_of:
         raise UnusableWeights(
             f"is the second half of an adapter; its first file is {first[:100]}",
-            where=path,
+            where=held.path,
             fix=f"name {first[:100]}, which reads both",
         )
     require_complete(held)
-    return held
 
 
 def assemble(row: Row, sources: Sources, model: Model, emit: Emit) -> Checkpoint:

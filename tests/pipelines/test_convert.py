@@ -395,6 +395,19 @@ def test_incomplete_and_unknown_tensors_are_named(tmp_path: Path) -> None:
         convert(tmp_path / "more.safetensors", tmp_path / "out")
 
 
+def test_the_second_half_of_an_adapter_is_no_adapter(omni: Path, base: Path, tmp_path: Path) -> None:
+    """Its LoRA is in the other file: alone it would be converted and merged without."""
+    convert(omni, tmp_path / "c.safetensors", "comfyui")
+    half, whole = tmp_path / "c.patch.safetensors", release.write_model(tmp_path / "whole.safetensors")
+    for source, asked in (
+        (half, {}),
+        (half, {"base": base, "merge": True}),
+        (whole, {"base": half, "extract": True}),
+    ):
+        with pytest.raises(UnusableWeights, match=r"c\.patch\.safetensors: is the second half.*name c\.safe"):
+            convert(source, tmp_path / "out", **asked)  # type: ignore[arg-type]
+
+
 def test_damaged_metadata_is_told_with_the_file(tmp_path: Path) -> None:
     source = tmp_path / "edited.safetensors"
     save_file(release.omniavatar_state(), source, {"avatarctl.operations": "{"})
