@@ -17,6 +17,7 @@ from avatarctl.errors import UnusableWeights
 from avatarctl.events import Emit, Notice, Stage
 from avatarctl.weights.checkpoint import Checkpoint, LowRank
 from avatarctl.weights.low_rank import Factors, factorise
+from avatarctl.weights.metadata import without_history
 from avatarctl.weights.recognise import require_complete
 from avatarctl.weights.sizes import variant_of
 from avatarctl.weights.tensors import DTYPES, ArrayTensor, Tensor, block_ranges, to_float32
@@ -110,6 +111,7 @@ def extract_low_rank(
         scale_rule="alpha equals the rank, as extracted",
         format="",
         names=(),
+        metadata=without_history(model.metadata),
         notes=(f"extracted as the difference from {base.path.name}",),
     )
 

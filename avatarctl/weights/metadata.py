@@ -28,6 +28,7 @@ __all__ = [
     "mismatch",
     "network_of",
     "read_own",
+    "without_history",
 ]
 
 MODELSPEC_VERSION: Final = "1.0.1"
@@ -43,6 +44,10 @@ excepted, which differs from file to file. The family objects say the same; aski
 _CONVENTIONS: Final = ("audio_offset", "mask_keep", "hole", "fps", "sigma_shift")
 _STALE: Final = ("lora_adapter_metadata", "modelspec.hash_sha256")
 """Keys of a source that describe its own bytes or names, not the ones that we write."""
+_HASHES: Final = "sshs_"
+"""kohya's digests of the tensors, `sshs_model_hash` and `sshs_legacy_hash`: untrue after any change."""
+_LORA_TRAINED: Final = "ss_network_"
+"""What LoRA a trainer made (module, rank, alpha, arguments): untrue of anything but that LoRA."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,16 @@ def mismatch(one: Checkpoint, other: Checkpoint) -> str:
     return ""
 
 
+def without_history(metadata: Mapping[str, str]) -> dict[str, str]:
+    """A model's metadata for the adapter that is extracted from it, without the model's title, what it was
+    merged from, and the LoRA that a trainer made for it."""
+    return {
+        key: value
+        for key, value in metadata.items()
+        if key not in ("modelspec.title", "modelspec.merged_from") and not key.startswith(_LORA_TRAINED)
+    }
+
+
 def file_metadata(
     checkpoint: Checkpoint, operations: Sequence[Mapping[str, Any]], extra: Mapping[str, str]
 ) -> dict[str, str]:
@@ -146,10 +161,11 @@ def file_metadata(
 
     operations: all steps, earlier ones included; extra: what the naming of the file adds (see `export`).
     """
+    untrue = ("avatarctl.", _HASHES, *([_LORA_TRAINED] if checkpoint.kind == "model" else []))
     kept = {
         key: value
         for key, value in checkpoint.metadata.items()
-        if not key.startswith("avatarctl.") and key not in _STALE
+        if not key.startswith(untrue) and key not in _STALE
     }
     own = {
         "format": "pt",

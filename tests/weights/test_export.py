@@ -237,6 +237,20 @@ def test_metadata_says_what_the_file_is(adapter: Checkpoint) -> None:
     assert own.config == release.release_config() and own.operations == ({"operation": "write"},)
 
 
+def test_what_became_untrue_is_not_passed_on(adapter: Checkpoint, model: Checkpoint) -> None:
+    stated = {
+        "sshs_model_hash": "0" * 64,
+        "sshs_legacy_hash": "0" * 8,
+        "ss_network_module": "networks.lora_wan",
+        "ss_base_model_version": "wan2.1",
+    }
+    assert file_metadata(replace(adapter, metadata=stated), [], {}).keys() & stated.keys() == {
+        "ss_network_module", "ss_base_model_version",
+    }  # fmt: skip
+    of_model = file_metadata(replace(model, metadata=stated), [], {})
+    assert of_model.keys() & stated.keys() == {"ss_base_model_version"}, "a full model is no LoRA"
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

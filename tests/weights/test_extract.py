@@ -96,6 +96,15 @@ def test_a_lora_that_was_merged_comes_back() -> None:
         assert np.array_equal(read_whole(tensor), read_whole(given.tensors[name]))
 
 
+def test_an_adapter_does_not_carry_what_is_said_of_the_model() -> None:
+    base = checkpoint(values(BASE, 1))
+    said = {"modelspec.merged_from": "base, a", "modelspec.title": "sum", "ss_network_module": "networks.x"}
+    model = merged(base, adapter())
+    model = replace(model, metadata={**said, "modelspec.author": "me", "avatarctl.conventions": "{}"})
+    found = extract_low_rank(model, base, emit=silent).metadata
+    assert found == {"modelspec.author": "me", "avatarctl.conventions": "{}"}
+
+
 def test_merging_what_was_extracted_gives_the_model_again() -> None:
     base = checkpoint(values(BASE, 1), "BF16")
     model = merged(base, adapter(), "BF16")
