@@ -159,6 +159,7 @@ def audio_encoder(folder: Path, device: torch.device, emit: Emit) -> FrameWav2Ve
     if file is None:
         raise UnusableWeights("has neither model.safetensors nor pytorch_model.bin", where=folder)
     held = _component(file, "wav2vec 2.0 encoder")
+    _warn_of_pretraining(folder / "config.json", held, emit)
     tensors = {
         _wav2vec_name(name): tensor for name, tensor in held.tensors.items() if not name.startswith(_HEADS)
     }
@@ -186,7 +187,8 @@ def audio_encoder(folder: Path, device: torch.device, emit: Emit) -> FrameWav2Ve
     return network.eval()
 
 
-_HEADS: Final = ("lm_head.", "quantizer.", "project_q.", "project_hid.")
+_PRETRAINING: Final = ("quantizer.", "project_q.", "project_hid.")
+_HEADS: Final = ("lm_head.", *_PRETRAINING)
 """What stands behind the encoder in published files: the recogniser's head and what pretraining needed."""
 
 _UNUSED: Final = ("masked_spec_embed",)
@@ -197,6 +199,23 @@ _RENAMED: Final = {
     "encoder.pos_conv_embed.conv.weight_g": "encoder.pos_conv_embed.conv.parametrizations.weight.original0",
     "encoder.pos_conv_embed.conv.weight_v": "encoder.pos_conv_embed.conv.parametrizations.weight.original1",
 }
+
+
+def _warn_of_pretraining(config: Path, held: Checkpoint, emit: Emit) -> None:
+    """The published models were trained on features of an encoder that was tuned to recognise speech
+    (wav2vec2-base-960h, spec/omniavatar.md b.8). One that was only pretrained has the same shapes and other
+    features."""
+    head = next((name for name in held.tensors if name.startswith(_PRETRAINING)), "")
+    stated = read_object(config, _LONGEST_CONFIG).get("architectures")
+    if head or (isinstance(stated, list) and "Wav2Vec2ForPreTraining" in stated):
+        why = f"it holds {printable(head)[:100]}" if head else "config.json says Wav2Vec2ForPreTraining"
+        emit(
+            Notice(
+                f"{held.path} was only pretrained ({why}); published models hear by wav2vec2-base-960h, and "
+                "lips may not follow the sound",
+                "warning",
+            )
+        )
 
 
 def _wav2vec_name(name: str) -> str:

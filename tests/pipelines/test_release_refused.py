@@ -334,6 +334,22 @@ def test_a_preprocessor_that_does_not_normalise(release: tiny.Release, tmp_path:
     assert "8000 samples a second" in refused(UnusableWeights, tmp_path)
 
 
+@pytest.mark.parametrize("told_by", ["tensors", "config", "nothing"])
+def test_a_sound_encoder_that_was_only_pretrained(
+    told_by: str, release: tiny.Release, tmp_path: Path
+) -> None:
+    """Of the same shapes as the recogniser's, and of other features: nothing else would say so."""
+    config = tiny.sound_config(tiny.TINY)
+    if told_by == "tensors":
+        release.sound |= {"quantizer.codevectors": torch.ones(1, 4, 2), "project_q.bias": torch.ones(2)}
+    if told_by == "config":
+        config["architectures"] = ["Wav2Vec2ForPreTraining"]
+    release.write(tmp_path)
+    tiny.write_json(tmp_path / "wav2vec2-base-960h" / "config.json", config)
+    said = [each.level for each in load(tmp_path) if isinstance(each, Notice) and "pretrained" in each.text]
+    assert said == ([] if told_by == "nothing" else ["warning"])
+
+
 def test_a_bin_file_of_the_sound_encoder(release: tiny.Release, tmp_path: Path) -> None:
     release.write(tmp_path)
     folder = tmp_path / "wav2vec2-base-960h"
