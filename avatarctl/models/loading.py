@@ -149,6 +149,7 @@ def _with_loras(row: Row, dit: nn.Module, sources: Sources, emit: Emit) -> nn.Mo
         sizes=sizes,
         tensors=tensors,
         heads=network["num_attention_heads"],
+        heads_stated=True,
         audio_offset=row.defaults["model.audio_offset"],
     )
     return transformer(with_loras(held, sources.loras, emit), torch.float32, torch.device("cpu"))

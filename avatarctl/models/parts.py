@@ -26,6 +26,7 @@ from avatarctl.models.wav2vec import FrameWav2Vec2
 from avatarctl.timeline import SAMPLE_RATE
 from avatarctl.weights.checkpoint import Checkpoint
 from avatarctl.weights.files.strict_json import read_object
+from avatarctl.weights.metadata import network_of
 from avatarctl.weights.recognise import read_checkpoint
 from avatarctl.weights.tensors import Tensor
 from avatarctl.weights.wan import UMT5_ENCODER
@@ -42,7 +43,7 @@ _DOWN: Final = (False, True, True)
 
 def transformer(held: Checkpoint, dtype: torch.dtype, device: torch.device) -> OmniAvatarTransformer:
     """The diffusion transformer of a full model, float32 where `models/precision.py` says so."""
-    sizes, eps = held.sizes, held.config.get("eps", 1e-6)
+    sizes = held.sizes
     with on_meta():
         network = OmniAvatarTransformer(
             num_attention_heads=held.heads,
@@ -53,7 +54,7 @@ def transformer(held: Checkpoint, dtype: torch.dtype, device: torch.device) -> O
             freq_dim=sizes.freq_dim,
             ffn_dim=sizes.ffn,
             num_layers=sizes.layers,
-            eps=float(eps) if isinstance(eps, (int, float)) else 1e-6,
+            eps=network_of(held)["eps"],
             audio_input_dim=sizes.audio_input_dim,
             audio_hidden_size=sizes.audio_hidden_size,
         )

@@ -54,7 +54,8 @@ class Checkpoint:
     scale:      factor of every low-rank pair without an alpha of its own, already divided by rank:
                 0.5 by published ratio, 1 by the rule of its naming.
     scale_rule: which rule gave `scale`, for people ("alpha 64 / rank 128 from config.json").
-    heads:      attention heads (config, metadata, or width / 128), 0 where nothing tells.
+    heads:      attention heads (config, metadata, or width / 128), 0 where nothing tells;
+    heads_stated: whether the config or the metadata says so.
     audio_offset: 0 or 1 (frames), None where the network has no audio or nothing tells;
     audio_offset_rule: where it comes from, for people.
     files:      the weight files that were read, in order.
@@ -79,6 +80,7 @@ class Checkpoint:
     scale: float = 1.0
     scale_rule: str = ""
     heads: int = 0
+    heads_stated: bool = False
     audio_offset: int | None = None
     audio_offset_rule: str = ""
     files: tuple[Path, ...] = ()

@@ -6,6 +6,7 @@ strength; whole tensors (patch embedding, audio) replace those of the model (spe
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final
@@ -13,7 +14,7 @@ from typing import Final
 from avatarctl.errors import UnusableWeights, printable
 from avatarctl.weights.checkpoint import Checkpoint
 from avatarctl.weights.layout import Sizes, WeightLayout
-from avatarctl.weights.metadata import config_of, mismatch
+from avatarctl.weights.metadata import config_of, mismatch, stated_network
 from avatarctl.weights.sizes import variant_of
 from avatarctl.weights.tensors import Tensor
 from avatarctl.weights.transforms import cast, plus_difference, plus_low_rank
@@ -51,6 +52,7 @@ def merge_adapter(
     sizes = _sizes(base, adapter, tensors)
     _check_complete(base, adapter, layout, sizes, tensors)
     own = adapter.layout is layout
+    network = _network(base, adapter)
     return replace(
         base,
         path=adapter.path,
@@ -59,12 +61,13 @@ def merge_adapter(
         variant=variant_of("model", layout, sizes),
         sizes=sizes,
         tensors=tensors,
-        heads=base.heads or adapter.heads,
+        heads=int(network.get("num_attention_heads", base.heads or adapter.heads)),
+        heads_stated="num_attention_heads" in network,
         audio_offset=adapter.audio_offset if own else base.audio_offset,
         audio_offset_rule=adapter.audio_offset_rule if own else base.audio_offset_rule,
         files=(*adapter.files, *base.files),
         config=config_of(adapter if own and layout is not base.layout else base),
-        metadata=_metadata(base, adapter),
+        metadata=_metadata(base, adapter, network),
         notes=(*base.notes, *adapter.notes),
     )
 
@@ -180,9 +183,30 @@ def _check_complete(
         )
 
 
-def _metadata(base: Checkpoint, adapter: Checkpoint) -> dict[str, str]:
+def _network(base: Checkpoint, adapter: Checkpoint) -> dict[str, float]:
+    """What either side states that no shape tells. Raises UnusableWeights where they differ."""
+    ours, theirs = stated_network(adapter), stated_network(base)
+    for name in ("num_attention_heads", "eps"):
+        if name in ours and name in theirs and ours[name] != theirs[name]:
+            raise UnusableWeights(
+                f"was made for {name} {ours[name]:g}, and the base {base.path} has {theirs[name]:g}",
+                where=adapter.path,
+            )
+    heads = ours.get("num_attention_heads")
+    if heads and base.sizes.width % heads:
+        raise UnusableWeights(
+            f"was made for {heads:g} heads, which do not divide the width {base.sizes.width} of the base "
+            f"{base.path}",
+            where=adapter.path,
+        )
+    return {**theirs, **ours}
+
+
+def _metadata(base: Checkpoint, adapter: Checkpoint, network: Mapping[str, float]) -> dict[str, str]:
     """What both files say, the adapter's word first, with the names of both."""
     both = {**base.metadata, **adapter.metadata}
     names = ", ".join(printable(file.name) for file in (*base.files[:1], *adapter.files[:1]))
     kept = {key: value for key, value in both.items() if key not in _STALE}
+    if network:
+        kept["avatarctl.network"] = json.dumps(network)
     return kept | {"modelspec.merged_from": names} if names else kept

@@ -28,6 +28,7 @@ __all__ = [
     "mismatch",
     "network_of",
     "read_own",
+    "stated_network",
     "without_history",
 ]
 
@@ -181,7 +182,7 @@ def file_metadata(
         own["avatarctl.channels"] = str(checkpoint.sizes.in_channels)
     parts = {
         "avatarctl.conventions": conventions_of(checkpoint),
-        "avatarctl.network": network_of(checkpoint),
+        "avatarctl.network": stated_network(checkpoint),
         "avatarctl.config": checkpoint.config,
     }
     own |= {key: _text(value) for key, value in parts.items() if value}
@@ -212,15 +213,31 @@ def _architecture(checkpoint: Checkpoint) -> str:
     return "/".join(words)
 
 
+def stated_network(checkpoint: Checkpoint) -> dict[str, float]:
+    """What shapes do not tell, as far as the file or its configuration states it: num_attention_heads,
+    attention_head_dim, eps. A guess would outrank, once written, what another file states.
+
+    Raises UnusableWeights for an eps that is none.
+    """
+    found: dict[str, float] = {}
+    if checkpoint.heads and checkpoint.heads_stated:
+        found["num_attention_heads"] = checkpoint.heads
+        if checkpoint.sizes.width:
+            found["attention_head_dim"] = checkpoint.sizes.width // checkpoint.heads
+    eps = read_own(checkpoint.metadata).network.get("eps", checkpoint.config.get("eps"))
+    if eps is None:
+        return found
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 < eps < 1:
+        raise UnusableWeights(f"eps is {printable(eps)[:60]}, not a small number", where=checkpoint.path)
+    return found | {"eps": float(eps)}
+
+
 def network_of(checkpoint: Checkpoint) -> Mapping[str, float]:
-    """What shapes do not tell: num_attention_heads, attention_head_dim, eps; empty where the heads are
-    unknown. eps is 1e-6 in every published network (spec/omniavatar.md a.1)."""
-    stated = read_own(checkpoint.metadata).network
-    if not (checkpoint.heads and checkpoint.sizes.width):
-        return stated
-    eps = stated.get("eps", checkpoint.config.get("eps"))
-    return {
+    """num_attention_heads, attention_head_dim and eps of a full model whose heads are known; unless stated,
+    eps is 1e-6 as in every published network (spec/omniavatar.md a.1)."""
+    guessed = {
         "num_attention_heads": checkpoint.heads,
         "attention_head_dim": checkpoint.sizes.width // checkpoint.heads,
-        "eps": float(eps) if isinstance(eps, (int, float)) and 0 < eps < 1 else 1e-6,
+        "eps": 1e-6,
     }
+    return guessed | stated_network(checkpoint)

@@ -96,6 +96,7 @@ def recognise(raw: RawWeights) -> Checkpoint:
         missing = _missing(kind, layout, expected, shapes, pairs.low_rank, raw.config)
     _check_config(raw.config, sizes, kind, pairs.low_rank)
     offset, offset_rule = _audio_offset(raw, layout, sizes)
+    heads, stated = _heads(raw, sizes)
     return Checkpoint(
         path=raw.path,
         kind=kind,
@@ -108,7 +109,8 @@ def recognise(raw: RawWeights) -> Checkpoint:
         differences={name: raw.tensors[key] for name, key in added.items() if key not in strange},
         scale=pairs.scale,
         scale_rule=pairs.scale_rule,
-        heads=_heads(raw, sizes),
+        heads=heads,
+        heads_stated=stated,
         audio_offset=offset,
         audio_offset_rule=offset_rule,
         files=raw.files,
@@ -257,16 +259,17 @@ def _check_config(
         )
 
 
-def _heads(raw: RawWeights, sizes: Sizes) -> int:
-    """Attention heads: no tensor tells them, as queries and keys are normalised over the full width."""
+def _heads(raw: RawWeights, sizes: Sizes) -> tuple[int, bool]:
+    """Attention heads, and whether they are stated: no tensor tells them, as queries and keys are normalised
+    over the full width."""
     for fields in (_json(raw.metadata, "avatarctl.network"), raw.config, raw.config.get("model_config")):
         for name in ("num_attention_heads", "num_heads"):
             heads = fields.get(name) if isinstance(fields, Mapping) else None
             if isinstance(heads, int) and not isinstance(heads, bool) and heads > 0:
                 if sizes.width % heads:
                     raise UnusableWeights(f"{name} {heads} does not divide the width {sizes.width}")
-                return heads
-    return sizes.width // HEAD_WIDTH if sizes.width % HEAD_WIDTH == 0 else 0
+                return heads, True
+    return (sizes.width // HEAD_WIDTH if sizes.width % HEAD_WIDTH == 0 else 0), False
 
 
 def _json(metadata: Mapping[str, str], key: str) -> Mapping[str, Any]:

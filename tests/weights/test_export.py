@@ -233,7 +233,10 @@ def test_metadata_says_what_the_file_is(adapter: Checkpoint) -> None:
     assert made["modelspec.title"] == "mine" and made["ss_network_dim"] == "4"
     own = read_own(made)
     assert (own.family, own.kind, own.channels, own.companion) == ("omniavatar", "adapter", 33, "x")
-    assert own.network == {"num_attention_heads": 1, "attention_head_dim": 128, "eps": 1e-6}
+    assert not own.network, "nobody stated it, and a guess in a header would pass for a statement"
+    stated = replace(source, heads_stated=True, config={"eps": 1e-5})
+    network = read_own(file_metadata(stated, [], {})).network
+    assert network == {"num_attention_heads": 1, "attention_head_dim": 128, "eps": 1e-5}
     assert own.config == release.release_config() and own.operations == ({"operation": "write"},)
 
 
