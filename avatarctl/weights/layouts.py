@@ -4,6 +4,7 @@ spec/liveavatar.md a and b.7, spec/building-blocks.md 1 and 3."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Final
 
 from avatarctl.weights.key_map import KeyMap
@@ -69,7 +70,8 @@ def _block(block: str, sizes: Sizes) -> Shapes:
 def omniavatar_shapes(sizes: Sizes) -> Shapes:
     """A Wan transformer with AudioPack and one projection for each layer that hears (omniavatar.md a.4)."""
     hidden = sizes.audio_hidden_size
-    shapes = wan_shapes(sizes) | _linear(
+    # No picture encoder: the avatar's picture comes as input channels (a.2).
+    shapes = wan_shapes(replace(sizes, image_dim=0)) | _linear(
         "audio_proj.proj", hidden, _FRAMES_PER_LATENT * sizes.audio_input_dim
     )
     shapes |= _norm("audio_proj.norm_out", hidden)

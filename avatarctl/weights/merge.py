@@ -23,6 +23,10 @@ __all__ = ["merge_adapter", "refuse_other_conventions"]
 
 PATCH: Final = "patch_embedding.weight"
 _NARROW: Final = ("BF16", "F16")
+_NOISE_CHANNELS: Final = 16
+"""Input channels of a text-to-video model."""
+_OTHER_MODELS: Final = ("i2v", "flf2v", "ti2v", "vace", "s2v", "animate")
+"""`model_type` in Wan's config.json of what is no text-to-video model."""
 _STALE: Final = (
     "ss_network_dim", "ss_network_alpha", "lora_adapter_metadata", "modelspec.title", "avatarctl.config",
 )  # fmt: skip
@@ -122,9 +126,27 @@ def _common_layout(base: Checkpoint, adapter: Checkpoint) -> WeightLayout:
     if adapter.layout is base.layout or adapter.layout.family == "wan":
         return base.layout
     if base.layout.family == "wan":
+        _check_plain_base(base, adapter)
         return adapter.layout
     raise UnusableWeights(
         f"is {adapter.variant}, and the base {base.path} is {base.variant}", where=adapter.path
+    )
+
+
+def _check_plain_base(base: Checkpoint, adapter: Checkpoint) -> None:
+    """Avatars are made of text-to-video models, or of one whose patch embedding was widened for an avatar
+    (spec/omniavatar.md a.2, g.4). Others have the same blocks, so that their sum would be complete and wrong.
+    """
+    stated = base.config.get("model_type")
+    other = stated in _OTHER_MODELS
+    if base.sizes.in_channels in (_NOISE_CHANNELS, *adapter.layout.channels) and not (
+        base.sizes.image_dim or other
+    ):
+        return
+    says = f', and its config says model_type "{stated}"' if other else ""
+    raise UnusableWeights(
+        f"is {adapter.variant}, made for a text-to-video model; the base {base.path} is {base.variant}{says}",
+        where=adapter.path,
     )
 
 
@@ -150,6 +172,13 @@ def _check_replaced(base: Checkpoint, adapter: Checkpoint, name: str, tensor: Te
         return
     ours, theirs = tensor.info.shape, held.info.shape
     if name == PATCH and len(ours) == len(theirs):
+        if ours[1] < theirs[1]:
+            raise UnusableWeights(
+                f"has {ours[1]} input channels, and the base {base.path} has {theirs[1]}: some would be lost "
+                f"({adapter.variant}, {base.variant})",
+                where=adapter.path,
+                fix=f"widen the adapter first: convert-ckpt --channels {theirs[1]}",
+            )
         ours, theirs = (ours[0], *ours[2:]), (theirs[0], *theirs[2:])
     if ours != theirs:
         _check_shape(base, adapter, name, tensor.info.shape)

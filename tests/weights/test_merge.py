@@ -17,7 +17,7 @@ from avatarctl.weights.checkpoint import Checkpoint
 from avatarctl.weights.merge import merge_adapter
 from avatarctl.weights.metadata import network_of
 from avatarctl.weights.recognise import read_checkpoint
-from tests.weights import release
+from tests.weights import published_tables, release
 
 ADAPTER = release.adapter_state()
 
@@ -100,3 +100,61 @@ def test_an_eps_that_is_none_is_refused(eps: object, adapter: Checkpoint, tmp_pa
     (tmp_path / "wan" / "config.json").write_text(json.dumps({"eps": eps}))
     with pytest.raises(UnusableWeights, match=r"wan: eps is .*, not a small number"):
         merge_adapter(read_checkpoint(tmp_path / "wan"), adapter)
+
+
+# Bases of other kinds
+
+
+def pictured(channels: int, image: int = 1280) -> release.State:
+    """A Wan model that starts from a picture; image: width of its CLIP features."""
+    shapes = published_tables.wan(
+        release.WIDTH,
+        release.FFN,
+        release.LAYERS,
+        channels,
+        text=release.TEXT,
+        freq=release.FREQ,
+        image=image,
+    )
+    return {name: torch.zeros(shape) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    ("channels", "image", "model_type"),
+    [(36, 1280, None), (36, 0, "i2v"), (36, 0, None), (16, 1280, None), (48, 0, "ti2v"), (16, 0, "vace")],
+)
+def test_an_avatar_is_made_of_a_text_to_video_model(
+    channels: int, image: int, model_type: str | None, adapter: Checkpoint, tmp_path: Path
+) -> None:
+    """All of these have the blocks that the adapter changes: the sum would be complete and wrong."""
+    folder = tmp_path / "wan"
+    folder.mkdir()
+    save_file(pictured(channels, image), folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type} if model_type else {}))
+    with pytest.raises(UnusableWeights, match=r"omni: is adapter.*text-to-video.*base .*wan is Wan") as error:
+        merge_adapter(read_checkpoint(folder), adapter)
+    assert (f'"{model_type}"' in str(error.value)) == (model_type is not None)
+
+
+def test_a_text_to_video_model_may_have_been_widened(adapter: Checkpoint, tmp_path: Path) -> None:
+    folder = tmp_path / "wan"
+    release.write_base(folder / "diffusion_pytorch_model.safetensors", channels=33)
+    (folder / "config.json").write_text(json.dumps({"model_type": "t2v"}))
+    assert merge_adapter(read_checkpoint(folder), adapter).sizes.in_channels == 33
+
+
+def test_an_avatar_with_a_picture_encoder_is_none(tmp_path: Path) -> None:
+    state = pictured(33) | release.audio_state()
+    save_file(state, tmp_path / "odd.safetensors")
+    held = read_checkpoint(tmp_path / "odd.safetensors")
+    assert "img_emb.proj.1.weight" in held.unknown and "blocks.0.cross_attn.k_img.bias" in held.unknown
+
+
+@pytest.mark.parametrize(
+    "state", [release.omniavatar_state(49), release.base_state(49)], ids=["avatar", "plain"]
+)
+def test_no_channels_are_lost(state: release.State, adapter: Checkpoint, tmp_path: Path) -> None:
+    save_file(state, tmp_path / "wide.safetensors", {"avatarctl.conventions": '{"audio_offset": 1}'})
+    wide = read_checkpoint(tmp_path / "wide.safetensors")
+    with pytest.raises(UnusableWeights, match=r"omni: has 33 .*wide\.safetensors has 49.*--channels 49"):
+        merge_adapter(wide, adapter)
