@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
 from avatarctl.errors import UnusableWeights, printable
 from avatarctl.weights.checkpoint import Checkpoint
@@ -70,7 +70,7 @@ def merge_adapter(
         audio_offset=adapter.audio_offset if own else base.audio_offset,
         audio_offset_rule=adapter.audio_offset_rule if own else base.audio_offset_rule,
         files=(*adapter.files, *base.files),
-        config=config_of(adapter if own and layout is not base.layout else base),
+        config=_config(base, adapter),
         metadata=_metadata(base, adapter, network),
         notes=(*base.notes, *adapter.notes),
     )
@@ -210,6 +210,17 @@ def _check_complete(
             f"{len(wrong)} tensors do not fit, first {wrong[0][:100]}",
             where=adapter.path,
         )
+
+
+def _config(base: Checkpoint, adapter: Checkpoint) -> Mapping[str, Any]:
+    """An avatar's configuration is that of its adapter, which was trained last; on an avatar, what this one
+    leaves open is the base's word. peft's says nothing of an avatar."""
+    ours, theirs = config_of(adapter), config_of(base)
+    if adapter.layout.family == "wan":
+        return theirs
+    if adapter.layout is not base.layout:
+        return ours
+    return theirs if "peft_type" in ours else {**theirs, **ours}
 
 
 def _network(base: Checkpoint, adapter: Checkpoint) -> dict[str, float]:

@@ -158,3 +158,31 @@ def test_no_channels_are_lost(state: release.State, adapter: Checkpoint, tmp_pat
     wide = read_checkpoint(tmp_path / "wide.safetensors")
     with pytest.raises(UnusableWeights, match=r"omni: has 33 .*wide\.safetensors has 49.*--channels 49"):
         merge_adapter(wide, adapter)
+
+
+# Whose configuration
+
+
+def test_the_configuration_is_that_of_the_avatars_adapter(adapter: Checkpoint, tmp_path: Path) -> None:
+    """On a full avatar model too, which was trained otherwise."""
+    request = ConvertRequest(
+        adapter.path,
+        tmp_path / "full",
+        base=release.write_base(tmp_path / "base.safetensors"),
+        merge=True,
+    )
+    write(plan_conversion(request, silent), silent)
+    whole = read_checkpoint(tmp_path / "full")
+    trained = release.write_release(tmp_path / "trained")
+    config = release.release_config() | {"random_prefix_frames": False}
+    (trained / "config.json").write_text(json.dumps(config))
+    assert merge_adapter(whole, read_checkpoint(trained)).config["random_prefix_frames"] is False
+
+    (trained / "config.json").unlink()
+    assert merge_adapter(whole, read_checkpoint(trained)).config["random_prefix_frames"] is True
+    convert = ConvertRequest(trained, tmp_path / "peft", "peft")
+    write(plan_conversion(convert, silent), silent)
+    assert merge_adapter(whole, read_checkpoint(tmp_path / "peft")).config["random_prefix_frames"] is True
+    lora = {name: tensor for name, tensor in ADAPTER.items() if "lora" in name}
+    plain = merge_adapter(whole, held(tmp_path / "lora.safetensors", lora))
+    assert plain.config["random_prefix_frames"] is True
