@@ -269,6 +269,12 @@ def test_a_lora_of_diffusers_and_any_only_file(tmp_path: Path) -> None:
     assert open_weights(tmp_path / "b").files == (only,)
 
 
+def test_no_config_of_a_release_belongs_to_a_lora_of_diffusers(tmp_path: Path) -> None:
+    lora = write_safetensors(tmp_path / "pytorch_lora_weights.safetensors")
+    write_json(tmp_path / "config.json", {"train_architecture": "lora", "lora_alpha": 64})
+    assert all(open_weights(named).config_path is None for named in (tmp_path, lora))
+
+
 def test_a_stray_config_does_not_belong_to_a_file_of_another_name(tmp_path: Path) -> None:
     weights = write_safetensors(tmp_path / "downloaded.safetensors")
     write_json(tmp_path / "config.json", {"dim": 4})

@@ -310,10 +310,13 @@ def _config_beside(weights: Path, *, anything: bool) -> Path | None:
 
     anything: a folder was named, so whatever configuration lies in it belongs to it. For a file that
     was named itself only the pairs that everybody writes count: a download folder holds many things.
+    diffusers writes no config.json beside a LoRA, so that one there describes another file.
     """
     stem = _WELL_KNOWN.get(_stem(weights))
     if stem == "adapter_model":
         names = ["adapter_config.json", "config.json"]
+    elif stem == "pytorch_lora_weights":
+        names = ["adapter_config.json"] if anything else []
     elif stem is not None or anything:
         names = ["config.json", *(["adapter_config.json"] if anything else [])]
     else:
