@@ -4,66 +4,38 @@ W' = W + alpha / rank * up @ down (Hu et al. 2021, "LoRA"). A file states alpha 
 (`.alpha`), in its metadata, or in a config beside it. Where nothing does, the rule of its naming holds:
 OmniAvatar names (`blocks.N….lora_A[.default].weight`, no prefix) take the published ratio 64 / 128, all
 others 1, as ComfyUI, kohya's scripts and diffusers do (spec/field.md 4a).
+
+kohya's `ss_network_alpha` counts beside kohya's names only. musubi-tuner's `convert_lora.py --target other`
+multiplies alpha into the matrices, renames them and keeps the header; no other program reads that entry.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
-from avatarctl.errors import UnusableWeights
+from avatarctl.errors import UnusableWeights, printable
 from avatarctl.weights.checkpoint import LowRank, Naming
 from avatarctl.weights.naming import Names
+from avatarctl.weights.stated_alpha import StatedAlpha, finite_number, stated_alpha
 from avatarctl.weights.tensors import DTYPES, Tensor, read_whole, to_float32
 
 __all__ = ["Pairs", "read_pairs"]
 
-Value = TypeVar("Value")
-
 PUBLISHED_RATIO: Final = 0.5
+_BAKED: Final = "it tells what was multiplied into the matrices"
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """low_rank: by original module; scale and scale_rule: see `Checkpoint`."""
+    """low_rank: by original module; scale and scale_rule: see `Checkpoint`; notes: what was not obeyed."""
 
     low_rank: Mapping[str, LowRank]
     scale: float
     scale_rule: str
-
-
-@dataclass(frozen=True)
-class _Stated:
-    """What a config or metadata says of alpha. Patterns are by module name as in the file."""
-
-    source: str
-    alpha: float
-    rank: int | None = None
-    by_root_of_rank: bool = False
-    alphas: Mapping[str, float] | None = None
-    ranks: Mapping[str, int] | None = None
-
-    def alpha_of(self, module: str, pair: LowRank) -> float:
-        """Alpha of one module. Raises UnusableWeights where the stated rank is not that of the tensors."""
-        rank = _pattern(self.ranks, module, self.rank)
-        if rank is not None and rank != pair.rank:
-            raise UnusableWeights(f"{module[:100]} has rank {pair.rank}, and {self.source} says {rank}")
-        alpha = _pattern(self.alphas, module, self.alpha)
-        assert alpha is not None
-        # Rank-stabilised LoRA divides by the root of the rank (Kalajdzievski 2023).
-        return alpha * math.sqrt(pair.rank) if self.by_root_of_rank else alpha
-
-
-def _pattern(values: Mapping[str, Value] | None, module: str, default: Value | None) -> Value | None:
-    """The value of the key that a module's name ends with. PEFT reads keys as regular expressions;
-    a stranger's are not run here."""
-    for key, value in (values or {}).items():
-        if module == key or module.endswith(f".{key}"):
-            return value
-    return default
+    notes: tuple[str, ...] = ()
 
 
 def read_pairs(
@@ -72,36 +44,59 @@ def read_pairs(
     """The LoRA pairs of a file, with the alpha of each as far as anything states it.
 
     Raises UnusableWeights for half a pair, for ranks that disagree, for an alpha that is no finite number,
-    and for a config that says LoRA and lacks alpha.
+    and for a header or config that lacks alpha or describes no plain LoRA.
     """
     parts: dict[str, dict[str, str]] = {}
     for name, placed in names.placed.items():
         if placed.role in ("down", "up", "alpha"):
             parts.setdefault(placed.name, {})[placed.role] = name
-    stated = _stated(config, metadata)
     if not parts:
         return Pairs({}, 1.0, "")
     low_rank = {module: _pair(module, part, tensors) for module, part in parts.items()}
     own = sum(pair.alpha is not None for pair in low_rank.values())
+    stated = stated_alpha(names, config, metadata)
+    in_file = {module: names.module_in_file(part["down"]) for module, part in parts.items()}
     if stated is not None:
-        for module, pair in low_rank.items():
-            if pair.alpha is None:
-                in_file = names.module_in_file(parts[module]["down"])
-                low_rank[module] = replace(pair, alpha=stated.alpha_of(in_file, pair))
-    scale, rule = _rule(names.naming, own, len(low_rank), stated)
-    return Pairs(low_rank, scale, rule)
+        low_rank = {module: _with_alpha(pair, stated, in_file[module]) for module, pair in low_rank.items()}
+    scale, rule = 1.0, "alpha of each target, in the file"
+    notes: list[str] = []
+    if own < len(low_rank):
+        some = f"alpha in the file for {own} of {len(low_rank)} targets, else " if own else ""
+        scale, rule = _rule(names.naming, stated, in_file.values(), "ss_network_alpha" in metadata)
+        rule = some + rule
+        if stated is None and "ss_network_alpha" in metadata:
+            alpha = printable(metadata["ss_network_alpha"])[:20]
+            notes.append(f"ss_network_alpha {alpha} is not applied: beside {names.naming} names {_BAKED}")
+    if stated is not None:
+        notes += stated.notes
+        if idle := stated.idle(in_file.values()):
+            what = f"{len(idle)} patterns of {stated.source} name no target here"
+            notes.append(f"{what}, the first one is {idle[0][:100]}")
+    return Pairs(low_rank, scale, rule, tuple(notes))
 
 
-def _rule(naming: Naming, own: int, pairs: int, stated: _Stated | None) -> tuple[float, str]:
-    if own == pairs:
-        return 1.0, "alpha of each target, in the file"
-    some = f"alpha in the file for {own} of {pairs} targets, else " if own else ""
+def _with_alpha(pair: LowRank, stated: StatedAlpha, module: str) -> LowRank:
+    """`pair` with the stated alpha, unless it has its own."""
+    if pair.alpha is not None:
+        return pair
+    alpha = stated.of(module, pair.rank)
+    if stated.by_root_of_rank:
+        return replace(pair, alpha=alpha * math.sqrt(pair.rank), stated_alpha=alpha)
+    return replace(pair, alpha=alpha)
+
+
+def _rule(
+    naming: Naming, stated: StatedAlpha | None, modules: Iterable[str], by_kohya: bool
+) -> tuple[float, str]:
+    """Scale of the pairs without an alpha, and why. by_kohya: the header is one of kohya's scripts."""
     if stated is not None:
-        ranks = "" if stated.rank is None else f" / rank {stated.rank}"
-        return 1.0, f"{some}alpha {stated.alpha:g}{ranks} from {stated.source}"
+        others = sum(stated.is_exception(module) for module in modules)
+        return 1.0, f"{stated}" + (f"; {others} targets by its patterns" if others else "")
+    if by_kohya:
+        return 1.0, f"no alpha is stated: 1, by a header of kohya's scripts and {naming} names"
     if naming == "original":
-        return PUBLISHED_RATIO, f"{some}no alpha is stated: 0.5, the published ratio, by OmniAvatar's names"
-    return 1.0, f"{some}no alpha is stated: 1, by {naming} names"
+        return PUBLISHED_RATIO, "no alpha is stated: 0.5, the published ratio, by OmniAvatar's names"
+    return 1.0, f"no alpha is stated: 1, by {naming} names"
 
 
 def _pair(module: str, part: Mapping[str, str], tensors: Mapping[str, Tensor]) -> LowRank:
@@ -126,68 +121,4 @@ def _alpha(name: str, tensors: Mapping[str, Tensor]) -> float:
         raise UnusableWeights(f"{name[:100]}: an alpha of shape {list(tensor.info.shape)}, not one number")
     array = read_whole(tensor).reshape(-1)
     dtype = tensor.info.dtype
-    return _number(float((to_float32(array, dtype) if DTYPES[dtype].floating else array)[0]), name)
-
-
-def _number(value: object, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise UnusableWeights(f"{what[:100]} is {str(value)[:40]}, not a finite number")
-    return float(value)
-
-
-def _stated(config: Mapping[str, Any], metadata: Mapping[str, str]) -> _Stated | None:
-    if config.get("peft_type") is not None:
-        return _of_peft(config, "adapter_config.json")
-    if config.get("train_architecture") == "lora":
-        if "lora_alpha" not in config:
-            raise UnusableWeights("config.json says LoRA and lacks lora_alpha: the merge scale is unknown")
-        return _Stated(
-            "config.json",
-            _number(config["lora_alpha"], "lora_alpha"),
-            _rank(config.get("lora_rank"), "lora_rank"),
-        )
-    if "lora_adapter_metadata" in metadata:
-        try:
-            # diffusers writes one dictionary with the names of PEFT's config, each after the model's part.
-            stated = json.loads(metadata["lora_adapter_metadata"])
-            fields = {key.rpartition(".")[2]: value for key, value in stated.items()}
-        except (ValueError, AttributeError, RecursionError) as error:
-            raise UnusableWeights("the metadata lora_adapter_metadata is no JSON object") from error
-        return _of_peft(fields, "the file's metadata")
-    if "ss_network_alpha" in metadata:
-        try:
-            return _Stated(
-                "the file's metadata", _number(float(metadata["ss_network_alpha"]), "ss_network_alpha")
-            )
-        except ValueError as error:
-            raise UnusableWeights("the metadata ss_network_alpha is no number") from error
-    return None
-
-
-def _of_peft(fields: Mapping[str, Any], source: str) -> _Stated:
-    if fields.get("peft_type", "LORA") != "LORA" or fields.get("use_dora"):
-        raise UnusableWeights(f"{source}: only plain LoRA is read, not DoRA or other kinds")
-    if "lora_alpha" not in fields:
-        raise UnusableWeights(f"{source} lacks lora_alpha: the merge scale is unknown")
-    return _Stated(
-        source,
-        _number(fields["lora_alpha"], "lora_alpha"),
-        _rank(fields.get("r"), "r"),
-        bool(fields.get("use_rslora")),
-        {key: _number(value, f"alpha of {key}") for key, value in _object(fields, "alpha_pattern").items()},
-        {
-            key: int(_number(value, f"rank of {key}"))
-            for key, value in _object(fields, "rank_pattern").items()
-        },
-    )
-
-
-def _object(fields: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    value = fields.get(name) or {}
-    if not isinstance(value, Mapping):
-        raise UnusableWeights(f"{name} is no JSON object")
-    return value
-
-
-def _rank(value: object, what: str) -> int | None:
-    return None if value is None else int(_number(value, what))
+    return finite_number(float((to_float32(array, dtype) if DTYPES[dtype].floating else array)[0]), name)

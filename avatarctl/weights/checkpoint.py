@@ -21,12 +21,14 @@ class LowRank:
     """One target of a LoRA: the weight gains `scale * up @ down`.
 
     down: [rank, inputs] (lora_A, lora_down); up: [outputs, rank] (lora_B, lora_up);
-    alpha: what the file or its config states, else None.
+    alpha: what the file or its config states, else None; over `rank` it is the scale.
+    stated_alpha: what is stated, where `alpha` is that times the root of the rank (rank-stabilised).
     """
 
     down: Tensor
     up: Tensor
     alpha: float | None = None
+    stated_alpha: float | None = None
 
     @property
     def rank(self) -> int:

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any, Final
 
 from avatarctl.errors import UnusableWeights, printable
-from avatarctl.weights.checkpoint import Checkpoint
+from avatarctl.weights.checkpoint import Checkpoint, LowRank
 from avatarctl.weights.loaders import verdicts
 from avatarctl.weights.metadata import OwnMetadata, read_own
 from avatarctl.weights.published import PUBLISHED, hash_of
@@ -98,12 +98,17 @@ def _updates(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "targets": len(pairs),
         "ranks": sorted({pair.rank for pair in pairs}),
-        "alphas": sorted({pair.alpha for pair in pairs if pair.alpha is not None}),
+        "alphas": sorted({alpha for pair in pairs if (alpha := _alpha(pair)) is not None}),
         "scales": sorted({checkpoint.scale_of(pair) for pair in pairs}),
         "scale_rule": checkpoint.scale_rule or None,
         "differences": len(checkpoint.differences),
         "whole_tensors": len(checkpoint.tensors) if checkpoint.kind == "adapter" else None,
     }
+
+
+def _alpha(pair: LowRank) -> float | None:
+    """As it is stated, before a factor for rank-stabilised LoRA."""
+    return pair.alpha if pair.stated_alpha is None else pair.stated_alpha
 
 
 def _training(checkpoint: Checkpoint, own: OwnMetadata) -> dict[str, Any]:

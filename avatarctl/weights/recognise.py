@@ -120,7 +120,7 @@ def recognise(raw: RawWeights) -> Checkpoint:
         metadata=raw.metadata,
         unknown=tuple(key for key in raw.tensors if key in strange),
         missing=tuple(missing),
-        notes=(*raw.notes, *names.notes),
+        notes=(*raw.notes, *names.notes, *pairs.notes),
     )
 
 

@@ -148,9 +148,9 @@ def test_a_comfyui_lora_whose_alpha_is_in_a_config_is_applied_wrongly_there() ->
         f"diffusion_model.{name.replace('.default', '')}": shape
         for name, shape in lora(1536, 8960, 30, 16).items()
     }
-    stated = {"ss_network_alpha": "8"}
+    stated = {"peft_type": "LORA", "r": 16, "lora_alpha": 8}
     assert answers(about(names))["ComfyUI LoRA"] == "yes"
-    facts = about(names, metadata=stated)
+    facts = about(names, config=stated)
     assert facts["scales"] == [0.5]
     assert answers(facts)["ComfyUI LoRA"] == "wrong"
     assert reason(facts, "ComfyUI LoRA").endswith("scale 1 instead of 0.5")
