@@ -6,6 +6,7 @@ What comes out is a full model whose tensors are merged while somebody reads the
 from __future__ import annotations
 
 from collections.abc import Sized
+from dataclasses import replace
 from pathlib import Path
 
 from avatarctl.config import Model
@@ -55,7 +56,11 @@ def assemble(row: Row, sources: Sources, model: Model, emit: Emit) -> Checkpoint
     base, *adapters = sources.dit
     held = open_model(base)
     for path in adapters:
-        held = merge_adapter(held, open_model(path), dtype=SUM_DTYPE)
+        part = open_model(path)
+        held = merge_adapter(held, part, dtype=SUM_DTYPE)
+        emit(Notice(f"adapter {_line(Lora(path, 1.0), part)}"))
+    if row.path and held.audio_offset is not None:
+        emit(Notice(f"audio offset {held.audio_offset}: {held.audio_offset_rule}"))
     _check_asked(row, model, held, emit)
     held = with_loras(held, sources.loras, emit)
     _check_channels(row, model, held)
@@ -66,8 +71,9 @@ def with_loras(held: Checkpoint, loras: tuple[Lora, ...], emit: Emit) -> Checkpo
     """`held` with each LoRA merged in order; one line says what each is and where its scale comes from."""
     for lora in loras:
         part = open_model(lora.path)
-        held = merge_adapter(held, part, lora.strength, SUM_DTYPE)
-        emit(Notice(_line(lora, part)))
+        # What is said of the sum later is said of the model, not of the last LoRA.
+        held = replace(merge_adapter(held, part, lora.strength, SUM_DTYPE), path=held.path)
+        emit(Notice(f"lora {_line(lora, part)}"))
     return held
 
 
@@ -79,7 +85,7 @@ def _line(lora: Lora, part: Checkpoint) -> str:
         changes.append(f"{_counted(part.differences, 'difference')} times {lora.strength:g}")
     if part.tensors:
         changes.append(f"{_counted(part.tensors, 'tensor')} replaced")
-    return f"lora {part.path}: {', '.join(changes)}"
+    return f"{part.path}: {', '.join(changes)}"
 
 
 def _counted(items: Sized, what: str) -> str:

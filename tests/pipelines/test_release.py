@@ -105,6 +105,18 @@ def test_a_release_runs_to_a_video(place: Place, tmp_path: Path) -> None:
     assert "published with width 5120; these weights have 48" in result.stderr
     for part in ("text encoder", "VAE", "sound encoder", "transformer"):
         assert f"loading the {part}" in result.stderr
+    assert "targets at scale" in result.stderr and "from config.json" in result.stderr
+
+
+def test_what_a_bare_adapter_leaves_to_be_guessed_is_said(place: Place, tmp_path: Path) -> None:
+    (tmp_path / "bare.pt").write_bytes((place.root / "OmniAvatar-14B" / "pytorch_model.pt").read_bytes())
+    result = place.cli(
+        "infer", "--model", tmp_path / "bare.pt", "--weights-root", place.root, "--weights",
+        f"dit={place.root / 'Wan2.1-T2V-14B'}", "--size", "64x64", "--dry-run",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    assert "no alpha is stated: 0.5, the published ratio" in result.stderr
+    assert "audio offset 1: taken as published picture-to-video weights" in result.stderr
 
 
 def test_frames_are_those_of_networks_put_together_by_hand(place: Place, published: Tensor) -> None:
