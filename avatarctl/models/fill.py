@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from avatarctl.errors import UnusableWeights
-from avatarctl.weights.finite import nonfinite
+from avatarctl.weights.finite import nonfinite, nonfinite_file
 from avatarctl.weights.tensors import BLOCK_BYTES, DTYPES, Array, FileTensor, Tensor, block_ranges
 
 __all__ = ["DTypeOf", "fill", "on_meta"]
@@ -54,6 +54,7 @@ def fill(
     where: Path,
     likely: Callable[[], str | None] = lambda: None,
     unused: Collection[str] = (),
+    told_as: Callable[[str], str | None] = lambda name: name,
 ) -> None:
     """Give every parameter and buffer of `network` its value, frozen; tied ones stay tied.
 
@@ -61,6 +62,7 @@ def fill(
     dtype_of: final dtype of a floating-point tensor, by that name.
     where, likely: what to name, and what the probable cause is, when names do not fit.
     unused:   parameters that no forward pass in evaluation mode reads; zero where the file lacks them.
+    told_as:  a name as people know it from the file, where it is another than the network's.
 
     Raises UnusableWeights for a missing, left-over, misshapen or integer tensor, for NaN and infinity, and
     for values that the final dtype does not hold.
@@ -75,7 +77,7 @@ def fill(
         slot = slots[name]
         if name in tensors:
             value = torch.empty(slot.shape, dtype=dtype_of(name), device=device)
-            _stream(name, tensors[name], value, where)
+            _stream(told_as(name) or name, tensors[name], value, where)
         else:
             value = torch.zeros(slot.shape, dtype=dtype_of(name), device=device)
         if isinstance(slot, nn.Parameter):
@@ -140,7 +142,7 @@ def _stream(name: str, tensor: Tensor, value: torch.Tensor, where: Path) -> None
         if nonfinite(block, dtype):
             raise UnusableWeights(
                 f"{name[:100]} holds NaN or infinity",
-                where=where,
+                where=nonfinite_file(tensor) or where,
                 fix="the file is damaged, or its training diverged",
             )
         part = flat[start:stop]

@@ -63,7 +63,8 @@ def transformer(held: Checkpoint, dtype: torch.dtype, device: torch.device) -> O
     def dtype_of(name: str) -> torch.dtype:
         return torch.float32 if is_float32_island(network, name) else dtype
 
-    fill(network, tensors, dtype_of=dtype_of, device=device, where=held.path)
+    told_as = held.layout.key_map.to_original
+    fill(network, tensors, dtype_of=dtype_of, device=device, where=held.path, told_as=told_as)
     return network.eval()
 
 

@@ -11,13 +11,15 @@ deep learning", table 1): there the pattern is the NaN itself.
 
 from __future__ import annotations
 
+from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from avatarctl.weights.tensors import DTYPES
+from avatarctl.weights.tensors import DTYPES, FileTensor, block_ranges
 
-__all__ = ["nonfinite"]
+__all__ = ["nonfinite", "nonfinite_file"]
 
 _LEAST: Final = {
     "F64": 0x7FF0_0000_0000_0000,
@@ -38,3 +40,15 @@ def nonfinite(array: np.ndarray[Any, Any], dtype: str) -> bool:
     size = DTYPES[dtype].itemsize
     sign = 1 << (8 * size - 1)
     return bool(array.view(f"<i{size}").max() >= least or array.view(f"<u{size}").max() >= sign | least)
+
+
+def nonfinite_file(tensor: object) -> Path | None:
+    """The file to blame for a tensor that is not finite: the first of those it is read and computed from that
+    holds NaN or infinity itself; None where only the computation does, or no file is left."""
+    if isinstance(tensor, FileTensor):
+        blocks = (tensor.read(start, stop) for start, stop in block_ranges(tensor.info))
+        return tensor.path if any(nonfinite(block, tensor.info.dtype) for block in blocks) else None
+    if not is_dataclass(tensor):
+        return None
+    parts = (nonfinite_file(getattr(tensor, part.name)) for part in fields(tensor))
+    return next((path for path in parts if path is not None), None)

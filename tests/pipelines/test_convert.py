@@ -469,6 +469,21 @@ def test_a_failure_in_the_second_file_leaves_no_first_one(tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["nan.safetensors"]
 
 
+@pytest.mark.parametrize("spoilt", ["base", "adapter"])
+def test_the_file_that_holds_nan_is_named(spoilt: str, tmp_path: Path) -> None:
+    """Not the output, and not the other file."""
+    states = {"base": release.base_state(), "adapter": release.adapter_state()}
+    name = {"base": "blocks.3.ffn.2.weight", "adapter": "blocks.3.ffn.2.lora_B.default.weight"}[spoilt]
+    states[spoilt][name][-1, -1] = torch.nan
+    base, adapter = (tmp_path / f"{each}.safetensors" for each in states)
+    for each, state in states.items():
+        save_file(state, tmp_path / f"{each}.safetensors")
+    with pytest.raises(
+        UnusableWeights, match=rf"/{spoilt}\.safetensors: tensor blocks\.3\.ffn\.2\.weight .* NaN"
+    ):
+        convert(adapter, tmp_path / "out", base=base, merge=True)
+
+
 @pytest.mark.parametrize(
     ("out", "asked", "words"),
     [

@@ -66,9 +66,13 @@ DAMAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
         lambda r: r.base.update({"blocks.0.self_attn.extra": torch.ones(2)}), ("blocks.0.self_attn.extra",),
     ),
     "base has another shape": (lambda r: reshape(r.base, "head.head.bias"), ("head.head.bias", "[128]")),
-    "base holds NaN": (lambda r: spoil(r.base, "text_embedding.0.bias"), ("holds NaN",)),
+    "base holds NaN": (
+        lambda r: spoil(r.base, "text_embedding.0.bias"),
+        ("Wan2.1-T2V-14B/diffusion", "text_embedding.0.bias holds NaN"),
+    ),
     "base holds infinity in a merged weight": (
-        lambda r: spoil(r.base, "blocks.2.ffn.2.weight", float("inf")), ("blocks.2", "holds NaN or infinity"),
+        lambda r: spoil(r.base, "blocks.2.ffn.2.weight", float("inf")),
+        ("Wan2.1-T2V-14B/diffusion", "blocks.2.ffn.2.weight holds NaN or infinity"),
     ),
     "adapter lacks audio": (
         lambda r: drop(r.adapter, "audio_cond_projs.1.weight"), ("audio_cond_projs.1.weight", "missing"),
@@ -79,7 +83,14 @@ DAMAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "adapter lacks half a pair": (
         lambda r: drop(r.adapter, "blocks.0.ffn.0.lora_A.default.weight"), ("blocks.0.ffn.0",),
     ),
-    "adapter holds NaN": (lambda r: spoil(r.adapter, "audio_proj.proj.weight"), ("audio_proj", "holds NaN")),
+    "adapter holds NaN": (
+        lambda r: spoil(r.adapter, "audio_proj.proj.weight"),
+        ("OmniAvatar-14B/pytorch_model.pt", "audio_proj.proj.weight holds NaN"),
+    ),
+    "adapter holds NaN in a pair": (
+        lambda r: spoil(r.adapter, "blocks.1.ffn.0.lora_B.default.weight"),
+        ("OmniAvatar-14B/pytorch_model.pt", "blocks.1.ffn.0.weight holds NaN"),
+    ),
     "adapter states no alpha": (lambda r: r.config.pop("lora_alpha"), ("alpha",)),
     "text lacks one": (lambda r: drop(r.text, "blocks.1.attn.k.weight"), ("SelfAttention.k", "missing")),
     "text has one more": (lambda r: r.text.update(x=torch.ones(2)), ("x", "no place")),
@@ -193,6 +204,16 @@ def test_a_lora_of_another_size(release: tiny.Release, tmp_path: Path) -> None:
     save_file({"blocks.0.self_attn.q.lora_A.weight": a, "blocks.0.self_attn.q.lora_B.weight": b}, file)
     line = refused(UnusableWeights, tmp_path, "omniavatar-14b", f"model.lora={file}")
     assert "[96, 96]" in line and "[48, 48]" in line and "blocks.0.self_attn.q" in line
+
+
+def test_a_lora_is_not_blamed_for_the_model(release: tiny.Release, tmp_path: Path) -> None:
+    spoil(release.base, "blocks.0.self_attn.q.weight")
+    release.write(tmp_path)
+    file = tmp_path / "lora.safetensors"
+    a, b = torch.randn(2, 48), torch.randn(48, 2)
+    save_file({"blocks.0.self_attn.q.lora_A.weight": a, "blocks.0.self_attn.q.lora_B.weight": b}, file)
+    line = refused(UnusableWeights, tmp_path, "omniavatar-14b", f"model.lora={file}")
+    assert "Wan2.1-T2V-14B/diffusion" in line and "blocks.0.self_attn.q.weight holds NaN" in line
 
 
 def test_what_is_no_model_is_named_as_what_it_is(release: tiny.Release, tmp_path: Path) -> None:

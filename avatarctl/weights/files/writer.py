@@ -28,7 +28,7 @@ from avatarctl.atomic import atomic_path, disk_errors
 from avatarctl.errors import OutputRefused, UnusableWeights, WriteFailed
 from avatarctl.weights.files.hashes import FileHashes
 from avatarctl.weights.files.staging import staged_folder
-from avatarctl.weights.finite import nonfinite
+from avatarctl.weights.finite import nonfinite, nonfinite_file
 from avatarctl.weights.tensors import BLOCK_BYTES, DTYPES, Array, FileTensor, Tensor, TensorInfo, block_ranges
 
 __all__ = ["SOURCES_KEY", "staged_folder", "write_safetensors", "write_sharded"]
@@ -173,7 +173,7 @@ class _Shard:
             for name, tensor in self.tensors.items():
                 for block in _blocks(tensor):
                     if not allow_nonfinite and nonfinite(block, tensor.info.dtype):
-                        raise _not_finite(name, tensor.info, self)
+                        raise _not_finite(name, tensor, self)
                     file.write(block.view(np.uint8).data)
                     meter.add(block.nbytes)
                     hashes.check()
@@ -223,12 +223,12 @@ def _read_block(tensor: Tensor, start: int, stop: int) -> Array:
     return np.ascontiguousarray(block)
 
 
-def _not_finite(name: str, info: TensorInfo, shard: _Shard) -> UnusableWeights:
+def _not_finite(name: str, tensor: Tensor, shard: _Shard) -> UnusableWeights:
     """Names what is to blame: the file that was read, where there is one."""
     cut = name if len(name) <= _NAME_CHARS else name[:_NAME_CHARS] + "…"
     return UnusableWeights(
-        f"tensor {cut} ({info}) holds NaN or infinity; nothing is written",
-        where=shard.sources[0] if len(shard.sources) == 1 else shard.path,
+        f"tensor {cut} ({tensor.info}) holds NaN or infinity; nothing is written",
+        where=nonfinite_file(tensor) or (shard.sources[0] if len(shard.sources) == 1 else shard.path),
         fix="--allow-nonfinite writes it as it is",
     )
 
