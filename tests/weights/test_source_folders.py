@@ -325,6 +325,59 @@ def test_a_second_file_is_read_with_the_first(tmp_path: Path) -> None:
     assert "'a' is in both lora.safetensors and rest.safetensors" in refusal(first)
 
 
+def test_a_second_file_of_another_conversion_is_refused(tmp_path: Path) -> None:
+    """Channels and audio of one adapter under the LoRA of another would load without a word."""
+    made = {
+        "avatarctl.sources": "[1]", "avatarctl.channels": "33", "avatarctl.conventions": "{}",
+        "avatarctl.operations": "[]",
+    }  # fmt: skip
+    first = tmp_path / "lora.safetensors"
+    write_safetensors(first, "a", **made, **{"avatarctl.companion": "lora.patch.safetensors"})
+    second = tmp_path / "lora.patch.safetensors"
+    for key in made:
+        other = made | {key: "49", "avatarctl.companion_of": "lora.safetensors"}
+        write_safetensors(second, "b", **other)
+        assert f"lora.patch.safetensors is of another conversion: {key} differs" in refusal(first)
+    write_safetensors(second, "b", **made)
+    assert "is no second half of an adapter" in refusal(first)
+    write_safetensors(second, "b", **made, **{"avatarctl.companion_of": "lora.safetensors"})
+    first.rename(tmp_path / "renamed.safetensors")
+    assert list(open_weights(tmp_path / "renamed.safetensors").tensors) == ["a", "b"]
+
+
+def test_without_hashes_a_second_file_belongs_to_the_name_that_it_says(tmp_path: Path) -> None:
+    first = write_safetensors(tmp_path / "a.safetensors", "a", **{"avatarctl.companion": "rest.safetensors"})
+    write_safetensors(tmp_path / "rest.safetensors", "b", **{"avatarctl.companion_of": "other.safetensors"})
+    assert "avatarctl.companion_of differs" in refusal(first)
+
+
+@pytest.mark.parametrize("only_the_first", [False, True])
+def test_a_pair_that_was_renamed_is_still_a_pair(tmp_path: Path, only_the_first: bool) -> None:
+    made = {"avatarctl.sources": "[1]", "avatarctl.operations": "[2]"}
+    old = {"avatarctl.companion": "old.patch.safetensors"}
+    first = write_safetensors(tmp_path / "new.safetensors", "a", **old, **made)
+    name = "old.patch.safetensors" if only_the_first else "new.patch.safetensors"
+    of = {"avatarctl.companion_of": "old.safetensors"}
+    second = write_safetensors(tmp_path / name, "b", **of, **made)
+    assert open_weights(first).files == (first, second)
+    if not only_the_first:
+        assert open_weights(tmp_path).files == (first, second)
+        write_safetensors(second, "b", **of, **made | {"avatarctl.operations": "[3]"})
+        said = refusal(first)
+        assert "its second file old.patch.safetensors is missing" in said and "new.patch" in said
+
+
+def test_safetensors_count_before_a_pickle_of_the_same_name(tmp_path: Path) -> None:
+    """The published scripts need a pickle beside what we write (docs/weights.md)."""
+    chosen = write_safetensors(tmp_path / "pytorch_model.safetensors")
+    write_pt(tmp_path / "pytorch_model.pt")
+    raw = open_weights(tmp_path)
+    assert raw.files == (chosen,)
+    assert raw.notes == ("read pytorch_model.safetensors; beside it, not read: pytorch_model.pt",)
+    write_pt(tmp_path / "step-1.pt")
+    assert "holds several weight files: pytorch_model.safetensors, step-1.pt" in refusal(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["../bait.safetensors", "/etc/hostname", "", "."])
 def test_a_second_file_lies_beside_the_first(tmp_path: Path, name: str) -> None:
     write_safetensors(tmp_path / "bait.safetensors", "b")

@@ -1,8 +1,8 @@
 """Any weight file or folder that somebody names, as tensors under the names that it uses.
 
 Files are told apart by their contents. In a folder one set of weights is found: a sharded set with its
-index, a file with a name that everybody knows, or the only weight file there; where two could be meant, the
-user is asked. What was chosen, opened or left aside is said in `notes`.
+index, a file with a name that everybody knows, or the only weight file there; safetensors count before a
+pickle of the same name; where two could be meant, the user is asked. What was chosen, opened or left aside is said in `notes`.
 """
 
 from __future__ import annotations
@@ -27,11 +27,23 @@ COMPANION: Final = "avatarctl.companion"
 COMPANION_OF: Final = "avatarctl.companion_of"
 """Metadata of such a second file: name of the first."""
 
+SOURCES: Final = "avatarctl.sources"
+"""Metadata of our files: names and SHA-256 of what they were made from."""
+
+_OF_ONE_CONVERSION: Final = (
+    SOURCES, "avatarctl.family", "avatarctl.kind", "avatarctl.channels", "avatarctl.conventions",
+    "avatarctl.network", "avatarctl.operations",
+)  # fmt: skip
+"""Metadata in which both files of an adapter agree."""
+
 MAX_CONFIG: Final = 1 << 20
 MAX_INDEX: Final = 16 << 20
 
 INDEX_SUFFIXES: Final = (".safetensors.index.json", ".bin.index.json")
 PICKLE_SUFFIXES: Final = (".pt", ".pth", ".bin", ".ckpt")
+
+_SECOND: Final = ".patch.safetensors"
+"""What the name of a second file ends in, behind the stem of the first."""
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)", re.ASCII)
 _WELL_KNOWN: Final = {
@@ -144,14 +156,57 @@ def _with_companion(raw: RawWeights) -> RawWeights:
         return raw
     second = _sibling(raw.path, name, "its second file")
     if not second.exists():
-        raise UnusableWeights(f"its second file {clip(name)} is missing", where=raw.path)
+        renamed = raw.path.with_name(f"{raw.path.stem}{_SECOND}")
+        if not (renamed.is_file() and _belong(raw.metadata, read_header(renamed).metadata)):
+            raise UnusableWeights(
+                f"its second file {clip(name)} is missing",
+                where=raw.path,
+                fix=f"put it beside this one, under that name or as {clip(renamed.name)}",
+            )
+        second = renamed
+    name = second.name
     header = read_header(second)
+    _check_companion(raw, name, header.metadata)
     if twice := raw.tensors.keys() & header.tensors.keys():
         what = f"tensor {clip(min(twice))!r} is in both {raw.path.name} and {clip(name)}"
         raise UnusableWeights(f"duplicate: {what}", where=raw.path)
     note = f"read together with its second file {clip(name)}"
     files, tensors = (*raw.files, second), {**raw.tensors, **header.tensors}
     return replace(raw, files=files, tensors=tensors, notes=(*raw.notes, note))
+
+
+def _check_companion(raw: RawWeights, name: str, theirs: Mapping[str, str]) -> None:
+    """Both halves come from one conversion: another's would fit by its names and be silently wrong.
+
+    A first file that was given another name is still known by the hashes of what both were made from.
+    """
+    first = theirs.get(COMPANION_OF)
+    if first is None:
+        raise UnusableWeights(f"its second file {clip(name)} is no second half of an adapter", where=raw.path)
+    different = [key for key in _OF_ONE_CONVERSION if raw.metadata.get(key) != theirs.get(key)]
+    if first != raw.path.name and SOURCES not in raw.metadata:
+        different.append(COMPANION_OF)
+    if different:
+        raise UnusableWeights(
+            f"its second file {clip(name)} is of another conversion: {different[0]} differs",
+            where=raw.path,
+            fix="convert the adapter again, with --overwrite",
+        )
+
+
+def _belong(first: Mapping[str, str], second: Mapping[str, str]) -> bool:
+    """Whether two headers are those of two files that one conversion wrote."""
+    made = [
+        {
+            key: value
+            for key, value in header.items()
+            if key.startswith("avatarctl.") and key not in (COMPANION, COMPANION_OF)
+        }
+        for header in (first, second)
+    ]
+    return (
+        COMPANION in first and COMPANION_OF in second and "avatarctl.sources" in first and made[0] == made[1]
+    )
 
 
 def _sibling(path: Path, name: str, what: str) -> Path:
@@ -223,17 +278,19 @@ def _choose(folder: Path, notes: list[str]) -> Path:
     sets = _weight_sets(inside)
     if not sets:
         return _choose_checkpoint(folder, inside, notes)
+    newer = {_stem(path) for path in sets if ".safetensors" in path.suffixes}
+    candidates = [path for path in sets if ".safetensors" in path.suffixes or _stem(path) not in newer]
     known: dict[str, list[Path]] = {}
-    for path in sets:
+    for path in candidates:
         if (stem := _WELL_KNOWN.get(_stem(path))) is not None:
             known.setdefault(stem, []).append(path)
-    if len(sets) == 1:
-        chosen = sets[0]
+    if len(candidates) == 1:
+        chosen = candidates[0]
     elif len(known) == 1 and (best := _one_model(*known.values())):
         chosen = best
     else:
         raise UnusableWeights(
-            f"holds several weight files: {_listed(sets)}", where=folder, fix="name the one you mean"
+            f"holds several weight files: {_listed(candidates)}", where=folder, fix="name the one you mean"
         )
     if others := [path for path in sets if path != chosen]:
         notes.append(f"read {chosen.name}; beside it, not read: {_listed(others)}")
@@ -275,14 +332,19 @@ def _weight_sets(inside: Sequence[Path]) -> list[Path]:
 
 
 def _is_companion(path: Path, others: Sequence[Path]) -> bool:
-    """Whether this is the second file of another one in the folder."""
+    """Whether this is the second file of another one in the folder, also if both were renamed alike."""
     if path.suffix != ".safetensors":
         return False
+    renamed = path.with_name(f"{path.name.removesuffix(_SECOND)}.safetensors")
     try:
-        first = read_header(path).metadata.get(COMPANION_OF)
+        metadata = read_header(path).metadata
+        if (first := metadata.get(COMPANION_OF)) is None:
+            return False
+        if path.with_name(Path(first).name) in others:
+            return True
+        return renamed in others and _belong(read_header(renamed).metadata, metadata)
     except UnusableWeights:
         return False  # told when it is chosen; among others it stays a candidate
-    return first is not None and path.with_name(Path(first).name) in others
 
 
 def _one_model(paths: Sequence[Path]) -> Path | None:
