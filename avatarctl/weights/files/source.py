@@ -30,12 +30,6 @@ COMPANION_OF: Final = "avatarctl.companion_of"
 SOURCES: Final = "avatarctl.sources"
 """Metadata of our files: names and SHA-256 of what they were made from."""
 
-_OF_ONE_CONVERSION: Final = (
-    SOURCES, "avatarctl.family", "avatarctl.kind", "avatarctl.channels", "avatarctl.conventions",
-    "avatarctl.network", "avatarctl.operations",
-)  # fmt: skip
-"""Metadata in which both files of an adapter agree."""
-
 MAX_CONFIG: Final = 1 << 20
 MAX_INDEX: Final = 16 << 20
 
@@ -183,7 +177,8 @@ def _check_companion(raw: RawWeights, name: str, theirs: Mapping[str, str]) -> N
     first = theirs.get(COMPANION_OF)
     if first is None:
         raise UnusableWeights(f"its second file {clip(name)} is no second half of an adapter", where=raw.path)
-    different = [key for key in _OF_ONE_CONVERSION if raw.metadata.get(key) != theirs.get(key)]
+    ours, others = _of_conversion(raw.metadata), _of_conversion(theirs)
+    different = sorted(key for key in ours | others if ours.get(key) != others.get(key))
     if first != raw.path.name and SOURCES not in raw.metadata:
         different.append(COMPANION_OF)
     if different:
@@ -196,17 +191,17 @@ def _check_companion(raw: RawWeights, name: str, theirs: Mapping[str, str]) -> N
 
 def _belong(first: Mapping[str, str], second: Mapping[str, str]) -> bool:
     """Whether two headers are those of two files that one conversion wrote."""
-    made = [
-        {
-            key: value
-            for key, value in header.items()
-            if key.startswith("avatarctl.") and key not in (COMPANION, COMPANION_OF)
-        }
-        for header in (first, second)
-    ]
-    return (
-        COMPANION in first and COMPANION_OF in second and "avatarctl.sources" in first and made[0] == made[1]
-    )
+    alike = _of_conversion(first) == _of_conversion(second)
+    return COMPANION in first and COMPANION_OF in second and SOURCES in first and alike
+
+
+def _of_conversion(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What both files of one conversion say of it."""
+    return {
+        key: value
+        for key, value in metadata.items()
+        if key.startswith("avatarctl.") and key not in (COMPANION, COMPANION_OF)
+    }
 
 
 def _sibling(path: Path, name: str, what: str) -> Path:
