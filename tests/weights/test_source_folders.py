@@ -374,8 +374,8 @@ def test_safetensors_count_before_a_pickle_of_the_same_name(tmp_path: Path) -> N
     raw = open_weights(tmp_path)
     assert raw.files == (chosen,)
     assert raw.notes == ("read pytorch_model.safetensors; beside it, not read: pytorch_model.pt",)
-    write_pt(tmp_path / "step-1.pt")
-    assert "holds several weight files: pytorch_model.safetensors, step-1.pt" in refusal(tmp_path)
+    write_safetensors(tmp_path / "model.safetensors")
+    assert "holds several weight files: model.safetensors, pytorch_model.safetensors" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../bait.safetensors", "/etc/hostname", "", "."])

@@ -2,7 +2,8 @@
 
 Files are told apart by their contents. In a folder one set of weights is found: a sharded set with its
 index, a file with a name that everybody knows, or the only weight file there; safetensors count before a
-pickle of the same name; where two could be meant, the user is asked. What was chosen, opened or left aside is said in `notes`.
+pickle of the same name; where two could be meant, the user is asked. What was chosen, opened or left aside is
+said in `notes`.
 """
 
 from __future__ import annotations
@@ -155,7 +156,8 @@ def _with_companion(raw: RawWeights) -> RawWeights:
             raise UnusableWeights(
                 f"its second file {clip(name)} is missing",
                 where=raw.path,
-                fix=f"put it beside this one, under that name or as {clip(renamed.name)}",
+                fix="put it beside this one"
+                + (f", under that name or as {clip(renamed.name)}" if renamed.name != name else ""),
             )
         second = renamed
     name = second.name
