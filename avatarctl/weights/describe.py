@@ -223,10 +223,10 @@ def _holds(facts: Mapping[str, Any]) -> str:
 
 
 def _loader_rows(loaders: Sequence[Mapping[str, str]]) -> Iterator[tuple[str, str]]:
-    """Who takes it, who takes it wrongly, and why no command of ours does; other refusals are in the JSON."""
+    """Who takes it, who takes it wrongly, and why `infer` does not; other refusals are in the JSON."""
     takes = [entry for entry in loaders if entry["answer"] == "yes"]
     wrongly = [entry for entry in loaders if entry["answer"] == "wrong"]
-    ours = [entry for entry in loaders if entry["loader"].startswith("avatarctl")]
+    ours = [entry for entry in loaders if entry["loader"].startswith("avatarctl infer")]
     refuse = [] if any(entry in takes for entry in ours) else ours
     if not (takes or wrongly):
         yield "loads in", "no program that we know, as it is"

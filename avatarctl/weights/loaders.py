@@ -15,7 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from avatarctl.config import keys
 from avatarctl.weights.checkpoint import Checkpoint
+from avatarctl.weights.layouts import OMNIAVATAR
 from avatarctl.weights.published import hash_of
 
 __all__ = ["LOADERS", "Loader", "Verdict", "verdicts"]
@@ -31,6 +33,9 @@ _SCRIPT_BASES: Final = (
     "1378ea763357eea97acdef78e65d6d96",
 )
 """What the published scripts find by hash and can use: T2V bases, text encoder, VAE (omniavatar.md i)."""
+
+_NOT_TEXT_TO_VIDEO: Final = ("i2v", "flf2v", "ti2v", "vace", "s2v", "animate")
+"""`model_type` in Wan's config.json that `merge_adapter` refuses in the base of an avatar."""
 
 _COMFYUI_MODEL: Final = "model.diffusion_model."
 
@@ -169,6 +174,37 @@ def _has_foreign_prefix(checkpoint: Checkpoint) -> bool:
     return not names <= known | set(checkpoint.unknown)
 
 
+def _is_second_half(checkpoint: Checkpoint) -> bool:
+    return bool(checkpoint.metadata.get("avatarctl.companion_of"))
+
+
+def _first_half(checkpoint: Checkpoint) -> str:
+    return (
+        f"the second half of an adapter: name {checkpoint.metadata['avatarctl.companion_of'][:100]}, which "
+        "reads both"
+    )
+
+
+def _has_channels_without_code(checkpoint: Checkpoint) -> bool:
+    mark = keys()["model.channels"].key.not_yet
+    return isinstance(mark, tuple) and checkpoint.sizes.in_channels in mark
+
+
+def _is_avatar_base(checkpoint: Checkpoint) -> bool:
+    """Whether `merge_adapter` would make an avatar of this plain model (spec/omniavatar.md a.2, g.4)."""
+    return (
+        checkpoint.sizes.in_channels in (16, *OMNIAVATAR.channels)
+        and not checkpoint.sizes.image_dim
+        and checkpoint.config.get("model_type") not in _NOT_TEXT_TO_VIDEO
+    )
+
+
+def _sees_pictures(checkpoint: Checkpoint) -> bool:
+    """Whether a LoRA changes layers that only models with a picture encoder have."""
+    changed = (*checkpoint.low_rank, *checkpoint.differences, *checkpoint.tensors)
+    return any(name.startswith("img_emb.") or "_img" in name for name in changed)
+
+
 def _starts_with(*prefixes: str) -> Callable[[Checkpoint], bool]:
     return lambda checkpoint: all(name.startswith(prefixes) for name in checkpoint.names)
 
@@ -196,6 +232,23 @@ _INCOMPLETE = Objection(
         f"{len(checkpoint.missing)} tensors are missing, {len(checkpoint.unknown)} have no place"
     ),
 )
+_SECOND_HALF = Objection(_is_second_half, "no", _first_half)
+_CHANNELS_WITHOUT_CODE = Objection(
+    _has_channels_without_code,
+    "no",
+    lambda checkpoint: f"{checkpoint.sizes.in_channels} input channels are not yet supported",
+)
+_CHANNELS_OF_AVATAR = Objection(
+    # Those of a plain base do not count: the adapter brings its own patch embedding.
+    lambda checkpoint: _has_own_layers(checkpoint) and _has_channels_without_code(checkpoint),
+    "no",
+    _CHANNELS_WITHOUT_CODE.reason,
+)
+_NO_AVATAR_BASE = Objection(
+    lambda checkpoint: not (_has_own_layers(checkpoint) or _is_avatar_base(checkpoint)),
+    "no",
+    "it has no audio layers, and avatars are made of text-to-video models only",
+)
 _SHARDED = Objection(lambda checkpoint: len(checkpoint.files) > 1, "no", "reads one file, not shards")
 _WHOLE_TENSORS = Objection(lambda checkpoint: bool(checkpoint.tensors), "wrong", _leaves_out)
 _NO_PAIRS = Objection(lambda checkpoint: not checkpoint.low_rank, "no", "there are no LoRA tensors in it")
@@ -206,15 +259,18 @@ LOADERS: Final = (
         ("model", "adapter"),
         (
             _UNSUPPORTED,
+            _SECOND_HALF,
             Objection(
                 _is_plain_lora, "no", "it changes a model and is none: name it by --lora, beside a --model"
             ),
+            _NO_AVATAR_BASE,
             Objection(
                 _not(_has_own_layers),
                 "no",
                 "plain Wan has no audio layers; it is the base that an OmniAvatar adapter needs",
             ),
             _INCOMPLETE,
+            _CHANNELS_WITHOUT_CODE,
             Objection(
                 lambda checkpoint: checkpoint.kind == "model" and not checkpoint.heads,
                 "no",
@@ -222,7 +278,32 @@ LOADERS: Final = (
             ),
         ),
     ),
-    Loader("avatarctl infer --lora", ("adapter",), (_UNSUPPORTED, _INCOMPLETE)),
+    Loader(
+        "avatarctl infer --lora",
+        ("adapter",),
+        (
+            _UNSUPPORTED,
+            _SECOND_HALF,
+            _INCOMPLETE,
+            Objection(
+                _sees_pictures,
+                "no",
+                "it changes layers of image-to-video models (k_img, v_img, img_emb), which no avatar has",
+            ),
+            _CHANNELS_WITHOUT_CODE,
+        ),
+    ),
+    Loader(
+        "avatarctl infer -o model.weights",
+        ("model",),
+        (_UNSUPPORTED, _NO_AVATAR_BASE, _INCOMPLETE, _CHANNELS_OF_AVATAR),
+        remark=lambda checkpoint: (
+            "as dit=PATH, with its adapter in it"
+            if _has_own_layers(checkpoint)
+            else "as dit=PATH, the base of an OmniAvatar adapter"
+        ),
+    ),
+    Loader("avatarctl convert-ckpt --base", ("model",), (_UNSUPPORTED, _INCOMPLETE)),
     Loader(
         "avatarctl infer -o model.weights",
         ("component",),

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from avatarctl.errors import UnusableWeights
+from avatarctl.weights.checkpoint import Checkpoint
 from avatarctl.weights.describe import describe, lines
 from avatarctl.weights.files.source import RawWeights
+from avatarctl.weights.merge import merge_adapter
 from avatarctl.weights.recognise import recognise
 from avatarctl.weights.tensors import TensorInfo
 from tests.weights.published_tables import Shapes, audio, lora, umt5, wan
@@ -37,7 +39,11 @@ class Header:
         raise AssertionError("a value was read")
 
 
-def about(
+def about(shapes: Shapes, **said: Any) -> dict[str, Any]:
+    return describe(checkpoint_of(shapes, **said))
+
+
+def checkpoint_of(
     shapes: Shapes,
     *,
     dtype: str = "BF16",
@@ -45,7 +51,7 @@ def about(
     config: dict[str, Any] | None = None,
     metadata: dict[str, str] | None = None,
     notes: tuple[str, ...] = (),
-) -> dict[str, Any]:
+) -> Checkpoint:
     path = Path("folder") / file
     raw = RawWeights(
         path=path,
@@ -56,7 +62,7 @@ def about(
         config=config or {},
         notes=notes,
     )
-    return describe(recognise(raw))
+    return recognise(raw)
 
 
 def answers(facts: dict[str, Any]) -> dict[str, str]:
@@ -164,6 +170,63 @@ def test_an_encoder_is_named_and_only_offered_as_one() -> None:
     assert answers(facts) == {"avatarctl infer -o model.weights": "yes", "OmniAvatar scripts, as base": "yes"}
     assert "text=PATH" in reason(facts, "avatarctl infer -o model.weights")
     assert not any(line.startswith(("heads", "network")) for line in lines(facts))
+
+
+@pytest.mark.parametrize("channels", [49, 65])
+def test_channels_that_infer_refuses_are_not_said_to_load(channels: int) -> None:
+    whole = about(wan(1536, 8960, 30, channels) | audio(1536, 30))
+    for loader in ("avatarctl infer --model", "avatarctl infer -o model.weights"):
+        assert answers(whole)[loader] == "no" and str(channels) in reason(whole, loader)
+    assert answers(whole)["avatarctl convert-ckpt --base"] == "yes"
+    patch = {"patch_embedding.weight": (5120, channels, 1, 2, 2)}
+    adapter = about(RELEASE_14B | patch)
+    assert answers(adapter)["avatarctl infer --model"] == answers(adapter)["avatarctl infer --lora"] == "no"
+
+
+def test_the_second_half_of_an_adapter_names_the_first() -> None:
+    metadata = {"avatarctl.companion_of": "mine.safetensors"}
+    facts = about(audio(5120, 40) | PATCH, file="mine.patch.safetensors", metadata=metadata)
+    for loader in ("avatarctl infer --model", "avatarctl infer --lora"):
+        assert answers(facts)[loader] == "no" and "mine.safetensors" in reason(facts, loader)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "config"),
+    [
+        (wan(1536, 8960, 30), {}),
+        (wan(1536, 8960, 30), {"model_type": "t2v"}),
+        (wan(1536, 8960, 30), {"model_type": "vace"}),
+        (wan(1536, 8960, 30, 33), {}),
+        (wan(1536, 8960, 30, 36), {}),
+        (wan(1536, 8960, 30, 36, image=1280), {}),
+        (wan(1536, 8960, 30, 48), {}),
+        (wan(3072, 14_336, 30, 48, out=48), {}),
+    ],
+)
+def test_a_base_of_avatars_is_what_a_merge_takes(shapes: Shapes, config: dict[str, Any]) -> None:
+    width, ffn = shapes["patch_embedding.bias"][0], shapes["blocks.0.ffn.0.bias"][0]
+    patch: Shapes = {"patch_embedding.weight": (width, 33, 1, 2, 2), "patch_embedding.bias": (width,)}
+    adapter = checkpoint_of(lora(width, ffn, 30) | audio(width, 30) | patch)
+    taken = True
+    try:
+        merge_adapter(checkpoint_of(shapes, config=config), adapter)
+    except UnusableWeights as error:
+        assert "text-to-video" in str(error)
+        taken = False
+    facts = about(shapes, config=config)
+    assert answers(facts)["avatarctl infer -o model.weights"] == ("yes" if taken else "no")
+    assert answers(facts)["avatarctl convert-ckpt --base"] == "yes"
+    told = reason(facts, "avatarctl infer --model")
+    assert ("it is the base" in told) == taken and ("text-to-video models only" in told) != taken
+    assert any(line.startswith("not in") for line in lines(facts)) != taken
+
+
+def test_a_lora_for_a_picture_encoder_changes_no_avatar() -> None:
+    pair = {f"diffusion_model.blocks.0.cross_attn.k_img.lora_{ab}.weight": (8, 8) for ab in "AB"}
+    facts = about(pair)
+    assert answers(facts)["avatarctl infer --lora"] == "no"
+    assert "k_img" in reason(facts, "avatarctl infer --lora")
+    assert answers(facts)["ComfyUI LoRA"] == "yes"
 
 
 def test_conventions_come_from_our_metadata_only() -> None:
