@@ -49,6 +49,7 @@ class Row:
     source:  "package" needs no file; "hub" is a repository; "other" is described by `obtained`; "path" is a
              file or folder that a person named, see `path`; only rows of weights/model_row.py have it.
     files:   names relative to the repository; "a|b" is satisfied by either, a trailing "/" is a folder.
+    stand_ins: names in `files` -> the name under which `avatarctl convert-ckpt` may have written the same.
     network: constructor arguments by part: "dit" (`OmniAvatarTransformer`), "vae" (`AutoencoderKLWan`),
              "text" (`UMT5Config`), "audio" (`Wav2Vec2Config`).
     defaults: RunConfig values by dotted key.
@@ -64,6 +65,7 @@ class Row:
     source: Literal["package", "hub", "other", "path"] = "hub"
     hub_id: str = ""
     files: tuple[str, ...] = ()
+    stand_ins: Mapping[str, str] = field(default_factory=dict)
     obtained: str = ""
     license: str = ""
     family: str = ""
@@ -79,6 +81,10 @@ class Row:
     def folder(self) -> str:
         """Name of the folder that holds its files below a weights root."""
         return self.hub_id.rpartition("/")[2] or self.name
+
+    def accepted(self, names: str) -> str:
+        """A name of `files` with what may stand in for it on a disk, as "a|b"; a hub has the former only."""
+        return f"{names}|{self.stand_ins[names]}" if names in self.stand_ins else names
 
     @property
     def width(self) -> int:
@@ -194,6 +200,9 @@ def _shards(count: int) -> tuple[str, ...]:
     return (*names, "diffusion_pytorch_model.safetensors.index.json")
 
 
+_WHOLE: Final = "diffusion_pytorch_model.safetensors"
+_WHOLE_ADAPTER: Final = {"pytorch_model.pt": "pytorch_model.safetensors"}
+
 _MODELS: Final = (
     Row(
         "cartoon-i2v", "model", "built-in cartoon model, picture and voice to video", WORKS, "package",
@@ -254,10 +263,12 @@ _FILES: Final = (
     Row(
         "wan2.1-t2v-14b", "base", "Wan 2.1 text to video 14B, with text encoder and VAE", NEEDS_WEIGHTS,
         hub_id="Wan-AI/Wan2.1-T2V-14B", files=(*_shards(6), *_WAN21_ENCODERS),
+        stand_ins=dict.fromkeys(_shards(6), _WHOLE),
     ),
     Row(
         "wan2.1-t2v-1.3b", "base", "Wan 2.1 text to video 1.3B, with text encoder and VAE", NEEDS_WEIGHTS,
-        hub_id="Wan-AI/Wan2.1-T2V-1.3B", files=("diffusion_pytorch_model.safetensors", *_WAN21_ENCODERS),
+        hub_id="Wan-AI/Wan2.1-T2V-1.3B", files=(_WHOLE, *_WAN21_ENCODERS),
+        stand_ins={_WHOLE: f"{_WHOLE}.index.json"},
     ),
     Row(
         "wan2.1-fun-1.3b-inp", "base", "Wan 2.1 Fun InP 1.3B", NOT_YET,
@@ -271,10 +282,12 @@ _FILES: Final = (
     Row(
         "omniavatar-14b-adapter", "adapter", "LoRA, audio layers and patch embedding of OmniAvatar 14B",
         NEEDS_WEIGHTS, hub_id="OmniAvatar/OmniAvatar-14B", files=("config.json", "pytorch_model.pt"),
+        stand_ins=_WHOLE_ADAPTER,
     ),
     Row(
         "omniavatar-1.3b-adapter", "adapter", "LoRA, audio layers and patch embedding of OmniAvatar 1.3B",
         NEEDS_WEIGHTS, hub_id="OmniAvatar/OmniAvatar-1.3B", files=("config.json", "pytorch_model.pt"),
+        stand_ins=_WHOLE_ADAPTER,
     ),
     Row(
         "liveavatar-adapter", "adapter", "LoRA of LiveAvatar", NOT_YET,

@@ -80,7 +80,7 @@ def show_model(name: str, weights_root: str | None, as_json: bool) -> None:
         click.echo("weights    none needed: seeded random weights are made at load")
     elif not missing:
         click.echo("weights    all files are here")
-    for path in (path for each in located for path in _paths(each).values()):
+    for path in dict.fromkeys(path for each in located for path in _paths(each).values()):
         click.echo(f"found      {printable(path)}")
     for item in missing:
         origin = f"  (from {item.hub_id})" if item.hub_id else "  (no confirmed source)"

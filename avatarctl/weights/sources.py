@@ -154,9 +154,8 @@ def _on_named_base(
 
 
 def _transformer_of(place: Located) -> Path:
-    """The only weight file of a base, or the index of its shards, which lie beside it."""
-    files = [path for name, path in place.files.items() if not _is_encoder(name)]
-    return next((path for path in files if path.name.endswith(".index.json")), files[0])
+    """The only weight file of a base, or the index of its shards, which a row names last."""
+    return [path for name, path in place.files.items() if not _is_encoder(name)][-1]
 
 
 def _is_encoder(name: str) -> bool:

@@ -21,9 +21,11 @@ from avatarctl.weights.hub.locate import (
     read_hub_name,
     with_needs,
 )
+from avatarctl.weights.sources import _transformer_of
 
 WAV2VEC = ("config.json", "model.safetensors", "preprocessor_config.json")
 TRANSFORMER = "diffusion_pytorch_model.safetensors"
+_WAN_PARTS = ("models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth", "google/umt5-xxl/spiece.model")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OLDER = "f" * 40
 
@@ -101,6 +103,30 @@ def test_what_is_there_is_not_missing(tmp_path: Path) -> None:
 def test_either_of_two_names_will_do(tmp_path: Path) -> None:
     put(tmp_path / "wav2vec2-base-960h", "config.json", "pytorch_model.bin", "preprocessor_config.json")
     assert names_of("wav2vec2-base-960h", tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    ("row", "written"),
+    [
+        ("omniavatar-1.3b-adapter", ("config.json", "pytorch_model.safetensors")),
+        ("omniavatar-14b-adapter", ("config.json", "pytorch_model.safetensors")),
+        ("wan2.1-t2v-14b", (TRANSFORMER,)),
+        ("wan2.1-t2v-1.3b", (f"{TRANSFORMER}.index.json",)),
+    ],
+)
+def test_what_was_converted_stands_in_for_what_was_published(
+    row: str, written: tuple[str, ...], tmp_path: Path
+) -> None:
+    folder = tmp_path / find(row).folder
+    put(folder, *written, *_WAN_PARTS)
+    found = locate(find(row), str(tmp_path))
+    assert found.missing == () and found.folder == folder
+    assert {folder / name for name in written} <= set(found.files.values())
+    if row.startswith("wan"):
+        assert _transformer_of(found) == folder / written[0]
+    (folder / written[-1]).unlink()
+    missing = locate(find(row), str(tmp_path)).missing
+    assert missing and not any(" or " in wanted.file for wanted in missing), "the published name is asked for"
 
 
 def test_an_empty_folder_or_a_folder_for_a_file_does_not_count(tmp_path: Path) -> None:

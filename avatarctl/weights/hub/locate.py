@@ -52,7 +52,8 @@ class Located:
     """What was found of one row, without the rows that it needs.
 
     folder:  the folder that holds every file found; None if nothing was found or several folders share them.
-    files:   names as in `row.files` -> the file, or the folder for a name that ends with "/".
+    files:   names as in `row.files` -> the file, or what stands in for it, or the folder for a name that
+             ends with "/".
     missing: what was found nowhere.
     """
 
@@ -91,7 +92,7 @@ def locate(row: Row, weights_root: str | None) -> Located:
     part_place = _roots(weights_root)[0] / row.folder
     for place in _places(row, weights_root):
         absent = [names for names in row.files if names not in files]
-        found = {names: path for names in absent if (path := found_in(place, names)) is not None}
+        found = {names: path for names in absent if (path := found_in(place, row.accepted(names)))}
         here = {names: path for names, path in found.items() if names in together}
         if len(here) < len(together):
             found = {names: path for names, path in found.items() if names not in together}
@@ -143,7 +144,7 @@ def _places(row: Row, weights_root: str | None) -> Iterator[Path]:
     others = {each.folder for each in ROWS.values()} - {row.folder}
     for root in _roots(weights_root):
         yield root / row.folder
-        if root.name not in others and all(found_in(root, names) is not None for names in row.files):
+        if root.name not in others and all(found_in(root, row.accepted(names)) for names in row.files):
             yield root
     if row.hub_id:
         yield from snapshots(row.hub_id)

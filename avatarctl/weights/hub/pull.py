@@ -121,7 +121,7 @@ class _Planner:
         listing = self._listing(row.hub_id)
         target = self._store.place(listing.repo, listing.commit)
         for names in together:
-            path = found_in(target, names)
+            path = found_in(target, row.accepted(names))
             if path is not None:
                 self._present.append((row.name, path))
             else:
@@ -182,7 +182,9 @@ class _Planner:
             if self._listings[repo].gated:
                 check_access(first)
         listings = {repo: self._listings[repo] for repo in used}
-        return PullPlan(self._store, self._fetch, tuple(self._present), tuple(self._by_hand), listings)
+        return PullPlan(
+            self._store, self._fetch, tuple(dict.fromkeys(self._present)), tuple(self._by_hand), listings
+        )
 
 
 def _of_repository(listing: Listing) -> list[HubFile]:

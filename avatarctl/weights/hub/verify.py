@@ -46,11 +46,15 @@ def verify(
     hub = _Hub()
     for row in rows:
         located = locate(row, weights_root)
-        for names, path in located.files.items():
+        # One converted file may stand in for many.
+        names_of = {path: row.accepted(names) for names, path in located.files.items()}
+        for path, names in names_of.items():
             for place, name in _files(names, path):
                 yield _check(row, place, name, hub, emit, should_stop)
         for wanted in located.missing:
-            yield Checked(row.name, wanted.file, None, "missing", f"goes to {wanted.folder}/")
+            fetch = "fetch it, or " if row.hub_id else ""
+            why = f"not here: {fetch}put it in {wanted.folder}/"
+            yield Checked(row.name, wanted.file, None, "missing", why)
 
 
 class _Hub:
