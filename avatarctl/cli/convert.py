@@ -58,6 +58,11 @@ Examples:
 @click.option("--rank", type=click.IntRange(min=1), metavar="N", help="Rank of what --extract writes.")
 @click.option("--shard-size", metavar="SIZE", help="Largest file, such as 5GB; writes an index beside them.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Of all but what must stay float32.")
+@click.option(
+    "--audio-offset",
+    type=click.Choice(("0", "1")),
+    help="State what no tensor tells: 1 for published picture-to-video weights, 0 for all others.",
+)
 @click.option("--allow-nonfinite", is_flag=True, help="Write NaN and infinity instead of refusing them.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing DST.")
 @click.option("--inspect", is_flag=True, help="Show what SRC is; write nothing.")
@@ -139,6 +144,7 @@ def _request(source: Path, params: dict[str, Any]) -> ConvertRequest:
         rank=params["rank"],
         shard_bytes=None if params["shard_size"] is None else _bytes(params["shard_size"]),
         dtype=None if params["dtype"] is None else DTYPE_NAMES[params["dtype"]],
+        audio_offset=None if params["audio_offset"] is None else int(params["audio_offset"]),
         allow_nonfinite=params["allow_nonfinite"],
         overwrite=params["overwrite"],
     )

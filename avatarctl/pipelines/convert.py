@@ -15,9 +15,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from avatarctl.atomic import atomic_path, atomic_write_text
+from avatarctl.atomic import atomic_path, atomic_write_text, disk_errors
 from avatarctl.errors import AvatarctlError, OutputRefused, UnusableWeights, UsageError
-from avatarctl.events import BytesMoved, Emit, Stage
+from avatarctl.events import BytesMoved, Emit, Notice, Stage
 from avatarctl.pipelines.convert_steps import (
     Step,
     change_channels,
@@ -25,10 +25,13 @@ from avatarctl.pipelines.convert_steps import (
     extract,
     merge,
     plain_name,
+    state_audio_offset,
 )
 from avatarctl.weights.assemble import require_whole
 from avatarctl.weights.checkpoint import Checkpoint
 from avatarctl.weights.export import Export, Target, export, with_release_config
+from avatarctl.weights.files.safetensors_file import read_header
+from avatarctl.weights.files.source import COMPANION_OF
 from avatarctl.weights.files.writer import staged_folder, write_safetensors, write_sharded
 from avatarctl.weights.metadata import config_of, file_metadata, read_own
 from avatarctl.weights.recognise import read_checkpoint
@@ -53,7 +56,7 @@ class ConvertRequest:
 
     out: a name that ends in .safetensors is a file, any other a folder. base: for merge or extract. rank: of
     an extraction, None for what the difference needs. shard_bytes, dtype ("BF16"): None keeps what is
-    there. allow_nonfinite: write NaN and infinity instead of refusing them.
+    there. audio_offset: states what no tensor tells. allow_nonfinite: write NaN and infinity instead of refusing them.
     """
 
     source: Path
@@ -68,6 +71,7 @@ class ConvertRequest:
     rank: int | None = None
     shard_bytes: int | None = None
     dtype: str | None = None
+    audio_offset: int | None = None
     allow_nonfinite: bool = False
     overwrite: bool = False
 
@@ -144,7 +148,15 @@ def plan_conversion(request: ConvertRequest, emit: Emit) -> ConvertPlan:
     if request.dtype is not None:
         steps.append(change_dtype(checkpoint, request.dtype, base, source))
         checkpoint = steps[-1].checkpoint
+    if request.audio_offset is not None:
+        steps.append(state_audio_offset(checkpoint, request.audio_offset))
+        checkpoint = steps[-1].checkpoint
     did += [step.line for step in steps]
+    if checkpoint.audio_offset_assumed:
+        did.append(
+            f"audio offset {checkpoint.audio_offset} is assumed, not written: {checkpoint.audio_offset_rule} "
+            "(--audio-offset states it)"
+        )
     operations += [step.operation for step in steps if step.operation]
     operations.append({"operation": "write", "to": request.to, "source": plain_name(source)})
     checkpoint = with_release_config(checkpoint)
@@ -319,11 +331,29 @@ def write(plan: ConvertPlan, emit: Emit) -> Converted:
     request = plan.request
     emit(Stage("writing"))
     if _is_file(request.out):
+        left = _left_half(plan)
         files = _write_file(plan, emit)
+        if left is not None:
+            with disk_errors(left):
+                left.unlink()
+            emit(Notice(f"removed {left}, the second half of the file that was replaced"))
     else:
         with staged_folder(request.out, overwrite=request.overwrite, sources=plan.sources) as folder:
             files = _write_folder(plan, folder, emit)
     return Converted(request.out, tuple(files), plan.count, plan.bytes, time.monotonic() - started, plan.did)
+
+
+def _left_half(plan: ConvertPlan) -> Path | None:
+    """The second file of an adapter that is replaced by a file without one: alone it is of no use."""
+    main = plan.request.out
+    half = main.with_name(f"{main.stem}.patch{_SUFFIX}")
+    if plan.companion or not main.exists() or not half.is_file():
+        return None
+    try:
+        first = read_header(half).metadata.get(COMPANION_OF)
+    except UnusableWeights:
+        return None  # none of ours
+    return half if first == main.name else None
 
 
 def _write_file(plan: ConvertPlan, emit: Emit) -> list[str]:

@@ -17,7 +17,16 @@ from avatarctl.weights.merge import merge_adapter, refuse_other_conventions
 from avatarctl.weights.sizes import variant_of
 from avatarctl.weights.transforms import cast, drop_channels, widen_channels
 
-__all__ = ["DTYPE_NAMES", "Step", "change_channels", "change_dtype", "extract", "merge", "plain_name"]
+__all__ = [
+    "DTYPE_NAMES",
+    "Step",
+    "change_channels",
+    "change_dtype",
+    "extract",
+    "merge",
+    "plain_name",
+    "state_audio_offset",
+]
 
 DTYPE_NAMES: Final[Mapping[str, str]] = {
     "float32": "F32", "bfloat16": "BF16", "float16": "F16", "fp32": "F32", "bf16": "BF16", "fp16": "F16",
@@ -43,6 +52,21 @@ class Step:
 def plain_name(checkpoint: Checkpoint) -> str:
     """Name of the file or folder that was read, without the folders above it."""
     return checkpoint.path.name or checkpoint.path.resolve().name
+
+
+def state_audio_offset(checkpoint: Checkpoint, offset: int) -> Step:
+    """A person's word for what no tensor tells: which frame a frame of sound drives.
+
+    Raises UsageError for a network that hears nothing.
+    """
+    if checkpoint.audio_offset is None:
+        raise UsageError(f"{checkpoint.variant} has no audio layers", where="--audio-offset")
+    stated = replace(
+        checkpoint, audio_offset=offset, audio_offset_rule="--audio-offset", audio_offset_assumed=False
+    )
+    was = f" (it was {checkpoint.audio_offset}: {checkpoint.audio_offset_rule})"
+    line = f"audio offset {offset}, as stated{was}"
+    return Step(stated, line, {"operation": "audio offset", "offset": offset})
 
 
 def merge(adapter: Checkpoint, base: Checkpoint, strength: float, dtype: str | None) -> Step:

@@ -59,7 +59,8 @@ class Checkpoint:
     heads:      attention heads (config, metadata, or width / 128), 0 where nothing tells;
     heads_stated: whether the config or the metadata says so.
     audio_offset: 0 or 1 (frames), None where the network has no audio or nothing tells;
-    audio_offset_rule: where it comes from, for people.
+    audio_offset_rule: where it comes from, for people; audio_offset_assumed: nothing states it, so that it
+                is not written into other files as if something did.
     files:      the weight files that were read, in order.
     format:     of these files: "safetensors", "zip" or "legacy" (pickles); empty for what no file holds.
     names:      every name as in the files, in their order.
@@ -85,6 +86,7 @@ class Checkpoint:
     heads_stated: bool = False
     audio_offset: int | None = None
     audio_offset_rule: str = ""
+    audio_offset_assumed: bool = False
     files: tuple[Path, ...] = ()
     format: str = ""
     names: tuple[str, ...] = ()

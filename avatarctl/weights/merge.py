@@ -69,6 +69,7 @@ def merge_adapter(
         heads_stated="num_attention_heads" in network,
         audio_offset=adapter.audio_offset if own else base.audio_offset,
         audio_offset_rule=adapter.audio_offset_rule if own else base.audio_offset_rule,
+        audio_offset_assumed=adapter.audio_offset_assumed if own else base.audio_offset_assumed,
         files=(*adapter.files, *base.files),
         config=_config(base, adapter),
         metadata=_metadata(base, adapter, network),

@@ -122,11 +122,12 @@ def _numbers(metadata: Mapping[str, str], key: str) -> Mapping[str, float]:
 def conventions_of(checkpoint: Checkpoint) -> Mapping[str, float]:
     """What the file was made with: what its metadata states, else what its family is published with.
 
-    `checkpoint.audio_offset` is already the outcome of everything that can tell it.
+    `checkpoint.audio_offset` is already the outcome of everything that can tell it; one that is only assumed
+    is left out, or a conversion would make a fact of a guess.
     """
     stated = read_own(checkpoint.metadata).conventions
     found = {**TRAINED_WITH.get(checkpoint.layout.family, {}), **stated}
-    if checkpoint.audio_offset is not None:
+    if checkpoint.audio_offset is not None and not checkpoint.audio_offset_assumed:
         found["audio_offset"] = checkpoint.audio_offset
     return {name: found[name] for name in _CONVENTIONS if name in found}
 

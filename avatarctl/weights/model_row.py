@@ -69,7 +69,7 @@ def _row_of(path: Path, held: Checkpoint) -> Row:
         family=held.layout.family,
         network={"dit": {"attention_head_dim": held.sizes.width // heads}},
         defaults={**published.defaults, **stated},
-        audio_offset_stated=held.audio_offset is not None,
+        audio_offset_stated=held.audio_offset is not None and not held.audio_offset_assumed,
         trained_for=published.trained_for,
         needs=tuple(name for name in published.needs if ROWS[name].kind in kinds),
         path=str(path),

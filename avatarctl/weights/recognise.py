@@ -28,6 +28,8 @@ PICTURE_CHANNELS: Final = 33
 TRAINER_FILE: Final = re.compile(r"step-\w+(-\d+)?\.pt|trainable_weights\.pt")
 """What the public trainer calls its files (omniavatar.md g.6)."""
 
+RELEASE_FILE: Final = "pytorch_model.pt"
+
 SHOWN: Final = 3
 
 Shape = tuple[int, ...]
@@ -95,7 +97,7 @@ def recognise(raw: RawWeights) -> Checkpoint:
         strange |= {key for key, placed in names.placed.items() if placed.weight not in expected}
         missing = _missing(kind, layout, expected, shapes, pairs.low_rank, raw.config)
     _check_config(raw.config, sizes, kind, pairs.low_rank)
-    offset, offset_rule = _audio_offset(raw, layout, sizes)
+    offset, offset_rule, assumed = _audio_offset(raw, layout, sizes)
     heads, stated = _heads(raw, sizes)
     return Checkpoint(
         path=raw.path,
@@ -113,6 +115,7 @@ def recognise(raw: RawWeights) -> Checkpoint:
         heads_stated=stated,
         audio_offset=offset,
         audio_offset_rule=offset_rule,
+        audio_offset_assumed=assumed,
         files=raw.files,
         format=raw.format,
         names=tuple(raw.tensors),
@@ -282,16 +285,21 @@ def _json(metadata: Mapping[str, str], key: str) -> Mapping[str, Any]:
     return fields if isinstance(fields, Mapping) else {}
 
 
-def _audio_offset(raw: RawWeights, layout: WeightLayout, sizes: Sizes) -> tuple[int | None, str]:
-    """Published picture-to-video weights have offset 1, those of the trainer and of video-to-video 0
-    (design 3). The names of tensors are the same, so that only file names tell them apart."""
+def _audio_offset(raw: RawWeights, layout: WeightLayout, sizes: Sizes) -> tuple[int | None, str, bool]:
+    """(frames, why, whether that is an assumption).
+
+    Published picture-to-video weights have offset 1, those of the trainer and of video-to-video 0 (design 3).
+    The names of tensors are the same, so that only file names tell them apart.
+    """
     if layout is not OMNIAVATAR:
-        return None, ""
+        return None, "", False
     stated = _json(raw.metadata, "avatarctl.conventions").get("audio_offset")
     if stated in (0, 1):
-        return int(stated), "the file's metadata"
+        return int(stated), "the file's metadata", False
     if sizes.in_channels > PICTURE_CHANNELS or raw.config.get("v2v") is True:
-        return 0, "video to video"
+        return 0, "video to video", False
     if any(TRAINER_FILE.fullmatch(file.name) for file in raw.files):
-        return 0, "a trainer's file, by its name"
-    return 1, "taken as published picture-to-video weights"
+        return 0, "a trainer's file, by its name", False
+    if "train_architecture" in raw.config and any(file.name == RELEASE_FILE for file in raw.files):
+        return 1, "a published release, by its file names", False
+    return 1, "taken as published picture-to-video weights", True

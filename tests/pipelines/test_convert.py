@@ -460,6 +460,25 @@ def test_an_existing_output_is_kept_unless_told(omni: Path, tmp_path: Path) -> N
     assert (tmp_path / "lora.patch.safetensors").read_bytes() == b"mine"
 
 
+def test_halves_of_two_conversions_are_not_read_as_one(omni: Path, tmp_path: Path) -> None:
+    convert(omni, tmp_path / "x.safetensors", "comfyui")
+    convert(omni, tmp_path / "wide.safetensors", "comfyui", channels=49)
+    (tmp_path / "wide.patch.safetensors").replace(tmp_path / "x.patch.safetensors")
+    with pytest.raises(UnusableWeights, match=r"x\.patch\.safetensors is of another conversion"):
+        read_checkpoint(tmp_path / "x.safetensors")
+
+
+def test_no_second_half_stays_behind_what_replaced_its_first(omni: Path, tmp_path: Path) -> None:
+    out, half = tmp_path / "lora.safetensors", tmp_path / "lora.patch.safetensors"
+    convert(omni, out, "comfyui")
+    convert(omni, out, overwrite=True)
+    assert not half.exists()
+    convert(omni, tmp_path / "other.safetensors", "comfyui")
+    (tmp_path / "other.patch.safetensors").rename(half)  # of another file: not ours to remove
+    convert(omni, out, overwrite=True)
+    assert half.exists()
+
+
 def test_a_failure_in_the_second_file_leaves_no_first_one(tmp_path: Path) -> None:
     state = release.adapter_state()
     state["blocks.3.ffn.2.lora_B.default.weight"][0, 0] = torch.nan
@@ -549,3 +568,15 @@ def test_an_image_to_video_model_is_renamed_with_its_image_layers(tmp_path: Path
     assert torch.equal(model.blocks[1].attn2.add_k_proj.weight, state["blocks.1.cross_attn.k_img.weight"])
     convert(tmp_path / "there", tmp_path / "back.safetensors")
     same(loaded(tmp_path / "back.safetensors"), state)
+
+
+def test_an_assumed_audio_offset_does_not_become_a_stated_one(omni: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "renamed.pt"
+    bare.write_bytes((omni / "pytorch_model.pt").read_bytes())
+    convert(bare, tmp_path / "assumed.safetensors")
+    again = read_checkpoint(tmp_path / "assumed.safetensors")
+    assert (again.audio_offset, again.audio_offset_assumed) == (1, True)
+    convert(omni, tmp_path / "stated.safetensors", audio_offset=0)
+    stated = read_checkpoint(tmp_path / "stated.safetensors")
+    assert (stated.audio_offset, stated.audio_offset_assumed) == (0, False)
+    assert stated.audio_offset_rule == "the file's metadata"

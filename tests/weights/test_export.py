@@ -274,7 +274,9 @@ def test_metadata_that_we_would_not_write_is_refused(key: str, value: str) -> No
 
 def test_other_conventions_are_named_on_both_sides(adapter: Checkpoint, model: Checkpoint) -> None:
     assert mismatch(adapter, model) == ""
-    assert mismatch(replace(adapter, audio_offset=0), model) == "audio_offset 0 and 1"
+    assert mismatch(replace(adapter, audio_offset=0), model) == "", "a guess contradicts nobody"
+    stated = replace(model, audio_offset_assumed=False)
+    assert mismatch(replace(adapter, audio_offset=0), stated) == "audio_offset 0 and 1"
     other = {"avatarctl.conventions": json.dumps({"mask_keep": 1})}
     assert mismatch(adapter, replace(model, metadata=other)) == "mask_keep 0 and 1"
 
