@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,7 @@ from avatarctl.weights.hub.locate import Located, hub_constants, locate, with_ne
 if TYPE_CHECKING:
     from avatarctl.weights.hub.client import HubFile
     from avatarctl.weights.hub.pull import PullPlan
+    from avatarctl.weights.hub.verify import Checked
 
 __all__ = ["models"]
 
@@ -83,8 +86,16 @@ def show_model(name: str, weights_root: str | None, as_json: bool) -> None:
     for path in dict.fromkeys(path for each in located for path in _paths(each).values()):
         click.echo(f"found      {printable(path)}")
     for item in missing:
-        origin = f"  (from {item.hub_id})" if item.hub_id else "  (no confirmed source)"
-        click.echo(f"missing    {item.folder}/{item.file}{origin}")
+        origin = f"from {item.hub_id}" if item.hub_id else "no confirmed source"
+        click.echo(f"missing    {item.file}  ({origin}; by hand: {printable(item.folder)}/{item.file})")
+    if any(item.hub_id for item in missing):
+        click.echo(f"fetch      {_pull_words([name], weights_root)}")
+
+
+def _pull_words(names: Iterable[str], weights_root: str | None) -> str:
+    """The command that fetches what `names` want to where it was looked for."""
+    root = ["--weights-root", weights_root] if weights_root else []
+    return shlex.join(["avatarctl", "models", "pull", *names, *root])
 
 
 def _root(weights_root: str | None) -> str | None:
@@ -245,7 +256,7 @@ def verify_models(names: tuple[str, ...], weights_root: str | None, as_json: boo
     """Compare files on this disk with the digests that the hub states.
 
     Files that were fetched by `models pull` or the hub's own tools are checked without a connection. Ends
-    with 3 if a file is damaged, with 4 if one is missing.
+    with 3 if a file is damaged, with 4 if one is missing or none could be checked.
     """
     from avatarctl.cli.signals import stop_on_signals
     from avatarctl.weights.hub.verify import verify
@@ -263,19 +274,39 @@ def verify_models(names: tuple[str, ...], weights_root: str | None, as_json: boo
         click.echo(
             json.dumps({"command": "models verify", "files": [asdict(item) for item in found]}, default=str)
         )
+    else:
+        click.echo(_verdict(found))
+    _raise_for(found, names, weights_root)
+
+
+def _verdict(found: list[Checked]) -> str:
+    count = Counter(item.state for item in found)
+    parts = [
+        f"{count[state]} {state}" for state in ("ok", "damaged", "missing", "not checked") if count[state]
+    ]
+    return f"total        {', '.join(parts)}" if parts else "total        no files: built in"
+
+
+def _raise_for(found: list[Checked], names: tuple[str, ...], weights_root: str | None) -> None:
+    """Raises UnusableWeights for damaged files, WeightsMissing where some are missing or none was checked.
+
+    What is said to be fetched is what the user named, so that the rest of it comes as well.
+    """
     damaged = [item for item in found if item.state == "damaged"]
     missing = [item for item in found if item.state == "missing"]
+    lacking = {item.row for item in (*damaged, *missing)}
+    named = [name for name in names if any(row.name in lacking for row in with_needs(find(name)))]
+    pull = f"`{_pull_words(dict.fromkeys(named), weights_root)}`"
     if damaged:
         raise UnusableWeights(
-            f"{damaged[0].why}{_and_more(damaged)}",
-            where=damaged[0].path,
-            fix=f"remove it, then `avatarctl models pull {damaged[0].row}`",
+            f"{damaged[0].why}{_and_more(damaged)}", where=damaged[0].path, fix=f"remove it, then {pull}"
         )
     if missing:
-        fix = f"`avatarctl models pull {missing[0].row}`"
         raise WeightsMissing(
-            f"{missing[0].name} is missing{_and_more(missing)}", where=missing[0].row, fix=fix
+            f"{missing[0].name} is missing{_and_more(missing)}", where=missing[0].row, fix=pull
         )
+    if found and not any(item.state == "ok" for item in found):
+        raise WeightsMissing(f"no file was checked: {found[0].why}", where=", ".join(dict.fromkeys(names)))
 
 
 def _and_more(items: list[Any]) -> str:

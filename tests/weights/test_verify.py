@@ -64,15 +64,36 @@ def test_somebodys_own_folder_is_compared_with_the_hub(
     assert f"it has 43 bytes, the hub's has {len(WEIGHTS)}" in out
     assert hub.fetched() == []
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    result = models("verify", NAME)
-    assert result.stdout.count("not checked") == 3 and "HF_HUB_OFFLINE is set" in result.stdout
+    result = models("verify", NAME, code=4)
+    assert result.stdout.count("not checked  ") == 3 and "HF_HUB_OFFLINE is set" in result.stdout
+    assert result.stdout.splitlines()[-1] == "total        3 not checked"
+    assert error_of(result).startswith(f"{NAME}: no file was checked: HF_HUB_OFFLINE is set")
+
+
+def test_what_is_missing_is_named_with_all_that_the_user_named(hub: HubServer, client: Path) -> None:
+    """The hint for one part would leave the others missing."""
+    folder = client.parent / "my root"
+    result = models("verify", "cartoon-i2v", "omniavatar-1.3b", "--weights-root", str(folder), code=4)
+    assert f"`avatarctl models pull omniavatar-1.3b --weights-root '{folder}'`" in error_of(result)
+    assert result.stdout.splitlines()[-1] == "total        9 missing"
+    assert f"pytorch_model.pt: not here: fetch it, or put it in {folder}/OmniAvatar-1.3B/" in result.stdout
+    assert "built in" in models("verify", "cartoon-i2v").stdout
+
+
+def test_show_says_how_to_get_what_is_missing(hub: HubServer, client: Path) -> None:
+    out = models("show", "omniavatar-1.3b").stdout
+    where = "pretrained_models/OmniAvatar-1.3B/pytorch_model.pt"
+    assert f"missing    pytorch_model.pt  (from OmniAvatar/OmniAvatar-1.3B; by hand: {where})" in out
+    assert out.splitlines()[-1] == "fetch      avatarctl models pull omniavatar-1.3b"
+    by_hand = models("show", "yunet").stdout
+    assert "fetch  " not in by_hand and "pretrained_models/yunet/" in by_hand
 
 
 def test_files_without_a_repository(hub: HubServer, client: Path) -> None:
     folder = Path("ckpt/videomae-v2-g")
     folder.mkdir(parents=True)
     (folder / "vit_g_hybrid_pt_1200e_ssv2_ft.pth").write_bytes(b"x")
-    assert "no digest of it is published" in models("verify", "videomae-v2-g").stdout
+    assert "no digest of it is published" in models("verify", "videomae-v2-g", code=4).stdout
     vgg = Path("ckpt/lpips-vgg16/vgg16-397923af.pth")
     vgg.parent.mkdir()
     vgg.write_bytes(b"x")
@@ -87,8 +108,8 @@ def test_a_folder_is_checked_file_by_file(hub: HubServer, client: Path) -> None:
     base.mkdir(parents=True)
     (base / "a.json").write_bytes(b"{}")
     (base.parent / "config.json").write_bytes(b"{}")
-    out = models("verify", "wan2.1-fun-1.3b-inp").stdout
-    assert [line.split()[2].split("InP/")[1].rstrip(":") for line in out.splitlines()] == [
+    out = models("verify", "wan2.1-fun-1.3b-inp", code=4).stdout
+    assert [line.split()[2].split("InP/")[1].rstrip(":") for line in out.splitlines()[:-1]] == [
         "config.json", "google/a.json"
     ]  # fmt: skip
 
