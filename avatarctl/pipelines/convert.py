@@ -56,7 +56,8 @@ class ConvertRequest:
 
     out: a name that ends in .safetensors is a file, any other a folder. base: for merge or extract. rank: of
     an extraction, None for what the difference needs. shard_bytes, dtype ("BF16"): None keeps what is
-    there. audio_offset: states what no tensor tells. allow_nonfinite: write NaN and infinity instead of refusing them.
+    there. audio_offset: states what no tensor tells. allow_nonfinite: write NaN and infinity instead of
+    refusing them.
     """
 
     source: Path
@@ -139,7 +140,7 @@ def plan_conversion(request: ConvertRequest, emit: Emit) -> ConvertPlan:
         steps.append(
             merge(source, base, request.strength, "F32" if request.dtype else None)
             if request.merge
-            else extract(source, base, request.rank, emit)
+            else extract(source, base, request.rank, request.to, emit)
         )
         checkpoint = steps[-1].checkpoint
     if request.channels is not None:
@@ -338,7 +339,8 @@ def write(plan: ConvertPlan, emit: Emit) -> Converted:
                 left.unlink()
             emit(Notice(f"removed {left}, the second half of the file that was replaced"))
     else:
-        with staged_folder(request.out, overwrite=request.overwrite, sources=plan.sources) as folder:
+        staged = staged_folder(request.out, overwrite=request.overwrite, sources=plan.sources)
+        with staged as folder, _told_as(request.out, folder):
             files = _write_folder(plan, folder, emit)
     return Converted(request.out, tuple(files), plan.count, plan.bytes, time.monotonic() - started, plan.did)
 
@@ -371,12 +373,12 @@ def _write_file(plan: ConvertPlan, emit: Emit) -> list[str]:
 
 @contextmanager
 def _told_as(final: Path, temporary: Path) -> Iterator[None]:
-    """Errors about a temporary name speak of the final one."""
+    """Errors about a temporary file, or what lies in a temporary folder, speak of the final one."""
     try:
         yield
     except AvatarctlError as error:
-        if error.where == temporary:
-            error.where = final
+        if isinstance(error.where, Path) and error.where.is_relative_to(temporary):
+            error.where = final / error.where.relative_to(temporary)
         raise
 
 

@@ -5,13 +5,14 @@ No step reads a tensor, except an extraction, which computes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from avatarctl.errors import UnusableWeights, UsageError
 from avatarctl.events import Emit
 from avatarctl.weights.checkpoint import Checkpoint
+from avatarctl.weights.export import Target, require_place
 from avatarctl.weights.extract import extract_low_rank
 from avatarctl.weights.merge import merge_adapter, refuse_other_conventions
 from avatarctl.weights.sizes import variant_of
@@ -92,11 +93,15 @@ def merge(adapter: Checkpoint, base: Checkpoint, strength: float, dtype: str | N
     return Step(merged, f"merged into {plain_name(base)} ({base.variant}): {changes}{factor}", operation)
 
 
-def extract(model: Checkpoint, base: Checkpoint, rank: int | None, emit: Emit) -> Step:
-    """The adapter that makes `model` of `base`; see `extract_low_rank`."""
+def extract(model: Checkpoint, base: Checkpoint, rank: int | None, to: Target, emit: Emit) -> Step:
+    """The adapter that makes `model` of `base`, for a file that `to` can hold; see `extract_low_rank`."""
     if model.kind == "model":
         refuse_other_conventions(model, base)
-    adapter = extract_low_rank(model, base, rank=rank, emit=emit)
+
+    def require(differences: Sequence[str]) -> None:
+        require_place(differences, to, model.path, fix="--to comfyui holds them")
+
+    adapter = extract_low_rank(model, base, rank=rank, emit=emit, on_differences=require)
     adapter = replace(adapter, variant=variant_of("adapter", adapter.layout, adapter.sizes))
     operation = {"operation": "extract", "model": plain_name(model), "base": plain_name(base)}
     return Step(adapter, f"extracted: the difference from {plain_name(base)} ({base.variant})", operation)

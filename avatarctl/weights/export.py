@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 import numpy as np
@@ -27,7 +28,7 @@ from avatarctl.weights.metadata import network_of
 from avatarctl.weights.padding import padded_pair
 from avatarctl.weights.tensors import ArrayTensor, Tensor
 
-__all__ = ["TARGETS", "Export", "Target", "export", "with_release_config"]
+__all__ = ["TARGETS", "Export", "Target", "export", "require_place", "with_release_config"]
 
 Target = Literal["original", "diffusers", "peft", "comfyui"]
 TARGETS: Final[tuple[Target, ...]] = get_args(Target)
@@ -40,6 +41,7 @@ _LORA_FIELDS: Final = (
 )  # fmt: skip
 _DIFFUSERS_CLASSES: Final = ("WanTransformer3DModel", "OmniAvatarTransformer")
 _MODEL_FILE: Final = "diffusion_pytorch_model.safetensors"
+_RELEASE_FILE: Final = "pytorch_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -72,22 +74,32 @@ def export(checkpoint: Checkpoint, target: Target) -> Export:
     """
     if checkpoint.kind == "model":
         return _MODELS[target](checkpoint)
-    if checkpoint.differences and target != "comfyui":
-        raise UnusableWeights(
-            f"{len(checkpoint.differences)} differences (.diff) have no place in {target} adapters, first: "
-            f"{next(iter(checkpoint.differences))[:100]}",
-            where=checkpoint.path,
-            fix="use --to comfyui, or --merge-lora",
-        )
+    require_place(
+        list(checkpoint.differences), target, checkpoint.path, fix="use --to comfyui, or --merge-lora"
+    )
     return _ADAPTERS[target](checkpoint)
+
+
+def require_place(differences: Sequence[str], target: Target, where: Path, *, fix: str) -> None:
+    """Raise UnusableWeights where there are differences (tensor names) that `target` cannot hold."""
+    if not differences or target == "comfyui":
+        return
+    count = f"{len(differences)} difference{'s have' if len(differences) > 1 else ' has'}"
+    raise UnusableWeights(
+        f"{count} (.diff) no place in {target} adapters, first: {differences[0][:100]}", where=where, fix=fix
+    )
 
 
 # Models
 
 
 def _original_model(checkpoint: Checkpoint) -> Export:
+    """A full model of an avatar, read from a release, keeps the name that the release has."""
     documents = {"config.json": checkpoint.config} if checkpoint.config else {}
-    return Export(_MODEL_FILE, dict(checkpoint.tensors), documents=documents)
+    # The last file is the base's where an adapter was merged.
+    released = checkpoint.layout.family != "wan" and checkpoint.files[-1].name.startswith("pytorch_model")
+    name = _RELEASE_FILE if released else _MODEL_FILE
+    return Export(name, dict(checkpoint.tensors), documents=documents)
 
 
 def _comfyui_model(checkpoint: Checkpoint) -> Export:
@@ -201,7 +213,7 @@ def _original_adapter(checkpoint: Checkpoint) -> Export:
             f"ranks {ranks[0]} to {ranks[-1]} are filled with zeros to {ranks[-1]}: this format holds one",
         )
     return Export(
-        "pytorch_model.safetensors",
+        _RELEASE_FILE,
         tensors,
         metadata=metadata,
         documents={"config.json": checkpoint.config},

@@ -7,7 +7,7 @@ an adapter of the family carries whole (patch embedding, audio) whole tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -63,7 +63,12 @@ class _Worst:
 
 
 def extract_low_rank(
-    model: Checkpoint, base: Checkpoint, *, rank: int | None = None, emit: Emit
+    model: Checkpoint,
+    base: Checkpoint,
+    *,
+    rank: int | None = None,
+    emit: Emit,
+    on_differences: Callable[[Sequence[str]], None] = lambda names: None,
 ) -> Checkpoint:
     """The adapter (kind "adapter", naming "original") whose merge into `base` gives `model`.
 
@@ -80,6 +85,9 @@ def extract_low_rank(
     The remainder is measured for every target and the worst is reported through `emit`; nothing is dropped
     in silence. Same inputs, same adapter: the randomised part is seeded by tensor names.
 
+    on_differences: gets the names of the tensors that become differences before the first pair is computed,
+    to refuse what the result could not be written as.
+
     Memory: the difference of one weight in float32, a few matrices of its longer side x (rank + 16), and the
     adapter itself in float32. Time: minutes for 14B (low_rank.py).
 
@@ -88,7 +96,9 @@ def extract_low_rank(
     """
     _check(model, base)
     emit(Stage("comparing with the base"))
-    pairs, differences = _compare(model, base, rank, emit)
+    differences = _differences(model, base)
+    on_differences(list(differences))
+    pairs = _pairs(model, base, rank, emit)
     whole = _whole(model, base)
     if not (pairs or differences or whole):
         raise UnusableWeights(
@@ -116,20 +126,30 @@ def extract_low_rank(
     )
 
 
-def _compare(
-    model: Checkpoint, base: Checkpoint, rank: int | None, emit: Emit
-) -> tuple[dict[str, LowRank], dict[str, Tensor]]:
-    """Low-rank pairs by module and differences by tensor, of everything an adapter does not carry whole."""
+def _is_linear(model: Checkpoint, name: str) -> bool:
+    return name.endswith(".weight") and len(model.tensors[name].info.shape) == 2
+
+
+def _differences(model: Checkpoint, base: Checkpoint) -> dict[str, Tensor]:
+    """By name, of everything that no pair can hold and that an adapter does not carry whole."""
+    found: dict[str, Tensor] = {}
+    for name in model.tensors:
+        if _is_linear(model, name) or _is_whole(model, base, name):
+            continue
+        if (change := _change(model, base, name)) is not None:
+            found[name] = ArrayTensor(change.values, "F32")
+    return found
+
+
+def _pairs(model: Checkpoint, base: Checkpoint, rank: int | None, emit: Emit) -> dict[str, LowRank]:
+    """By module, of every linear weight that differs and that an adapter does not carry whole."""
     pairs: dict[str, LowRank] = {}
-    differences: dict[str, Tensor] = {}
     worst = _Worst()
     limit = PUBLISHED_RANK if rank is None else rank
-    for name in _announced([name for name in model.tensors if not _is_whole(model, base, name)], emit):
+    linear = [name for name in model.tensors if _is_linear(model, name) and not _is_whole(model, base, name)]
+    for name in _announced(linear, emit):
         change = _change(model, base, name)
         if change is None:
-            continue
-        if not (name.endswith(".weight") and change.values.ndim == 2):
-            differences[name] = ArrayTensor(change.values, "F32")
             continue
         floor = _floor(change, model.tensors[name].info.dtype) if rank is None else 0.0
         factors = factorise(change.values, limit, floor=floor, seed=name)
@@ -146,7 +166,7 @@ def _compare(
                 f"({worst.of_weight:.2g} of the weight), in {worst.name}"
             )
         )
-    return pairs, differences
+    return pairs
 
 
 def _check(model: Checkpoint, base: Checkpoint) -> None:
@@ -219,7 +239,7 @@ def _announced(names: list[str], emit: Emit) -> Iterator[str]:
     step = max(len(names) // 4, 1)
     for index, name in enumerate(names):
         if index and index % step == 0:
-            emit(Notice(f"{index} of {len(names)} tensors compared"))
+            emit(Notice(f"{index} of {len(names)} weights compared"))
         yield name
 
 

@@ -299,6 +299,39 @@ def test_what_was_merged_can_be_extracted(omni: Path, base: Path, tmp_path: Path
     close(loaded(tmp_path / "again"), whole_model())
 
 
+def test_an_extraction_that_fits_no_file_is_refused_before_it_is_computed(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = release.base_state()
+    for name in ("blocks.0.ffn.0.weight", "blocks.0.ffn.0.bias"):
+        state[name] = state[name] + 1
+    save_file(state, tmp_path / "trained.safetensors")
+    asked = {"base": base, "extract": True, "rank": 2}
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise AssertionError("computed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("avatarctl.weights.extract.factorise", fail)
+        with pytest.raises(
+            UnusableWeights, match=r"1 difference has .*ffn\.0\.bias .--to comfyui holds them"
+        ):
+            convert(tmp_path / "trained.safetensors", tmp_path / "lora", "peft", **asked)
+    done = convert(tmp_path / "trained.safetensors", tmp_path / "lora.safetensors", "comfyui", **asked)
+    assert done.tensors == 4
+
+
+def test_a_full_release_keeps_the_name_that_the_published_scripts_know(base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "full"
+    folder.mkdir()
+    torch.save(release.omniavatar_state(), folder / "pytorch_model.pt")
+    (folder / "config.json").write_text(json.dumps({"train_architecture": "full"}))
+    assert convert(folder, tmp_path / "out").files == ("pytorch_model.safetensors", "config.json")
+    same(loaded(tmp_path / "out"), release.omniavatar_state())
+    done = convert(base, tmp_path / "wan2")
+    assert done.files == ("diffusion_pytorch_model.safetensors",)
+
+
 def test_an_adapter_for_another_base_is_refused(omni: Path, base: Path, tmp_path: Path) -> None:
     wide = {name: tensor for name, tensor in release.base_state().items() if not name.startswith("blocks.3.")}
     save_file(wide, tmp_path / "short.safetensors")
@@ -501,6 +534,17 @@ def test_the_file_that_holds_nan_is_named(spoilt: str, tmp_path: Path) -> None:
         UnusableWeights, match=rf"/{spoilt}\.safetensors: tensor blocks\.3\.ffn\.2\.weight .* NaN"
     ):
         convert(adapter, tmp_path / "out", base=base, merge=True)
+
+
+def test_a_sum_that_overflows_is_told_of_the_output_and_no_temporary_folder(
+    omni: Path, tmp_path: Path
+) -> None:
+    state = release.base_state()
+    state["blocks.0.ffn.0.weight"][0, 0] = 1e6
+    save_file(state, tmp_path / "large.safetensors")
+    with pytest.raises(UnusableWeights, match="NaN or infinity") as caught:
+        convert(omni, tmp_path / "out", base=tmp_path / "large.safetensors", merge=True, dtype="F16")
+    assert caught.value.where == tmp_path / "out" / "diffusion_pytorch_model.safetensors"
 
 
 @pytest.mark.parametrize(
