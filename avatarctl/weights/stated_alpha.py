@@ -151,7 +151,10 @@ def stated_alpha(names: Names, config: Mapping[str, Any], metadata: Mapping[str,
         rank = _rank(config.get("lora_rank"), "lora_rank")
         return StatedAlpha("config.json", finite_number(config["lora_alpha"], "lora_alpha"), rank)
     if isinstance(architecture, str) and architecture.lower() == "lora":
-        raise UnusableWeights("config.json says LoRA and lacks lora_alpha: the merge scale is unknown")
+        raise UnusableWeights(
+            "config.json says LoRA and lacks lora_alpha: the merge scale is unknown",
+            fix='add "lora_alpha" to config.json, as it was trained; the published one is 64, rank 128',
+        )
     if "ss_network_alpha" in metadata and names.naming == "kohya":
         try:
             alpha = float(metadata["ss_network_alpha"])
@@ -193,7 +196,10 @@ def _of_peft(fields: Mapping[str, Any], source: str) -> StatedAlpha:
             )
     _refuse_changed_base(fields, source)
     if "lora_alpha" not in fields:
-        raise UnusableWeights(f"{source} lacks lora_alpha: the merge scale is unknown")
+        raise UnusableWeights(
+            f"{source} lacks lora_alpha: the merge scale is unknown",
+            fix='add "lora_alpha", as it was trained',
+        )
     strange = [name for name in fields if name not in (*HARMLESS, *CHANGES_THE_UPDATE) and fields[name]]
     return StatedAlpha(
         source,
