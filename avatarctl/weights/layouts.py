@@ -133,7 +133,18 @@ _LIVEAVATAR: Final = WeightLayout(
     supported=False,
 )  # fmt: skip
 
-LAYOUTS: Final = (OMNIAVATAR, _STABLEAVATAR, _LIVEAVATAR, WAN)
+_VACE: Final = WeightLayout(
+    family="vace",
+    title="Wan VACE",
+    key_map=WAN_TRANSFORMER,
+    own=(r"vace_blocks\.\d+\..+", r"vace_patch_embedding\.\w+"),
+    replaced=(),
+    channels=(16,),
+    shapes=_nothing,
+    supported=False,
+)
+
+LAYOUTS: Final = (OMNIAVATAR, _STABLEAVATAR, _LIVEAVATAR, _VACE, WAN)
 """Transformers, plain Wan last: it is what remains when nobody owns a tensor."""
 
 
