@@ -147,6 +147,11 @@ def _leaves_out(checkpoint: Checkpoint) -> str:
     return f"{len(checkpoint.tensors)} whole tensors (audio, patch embedding) are left out"
 
 
+def _holds_unmarked_tensors(checkpoint: Checkpoint) -> bool:
+    """Whether whole tensors are there that are not called `.set_weight`, as ComfyUI knows them."""
+    return sum(name.endswith(".set_weight") for name in checkpoint.names) < len(checkpoint.tensors)
+
+
 def _cannot_be_converted(checkpoint: Checkpoint) -> bool:
     """Whether diffusers' converters would stop at targets that are in no block."""
     outside = any(not module.startswith("blocks.") for module in checkpoint.low_rank)
@@ -474,7 +479,7 @@ LOADERS: Final = (
                 "none of its names is known there: it would warn and change nothing",
             ),
             Objection(_loses_alpha, "wrong", _without_alpha),
-            _WHOLE_TENSORS,
+            Objection(_holds_unmarked_tensors, "wrong", _leaves_out),
         ),
     ),
     Loader(

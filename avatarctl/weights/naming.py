@@ -30,8 +30,10 @@ Role = Literal["tensor", "down", "up", "alpha", "diff"]
 
 _PREFIXES: Final = (
     "pipe.dit.", "model.diffusion_model.", "diffusion_model.", "base_model.model.", "transformer.", "module.",
-    "_orig_mod.", "model.", "dit.",
+    "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "model.", "dit.",
 )  # fmt: skip
+_INNER: Final = re.compile(r"(?<=\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""What PyTorch's wrappers (compile, FSDP, activation checkpointing) put in front of a part of a network."""
 _FLAT: Final = ("lora_unet_", "lora_transformer__", "lora_transformer_")
 
 _ROLES: Final[tuple[tuple[re.Pattern[str], Role], ...]] = tuple(
@@ -72,12 +74,14 @@ class Placed:
 
 @dataclass
 class Names:
-    """placed: name in the file -> its place; unknown: names in the file without one, in order."""
+    """placed: name in the file -> its place; unknown: names in the file without one, in order; replaces:
+    whether a name says that its tensor replaces one of the base (`.set_weight` and the like)."""
 
     naming: Naming
     placed: dict[str, Placed] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
     prefixes: Counter[str] = field(default_factory=Counter)
+    replaces: bool = False
 
     def of(self, role: Role) -> dict[str, str]:
         """Original name -> name in the file, of one role."""
@@ -121,6 +125,7 @@ def place_names(names: Iterable[str], layout: WeightLayout) -> Names:
             raise UnusableWeights(f"{taken[placed][:100]} and {name[:100]} are two names of one tensor")
         taken[placed] = name
         found.placed[name] = placed
+        found.replaces |= _WHOLE.fullmatch(rest) is not None
         if prefix:
             found.prefixes[prefix] += 1
     found.naming = _naming(found, translate.naming)
@@ -139,14 +144,16 @@ def _refuse_foreign(names: list[str]) -> None:
 
 
 def _strip(name: str) -> tuple[str, str]:
-    """The wrappers in front of a name, and the rest."""
+    """The wrappers in front of a name, then those inside it, and the rest."""
     for flat in _FLAT:
         if name.startswith(flat):
             return flat, name[len(flat) :]
     taken = ""
     while prefix := next((each for each in _PREFIXES if name.startswith(each)), ""):
         taken, name = taken + prefix, name[len(prefix) :]
-    return taken, name
+    for inner in dict.fromkeys(match[0] for match in _INNER.finditer(name)):
+        taken += "" if inner in taken else inner
+    return taken, _INNER.sub("", name)
 
 
 class _Translator:
@@ -215,7 +222,12 @@ def _place(name: str, flat: bool, translate: _Translator) -> Placed | None:
                 return Placed(role, f"{module}.{'bias' if match.groupdict().get('bias') else 'weight'}")
             return Placed(role, module)
     if match := _WHOLE.fullmatch(name):
-        module = translate.module(match["module"], flat)
+        target = match["module"]
+        module = None if target.endswith((".weight", ".bias")) else translate.module(target, flat)
+        if module is None and name.endswith(".set_weight") and not flat:
+            # ComfyUI names what is no module's weight in full: blocks.0.modulation.set_weight.
+            parameter = translate.tensor(target)
+            return None if parameter is None else Placed("tensor", parameter)
         return (
             None
             if module is None

@@ -88,7 +88,8 @@ def recognise(raw: RawWeights) -> Checkpoint:
     shapes |= {f"{module}.weight": pair.shape for module, pair in pairs.low_rank.items()}
     sizes = read_sizes(shapes, [*shapes, *added])
     in_blocks = any(name.startswith("blocks.") for name in shapes)
-    kind: Kind = "adapter" if pairs.low_rank or added or not in_blocks else "model"
+    changes = pairs.low_rank or added or names.replaces
+    kind: Kind = "adapter" if changes or not in_blocks else "model"
     expected = layout.shapes(sizes)
     strange, missing = set(names.unknown), []
     if layout.supported:

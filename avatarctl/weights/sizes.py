@@ -53,7 +53,8 @@ def read_sizes(shapes: Mapping[str, Shape], names: Iterable[str]) -> Sizes:
         0, "patch_embedding.weight", "blocks.{}.self_attn.q.weight", "blocks.{}.self_attn.k.weight",
         "blocks.{}.self_attn.v.weight", "blocks.{}.self_attn.o.weight", "blocks.{}.cross_attn.q.weight",
         "blocks.{}.cross_attn.k.weight", "blocks.{}.cross_attn.v.weight", "blocks.{}.cross_attn.o.weight",
-        "blocks.{}.ffn.2.weight", "audio_cond_projs.0.weight",
+        "blocks.{}.ffn.2.weight", "audio_cond_projs.0.weight", "blocks.{}.norm3.weight",
+        "blocks.{}.self_attn.norm_q.weight", "blocks.{}.cross_attn.norm_q.weight",
     ) or dimension(1, "blocks.{}.ffn.0.weight")  # fmt: skip
     return Sizes(
         width=width,
@@ -80,7 +81,8 @@ def _count(pattern: re.Pattern[str], names: list[str]) -> int:
 
 def variant_of(kind: Kind, layout: WeightLayout, sizes: Sizes) -> str:
     """What people call this network: `OmniAvatar 14B, 33 channels`, `LoRA for Wan 2.1 T2V 1.3B`."""
-    size = _SIZE_NAMES.get((sizes.width, sizes.layers)) or f"of width {sizes.width}, {sizes.layers} layers"
+    width = f"width {sizes.width}" if sizes.width else "unknown width"
+    size = _SIZE_NAMES.get((sizes.width, sizes.layers)) or f"of {width}, {sizes.layers} layers"
     if layout is not WAN:
         channels = f", {sizes.in_channels} channels" if sizes.in_channels else ""
         name = f"{layout.title} {size}{channels}"

@@ -229,6 +229,13 @@ def test_a_lora_for_a_picture_encoder_changes_no_avatar() -> None:
     assert answers(facts)["ComfyUI LoRA"] == "yes"
 
 
+def test_comfyui_takes_the_tensors_that_it_calls_set_weight() -> None:
+    name = "diffusion_model.blocks.0.norm3.set_weight"
+    assert answers(about({name: (1536,)}))["ComfyUI LoRA"] == "yes"
+    unmarked = {"diffusion_model.blocks.0.norm3.bias": (1536,)}
+    assert answers(about({name: (1536,)} | unmarked))["ComfyUI LoRA"] == "wrong"
+
+
 def test_conventions_come_from_our_metadata_only() -> None:
     shapes = wan(1536, 8960, 30, 49) | audio(1536, 30)
     stated = {"audio_offset": 0, "mask_keep": 0, "hole": 0.0, "fps": 25, "sigma_shift": 5.0}

@@ -281,12 +281,51 @@ def test_pefts_biases_replace_the_bases() -> None:
 
 
 @pytest.mark.parametrize(
-    "prefix", ["_orig_mod.", "model.", "dit.", "module._orig_mod.", "model.diffusion_model."]
+    "prefix",
+    ["_orig_mod.", "model.", "dit.", "module._orig_mod.", "model.diffusion_model.", "_fsdp_wrapped_module."],
 )
 def test_what_wrappers_put_in_front_is_taken_off_and_said(prefix: str) -> None:
     checkpoint = read({f"{prefix}{name}": shape for name, shape in base().items()})
     require_complete(checkpoint)
     assert any(prefix in note for note in checkpoint.notes)
+
+
+def test_wrappers_inside_a_name_are_taken_off_and_said() -> None:
+    """FSDP and activation checkpointing wrap the network, each block and each part of one."""
+    wrapped = {
+        "_fsdp_wrapped_module."
+        + name.replace("blocks.0.", "blocks.0._fsdp_wrapped_module._checkpoint_wrapped_module.").replace(
+            ".ffn.", ".ffn._orig_mod."
+        ): shape
+        for name, shape in base().items()
+    }
+    checkpoint = read(wrapped)
+    require_complete(checkpoint)
+    assert set(checkpoint.tensors) == set(base())
+    for word in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."):
+        assert any(word in note for note in checkpoint.notes)
+
+
+@pytest.mark.parametrize("name", ["norm3.set_weight", "norm3.bias.set_weight", "modulation.set_weight"])
+def test_a_file_that_only_replaces_tensors_is_an_adapter(name: str) -> None:
+    shape = (1, 6, D) if "modulation" in name else (D,)
+    checkpoint = read({f"diffusion_model.blocks.0.{name}": shape})
+    require_complete(checkpoint)
+    assert checkpoint.kind == "adapter" and checkpoint.missing == ()
+    plain = name.removesuffix(".set_weight")
+    assert set(checkpoint.tensors) == {"blocks.0.norm3.weight" if plain == "norm3" else f"blocks.0.{plain}"}
+    assert "width 0" not in checkpoint.variant
+
+
+def test_vace_is_no_plain_model() -> None:
+    checkpoint = read(base() | {"vace_blocks.0.self_attn.q.weight": (D, D)})
+    assert checkpoint.variant.startswith("Wan VACE") and not checkpoint.layout.supported
+
+
+def test_a_config_without_alpha_is_refused_with_what_to_write() -> None:
+    with pytest.raises(UnusableWeights) as caught:
+        read(pairs() | avatar_parts(), config={"train_architecture": "lora", "lora_rank": RANK})
+    assert 'add "lora_alpha"' in (caught.value.fix or "")
 
 
 def test_alpha_of_a_target_wins_over_everything_else() -> None:
