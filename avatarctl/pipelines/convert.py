@@ -138,7 +138,7 @@ def plan_conversion(request: ConvertRequest, emit: Emit) -> ConvertPlan:
     if base is not None:
         operations = [*read_own(base.metadata).operations, *operations]
         steps.append(
-            merge(source, base, request.strength, "F32" if request.dtype else None)
+            merge(source, base, request.strength, "F32" if request.dtype else None, emit)
             if request.merge
             else extract(source, base, request.rank, request.to, emit)
         )

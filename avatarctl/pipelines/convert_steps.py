@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from avatarctl.errors import UnusableWeights, UsageError
-from avatarctl.events import Emit
+from avatarctl.events import Emit, Notice
 from avatarctl.weights.checkpoint import Checkpoint
 from avatarctl.weights.export import Target, require_place
 from avatarctl.weights.extract import extract_low_rank
+from avatarctl.weights.lineage import check_lineage
 from avatarctl.weights.merge import merge_adapter, refuse_other_conventions
 from avatarctl.weights.sizes import variant_of
 from avatarctl.weights.transforms import cast, drop_channels, widen_channels
@@ -70,12 +71,14 @@ def state_audio_offset(checkpoint: Checkpoint, offset: int) -> Step:
     return Step(stated, line, {"operation": "audio offset", "offset": offset})
 
 
-def merge(adapter: Checkpoint, base: Checkpoint, strength: float, dtype: str | None) -> Step:
+def merge(adapter: Checkpoint, base: Checkpoint, strength: float, dtype: str | None, emit: Emit) -> Step:
     """`adapter` merged into `base`. dtype: as `merge_adapter` takes it.
 
-    Raises UnusableWeights where the two do not belong together.
+    Raises UnusableWeights where the two do not belong together, or are together already.
     """
     merged = merge_adapter(base, adapter, strength, dtype)
+    if warning := check_lineage(base, adapter):
+        emit(Notice(warning, "warning"))
     operation = {
         "operation": "merge",
         "base": plain_name(base),

@@ -14,6 +14,7 @@ from avatarctl.errors import UnusableWeights
 from avatarctl.events import Emit, Notice
 from avatarctl.registry import ROWS, Row
 from avatarctl.weights.checkpoint import Checkpoint
+from avatarctl.weights.lineage import check_lineage
 from avatarctl.weights.loras import Lora
 from avatarctl.weights.merge import merge_adapter
 from avatarctl.weights.metadata import read_own
@@ -57,8 +58,10 @@ def assemble(row: Row, sources: Sources, model: Model, emit: Emit) -> Checkpoint
     held = open_model(base)
     for path in adapters:
         part = open_model(path)
-        held = merge_adapter(held, part, dtype=SUM_DTYPE)
+        held = _merged(held, part, 1.0, emit)
         emit(Notice(f"adapter {_line(Lora(path, 1.0), part)}"))
+    if not adapters and not row.path and any(ROWS[name].kind == "adapter" for name in row.needs):
+        emit(Notice(f"{base} is {held.variant}, complete: the adapter of {row.name} is not added to it"))
     if row.path and held.audio_offset is not None:
         emit(Notice(f"audio offset {held.audio_offset}: {held.audio_offset_rule}"))
     _check_asked(row, model, held, emit)
@@ -72,9 +75,16 @@ def with_loras(held: Checkpoint, loras: tuple[Lora, ...], emit: Emit) -> Checkpo
     for lora in loras:
         part = open_model(lora.path)
         # What is said of the sum later is said of the model, not of the last LoRA.
-        held = replace(merge_adapter(held, part, lora.strength, SUM_DTYPE), path=held.path)
+        held = replace(_merged(held, part, lora.strength, emit), path=held.path)
         emit(Notice(f"lora {_line(lora, part)}"))
     return held
+
+
+def _merged(held: Checkpoint, part: Checkpoint, strength: float, emit: Emit) -> Checkpoint:
+    merged = merge_adapter(held, part, strength, SUM_DTYPE)
+    if warning := check_lineage(held, part):
+        emit(Notice(warning, "warning"))
+    return merged
 
 
 def _line(lora: Lora, part: Checkpoint) -> str:

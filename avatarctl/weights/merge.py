@@ -244,10 +244,15 @@ def _network(base: Checkpoint, adapter: Checkpoint) -> dict[str, float]:
 
 
 def _metadata(base: Checkpoint, adapter: Checkpoint, network: Mapping[str, float]) -> dict[str, str]:
-    """What both files say, the adapter's word first, with the names of both."""
+    """What both files say, the adapter's word first, with the names and the history of both."""
     both = {**base.metadata, **adapter.metadata}
     names = ", ".join(printable(file.name) for file in (*base.files[:1], *adapter.files[:1]))
     kept = {key: value for key, value in both.items() if key not in _STALE}
+    for key in ("avatarctl.operations", "avatarctl.sources"):
+        if key in kept:
+            kept[key] = json.dumps(
+                [*json.loads(base.metadata.get(key, "[]")), *json.loads(adapter.metadata.get(key, "[]"))]
+            )
     if network:
         kept["avatarctl.network"] = json.dumps(network)
     return kept | {"modelspec.merged_from": names} if names else kept

@@ -57,8 +57,8 @@ class OwnMetadata:
 
     kind: "model" or "adapter"; channels: input channels, 0 unknown; conventions: `Conventions` by field name,
     as far as known; network: num_attention_heads, attention_head_dim, eps; config: the source's
-    configuration; operations: one entry for each conversion step, oldest first; companion, companion_of:
-    plain file names.
+    configuration; operations: one entry for each conversion step, oldest first; sources: SHA-256 of the files
+    that the last one read; companion, companion_of: plain file names.
     """
 
     version: str = ""
@@ -69,6 +69,7 @@ class OwnMetadata:
     network: Mapping[str, float] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     operations: tuple[Mapping[str, Any], ...] = ()
+    sources: tuple[str, ...] = ()
     companion: str = ""
     companion_of: str = ""
 
@@ -85,6 +86,9 @@ def read_own(metadata: Mapping[str, str]) -> OwnMetadata:
         raise UnusableWeights(f"the metadata avatarctl.channels is no number: {printable(channels)[:60]}")
     if not all(isinstance(entry, dict) for entry in operations):
         raise UnusableWeights("the metadata avatarctl.operations is no list of objects")
+    sources = _json(metadata, "avatarctl.sources", list)
+    if not all(isinstance(entry, dict) and isinstance(entry.get("sha256"), str) for entry in sources):
+        raise UnusableWeights("the metadata avatarctl.sources is no list of files with their sha256")
     return OwnMetadata(
         version=metadata.get("avatarctl.version", ""),
         family=metadata.get("avatarctl.family", ""),
@@ -94,6 +98,7 @@ def read_own(metadata: Mapping[str, str]) -> OwnMetadata:
         network=_numbers(metadata, "avatarctl.network"),
         config=_json(metadata, "avatarctl.config", dict),
         operations=tuple(operations),
+        sources=tuple(entry["sha256"] for entry in sources),
         companion=metadata.get("avatarctl.companion", ""),
         companion_of=metadata.get("avatarctl.companion_of", ""),
     )

@@ -148,8 +148,14 @@ def _on_named_base(
         raise UnusableWeights(
             f"is {held.variant}, neither a base nor a full model", where=named, fix="name it by --model"
         )
-    if held.layout.family == row.family and not row.path:
-        return (named,), ()  # the whole model: the row's adapter is in it
+    if held.layout.family == row.family:
+        if row.path:
+            raise UnusableWeights(
+                f"is {held.variant}, complete, and --model names an adapter of one: {row.path}",
+                where=named,
+                fix="name it by --model, and the adapter by --lora if it comes on top",
+            )
+        return (named,), ()  # the row's adapter is in it
     return (named, *adapters), wanted
 
 

@@ -16,12 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from avatarctl.cli import app
+from avatarctl.errors import UnusableWeights
 from avatarctl.events import Event, Notice
 from avatarctl.family import Modules
 from avatarctl.media import load_picture, open_sound
 from avatarctl.pipelines.infer import generate, load
 from avatarctl.pipelines.job import Job, JobPlan, check_job
-from avatarctl.registry import Row, configure
+from avatarctl.registry import ROWS, Row, configure
 from avatarctl.weights.model_row import row_named
 from tests.helpers_video import count_frames
 from tests.pipelines import assembled_by_hand as by_hand
@@ -183,6 +184,13 @@ def test_parts_named_one_by_one(place: Place, published: Tensor, tmp_path: Path)
     torch.testing.assert_close(frames, published, atol=1e-4, rtol=0)
     words.append(f"model.weights.dit={full}")
     assert torch.equal(place.frames("omniavatar-14b", elsewhere, *words), frames)
+    _, _, plan, events = place.plan("omniavatar-14b", elsewhere, *words)
+    load(ROWS["omniavatar-14b"], plan, emit=events.append)
+    assert any(
+        "the adapter of omniavatar-14b is not added" in e.text for e in events if isinstance(e, Notice)
+    )
+    with pytest.raises(UnusableWeights, match="--model names an adapter of one"):
+        place.modules(str(place.adapter), f"model.weights.dit={full}")
 
 
 def test_bfloat16_with_float32_islands(place: Place) -> None:
