@@ -161,12 +161,14 @@ def pull_models(
     (org/name, org/name/path). Files that are on this disk already are not fetched again. Sizes and licences
     are shown first; every file is checked; what was interrupted goes on where it stopped.
     """
+    from avatarctl.cli.options import words_of
     from avatarctl.weights.hub.pull import plan_pull, run_pull
     from avatarctl.weights.hub.wanted import Wants, wanted_by_names, wanted_for
 
     if not names and command is None:
         raise UsageError("nothing is named", fix="give names, or a command with --for")
-    wants = wanted_by_names(names) + (wanted_for(command) if command is not None else Wants((), ()))
+    of_command = wanted_for(command, words_of) if command is not None else Wants((), ())
+    wants = wanted_by_names(names) + of_command
     _quiet_hub()
     with Screen("info") as screen:
         plan = plan_pull(wants, _root(weights_root), screen)

@@ -27,7 +27,7 @@ from avatarctl.config.rules import PATH
 from avatarctl.config.values import kind_of
 from avatarctl.errors import ConfigError
 
-__all__ = ["ConfigCommand", "Request", "config_options", "read_request"]
+__all__ = ["ConfigCommand", "Request", "config_options", "read_request", "words_of"]
 
 SHORT_FORMS: Final[Mapping[str, tuple[str, ...]]] = {
     "model.name": ("--model",),
@@ -98,6 +98,16 @@ def config_options(command: str) -> list[click.Parameter]:
     """An option for every key that `command` reads, and the common options; for `click.command(params=)`."""
     of_keys = [_option(spec) for spec in keys().values() if spec.section in COMMAND_SECTIONS[command]]
     return [*of_keys, *_size_options(), *_common_options()]
+
+
+def words_of(command: str) -> dict[str, bool]:
+    """Every option that `command` takes -> whether a value follows it. A command that does not exist yet
+    takes those of all keys."""
+    sections = COMMAND_SECTIONS.get(command)
+    specs = [spec for spec in keys().values() if sections is None or spec.section in sections]
+    options = [*map(_option, specs), *_size_options(), *_common_options()]
+    words = ((word, option) for option in options for word in (*option.opts, *option.secondary_opts))
+    return {word: not option.is_flag for word, option in words} | {"-h": False, "--help": False}
 
 
 def _size_options() -> list[click.Option]:

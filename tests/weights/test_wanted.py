@@ -7,11 +7,13 @@ from typing import get_args, get_type_hints
 
 import pytest
 
+from avatarctl.cli.options import words_of
 from avatarctl.config.sections import section_types
 from avatarctl.errors import AvatarctlError, ConfigError, PathNotFound, UsageError
 from avatarctl.registry import ROWS
 from avatarctl.weights.hub.locate import HubName
 from avatarctl.weights.hub.wanted import AUX_ROWS, wanted_by_names, wanted_for
+from tests.weights.release import write_release
 
 BASE_14B = ["omniavatar-14b", "wan2.1-t2v-14b", "omniavatar-14b-adapter", "wav2vec2-base-960h"]
 
@@ -65,6 +67,46 @@ def test_mistakes_name_the_nearest(text: str, error: type[AvatarctlError], says:
     with pytest.raises(error, match=says.replace("?", r"\?")) as caught:
         wanted_for(text)
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ("infer --model omniavatar-14b --image me.jpg --audio v.wav", BASE_14B),
+        ("infer --image=me.jpg --overwrite -q --no-overwrite --model omniavatar-14b --size 64x64", BASE_14B),
+        ("infer -o sampling.steps=3 -o model.name=omniavatar-14b", BASE_14B),
+        ("infer --config omniavatar-14b --steps 3", BASE_14B),
+        ("infer --config omniavatar-14b --model cartoon-i2v", ["cartoon-i2v"]),
+        ("train v2v --model omniavatar-14b --num-frames 81 --aux sync", [*BASE_14B, "stable-syncnet"]),
+    ],
+)
+def test_a_command_as_typed(text: str, rows: list[str]) -> None:
+    assert [row.name for row in wanted_for(text, words_of).rows] == rows
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("infer --imge me.jpg", "did you mean --image?"),
+        ("infer --model omniavatar-14b me.jpg", "'me.jpg' says nothing"),
+        ("infer --overwrite me.jpg", "'me.jpg' says nothing"),
+        ("infer --image", "--image needs a value"),
+        ("infer --aux sync", "'--aux' says nothing"),
+        ("infer --config absent.yaml", "no such configuration file"),
+        ("infer -o model.nam=x", "did you mean"),
+    ],
+)
+def test_a_word_of_no_option_is_refused(text: str, says: str) -> None:
+    with pytest.raises(AvatarctlError, match=says.replace("?", r"\?")) as caught:
+        wanted_for(text, words_of)
+    assert caught.value.exit_code == 2
+
+
+def test_a_file_as_model_wants_what_stands_around_it(tmp_path: Path) -> None:
+    folder = write_release(tmp_path / "mine")
+    assert [row.name for row in wanted_for(f"infer --model '{folder}'", words_of).rows][1:] == [
+        "wan2.1-t2v-1.3b", "wav2vec2-base-960h"
+    ]  # fmt: skip
 
 
 def test_lora_files(tmp_path: Path) -> None:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from avatarctl.config import nearest
+from avatarctl.config import Setting, find_config, nearest, read_assignment, read_config
 from avatarctl.errors import ConfigError, PathNotFound, UsageError
 from avatarctl.registry import ROWS, Row, find
 from avatarctl.weights.hub.locate import HubName, read_hub_name, with_needs
@@ -37,7 +37,7 @@ JOBS: Final[Mapping[str, tuple[str, ...]]] = {
     "vram-profile train i2v": _PROFILE,
     "vram-profile train v2v": _PROFILE,
 }
-"""Commands and the options that may say something about weights. `vram-profile` predicts without any."""
+"""Commands, and their options that say something about weights. `vram-profile` predicts without any."""
 
 _SCALE: Final = re.compile(r":[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\Z", re.IGNORECASE | re.ASCII)
 
@@ -66,11 +66,17 @@ def wanted_by_names(names: Iterable[str]) -> Wants:
     return wants
 
 
-def wanted_for(text: str) -> Wants:
+def _no_others(job: str) -> Mapping[str, bool]:
+    return {}
+
+
+def wanted_for(text: str, others_of: Callable[[str], Mapping[str, bool]] = _no_others) -> Wants:
     """What a command line needs: its model with all parts, its auxiliary losses, its LoRA files on the hub.
 
+    others_of: of a command, its other options -> whether a value follows; they are passed over, but for
+    `-o model.name=...` and the like, and for `--config`, whose file counts where the command line is silent.
     Without `--model` it is the built-in one, which needs nothing. Raises UsageError for words that are
-    unknown here, with the nearest known one.
+    unknown here, with the nearest known one; ConfigError and PathNotFound for `-o` and `--config`.
     """
     try:
         words = shlex.split(text)
@@ -78,10 +84,35 @@ def wanted_for(text: str) -> Wants:
         raise UsageError(f"a quotation mark is open in {text[:100]!r}", where="--for") from error
     job, rest = _job(words[1:] if words[:1] == ["avatarctl"] else words)
     wants = Wants((), ())
-    for option, value in _options(job, rest):
-        if not job.startswith("vram-profile"):
-            wants += _READERS[option](value)
+    if job.startswith("vram-profile"):
+        _options(job, rest, {})
+        return wants
+    given = _options(job, rest, others_of(job))
+    asked = [pair for option, value in given for pair in _of_option(option, value)]
+    silent = _READERS.keys() - {option for option, _ in asked}
+    in_files = [pair for option, value in given if option == "--config" for pair in _of_file(job, value)]
+    for option, value in (*asked, *(pair for pair in in_files if pair[0] in silent)):
+        wants += _READERS[option](value)
     return wants
+
+
+def _of_option(option: str, value: str) -> list[tuple[str, str]]:
+    """What an option says about weights, as (option, value)."""
+    if option in _READERS:
+        return [(option, value)]
+    return _of_settings(dict([read_assignment(value, option)])) if option in ("-o", "--option") else []
+
+
+def _of_file(job: str, name: str) -> list[tuple[str, str]]:
+    return _of_settings(read_config(find_config(name, job), command=job).settings)
+
+
+def _of_settings(settings: Mapping[str, Setting]) -> list[tuple[str, str]]:
+    found = []
+    for key, option in _KEYS.items():
+        value = settings[key].value if key in settings else None
+        found += [(option, item) for item in ([value] if isinstance(value, str) else value or ())]
+    return found
 
 
 def _job(words: Sequence[str]) -> tuple[str, Sequence[str]]:
@@ -95,17 +126,18 @@ def _job(words: Sequence[str]) -> tuple[str, Sequence[str]]:
     raise UsageError(f"{asked[:100]!r} is no command that needs weights", where="--for", fix=known)
 
 
-def _options(job: str, words: Sequence[str]) -> list[tuple[str, str]]:
-    """(option, value) pairs; `--option=value` and `--option value`."""
+def _options(job: str, words: Sequence[str], others: Mapping[str, bool]) -> list[tuple[str, str]]:
+    """(option, value) pairs; `--option=value` and `--option value`. A switch has the value ""."""
+    known = {**dict.fromkeys(JOBS[job], True), **others}
     found = []
     left = list(words)
     while left:
         option, equals, value = left.pop(0).partition("=")
-        if option not in JOBS[job]:
-            like = nearest(option, JOBS[job])
-            known = f"did you mean {like}?" if like else f"{job} knows {', '.join(JOBS[job])} here"
-            raise UsageError(f"{option[:100]!r} says nothing about weights", where="--for", fix=known)
-        if not equals:
+        if option not in known:
+            like = nearest(option, known)
+            fix = f"did you mean {like}?" if like else f"{job} knows {', '.join(JOBS[job])} here"
+            raise UsageError(f"{option[:100]!r} says nothing about weights", where="--for", fix=fix)
+        if not equals and known[option]:
             if not left:
                 raise UsageError(f"{option} needs a value", where="--for")
             value = left.pop(0)
@@ -114,6 +146,11 @@ def _options(job: str, words: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _model(value: str) -> Wants:
+    if value not in ROWS and Path(value).expanduser().exists():
+        # Not before: it reads weights, which names need not wait for.
+        from avatarctl.weights.model_row import row_named
+
+        return Wants(tuple(with_needs(row_named(value))), ())
     row = find(value)
     if row.kind != "model":
         users = [model.name for model in ROWS.values() if value in model.needs]
@@ -147,4 +184,5 @@ def _lora(value: str) -> Wants:
     return Wants((), (name,))
 
 
+_KEYS: Final = {"model.name": "--model", "aux.losses": "--aux", "model.lora": "--lora"}
 _READERS: Final = {"--model": _model, "--aux": _aux, "--lora": _lora}
