@@ -42,6 +42,8 @@ def find_lora(text: str, weights_root: str | None) -> Lora:
 
     Raises PathNotFound for a path, WeightsMissing with the command that fetches it for a hub name.
     """
+    if (whole := _here(text)) is not None:  # a file may be called `a:1`
+        return Lora(whole, 1.0)
     name, strength = split_scale(text)
     if (here := _here(name)) is not None:
         return Lora(here, strength)
@@ -60,7 +62,7 @@ def find_lora(text: str, weights_root: str | None) -> Lora:
 
 def absolute_lora(text: str) -> str:
     """`text` so that it means the same from every folder; a hub name stays as it is."""
-    name, _ = split_scale(text)
+    name = text if _here(text) is not None else split_scale(text)[0]
     here = _here(name)
     return text if here is None else f"{here.absolute()}{text[len(name) :]}"
 

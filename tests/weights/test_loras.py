@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import constants
 
 from avatarctl.errors import ConfigError, PathNotFound, WeightsMissing
-from avatarctl.weights.loras import absolute_lora, find_lora, split_scale
+from avatarctl.weights.loras import Lora, absolute_lora, find_lora, split_scale
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,13 @@ def test_a_path_wins_over_a_name_on_the_hub(cache: Path) -> None:
     local.write_bytes(b"x")
     found = find_lora("org/repo/f.safetensors:2", None)
     assert (found.path, found.strength) == (local, 2.0)
+
+
+def test_a_file_whose_name_ends_in_a_number(cache: Path) -> None:
+    Path("a:2").write_bytes(b"x")
+    assert find_lora("a:2", None) == Lora(Path("a:2"), 1.0)
+    assert find_lora("a:2:0.5", None) == Lora(Path("a:2"), 0.5)
+    assert find_lora(absolute_lora("a:2"), None) == Lora(Path.cwd() / "a:2", 1.0)
 
 
 def test_a_whole_repository(cache: Path) -> None:
