@@ -184,23 +184,29 @@ def _dry_run(request: ConvertRequest, as_json: bool, screen: Screen) -> None:
     if as_json:
         click.echo(json.dumps({"command": "convert-ckpt", "dry_run": True, **plan}, ensure_ascii=True))
         return
-    for name in ("path", "files", "tensors", "bytes"):
-        value = plan[name]
-        shown = "known after the extraction" if value is None else value
-        click.echo(f"{name}: {printable(', '.join(shown) if isinstance(shown, list) else shown)}")
+    from avatarctl.weights.describe import size_text
+
+    later = "known after the extraction"
+    folder = request.out.parent if request.out.suffix == ".safetensors" else request.out
+    for place in [later] if plan["files"] is None else [folder / name for name in plan["files"]]:
+        click.echo(f"file: {printable(place)}")
+    click.echo(f"tensors: {later if plan['tensors'] is None else plan['tensors']}")
+    click.echo(f"size: {later if plan['bytes'] is None else size_text(plan['bytes'])}")
     for line in plan["did"]:
         click.echo(f"step: {printable(line)}")
 
 
 def _run(request: ConvertRequest, as_json: bool, screen: Screen) -> None:
     from avatarctl.pipelines.convert import plan_conversion, write
+    from avatarctl.weights.describe import size_text
 
     plan = plan_conversion(request, screen)
     for line in plan.did:
         screen(Notice(line))
     done = write(plan, screen)
     files = ", ".join(done.files)
-    amount = f"{done.tensors} tensors, {done.bytes / 1e9:.2f} GB in {done.seconds:.1f} s"
+    tensors = f"{done.tensors} tensor{'' if done.tensors == 1 else 's'}"
+    amount = f"{tensors}, {size_text(done.bytes)} in {done.seconds:.1f} s"
     screen(Notice(f"{amount}: {files}"))
     if as_json:
         result = {each.name: getattr(done, each.name) for each in fields(done)}

@@ -108,8 +108,9 @@ def _check_names(
     over = sorted(tensors.keys() - names)
     if not missing and not over:
         return
-    lacks = f"{len(missing)} tensors are missing: {_first(missing)}" if missing else ""
-    has = f"{len(over)} have no place in the network: {_first(over)}" if over else ""
+    are, have = ("s are" if len(missing) > 1 else " is"), ("have" if len(over) > 1 else "has")
+    lacks = f"{len(missing)} tensor{are} missing: {_first(missing)}" if missing else ""
+    has = f"{len(over)} {have} no place in the network: {_first(over)}" if over else ""
     raise UnusableWeights("; ".join(filter(None, (lacks, has))), where=where, fix=likely())
 
 

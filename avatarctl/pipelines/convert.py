@@ -29,10 +29,11 @@ from avatarctl.pipelines.convert_steps import (
 )
 from avatarctl.weights.assemble import require_whole
 from avatarctl.weights.checkpoint import Checkpoint
+from avatarctl.weights.describe import NAMINGS
 from avatarctl.weights.export import Export, Target, export, with_release_config
 from avatarctl.weights.files.safetensors_file import read_header
 from avatarctl.weights.files.source import COMPANION_OF
-from avatarctl.weights.files.writer import staged_folder, write_safetensors, write_sharded
+from avatarctl.weights.files.writer import shard_names, staged_folder, write_safetensors, write_sharded
 from avatarctl.weights.metadata import config_of, file_metadata, read_own
 from avatarctl.weights.recognise import read_checkpoint
 from avatarctl.weights.tensors import Tensor
@@ -178,7 +179,12 @@ def preview_conversion(request: ConvertRequest, emit: Emit) -> dict[str, Any]:
     """
     if not request.extract:
         plan = plan_conversion(request, emit)
-        files = [name for name in (plan.companion, plan.main, *plan.export.documents) if name]
+        main = [plan.main]
+        if request.shard_bytes is not None:
+            stem = plan.main.removesuffix(_SUFFIX)
+            main = shard_names(stem, plan.export.tensors, request.shard_bytes)
+        documents = [] if _is_file(request.out) else plan.export.documents
+        files = [name for name in (plan.companion, *main, *documents) if name]
         return _summary(request, files, plan.count, plan.bytes, plan.did)
     source, base, _ = _open(request)
     assert base is not None
@@ -230,7 +236,7 @@ def _read(path: Path) -> Checkpoint:
 
 def _described(checkpoint: Checkpoint) -> str:
     scale = f"; scale: {checkpoint.scale_rule}" if checkpoint.low_rank else ""
-    return f"{checkpoint.variant}, {checkpoint.naming} names{scale}"
+    return f"{checkpoint.variant}, {NAMINGS[checkpoint.naming]}{scale}"
 
 
 # What is asked

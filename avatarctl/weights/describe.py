@@ -18,7 +18,7 @@ from avatarctl.weights.metadata import OwnMetadata, read_own
 from avatarctl.weights.published import PUBLISHED, hash_of
 from avatarctl.weights.tensors import Tensor
 
-__all__ = ["describe", "lines"]
+__all__ = ["NAMINGS", "describe", "lines", "size_text"]
 
 _SHOWN: Final = 10
 _WIDEST: Final = 100  # characters of a stranger's name or value
@@ -26,7 +26,7 @@ _WIDEST: Final = 100  # characters of a stranger's name or value
 _FORMATS: Final = {
     "safetensors": "safetensors", "zip": "torch file (zip)", "legacy": "torch file (old pickle)",
 }  # fmt: skip
-_NAMINGS: Final = {
+NAMINGS: Final = {
     "original": "the release's names", "diffusers": "names of diffusers", "peft": "names of PEFT",
     "comfyui": "names of ComfyUI", "kohya": "names of kohya's scripts",
 }  # fmt: skip
@@ -193,13 +193,13 @@ def _format(facts: Mapping[str, Any]) -> str:
     files = facts["files"]
     count = f"{len(files)} files" if len(files) > 1 else ""
     form = _FORMATS.get(facts["format"] or "", "")
-    naming = _NAMINGS[facts["naming"]] if facts["kind"] != "component" else ""
+    naming = NAMINGS[facts["naming"]] if facts["kind"] != "component" else ""
     return ", ".join(part for part in (form, count, naming) if part)
 
 
 def _sizes(facts: Mapping[str, Any]) -> str:
     told = (
-        ("channels", "{} input channels"), ("layers", "{} layers"), ("width", "width {}"), ("ffn", "ffn {}"),
+        ("channels", "{} input channels"), ("layers", "layers {}"), ("width", "width {}"), ("ffn", "ffn {}"),
         ("audio_hidden_size", "audio {}"), ("image_dim", "CLIP {}"),
     )  # fmt: skip
     return ", ".join(form.format(facts[name]) for name, form in told if facts[name])
@@ -219,7 +219,7 @@ def _update_rows(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _holds(facts: Mapping[str, Any]) -> str:
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in facts["dtypes"].items())
     amount = f"{facts['parameters']:,}".replace(",", " ")
-    return f"{facts['tensors']} tensors ({dtypes}), {amount} parameters, {_bytes(facts['bytes'])}"
+    return f"{facts['tensors']} tensors ({dtypes}), {amount} parameters, {size_text(facts['bytes'])}"
 
 
 def _loader_rows(loaders: Sequence[Mapping[str, str]]) -> Iterator[tuple[str, str]]:
@@ -269,7 +269,8 @@ def _cut(text: str, width: int) -> str:
     return text if len(text) <= width else f"{text[:width]}…"
 
 
-def _bytes(count: int) -> str:
+def size_text(count: int) -> str:
+    """Bytes for people; GB = 1e9."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:.3g} {unit}"

@@ -234,7 +234,8 @@ _INCOMPLETE = Objection(
     _is_incomplete,
     "no",
     lambda checkpoint: (
-        f"{len(checkpoint.missing)} tensors are missing, {len(checkpoint.unknown)} have no place"
+        f"{len(checkpoint.missing)} tensor{'' if len(checkpoint.missing) == 1 else 's'} missing, "
+        f"{len(checkpoint.unknown)} without a place"
     ),
 )
 _SECOND_HALF = Objection(_is_second_half, "no", _first_half)

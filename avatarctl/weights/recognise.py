@@ -52,16 +52,16 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 def require_complete(checkpoint: Checkpoint) -> None:
     """Raise UnusableWeights where tensors are missing or have no place; the first few are named."""
-    if checkpoint.missing:
+    if count := len(checkpoint.missing):
         raise UnusableWeights(
-            f"incomplete for {checkpoint.variant}: {len(checkpoint.missing)} tensors are missing, "
+            f"incomplete for {checkpoint.variant}: {count} tensor{'s are' if count > 1 else ' is'} missing, "
             f"{_first(checkpoint.missing)}",
             where=checkpoint.path,
             fix="an interrupted or partial save; use the complete file",
         )
-    if checkpoint.unknown:
+    if count := len(checkpoint.unknown):
         raise UnusableWeights(
-            f"{len(checkpoint.unknown)} unknown tensors have no place in {checkpoint.variant}, "
+            f"{count} unknown tensor{'s have' if count > 1 else ' has'} no place in {checkpoint.variant}, "
             f"{_first(checkpoint.unknown)}",
             where=checkpoint.path,
         )

@@ -82,7 +82,8 @@ def _count(pattern: re.Pattern[str], names: list[str]) -> int:
 def variant_of(kind: Kind, layout: WeightLayout, sizes: Sizes) -> str:
     """What people call this network: `OmniAvatar 14B, 33 channels`, `LoRA for Wan 2.1 T2V 1.3B`."""
     width = f"width {sizes.width}" if sizes.width else "unknown width"
-    size = _SIZE_NAMES.get((sizes.width, sizes.layers)) or f"of {width}, {sizes.layers} layers"
+    layers = f"{sizes.layers} layer{'' if sizes.layers == 1 else 's'}"
+    size = _SIZE_NAMES.get((sizes.width, sizes.layers)) or f"of {width}, {layers}"
     if layout is not WAN:
         channels = f", {sizes.in_channels} channels" if sizes.in_channels else ""
         name = f"{layout.title} {size}{channels}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -68,8 +69,9 @@ def test_json_of_a_conversion(omni: str, run: Run) -> None:
 
 def test_a_dry_run_touches_nothing(omni: str, base: str, here: Path, run: Run) -> None:
     result = run("convert-ckpt", omni, "--out", "peft", "--to", "peft", "--dry-run")
-    assert "files: adapter_model.safetensors, adapter_config.json\n" in result.stdout
-    assert "step: read: adapter of OmniAvatar" in result.stdout
+    assert "file: peft/adapter_model.safetensors\nfile: peft/adapter_config.json\n" in result.stdout
+    assert "step: read: adapter of OmniAvatar" in result.stdout and "the release's names" in result.stdout
+    assert re.search(r"^size: \d+ kB$", result.stdout, re.MULTILINE)
     words = ("--merge-lora", "--base", base, "--dry-run", "--json")
     document = json.loads(run("convert-ckpt", omni, "--out", "whole", *words).stdout)
     assert document["dry_run"] and document["tensors"] == 129 and document["path"] == "whole"
@@ -96,6 +98,8 @@ def test_shards_and_their_index(base: str, run: Run) -> None:
     names = {path.name for path in Path("parts").glob("*")}
     assert "diffusion_pytorch_model.safetensors.index.json" in names
     assert "diffusion_pytorch_model-00001-of-00004.safetensors" in names
+    dry = run("convert-ckpt", base, "--out", "dry", "--shard-size", "1MB", "--dry-run").stdout
+    assert {line.removeprefix("file: dry/") for line in dry.splitlines() if "file: " in line} == names
     back = run("convert-ckpt", "parts", "--out", "one.safetensors")
     assert back.exit_code == 0
     held, expected = load_file("one.safetensors"), release.base_state()

@@ -85,8 +85,8 @@ NAN, INF = np.full((4, 3), np.nan, np.float32), np.full((4, 3), -np.inf, np.floa
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        (lambda: _without("0.bias"), ("1 tensors are missing: 0.bias", "likely")),
-        (lambda: _with("2.weight", NAN), ("1 have no place in the network: 2.weight",)),
+        (lambda: _without("0.bias"), ("1 tensor is missing: 0.bias", "likely")),
+        (lambda: _with("2.weight", NAN), ("1 has no place in the network: 2.weight",)),
         (lambda: _with("0.weight", np.zeros((3, 4), np.float32)), ("0.weight has shape [3, 4]", "[4, 3]")),
         (lambda: _with("0.weight", np.zeros((4, 3), np.int8), "I8"), ("0.weight has dtype I8",)),
         (lambda: _with("0.weight", NAN), ("0.weight holds NaN or infinity",)),

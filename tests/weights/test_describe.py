@@ -268,7 +268,7 @@ def test_missing_tensors_are_named() -> None:
     facts = about({name: shape for name, shape in shapes.items() if name not in lost})
     assert sorted(facts["missing"]) == sorted(lost)
     assert any("blocks.29.norm3.weight" in line for line in lines(facts))
-    assert "2 tensors are missing" in reason(facts, "avatarctl infer --model")
+    assert "2 tensors missing" in reason(facts, "avatarctl infer --model")
 
 
 def test_what_strangers_wrote_reaches_no_terminal_raw() -> None:

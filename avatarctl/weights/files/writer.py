@@ -31,7 +31,7 @@ from avatarctl.weights.files.staging import staged_folder
 from avatarctl.weights.finite import nonfinite, nonfinite_file
 from avatarctl.weights.tensors import BLOCK_BYTES, DTYPES, Array, FileTensor, Tensor, TensorInfo, block_ranges
 
-__all__ = ["SOURCES_KEY", "staged_folder", "write_safetensors", "write_sharded"]
+__all__ = ["SOURCES_KEY", "shard_names", "staged_folder", "write_safetensors", "write_sharded"]
 
 SOURCES_KEY: Final = "avatarctl.sources"
 """Metadata key of the files that a file was made from: JSON [{"name": ..., "sha256": ...}]."""
@@ -97,10 +97,7 @@ def write_sharded(
     `folder` already holds weights of this stem.
     """
     packed = _pack(tensors, shard_bytes)
-    if len(packed) == 1:
-        names = [f"{stem}.safetensors"]
-    else:
-        names = [f"{stem}-{i:05d}-of-{len(packed):05d}.safetensors" for i in range(1, len(packed) + 1)]
+    names = shard_names(stem, tensors, shard_bytes)[: len(packed)]
     _refuse_older_set(folder, stem)
     shards = [
         _Shard(folder / name, part, metadata, sources) for name, part in zip(names, packed, strict=True)
@@ -125,6 +122,15 @@ def write_sharded(
         for shard, place in zip(shards, temporary, strict=True):
             shard.sign(place, hashes.result())
     return finals
+
+
+def shard_names(stem: str, tensors: Mapping[str, Tensor], shard_bytes: int) -> list[str]:
+    """Plain names of what `write_sharded` writes: the shards, then the index if there are several."""
+    count = len(_pack(tensors, shard_bytes))
+    if count == 1:
+        return [f"{stem}.safetensors"]
+    shards = [f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    return [*shards, f"{stem}.safetensors.index.json"]
 
 
 class _Meter:
