@@ -12,8 +12,7 @@ from typing import Any, Final
 
 import torch
 from diffusers import AutoencoderKLWan
-from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel, Wav2Vec2Config
+from transformers import UMT5Config, UMT5EncoderModel, Wav2Vec2Config
 
 from avatarctl.errors import UnusableWeights, printable
 from avatarctl.events import Emit, Notice
@@ -21,6 +20,7 @@ from avatarctl.models.fill import DTypeOf, fill, on_meta
 from avatarctl.models.omniavatar import OmniAvatarTransformer
 from avatarctl.models.precision import is_float32_island
 from avatarctl.models.text import PromptEncoder
+from avatarctl.models.tokenizer import read_tokenizer
 from avatarctl.models.vae import WanVae
 from avatarctl.models.wav2vec import FrameWav2Vec2
 from avatarctl.timeline import SAMPLE_RATE
@@ -99,7 +99,7 @@ def text_encoder(path: Path, tokenizer: Path, dtype: torch.dtype, device: torch.
     shapes = _shapes(held)
     # Before the encoder is read: a tokenizer of another model would index outside its table.
     vocabulary, width = _matrix(held, "token_embedding.weight")
-    words = _tokenizer(tokenizer, vocabulary)
+    words = read_tokenizer(tokenizer, vocabulary)
     inner, _ = _matrix(held, "blocks.0.attn.q.weight")
     buckets, heads = _matrix(held, "blocks.0.pos_embedding.embedding.weight")
     if heads < 1 or inner % heads:
@@ -119,35 +119,6 @@ def text_encoder(path: Path, tokenizer: Path, dtype: torch.dtype, device: torch.
     tensors = {UMT5_ENCODER.to_internal(name) or name: tensor for name, tensor in held.tensors.items()}
     fill(network, tensors, dtype_of=_always(dtype), device=device, where=path)
     return PromptEncoder(network.eval(), words)
-
-
-def _tokenizer(folder: Path, vocabulary: int) -> PreTrainedTokenizerFast:
-    """The tokenizer exactly as tokenizer.json describes it.
-
-    Not through AutoTokenizer: transformers 5 builds T5's class anew from the vocabulary alone, with another
-    unknown token and without the normaliser, so that other token ids come out (measured). Nothing but this
-    one file is read, hence no code and no class that a stranger names.
-    """
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise UnusableWeights("tokenizer.json is not there", where=folder, fix="fetch google/umt5-xxl/ again")
-    try:
-        words = PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer.from_file(str(path)), pad_token="<pad>", eos_token="</s>"
-        )
-    except Exception as error:  # the library raises the base class itself
-        raise UnusableWeights(f"is no tokenizer: {str(error)[:200]}", where=path) from error
-    known = words.get_vocab()
-    last = max(known.values(), default=-1)
-    if last >= vocabulary:
-        raise UnusableWeights(
-            f"knows token {last}, and the text encoder has {vocabulary} tokens: they do not belong together",
-            where=path,
-        )
-    ended = words("", add_special_tokens=True).input_ids
-    if ended != [words.eos_token_id]:
-        raise UnusableWeights("does not end a prompt with </s>, as UMT5 needs", where=path)
-    return words
 
 
 def audio_encoder(folder: Path, device: torch.device, emit: Emit) -> FrameWav2Vec2:

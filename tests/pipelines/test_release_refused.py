@@ -292,7 +292,7 @@ def test_parts_that_do_not_fit_each_other(release: tiny.Release, tmp_path: Path)
 
 TOKENIZERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "absent": (lambda path: (path.unlink(), (path.parent / "x").touch()), ("tokenizer.json is not there",)),
-    "no JSON": (lambda path: path.write_text("{"), ("is no tokenizer",)),
+    "no JSON": (lambda path: path.write_text("{"), ("tokenizer.json is not valid JSON",)),
     "another file": (lambda path: path.write_text('{"model": {"type": "Unknown"}}'), ("is no tokenizer",)),
     "larger than the encoder": (
         lambda path: _more_words(path), ("knows token", "the text encoder has 48 tokens")),
