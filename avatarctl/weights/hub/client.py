@@ -15,7 +15,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -46,6 +46,11 @@ AGAIN: Final = "run the same command again: what was fetched is kept"
 _RETRIED: Final = frozenset({408, 416, 429, 500, 502, 503, 504})
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _MANY: Final = 100_000
+_LARGEST: Final = 2**50
+"""Bytes of a file, beyond which no listing is believed."""
+_LONGEST_NAME: Final = 1024
+_LONGEST_PART: Final = 200
+"""Bytes between two `/`. Disks take 255; the notes beside a file have longer names than it."""
 
 
 @dataclass(frozen=True)
@@ -163,25 +168,36 @@ def list_files(repo: str) -> Listing:
             return _read_listing(repo, info)
         except UnicodeEncodeError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise UnusableWeights(
                 f"the answer of {endpoint()} is not the one of a hub", where=repo, fix="check HF_ENDPOINT"
             ) from error
 
 
 def _read_listing(repo: str, info: Any) -> Listing:
-    """Raises what a wrong answer makes Python raise, or UnusableWeights."""
+    """Raises what a wrong answer makes Python raise, or UnusableWeights.
+
+    `.cache/huggingface/` of a repository is left out: somebody uploaded the notes of a download, and they
+    would pass for our own about this one.
+    """
     commit = str(info.sha)
     if not re.fullmatch(r"[0-9a-f]{40}", commit) or len(info.siblings) > _MANY:
         raise ValueError("no commit")
     files = {}
     for sibling in info.siblings:
         name = _inside(repo, sibling.rfilename)
+        if name.startswith(".cache/huggingface/"):
+            continue
         digest = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
         if not DIGEST.fullmatch(digest):
             raise ValueError("no digest")
         size = sibling.lfs.size if sibling.lfs else sibling.size
-        files[name] = HubFile(repo, commit, name, None if size is None else int(size), digest)
+        if size is not None and not (type(size) is int and 0 <= size < _LARGEST):
+            raise ValueError("no size")
+        files[name] = HubFile(repo, commit, name, size, digest)
+    for name in files:
+        if any(str(parent) in files for parent in PurePosixPath(name).parents):
+            raise UnusableWeights(f"the hub lists {name[:100]!r} below a file, not a folder", where=repo)
     return Listing(repo, commit, _license(info.card_data), bool(info.gated), files)
 
 
@@ -190,6 +206,8 @@ def _inside(repo: str, name: str) -> str:
     parts = name.split("/")
     if {"", ".", ".."} & set(parts) or "\\" in name or ":" in name or not name.isprintable():
         raise UnusableWeights(f"the hub lists a file named {name[:100]!r}", where=repo)
+    if len(name.encode()) > _LONGEST_NAME or any(len(part.encode()) > _LONGEST_PART for part in parts):
+        raise UnusableWeights(f"the hub lists a file with too long a name: {name[:100]!r}...", where=repo)
     return name
 
 
@@ -246,7 +264,7 @@ def fetch(file: HubFile, partial: Path, emit: Emit, should_stop: Callable[[], bo
         _complete(file, partial, emit, should_stop)
         cause = _difference(file, partial, emit)
     if cause:
-        partial.unlink()
+        partial.unlink(missing_ok=True)
         raise UnusableWeights(f"{cause}: the file was removed", where=file, fix="run the same command again")
 
 
@@ -275,7 +293,9 @@ def _complete(file: HubFile, partial: Path, emit: Emit, should_stop: Callable[[]
             broken = _try(file, partial, emit, should_stop)
         if broken is None and (file.size is None or kept_bytes(partial) >= file.size):
             return
-        if _status(broken) == 416:  # the file ends here, whatever its stated size: `_difference` names it
+        if (
+            before and _status(broken) == 416
+        ):  # the file ends here, whatever its stated size: `_difference` names it
             return
         failures = failures + 1 if kept_bytes(partial) <= before else 0
         if failures == ATTEMPTS:
