@@ -4,11 +4,16 @@ torch.save writes every record uncompressed, under one folder: `NAME/data.pkl`, 
 `NAME/data/0 ...` with the bytes of one storage each (torch 2.13, torch/serialization.py). So the bytes of a
 storage are consecutive bytes of the file. A record that is compressed, overlaps another one, lies outside
 the file or leaves the folder does not come from torch.save and is refused. Nothing is ever extracted.
+
+What is checked here must be what torch reads. Python's zipfile and torch's miniz look for the directory in
+different ways, so everything that could lead them apart is refused: end records that disagree, gaps and
+bytes behind them, local names that differ, names that differ only in case (miniz compares without it).
 """
 
 from __future__ import annotations
 
 import itertools
+import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +29,13 @@ MAX_DIRECTORY: Final = 16 << 20
 
 _LOCAL_HEADER: Final = 30
 """Bytes of a local file header before its name (APPNOTE.TXT 4.3.7)."""
+
+_END: Final = struct.Struct("<4s4H2IH")
+"""End of central directory (4.3.16): signature, two disks, two counts, size, offset, length of comment."""
+_LOCATOR: Final = struct.Struct("<4sIQI")
+"""Zip64 locator (4.3.15): signature, disk, offset of the zip64 end record, number of disks."""
+_END64: Final = struct.Struct("<4sQ2H2I4Q")
+"""Zip64 end record (4.3.14): signature, its size, two versions, two disks, two counts, size, offset."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +67,14 @@ def read_records(file: BinaryIO, size: int, path: Path) -> dict[str, Record]:
 
     size: bytes of the whole file. Raises UnusableWeights.
     """
+    count, directory = _directory(file, size, path)
     try:
         with zipfile.ZipFile(cast("BinaryIO", _Bounded(file, size, path))) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError) as error:
-        raise UnusableWeights(
-            "corrupt or truncated: the end of the archive is missing or damaged", where=path,
-            fix="an interrupted download or a killed training job leaves such files",
-        ) from error  # fmt: skip
+        raise _no_end(path) from error
+    if len(members) != count:
+        raise _ambiguous(f"{len(members)} members, and its end says {count}", path)
     names = [member.filename for member in members]
     if any(name.rpartition("/")[2] == "constants.pkl" for name in names):
         raise UnusableWeights("is a TorchScript archive (a program), not a state dict", where=path)
@@ -74,9 +86,58 @@ def read_records(file: BinaryIO, size: int, path: Path) -> dict[str, Record]:
         name = _inner_name(member, folder, path)
         if name in records:
             raise UnusableWeights(f"refused: archive member {clip(name)!r} is there twice", where=path)
-        records[name] = Record(name, _contents(file, member, size, path), member.file_size)
+        records[name] = Record(name, _contents(file, member, directory, path), member.file_size)
+    if len({name.lower() for name in records}) < len(records):
+        raise _ambiguous("two members whose names differ only in case", path)
     _refuse_overlap(members, records, path)
+    for member in members:
+        stated = member.filename.encode("ascii")
+        file.seek(member.header_offset + _LOCAL_HEADER - 4)
+        local = file.read(4 + len(stated))
+        if local[:2] != len(stated).to_bytes(2, "little") or local[4:] != stated:
+            raise _ambiguous(f"another name at the contents of {clip(member.filename)!r}", path)
     return records
+
+
+def _directory(file: BinaryIO, size: int, path: Path) -> tuple[int, int]:
+    """(members, first byte) of the archive's only directory, which ends where the end records begin."""
+    tail = _END64.size + _LOCATOR.size + _END.size
+    file.seek(max(size - tail, 0))
+    end = file.read(tail)
+    if len(end) < _END.size or b"PK\x05\x06" not in end:
+        raise _no_end(path)
+    signature, *disks, on_disk, count, length, offset, comment = _END.unpack(end[-_END.size :])
+    if signature != b"PK\x05\x06" or comment or any(disks) or on_disk != count:
+        raise _ambiguous("bytes behind its end, or several parts", path)
+    begin = size - _END.size
+    if len(end) == tail and end[_END64.size :].startswith(b"PK\x06\x07"):
+        begin = size - tail
+        _, disk, place, parts = _LOCATOR.unpack(end[_END64.size : -_END.size])
+        sign64, own, _, _, *disks, on_disk, count64, length64, offset64 = _END64.unpack(end[: _END64.size])
+        if (sign64, own, disk, place, parts) != (b"PK\x06\x06", _END64.size - 12, 0, begin, 1):
+            raise _ambiguous("a locator that does not lead to its end", path)
+        wide = ((count, count64, 0xFFFF), (length, length64, 0xFFFFFFFF), (offset, offset64, 0xFFFFFFFF))
+        if any(disks) or on_disk != count64 or any(old not in (new, unset) for old, new, unset in wide):
+            raise _ambiguous("two end records that disagree", path)
+        count, length, offset = count64, length64, offset64
+    if offset + length != begin:
+        raise _ambiguous("a list of members that is not just before its end", path)
+    return count, offset
+
+
+def _no_end(path: Path) -> UnusableWeights:
+    return UnusableWeights(
+        "corrupt or truncated: the end of the archive is missing or damaged", where=path,
+        fix="an interrupted download or a killed training job leaves such files",
+    )  # fmt: skip
+
+
+def _ambiguous(what: str, path: Path) -> UnusableWeights:
+    """The error for an archive that two readers could read differently."""
+    return UnusableWeights(
+        f"refused: a corrupt or ambiguous archive, with {what}", where=path,
+        fix="get the file again, or load and save it again with torch",
+    )  # fmt: skip
 
 
 def _inner_name(member: zipfile.ZipInfo, folder: str, path: Path) -> str:
@@ -88,7 +149,7 @@ def _inner_name(member: zipfile.ZipInfo, folder: str, path: Path) -> str:
         raise UnusableWeights(
             f"refused: archive member {clip(name)!r} lies outside its folder (an unsafe path)", where=path
         )
-    if not name.isascii() or not name.isprintable():
+    if not name.isascii() or not name.isprintable() or name != member.orig_filename:
         raise UnusableWeights(f"refused: archive member {clip(name)!r} has an unusual name", where=path)
     if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
         raise UnusableWeights(
@@ -101,14 +162,14 @@ def _inner_name(member: zipfile.ZipInfo, folder: str, path: Path) -> str:
     return inner
 
 
-def _contents(file: BinaryIO, member: zipfile.ZipInfo, size: int, path: Path) -> int:
-    """Byte of the file at which the contents of a member begin; all of them lie within the file."""
+def _contents(file: BinaryIO, member: zipfile.ZipInfo, directory: int, path: Path) -> int:
+    """Byte of the file at which the contents of a member begin; all of them lie before the directory."""
     file.seek(max(member.header_offset, 0))
     header = file.read(_LOCAL_HEADER)
     start = member.header_offset + _LOCAL_HEADER
     if len(header) == _LOCAL_HEADER and header.startswith(b"PK\x03\x04"):
         start += int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-        if start + member.file_size <= size:
+        if start + member.file_size <= directory:
             return start
     raise UnusableWeights(
         f"corrupt: archive member {clip(member.filename)!r} lies outside the file", where=path
