@@ -18,9 +18,9 @@ def tree(folder: Path) -> list[str]:
 
 
 def older_model(folder: Path) -> Path:
-    (folder / "out" / "transformer").mkdir(parents=True)
+    (folder / "out").mkdir()
     (folder / "out" / "config.json").write_text("old")
-    (folder / "out" / "transformer" / "model.safetensors").write_text("old")
+    (folder / "out" / "model.safetensors").write_text("old")
     return folder / "out"
 
 
@@ -100,15 +100,94 @@ def test_bytes_reach_the_disk_before_the_name_does(tmp_path: Path, monkeypatch: 
     assert flushed[renamed + 1 :] == [tmp_path.name]
 
 
-def test_a_folder_that_holds_other_things_is_not_removed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "stranger",
+    [
+        "thesis.txt",
+        "generation_config.json",
+        "mine.safetensors",
+        "pytorch_model.pt",
+        "diffusion_pytorch_model.fp16.safetensors",
+        "model.safetensors/",
+        "vae/",
+        "vae/config.json",
+    ],
+)
+def test_a_folder_that_holds_other_things_is_not_removed(stranger: str, tmp_path: Path) -> None:
     final = older_model(tmp_path)
-    (final / "transformer" / "thesis.txt").write_text("mine")
+    (final / "model.safetensors").unlink()
+    if stranger.endswith("/"):
+        (final / stranger).mkdir()
+    else:
+        (final / stranger).parent.mkdir(exist_ok=True)
+        (final / stranger).write_text("mine")
+    before = tree(tmp_path)
     with (
-        pytest.raises(OutputRefused, match=r"holds transformer/thesis\.txt, which no conversion writes"),
+        pytest.raises(OutputRefused, match=f"holds {stranger.split('/')[0]}, which no conversion writes"),
         staged_folder(final, overwrite=True),
     ):
         raise AssertionError("was entered")
-    assert (final / "transformer" / "thesis.txt").read_text() == "mine"
+    assert tree(tmp_path) == before
+
+
+def test_links_to_weights_are_not_ours_to_remove(tmp_path: Path) -> None:
+    """A snapshot folder of the hub's cache."""
+    final = older_model(tmp_path)
+    (final / "pytorch_model.safetensors").symlink_to(tmp_path / "blob")
+    with pytest.raises(OutputRefused, match="holds pytorch_model"), staged_folder(final, overwrite=True):
+        raise AssertionError("was entered")
+
+
+def test_what_any_conversion_wrote_is_replaced(tmp_path: Path) -> None:
+    final = older_model(tmp_path)
+    for name in (
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "pytorch_lora_weights.patch.safetensors",
+        "diffusion_pytorch_model-00001-of-00002.safetensors",
+        "diffusion_pytorch_model.safetensors.index.json",
+        "pytorch_model.safetensors",
+    ):
+        (final / name).write_text("old")
+    with staged_folder(final, overwrite=True) as folder:
+        (folder / "model.safetensors").write_bytes(b"new")
+    assert tree(tmp_path) == ["out", "out/model.safetensors"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_appears_meanwhile_stays(overwrite: bool, tmp_path: Path) -> None:
+    final = tmp_path / "out"
+    with (
+        pytest.raises(OutputRefused, match="holds mine" if overwrite else "out: exists"),
+        staged_folder(final, overwrite=overwrite) as folder,
+    ):
+        (folder / "model.safetensors").write_bytes(b"new")
+        final.mkdir()
+        (final / "mine.safetensors").write_text("mine")
+    assert tree(tmp_path) == ["out", "out/mine.safetensors"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_appears_after_the_last_look_stays(
+    overwrite: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    final = older_model(tmp_path) if overwrite else tmp_path / "out"
+    rename = Path.rename
+
+    def late(self: Path, target: Path) -> Path:
+        final.mkdir(exist_ok=True)
+        (final / "mine.safetensors").write_text("mine")
+        monkeypatch.undo()
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", late)
+    with (
+        pytest.raises(OutputRefused, match="holds mine" if overwrite else "out: exists"),
+        staged_folder(final, overwrite=overwrite) as folder,
+    ):
+        (folder / "model.safetensors").write_bytes(b"new")
+    assert (final / "mine.safetensors").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_links_files_sources_and_nameless_places_are_refused(tmp_path: Path) -> None:
@@ -117,7 +196,7 @@ def test_links_files_sources_and_nameless_places_are_refused(tmp_path: Path) -> 
     (tmp_path / "dangling").symlink_to(tmp_path / "absent")
     (tmp_path / "file").touch()
     before = tree(tmp_path)
-    source = tmp_path / "link" / "transformer" / "model.safetensors"
+    source = tmp_path / "link" / "model.safetensors"
     for place, cause in (
         (tmp_path / "link", "is a symbolic link"),
         (tmp_path / "dangling", "is a symbolic link"),

@@ -459,7 +459,7 @@ def test_a_kill_leaves_the_older_output_and_no_torn_one(tmp_path: Path, case: st
         write_safetensors(tmp_path / "a", tiny(), {})
     elif case == "folder":
         (tmp_path / "a").mkdir()
-        write_safetensors(tmp_path / "a" / "old.safetensors", tiny(), {})
+        write_safetensors(tmp_path / "a" / "model.safetensors", tiny(), {})
     command = [sys.executable, "-c", textwrap.dedent(CHILD), case, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None and child.stdout.readline() == "now\n"
@@ -472,8 +472,8 @@ def test_a_kill_leaves_the_older_output_and_no_torn_one(tmp_path: Path, case: st
         assert finals == ["a-00001-of-00002.safetensors", "a-00002-of-00002.safetensors"]
         assert all(load_file(tmp_path / name) for name in finals)
     else:
-        assert finals == ["a"] and names(tmp_path / "a") == ["old.safetensors"]
-        assert torch.equal(load_file(tmp_path / "a" / "old.safetensors")["a"], torch.ones(4, 3))
+        assert finals == ["a"] and names(tmp_path / "a") == ["model.safetensors"]
+        assert torch.equal(load_file(tmp_path / "a" / "model.safetensors")["a"], torch.ones(4, 3))
 
 
 def test_every_refusal_is_one_of_this_project(tmp_path: Path) -> None:

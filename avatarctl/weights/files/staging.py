@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -14,10 +16,15 @@ from typing import Final
 from avatarctl.atomic import disk_errors, flush_file, flush_folder
 from avatarctl.errors import OutputRefused
 
-__all__ = ["staged_folder"]
+__all__ = ["refuse_folder", "staged_folder"]
 
-_WEIGHT_SUFFIXES: Final = frozenset({".safetensors", ".json", ".pt"})
-"""What a conversion writes; a folder with anything else in it is not ours to remove."""
+_OURS: Final = re.compile(
+    r"(adapter_)?config\.json"
+    r"|(diffusion_pytorch_model|pytorch_model|model|adapter_model|pytorch_lora_weights)"
+    r"((\.patch)?\.safetensors|-\d{5,}-of-\d{5,}\.safetensors|\.safetensors\.index\.json)"
+)
+"""Every name that a conversion gives in a folder, whatever its target; a folder with anything else in it is
+not ours to remove."""
 
 
 @contextlib.contextmanager
@@ -25,18 +32,20 @@ def staged_folder(final: Path, *, overwrite: bool, sources: Sequence[Path] = ())
     """Lends a temporary folder beside `final`; it becomes `final` when the block ends well.
 
     Every file in it is flushed to the disk before. After any exception (KeyboardInterrupt too) it is
-    removed and an older `final` is what it was. With `overwrite` an older folder is renamed aside,
-    replaced and then removed. No system call of Python exchanges two folders at once: a kill between
-    the two renames leaves the older one, complete, as `.old-…` beside the place.
+    removed and an older `final` is what it was. What appears at the place meanwhile is judged as what was
+    there at first: nothing is replaced without `overwrite`, and nothing that is not ours with it. With
+    `overwrite` an older folder is renamed aside, replaced and then removed. No system call of Python
+    exchanges two folders at once: a kill between the two renames leaves the older one, complete, as
+    `.old-…` beside the place.
 
     sources: files that are read meanwhile; a folder that holds one is not replaced.
 
     Raises:
-        OutputRefused: `final` exists (without `overwrite`), is not a folder, holds a source or files that
-            no conversion writes; or its parent cannot be written.
+        OutputRefused: `final` exists (without `overwrite`), is not a folder, holds a source or anything
+            but files that a conversion writes; or its parent cannot be written.
         WriteFailed: the disk is full.
     """
-    _refuse_place(final, overwrite, sources)
+    refuse_folder(final, overwrite=overwrite, sources=sources)
     mark = secrets.token_hex(8)
     temporary = final.with_name(f".tmp-{mark}")
     try:
@@ -46,13 +55,18 @@ def staged_folder(final: Path, *, overwrite: bool, sources: Sequence[Path] = ())
             yield temporary
         with disk_errors(final):
             _flush_tree(temporary)
-            _replace(temporary, final, final.with_name(f".old-{mark}"))
+            refuse_folder(final, overwrite=overwrite, sources=sources)  # that was long ago
+            if overwrite:
+                _replace(temporary, final, final.with_name(f".old-{mark}"))
+            else:
+                _name_new(temporary, final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)  # the first error is the one to tell
         raise
 
 
-def _refuse_place(final: Path, overwrite: bool, sources: Sequence[Path]) -> None:
+def refuse_folder(final: Path, *, overwrite: bool, sources: Sequence[Path] = ()) -> None:
+    """Raises OutputRefused for a place that `staged_folder` would refuse; touches nothing."""
     if final.name in ("", ".."):
         raise OutputRefused("names no folder of its own", where=final, fix="choose another --out")
     with disk_errors(final):
@@ -66,16 +80,23 @@ def _refuse_place(final: Path, overwrite: bool, sources: Sequence[Path]) -> None
             raise OutputRefused("is a file, not a folder", where=final, fix="choose another --out")
         if not overwrite:
             raise OutputRefused("exists", where=final, fix="choose another --out or --overwrite")
-        for path in sorted(final.rglob("*")):
-            if path.is_symlink() or not (path.is_dir() or path.suffix in _WEIGHT_SUFFIXES):
-                raise OutputRefused(
-                    f"holds {path.relative_to(final)}, which no conversion writes",
-                    where=final,
-                    fix="choose another --out, or remove the folder yourself",
-                )
-        inside = final.resolve()
-        if any(source.resolve().is_relative_to(inside) for source in sources):
+        _refuse_strangers(final, final)
+        inside = os.path.realpath(final)  # unlike Path.resolve, no RuntimeError for a loop of links
+        if any(Path(os.path.realpath(source)).is_relative_to(inside) for source in sources):
             raise OutputRefused("holds a file that is read", where=final, fix="choose another --out")
+
+
+def _refuse_strangers(folder: Path, told_as: Path) -> None:
+    """Raises OutputRefused for a folder that holds anything but files with names that we give."""
+    with os.scandir(folder) as found:
+        entries = sorted(found, key=lambda entry: entry.name)
+    for entry in entries:
+        if not (_OURS.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)):
+            raise OutputRefused(
+                f"holds {entry.name}, which no conversion writes",
+                where=told_as,
+                fix="choose another --out, or remove the folder yourself",
+            )
 
 
 def _flush_tree(folder: Path) -> None:
@@ -85,11 +106,23 @@ def _flush_tree(folder: Path) -> None:
         flush_folder(Path(place))
 
 
+def _name_new(temporary: Path, final: Path) -> None:
+    """A rename that replaces nothing: of folders it fails where anything but an empty one stands."""
+    try:
+        temporary.rename(final)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise
+        raise OutputRefused("exists", where=final, fix="choose another --out or --overwrite") from error
+    flush_folder(final.parent)
+
+
 def _replace(temporary: Path, final: Path, aside: Path) -> None:
     older = final.exists()
     try:
         if older:
             final.rename(aside)
+            _refuse_strangers(aside, final)  # under a name that nobody else knows
         temporary.rename(final)
     except BaseException:
         if aside.exists() and not final.exists():
