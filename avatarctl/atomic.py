@@ -66,8 +66,10 @@ def disk_errors(path: Path, *, refusals: bool = True) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def atomic_path(final: Path) -> Iterator[Path]:
+def atomic_path(final: Path, *, replace: bool = True) -> Iterator[Path]:
     """Lends a temporary path beside `final`; renames it to `final` when the block ends well.
+
+    Without `replace` a `final` that exists by then, however late it came, is refused and stays.
 
     The file under the temporary path is flushed to the disk before the rename and its folder
     after it. After any exception (KeyboardInterrupt too) it is removed and an older `final`
@@ -75,7 +77,7 @@ def atomic_path(final: Path) -> Iterator[Path]:
     the same suffix, because some writers choose a format by it or append it.
 
     Raises:
-        OutputRefused: the folder or the name cannot be written.
+        OutputRefused: the folder or the name cannot be written, or exists (without `replace`).
         WriteFailed: the disk is full.
     """
     suffix = final.suffix if len(os.fsencode(final.suffix)) <= 32 else ""
@@ -85,12 +87,30 @@ def atomic_path(final: Path) -> Iterator[Path]:
             yield temporary
         with disk_errors(final):
             flush_file(temporary)
-            temporary.replace(final)
+            if replace:
+                temporary.replace(final)
+            else:
+                _name_new(temporary, final)
             flush_folder(final.parent)
     except BaseException:
         with contextlib.suppress(OSError):  # the first error is the one to tell
             temporary.unlink(missing_ok=True)
         raise
+
+
+def _name_new(temporary: Path, final: Path) -> None:
+    """A rename of a file that replaces nothing: a second name, which is never given twice, then one less."""
+    exists = OutputRefused("exists", where=final, fix="add --overwrite or choose another --out")
+    try:
+        os.link(temporary, final)
+    except FileExistsError:
+        raise exists from None
+    except OSError:  # a file system without links; the rename tells what else may be wrong
+        if os.path.lexists(final):
+            raise exists from None
+        temporary.rename(final)
+    else:
+        temporary.unlink()
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:

@@ -10,8 +10,9 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -89,9 +90,9 @@ class ConvertPlan:
     did: tuple[str, ...]
     operations: tuple[Mapping[str, Any], ...]
 
-    @property
+    @cached_property
     def bytes(self) -> int:
-        """Of all tensors."""
+        """Of all tensors; asked for with every block that is written."""
         return sum(tensor.info.nbytes for tensor in self._tensors())
 
     @property
@@ -366,15 +367,34 @@ def _left_half(plan: ConvertPlan) -> Path | None:
 
 def _write_file(plan: ConvertPlan, emit: Emit) -> list[str]:
     """The main file and, if it has one, its companion, which gets its name first: a file that names a
-    companion always has it."""
+    companion always has it. A new companion goes again where the main file cannot get its name."""
     main, names = plan.request.out, [name for name in (plan.companion, plan.main) if name]
+    replaces = plan.request.overwrite
+    named: list[Path] = []
     with ExitStack() as stack:
         # The stack unwinds backwards: what is entered last is renamed first.
-        places = [stack.enter_context(atomic_path(main.with_name(name))) for name in reversed(names)]
+        stack.enter_context(_removed_after_failure(named))
+        places = [stack.enter_context(atomic_path(main, replace=replaces))]
+        if plan.companion:
+            half = main.with_name(plan.companion)
+            if not replaces:
+                stack.push(lambda kind, *_: named.append(half) if kind is None else None)
+            places.append(stack.enter_context(atomic_path(half, replace=replaces)))
         for name, place in zip(names, reversed(places), strict=True):
             with _told_as(main.with_name(name), place):
                 _write_tensors(plan, place, name == plan.companion, emit)
     return names
+
+
+@contextmanager
+def _removed_after_failure(files: Sequence[Path]) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        for path in files:
+            with suppress(OSError):  # the first error is the one to tell
+                path.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager
@@ -409,7 +429,8 @@ def _write_folder(plan: ConvertPlan, folder: Path, emit: Emit) -> list[str]:
         )
         names += [path.name for path in written]
     for name, document in plan.export.documents.items():
-        atomic_write_text(folder / name, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+        atomic_write_text(folder / name, text + "\n")
         names.append(name)
     return names
 

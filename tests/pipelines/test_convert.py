@@ -493,6 +493,24 @@ def test_an_existing_output_is_kept_unless_told(omni: Path, tmp_path: Path) -> N
     assert (tmp_path / "lora.patch.safetensors").read_bytes() == b"mine"
 
 
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("taken", ["lora.safetensors", "lora.patch.safetensors"])
+def test_a_file_that_appears_meanwhile_stays(
+    taken: str, links: bool, omni: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_links(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")  # what FAT says
+
+    if not links:
+        monkeypatch.setattr("os.link", no_links)
+    plan = plan_conversion(ConvertRequest(omni, tmp_path / "lora.safetensors", "comfyui"), silent)
+    (tmp_path / taken).write_bytes(b"mine")
+    with pytest.raises(OutputRefused, match=f"{taken}: exists"):
+        write(plan, silent)
+    assert (tmp_path / taken).read_bytes() == b"mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [taken, "omni"]
+
+
 def test_halves_of_two_conversions_are_not_read_as_one(omni: Path, tmp_path: Path) -> None:
     convert(omni, tmp_path / "x.safetensors", "comfyui")
     convert(omni, tmp_path / "wide.safetensors", "comfyui", channels=49)
