@@ -11,18 +11,29 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 import click
 
 import avatarctl
-from avatarctl.errors import AvatarctlError, DoesNotFit, Interrupted, PathNotFound, UsageError, printable
+from avatarctl.errors import (
+    AvatarctlError,
+    DoesNotFit,
+    Interrupted,
+    PathNotFound,
+    UsageError,
+    WriteFailed,
+    printable,
+)
 
 __all__ = ["CommandGroup", "app", "main"]
 
 _UNREACHABLE = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
 """What the system says about a person's path already when it is looked at."""
+
+_FAILED_OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class CommandGroup(click.Group):
@@ -102,8 +113,8 @@ def exit_code_of(run: Callable[[], object]) -> int:
         return 0
     except BaseException as error:
         known = _known(error)
-        # The exit code counts even where nobody reads the words.
-        with contextlib.suppress(BrokenPipeError):
+        # The exit code counts even where nobody reads the words: a closed pipe, a full disk.
+        with contextlib.suppress(OSError):
             if isinstance(error, click.exceptions.NoArgsIsHelpError):
                 click.echo(error.format_message(), err=True)
             elif known is None:
@@ -138,11 +149,18 @@ def _known(error: BaseException) -> AvatarctlError | None:
         return Interrupted("interrupted")
     if isinstance(error, OSError) and error.errno in _UNREACHABLE and error.filename is not None:
         return PathNotFound(os.strerror(error.errno).lower(), where=error.filename)
+    if isinstance(error, OSError) and error.errno in _FAILED_OUTPUT and _is_of_a_result(error):
+        return WriteFailed(os.strerror(error.errno).lower(), where="standard output")
     if _is_out_of_memory(error):
         return DoesNotFit(
             "out of memory", where=str(error)[:200] or None, fix="use a smaller --size or fewer --num-frames"
         )
     return None
+
+
+def _is_of_a_result(error: OSError) -> bool:
+    """Whether `error` arose while a result was printed; lines for people are lost without one."""
+    return any(frame.f_code is click.echo.__code__ for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def _one_line(error: click.ClickException) -> str:
@@ -193,8 +211,21 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
     raise _Stopped
 
 
+def _open_closed_streams() -> None:
+    """Nowhere for streams that were closed (`2>&-`), which Python has as None.
+
+    In this order they also take the descriptors 0 to 2, so that no file of ours does and is then written
+    into by whoever means standard error.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            nowhere = Path(os.devnull).open(mode, encoding="utf-8")  # noqa: SIM115 - for as long as we run
+            setattr(sys, name, nowhere)
+
+
 def main() -> NoReturn:
     """The console script."""
+    _open_closed_streams()
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
     app.main(prog_name="avatarctl")

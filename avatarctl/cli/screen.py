@@ -86,12 +86,17 @@ class Screen:
         """One line, if the level asks for it; strangers' control characters are escaped."""
         if _LEVELS.index(level) < self._rank:
             return
-        if self._progress is not None:
-            self._progress.console.print(printable(text), markup=False, highlight=False)
-        else:
-            # A reader that went away (`2>&1 | head`) is no reason to give up hours of work.
-            with contextlib.suppress(BrokenPipeError):
+        with self._unread():
+            if self._progress is not None:
+                self._progress.console.print(printable(text), markup=False, highlight=False)
+            else:
                 print(printable(text), file=self._stream, flush=True)
+
+    @staticmethod
+    def _unread() -> contextlib.AbstractContextManager[None]:
+        """A reader that went away (`2>&1 | head`), a full disk behind `2> log` or a terminal that was closed
+        is no reason to give up hours of work."""
+        return contextlib.suppress(OSError)
 
     def _start_progress(self, plan: Planned) -> None:
         if not self._stream.isatty() or self._rank > _LEVELS.index("info"):
@@ -118,15 +123,17 @@ class Screen:
             transient=True,
         )
         self._task = self._progress.add_task("sampling", total=plan.spans * plan.steps)
-        self._progress.start()
+        with self._unread():
+            self._progress.start()
 
     def _advance(self, span: int, step: int) -> None:
         if self._progress is not None and self._task is not None and self._plan is not None:
-            self._progress.update(
-                self._task,
-                completed=span * self._plan.steps + step + 1,
-                description=f"chunk {span + 1} of {self._plan.spans}",
-            )
+            with self._unread():
+                self._progress.update(
+                    self._task,
+                    completed=span * self._plan.steps + step + 1,
+                    description=f"chunk {span + 1} of {self._plan.spans}",
+                )
 
     def _move(self, event: BytesMoved) -> None:
         """A bar for a terminal; in a log a line per tenth of what takes long."""
@@ -135,7 +142,8 @@ class Screen:
             self._moving, self._tenth = event.what, 0
             self._start_moving(event)
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=event.done)
+            with self._unread():
+                self._progress.update(self._task, completed=event.done)
         elif event.total >= LONG_MOVE and event.done * 10 // event.total > self._tenth:
             self._tenth = event.done * 10 // event.total
             self.line(f"{event.what}: {self._tenth * 10} %")
@@ -165,12 +173,14 @@ class Screen:
             transient=True,
         )
         self._task = self._progress.add_task(printable(event.what), total=event.total or None)
-        self._progress.start()
+        with self._unread():
+            self._progress.start()
 
     def _end_progress(self) -> None:
         self._moving = ""
         if self._progress is not None:
-            self._progress.stop()
+            with self._unread():
+                self._progress.stop()
             self._progress = None
 
 

@@ -24,7 +24,8 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
         nonlocal asked
         asked = True
         # The write call itself: buffered output may be in the middle of a line that it cannot re-enter.
-        os.write(2, b"stopping at the next step; once more to stop at once\n")
+        with contextlib.suppress(OSError):  # nobody reads it
+            os.write(2, b"stopping at the next step; once more to stop at once\n")
         signal.signal(number, before[signal.Signals(number)])
 
     for number in before:

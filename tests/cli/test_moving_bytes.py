@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 
 import pytest
@@ -40,3 +41,22 @@ def test_quiet() -> None:
     with Screen("warning", stream) as screen:
         screen(BytesMoved("a", LONG_MOVE, LONG_MOVE))
     assert stream.getvalue() == ""
+
+
+def test_nobody_reads() -> None:
+    class Full(io.StringIO):
+        def flush(self) -> None:
+            raise OSError(errno.ENOSPC, "full")
+
+    class ClosedTerminal(Full):
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, "gone")
+
+        def isatty(self) -> bool:
+            return True
+
+    for stream in (Full(), ClosedTerminal()):
+        with Screen("info", stream) as screen:
+            for done in (0, LONG_MOVE // 2, LONG_MOVE):
+                screen(BytesMoved("a", done, LONG_MOVE))
+                screen(Notice("still here"))

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -39,9 +40,8 @@ def command(*words: str) -> list[str]:
 
 
 def run(words: list[str], folder: Path, **options: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        words, cwd=folder, capture_output=True, text=True, encoding="utf-8", timeout=300, **options
-    )  # type: ignore[call-overload]
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    return subprocess.run(words, cwd=folder, text=True, encoding="utf-8", timeout=300, **piped)  # type: ignore[call-overload]
 
 
 def error_of(stderr: str) -> str:
@@ -279,6 +279,26 @@ def test_a_reader_of_errors_that_goes_away(here: Path, read_end_closed: Callable
     descriptor = read_end_closed()
     found = subprocess.run(command("infr"), cwd=here, stderr=descriptor, stdout=subprocess.PIPE)
     assert (found.returncode, found.stdout) == (2, b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_full_disk_behind_the_streams(here: Path) -> None:
+    with Path("/dev/full").open("wb") as full:
+        for unbuffered in ("", "1"):
+            told = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+            found = run(command("models", "list"), here, stdout=full, env=told)
+            assert found.returncode == 3
+            assert error_of(found.stderr) == "standard output: no space left on device"
+        found = run(command("infr"), here, stderr=full)
+        assert (found.returncode, found.stdout) == (2, "")
+
+
+def test_streams_that_were_closed(here: Path) -> None:
+    words = " ".join(map(shlex.quote, command("models", "list")))
+    for closed in ("2>&-", "<&- 2>&-"):
+        assert "omniavatar-14b" in run(["sh", "-c", f"{words} {closed}"], here).stdout
+    found = run(["sh", "-c", f"{words} >&-"], here)
+    assert (found.returncode, found.stderr) == (0, "")
 
 
 @pytest.fixture
