@@ -365,6 +365,20 @@ def test_a_hub_name_below_a_root_says_whose_it_is(hub: HubServer, client: Path, 
     assert mine.read_bytes() == b"of somebody else"
 
 
+def test_a_folder_that_another_repository_filled(hub: HubServer, client: Path, tmp_path: Path) -> None:
+    root = ("--weights-root", str(tmp_path / "root"))
+    models("pull", NAME, *root)
+    record = tmp_path / "root" / NAME / ".cache/huggingface/avatarctl.json"
+    record.write_text(json.dumps({"repository": f"other/{NAME}", "license": "forged"}))
+    shown = models("show", NAME, *root).stdout
+    assert "found " not in shown and "forged" not in shown
+    line = error_of(models("pull", NAME, *root, code=2))
+    assert f"root/{NAME}: holds files of other/{NAME}, not of {REPO}" in line
+    for damaged in (b"[" * 60_000, b"\xff", b'{"repository": 5}'):
+        record.write_bytes(damaged)
+        assert "all files are here" in models("show", NAME, *root).stdout
+
+
 def test_a_stop_keeps_the_part(hub: HubServer, client: Path) -> None:
     plan = plan_pull(wanted_by_names([NAME]), None, lambda event: None)
     with pytest.raises(Interrupted, match="run the same command again: what was fetched is kept"):

@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from avatarctl.errors import UsageError
+from avatarctl.errors import PathNotFound, UnusableWeights, UsageError
 from avatarctl.registry import ENCODER_FILES, ROWS, Row, Wanted
+from avatarctl.weights.files.named_path import expanded
+from avatarctl.weights.files.strict_json import read_object
 
 __all__ = [
+    "RECORD",
     "USUAL_ROOTS",
     "WEIGHT_SUFFIXES",
     "HubName",
@@ -32,6 +35,8 @@ __all__ = [
     "missing_files",
     "places_of",
     "read_hub_name",
+    "read_record",
+    "recorded_owner",
     "snapshots",
     "with_needs",
 ]
@@ -39,12 +44,16 @@ __all__ = [
 USUAL_ROOTS: Final = ("pretrained_models", "checkpoints", "ckpt")
 """Folders of the current folder in which other toolkits keep `NAME/`."""
 
+RECORD: Final = Path(".cache", "huggingface", "avatarctl.json")
+"""What `models pull` writes down in a folder that it fills: repository, commit, licence."""
+
 WEIGHT_SUFFIXES: Final = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 _SHARD: Final = re.compile(r"(?P<stem>.*)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\.\w+)", re.DOTALL)
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _REPOSITORY: Final = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _OUTSIDE: Final = frozenset({"", ".", ".."})
+_LARGEST_RECORD: Final = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,8 @@ def locate(row: Row, weights_root: str | None) -> Located:
 
     Places, in this order: `weights_root/FOLDER`, `weights_root` itself, `FOLDER` in each of `USUAL_ROOTS`,
     these themselves, the hub's cache. A root itself counts only if every file of the row lies directly in it,
-    and not if it is named for another row: `config.json` alone says nothing about whose it is.
+    and not if it is named for another row: `config.json` alone says nothing about whose it is. A folder that
+    a pull has filled from another repository counts nowhere.
     """
     together = files_together(row)
     files: dict[str, Path] = {}
@@ -135,15 +145,19 @@ def with_needs(row: Row) -> Iterator[Row]:
 
 
 def _roots(weights_root: str | None) -> list[Path]:
-    named = [Path(weights_root).expanduser()] if weights_root else []
+    named = [expanded(weights_root)] if weights_root else []
     return [*named, *map(Path, USUAL_ROOTS)]
 
 
 def _places(row: Row, weights_root: str | None) -> Iterator[Path]:
     """Folders that may hold files of `row`; the hub's are made out only when the others did not do."""
     others = {each.folder for each in ROWS.values()} - {row.folder}
+    own = {each.hub_id for each in ROWS.values() if each.folder == row.folder} | {row.hub_id, ""}
     for root in _roots(weights_root):
-        yield root / row.folder
+        if recorded_owner(root / row.folder) in own:
+            yield root / row.folder
+        if recorded_owner(root) not in own:
+            continue
         if root.name not in others and all(found_in(root, row.accepted(names)) for names in row.files):
             yield root
     if row.hub_id:
@@ -171,6 +185,20 @@ def folder_name(repo: str) -> str:
     """
     known = {row.hub_id for row in ROWS.values()}
     return repo.rpartition("/")[2] if repo in known else repo.replace("/", "--")
+
+
+def read_record(path: Path) -> Mapping[str, Any]:
+    """What an earlier pull wrote down; empty if there is nothing, or nothing that can be read."""
+    try:
+        return read_object(path, _LARGEST_RECORD)
+    except (PathNotFound, UnusableWeights):
+        return {}
+
+
+def recorded_owner(folder: Path) -> str:
+    """The repository that a pull has filled `folder` from; empty if nothing says so."""
+    repository = read_record(folder / RECORD).get("repository")
+    return repository if isinstance(repository, str) else ""
 
 
 def hub_cache() -> Path:
@@ -223,7 +251,8 @@ def read_hub_name(text: str) -> HubName | None:
 def places_of(repo: str, weights_root: str | None) -> Iterator[Path]:
     """Folders that may hold files of a repository that is no row."""
     for root in _roots(weights_root):
-        yield root / folder_name(repo)
+        if recorded_owner(root / folder_name(repo)) in ("", repo):
+            yield root / folder_name(repo)
     yield from snapshots(repo)
 
 

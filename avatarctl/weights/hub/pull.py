@@ -10,6 +10,7 @@ from typing import Final
 from avatarctl.errors import WeightsMissing
 from avatarctl.events import Emit, Notice
 from avatarctl.registry import Row
+from avatarctl.weights.files.named_path import expanded
 from avatarctl.weights.hub.client import HubFile, Listing, check_access, fetch, list_files
 from avatarctl.weights.hub.locate import (
     WEIGHT_SUFFIXES,
@@ -68,9 +69,9 @@ class PullPlan:
 def plan_pull(wants: Wants, weights_root: str | None, emit: Emit) -> PullPlan:
     """Compares what is wanted with this disk and asks the hub for the rest: names, sizes, licences, access.
 
-    Raises what `list_files` and `check_access` raise.
+    Raises what `list_files`, `check_access` and `Store.check_owner` raise.
     """
-    root = Path(weights_root).expanduser() if weights_root else None
+    root = expanded(weights_root) if weights_root else None
     planner = _Planner(Store(root), weights_root, emit)
     for row in wants.rows:
         planner.add_row(row)
@@ -169,6 +170,7 @@ class _Planner:
 
     def _listing(self, repo: str) -> Listing:
         if repo not in self._listings:
+            self._store.check_owner(repo)
             self._listings[repo] = list_files(repo)
         return self._listings[repo]
 

@@ -24,13 +24,13 @@ from avatarctl.atomic import (
     flush_folder,
 )
 from avatarctl.errors import OutputRefused, WriteFailed
+from avatarctl.weights.files.named_path import expanded
 from avatarctl.weights.hub.client import DIGEST, HubFile, Listing, hub_errors, kept_bytes
-from avatarctl.weights.hub.locate import folder_name, hub_cache
+from avatarctl.weights.hub.locate import RECORD, folder_name, hub_cache, read_record, recorded_owner
 
 __all__ = ["Store", "recorded_digest", "recorded_license"]
 
 _LOCAL: Final = Path(".cache", "huggingface")
-_RECORD: Final = "avatarctl.json"
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,16 @@ class Store:
                 f"{needed:,} bytes are needed and {free:,} are free",
                 where=self.top,
                 fix="free some space, or choose another place by --weights-root",
+            )
+
+    def check_owner(self, repo: str) -> None:
+        """Raises OutputRefused if the folder of `repo` was filled from another repository."""
+        owner = recorded_owner(self.home(repo)) if self.root is not None else ""
+        if owner not in ("", repo):
+            raise OutputRefused(
+                f"holds files of {owner[:100]}, not of {repo}",
+                where=self.home(repo),
+                fix="move it away, or choose another place by --weights-root",
             )
 
     @contextlib.contextmanager
@@ -154,21 +164,17 @@ def _writable() -> Iterator[None]:
 
 def _record_path(store: Store, repo: str) -> Path:
     home = store.home(repo)
-    return home / _RECORD if store.root is None else home / _LOCAL / _RECORD
+    return home / RECORD.name if store.root is None else home / RECORD
 
 
 def recorded_license(repo: str, weights_root: str | None) -> str:
     """The licence that the hub's card stated when files of `repo` were fetched; empty if none was."""
-    roots = [Path(weights_root).expanduser()] if weights_root else []
+    roots = [expanded(weights_root)] if weights_root else []
     for store in (*map(Store, roots), Store(None)):
-        path = _record_path(store, repo)
-        if path.is_file():
-            try:
-                record = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError:
-                continue
-            if isinstance(record, dict) and isinstance(record.get("license"), str):
-                return record["license"][:200]
+        record = read_record(_record_path(store, repo))
+        stated = record.get("license")
+        if isinstance(stated, str) and record.get("repository") == repo:
+            return stated[:200]
     return ""
 
 
