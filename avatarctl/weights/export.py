@@ -336,7 +336,7 @@ def _most_frequent(values: Iterable[Any]) -> Any:
 
 
 def _document(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, ensure_ascii=True, sort_keys=True, separators=(",", ":"))
+    return json.dumps(value, ensure_ascii=True, allow_nan=False, sort_keys=True, separators=(",", ":"))
 
 
 # The release's config.json

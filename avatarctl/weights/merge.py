@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from avatarctl.errors import UnusableWeights, printable
 from avatarctl.weights.checkpoint import Checkpoint
+from avatarctl.weights.files.strict_json import parse_json
 from avatarctl.weights.layout import Sizes, WeightLayout
 from avatarctl.weights.metadata import config_of, mismatch, stated_network
 from avatarctl.weights.sizes import variant_of
@@ -250,9 +251,11 @@ def _metadata(base: Checkpoint, adapter: Checkpoint, network: Mapping[str, float
     kept = {key: value for key, value in both.items() if key not in _STALE}
     for key in ("avatarctl.operations", "avatarctl.sources"):
         if key in kept:
-            kept[key] = json.dumps(
-                [*json.loads(base.metadata.get(key, "[]")), *json.loads(adapter.metadata.get(key, "[]"))]
+            lists = (
+                parse_json(side.metadata.get(key, "[]"), side.path, f"the metadata {key} is")
+                for side in (base, adapter)
             )
+            kept[key] = json.dumps([entry for entries in lists for entry in entries], allow_nan=False)
     if network:
-        kept["avatarctl.network"] = json.dumps(network)
+        kept["avatarctl.network"] = json.dumps(network, allow_nan=False)
     return kept | {"modelspec.merged_from": names} if names else kept

@@ -18,6 +18,7 @@ import avatarctl
 from avatarctl.errors import UnusableWeights, printable
 from avatarctl.timeline import FPS
 from avatarctl.weights.checkpoint import Checkpoint
+from avatarctl.weights.files.strict_json import parse_json
 
 __all__ = [
     "TRAINED_WITH",
@@ -107,10 +108,7 @@ def read_own(metadata: Mapping[str, str]) -> OwnMetadata:
 def _json(metadata: Mapping[str, str], key: str, kind: type[Any]) -> Any:
     if key not in metadata:
         return kind()
-    try:
-        value = json.loads(metadata[key])
-    except (ValueError, RecursionError) as error:
-        raise UnusableWeights(f"the metadata {key} is no JSON") from error
+    value = parse_json(metadata[key], None, f"the metadata {key} is")
     if not isinstance(value, kind):
         raise UnusableWeights(f"the metadata {key} is no JSON {'object' if kind is dict else 'list'}")
     return value
@@ -199,7 +197,7 @@ def file_metadata(
 
 def _text(value: Any) -> str:
     """JSON on one line, ASCII: a header may be read by anybody's parser."""
-    return json.dumps(value, ensure_ascii=True, separators=(",", ":"))
+    return json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
 
 
 def _architecture(checkpoint: Checkpoint) -> str:

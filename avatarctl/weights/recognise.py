@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from avatarctl.errors import UnusableWeights
 from avatarctl.weights.adapter import read_pairs
 from avatarctl.weights.checkpoint import Checkpoint, Kind, LowRank
 from avatarctl.weights.files.source import RawWeights, open_weights
+from avatarctl.weights.files.strict_json import parse_json
 from avatarctl.weights.layout import Sizes, WeightLayout
 from avatarctl.weights.layouts import COMPONENTS, LAYOUTS, OMNIAVATAR, WAN
 from avatarctl.weights.naming import Names, Placed, place_names, plain_name
@@ -279,10 +279,7 @@ def _heads(raw: RawWeights, sizes: Sizes) -> tuple[int, bool]:
 def _json(metadata: Mapping[str, str], key: str) -> Mapping[str, Any]:
     if key not in metadata:
         return {}
-    try:
-        fields = json.loads(metadata[key])
-    except (ValueError, RecursionError) as error:
-        raise UnusableWeights(f"the metadata {key} is no JSON") from error
+    fields = parse_json(metadata[key], None, f"the metadata {key} is")
     return fields if isinstance(fields, Mapping) else {}
 
 

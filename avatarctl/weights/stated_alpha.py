@@ -6,13 +6,13 @@ in the header), the release's config.json (spec/omniavatar.md g.6), and kohya's 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from avatarctl.errors import UnusableWeights
+from avatarctl.weights.files.strict_json import parse_object
 from avatarctl.weights.naming import Names, plain_name
 
 __all__ = ["CHANGES_THE_UPDATE", "HARMLESS", "StatedAlpha", "finite_number", "stated_alpha"]
@@ -167,12 +167,7 @@ def stated_alpha(names: Names, config: Mapping[str, Any], metadata: Mapping[str,
 def _of_diffusers(text: str, names: Names) -> Mapping[str, Any]:
     """The fields for the network's part of the pipeline. diffusers writes one dictionary, each field behind
     the part that it is for ("transformer.lora_alpha"), or bare for a network saved alone."""
-    try:
-        stated = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UnusableWeights("the metadata lora_adapter_metadata is no JSON object") from error
-    if not isinstance(stated, Mapping):
-        raise UnusableWeights("the metadata lora_adapter_metadata is no JSON object")
+    stated = parse_object(text, None, "the metadata lora_adapter_metadata is")
     parts: dict[str, dict[str, Any]] = {}
     for key, value in stated.items():
         part, _, name = key.rpartition(".")

@@ -1,11 +1,13 @@
 """JSON that strangers wrote: an object without duplicate keys, of bounded size, or one clear error.
 
-Two programs that read `{"a": 1, "a": 2}` differently would see two different models, so it is refused.
+Two programs that read `{"a": 1, "a": 2}` differently would see two different models, so it is refused; so are
+numbers that no float or 64-bit integer holds, and half surrogates, which no file of text can hold.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import stat
 from collections import Counter
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 
 from avatarctl.errors import PathNotFound, UnusableWeights
 
-__all__ = ["clip", "file_size", "parse_object", "read_object"]
+__all__ = ["clip", "file_size", "parse_json", "parse_object", "read_object"]
 
 
 def clip(text: object, length: int = 100) -> str:
@@ -52,11 +54,19 @@ def read_object(path: Path, limit: int) -> dict[str, Any]:
     return parse_object(data, path, f"{path.name} is")
 
 
-def parse_object(data: bytes, where: Path, subject: str) -> dict[str, Any]:
-    """The JSON object in `data`; `subject` starts the error: "the header is" not valid JSON.
+def parse_object(data: bytes | str, where: Path | None, subject: str) -> dict[str, Any]:
+    """The JSON object in `data`. Raises UnusableWeights as `parse_json`, and for something else."""
+    value = parse_json(data, where, subject)
+    if not isinstance(value, dict):
+        raise UnusableWeights(f"{subject} invalid: a JSON object is expected", where=where)
+    return value
+
+
+def parse_json(data: bytes | str, where: Path | None, subject: str) -> Any:
+    """The JSON value in `data`; `subject` starts the error: "the header is" not valid JSON.
 
     Raises UnusableWeights: not UTF-8, not JSON, nested too deeply, numbers beyond reason, NaN, a duplicate
-    key, or something else than an object.
+    key, or half a surrogate pair.
     """
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -70,7 +80,16 @@ def parse_object(data: bytes, where: Path, subject: str) -> dict[str, Any]:
         raise ValueError(f"{name} is no JSON number")
 
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+        text = data if isinstance(data, str) else data.decode("utf-8")
+        value = json.loads(
+            text, object_pairs_hook=pairs, parse_constant=constant, parse_int=_integer, parse_float=_float
+        )
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UnusableWeights(
+            f"{subject} invalid JSON: half a surrogate pair, which is not text", where=where
+        ) from error
     except UnicodeDecodeError as error:
         raise UnusableWeights(f"{subject} invalid: not UTF-8 text", where=where) from error
     except json.JSONDecodeError as error:
@@ -78,9 +97,21 @@ def parse_object(data: bytes, where: Path, subject: str) -> dict[str, Any]:
         raise UnusableWeights(f"{subject} not valid JSON: {cause}", where=where) from error
     except RecursionError as error:
         raise UnusableWeights(f"{subject} invalid: JSON nested too deeply", where=where) from error
-    except ValueError as error:  # Python's bound on the digits of an integer, and `constant`
+    except ValueError as error:  # of `_integer`, `_float` and `constant`
         cause = "a number that is not a sane one"
         raise UnusableWeights(f"{subject} invalid JSON: {cause}", where=where) from error
-    if not isinstance(value, dict):
-        raise UnusableWeights(f"{subject} invalid: a JSON object is expected", where=where)
+    return value
+
+
+def _integer(text: str) -> int:
+    value = int(text)  # Python bounds the digits
+    if not -(2**63) <= value < 2**63:
+        raise ValueError("an integer beyond 64 bits")
+    return value
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError("a number beyond floats")
     return value

@@ -204,7 +204,7 @@ def _header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], path: 
         entries[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [offset, end]}
         offset = end
     try:
-        text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+        text = json.dumps(entries, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
     except UnicodeEncodeError as error:  # a lone surrogate, which no JSON reader takes
         cut = error.object[max(error.start - 20, 0) : error.end + 20]
         raise UnusableWeights(f"a name is not valid Unicode: {cut}", where=path) from error
