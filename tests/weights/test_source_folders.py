@@ -419,3 +419,18 @@ def test_a_suffix_is_not_believed(tmp_path: Path) -> None:
     assert "it is a pickle" in refusal(as_safetensors)
     no_suffix = write_safetensors(tmp_path / "blob")
     assert open_weights(no_suffix).format == "safetensors"
+
+
+@pytest.mark.parametrize("kind", ["dangling link", "link to itself", "folder", "pipe"])
+def test_a_configuration_that_cannot_be_read_is_not_absent(tmp_path: Path, kind: str) -> None:
+    """It may state lora_alpha: without it the scale would be a guess."""
+    write_safetensors(tmp_path / "model.safetensors")
+    config = tmp_path / "config.json"
+    if kind == "folder":
+        config.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(config)
+    else:
+        config.symlink_to(config if kind == "link to itself" else tmp_path / "nowhere.json")
+    for named in (tmp_path, tmp_path / "model.safetensors"):
+        assert "config.json" in refusal(named)
