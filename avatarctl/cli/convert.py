@@ -100,6 +100,9 @@ def _flag(name: str) -> str:
 def _check_combination(params: dict[str, Any]) -> None:
     """Options that would have no effect beside others are refused: their effect was wanted."""
     given = [name for name, value in params.items() if value is not None and value is not False]
+    for name, flag in (("source", "SRC"), ("base", "--base"), ("out", "--out")):
+        if params[name] == "":  # it would mean the current folder
+            raise UsageError("is empty", where=flag)
     if params["inspect"]:
         for name in given:
             if name not in _ALONE:
@@ -107,8 +110,6 @@ def _check_combination(params: dict[str, Any]) -> None:
         return
     if params["out"] is None:
         raise UsageError("where to write is missing", fix="add --out DST, or --inspect to look only")
-    if not params["out"]:
-        raise UsageError("is empty", where="--out")
     if params["merge_lora"] and params["extract"]:
         raise UsageError("--merge-lora and --extract are opposites", fix="choose one")
     changes = params["merge_lora"] or params["extract"]

@@ -191,7 +191,9 @@ def _from_anywhere(resolved: Resolved, cfg: RunConfig) -> Resolved:
 
 
 def _absolute(path: str | None) -> str | None:
-    return None if path is None else str(Path(path).expanduser().absolute())
+    from avatarctl.weights.files.named_path import expanded
+
+    return str(expanded(path).absolute()) if path else None
 
 
 @contextlib.contextmanager

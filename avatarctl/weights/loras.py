@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from avatarctl.errors import ConfigError, PathNotFound, WeightsMissing
+from avatarctl.weights.files.named_path import expanded
 from avatarctl.weights.hub.locate import locate_hub_name, read_hub_name
 
 __all__ = ["Lora", "absolute_lora", "find_lora", "split_scale"]
@@ -68,7 +69,7 @@ def absolute_lora(text: str) -> str:
 
 
 def _here(name: str) -> Path | None:
-    path = Path(name).expanduser()
+    path = expanded(name)
     try:
         return path if path.exists() else None
     except OSError:  # too long for a path

@@ -9,6 +9,7 @@ from avatarctl.errors import PathNotFound, UnusableWeights
 from avatarctl.registry import ENCODER_FILES, NEEDS_WEIGHTS, ROWS, Row, find_model
 from avatarctl.weights.assemble import open_model
 from avatarctl.weights.checkpoint import Checkpoint
+from avatarctl.weights.files.named_path import expanded
 
 __all__ = ["published_row", "row_named"]
 
@@ -27,7 +28,7 @@ def row_named(name: str) -> Row:
     """
     if name in ROWS:
         return find_model(name)
-    path = Path(name).expanduser()
+    path = expanded(name)
     if not _exists(path):
         for row in ROWS.values():
             if name == row.hub_id:

@@ -11,6 +11,7 @@ from typing import Final
 from avatarctl.config import Model
 from avatarctl.errors import ConfigError, PathNotFound, UnusableWeights
 from avatarctl.registry import ENCODER_FILES, ROWS, Row, Wanted
+from avatarctl.weights.files.named_path import expanded
 from avatarctl.weights.hub.locate import Located, locate, with_needs
 from avatarctl.weights.loras import Lora, find_lora
 from avatarctl.weights.recognise import read_checkpoint
@@ -52,7 +53,7 @@ def _named(row: Row, model: Model) -> dict[str, Path]:
     """`model.weights` as existing paths."""
     if model.weights and row.source == "package":
         raise ConfigError(f"{row.name} is built in; its parts come from no file", where="model.weights")
-    paths = {part: Path(text).expanduser() for part, text in model.weights.items()}
+    paths = {part: expanded(text) for part, text in model.weights.items()}
     for part, path in paths.items():
         if not path.exists():
             raise PathNotFound(f"no such file or folder: {path}", where=f"model.weights.{part}")

@@ -15,6 +15,7 @@ from typing import Final
 from avatarctl.config import Setting, find_config, nearest, read_assignment, read_config
 from avatarctl.errors import ConfigError, PathNotFound, UsageError
 from avatarctl.registry import ROWS, Row, find
+from avatarctl.weights.files.named_path import expanded
 from avatarctl.weights.hub.locate import HubName, read_hub_name, with_needs
 
 __all__ = ["AUX_ROWS", "JOBS", "Wants", "wanted_by_names", "wanted_for"]
@@ -146,7 +147,7 @@ def _options(job: str, words: Sequence[str], others: Mapping[str, bool]) -> list
 
 
 def _model(value: str) -> Wants:
-    if value not in ROWS and Path(value).expanduser().exists():
+    if value and value not in ROWS and expanded(value).exists():
         # Not before: it reads weights, which names need not wait for.
         from avatarctl.weights.model_row import row_named
 
