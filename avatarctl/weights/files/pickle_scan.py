@@ -22,7 +22,8 @@ MAX_PICKLE: Final = 4 << 20
 """Bytes of a pickle without its tensors. One byte may become an object of 100; 1100 tensors take 0.2 MB."""
 
 MAX_OBJECTS: Final = 200_000
-"""Calls and storages in a pickle: three bytes of it may become a storage object of a kilobyte."""
+"""Calls, storages and containers in a pickle: three bytes may become a storage object of a kilobyte, one an
+empty dictionary of 64 bytes. A tensor takes about ten."""
 
 _INSTRUCTIONS: Final = frozenset(
     {
@@ -34,7 +35,12 @@ _INSTRUCTIONS: Final = frozenset(
 )  # fmt: skip
 """Protocol 2, the protocol of torch.save; the same set as torch's own reader has, without EMPTY_SET."""
 
-_CREATORS: Final = frozenset({"REDUCE", "NEWOBJ", "BUILD", "BINPERSID"})
+_CREATORS: Final = frozenset(
+    {
+        "REDUCE", "NEWOBJ", "BUILD", "BINPERSID", "EMPTY_DICT", "EMPTY_LIST", "TUPLE", "TUPLE1", "TUPLE2",
+        "TUPLE3",
+    }
+)  # fmt: skip
 
 _NAMES: Final = frozenset(
     {
