@@ -12,6 +12,7 @@ format; float8: Micikevicius et al. 2022, "FP8 formats for deep learning", table
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -27,12 +28,14 @@ __all__ = [
     "DTYPES",
     "ArrayTensor",
     "DType",
+    "FileStamp",
     "FileTensor",
     "Tensor",
     "TensorInfo",
     "block_ranges",
     "from_float32",
     "read_whole",
+    "size_text",
     "to_float32",
 ]
 
@@ -117,16 +120,39 @@ class ArrayTensor:
 
 
 @dataclass(frozen=True)
+class FileStamp:
+    """What tells one state of a file from another without reading it (stat(2)); times in nanoseconds."""
+
+    device: int
+    inode: int
+    size: int
+    modified: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> FileStamp:
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+    def refuse_change(self, status: os.stat_result, path: Path) -> None:
+        """Raises UnusableWeights if the file is no longer what it was."""
+        if self.of(status) != self:
+            raise UnusableWeights(
+                "changed while it was read", where=path, fix="run the command again when nobody writes it"
+            )
+
+
+@dataclass(frozen=True)
 class FileTensor:
     """Consecutive little-endian elements of a file, from byte `offset` on.
 
     The file is opened for every read: a model of a thousand tensors keeps no descriptor, and no page of
-    it is mapped into this process.
+    it is mapped into this process. stamp: of the file whose header said where the elements are; another file
+    of that name is refused.
     """
 
     path: Path
     offset: int
     info: TensorInfo
+    stamp: FileStamp | None = None
 
     def read(self, start: int, stop: int) -> Array:
         dtype = DTYPES[self.info.dtype]
@@ -137,6 +163,8 @@ class FileTensor:
         done = 0
         try:
             with self.path.open("rb", buffering=0) as file:
+                if self.stamp is not None:
+                    self.stamp.refuse_change(os.fstat(file.fileno()), self.path)
                 file.seek(self.offset + start * dtype.itemsize)
                 while done < len(view):
                     if not (count := file.readinto(view[done:])):
@@ -214,3 +242,11 @@ def _float8_values(dtype: str) -> Array:
             value = (1 + fraction) * 2.0 ** (exponent - bias)
         values[code] = sign * value
     return values
+
+
+def size_text(count: int) -> str:
+    """Bytes for people; GB = 1e9."""
+    for unit, size in (("PB", 1e15), ("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} bytes"

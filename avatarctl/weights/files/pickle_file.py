@@ -13,6 +13,7 @@ with `weights_only=True`:
 from __future__ import annotations
 
 import io
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -28,7 +29,7 @@ from avatarctl.weights.files.safetensors_file import is_possible_shape, refuse_p
 from avatarctl.weights.files.state_dict import open_wrappers, tensors_in
 from avatarctl.weights.files.strict_json import clip, file_size
 from avatarctl.weights.files.zip_archive import Record, read_records
-from avatarctl.weights.tensors import DTYPES, Array, ArrayTensor, FileTensor, Tensor, TensorInfo
+from avatarctl.weights.tensors import DTYPES, Array, ArrayTensor, FileStamp, FileTensor, Tensor, TensorInfo
 
 if TYPE_CHECKING:
     import torch
@@ -139,13 +140,14 @@ def _refuse_other_things(start: bytes, file: BinaryIO, path: Path) -> None:
 
 
 def _read_zip(file: BinaryIO, size: int, path: Path) -> PickleFile:
+    stamp = FileStamp.of(os.fstat(file.fileno()))
     records = read_records(file, size, path)
     _check_small_records(file, records, path)
     file.seek(0)
     loaded = _torch_load(file, path, map_location="meta")
     tensors, notes = open_wrappers(loaded, path)
     storages = {record.offset: record for name, record in records.items() if name.startswith("data/")}
-    placed = [_lazy(name, tensor, storages, path) for name, tensor in tensors.items()]
+    placed = [_lazy(name, tensor, storages, path, stamp) for name, tensor in tensors.items()]
     placed.sort(key=lambda item: item[0])
     return PickleFile("zip", {name: tensor for _, name, tensor in placed}, notes)
 
@@ -171,7 +173,7 @@ def _check_small_records(file: BinaryIO, records: Mapping[str, Record], path: Pa
 
 
 def _lazy(
-    name: str, tensor: torch.Tensor, storages: Mapping[int, Record], path: Path
+    name: str, tensor: torch.Tensor, storages: Mapping[int, Record], path: Path, stamp: FileStamp
 ) -> tuple[int, str, Tensor]:
     """(first byte in the file, name, reader) of a tensor on the meta device."""
     import torch
@@ -193,8 +195,8 @@ def _lazy(
     info, strides, first, extent = _geometry(name, tensor, size, path)
     begin = record.offset + first * DTYPES[info.dtype].itemsize
     if tensor.is_contiguous():
-        return begin, name, FileTensor(path, begin, info)
-    base = FileTensor(path, begin, TensorInfo(info.dtype, (extent,)))
+        return begin, name, FileTensor(path, begin, info, stamp)
+    base = FileTensor(path, begin, TensorInfo(info.dtype, (extent,)), stamp)
     return begin, name, StridedTensor(base, info.shape, strides)
 
 

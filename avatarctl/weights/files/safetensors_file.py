@@ -8,6 +8,7 @@ of safetensors 0.8). Only the header is read here; tensors are lazy.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, Final
 
 from avatarctl.errors import UnusableWeights
 from avatarctl.weights.files.strict_json import clip, file_size, parse_object
-from avatarctl.weights.tensors import DTYPES, FileTensor, TensorInfo
+from avatarctl.weights.tensors import DTYPES, FileStamp, FileTensor, TensorInfo
 
 __all__ = ["Header", "is_possible_shape", "read_header", "refuse_placeholder"]
 
@@ -45,6 +46,7 @@ def read_header(path: Path) -> Header:
     size = file_size(path)
     try:
         with path.open("rb") as file:
+            stamp = FileStamp.of(os.fstat(file.fileno()))
             start = file.read(512)
             refuse_placeholder(start, path)
             if size < 8:
@@ -74,7 +76,8 @@ def read_header(path: Path) -> Header:
     spans.sort(key=lambda span: (span.begin, span.end))
     _refuse_gaps(spans, size - 8 - length, path)
     base = 8 + length
-    return Header({span.name: FileTensor(path, base + span.begin, span.info) for span in spans}, metadata)
+    tensors = {span.name: FileTensor(path, base + span.begin, span.info, stamp) for span in spans}
+    return Header(tensors, metadata)
 
 
 @dataclass(frozen=True)

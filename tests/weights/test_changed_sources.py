@@ -1,0 +1,59 @@
+"""A file that changes between its header and its bytes is refused: nothing is made of two models."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from avatarctl.errors import UnusableWeights
+from avatarctl.weights.files.hashes import FileHashes
+from avatarctl.weights.files.source import open_weights
+from avatarctl.weights.files.writer import write_safetensors
+from avatarctl.weights.tensors import read_whole, to_float32
+
+
+def save(path: Path, value: float) -> None:
+    state = {"a": torch.full((40, 30), value), "b": torch.full((30, 40), value).t()}
+    if path.suffix == ".pt":
+        torch.save(state, path)
+    else:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.pt"])
+@pytest.mark.parametrize("change", ["replaced", "written anew"])
+def test_no_tensor_of_another_file(name: str, change: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    save(path, 1.0)
+    tensors = open_weights(path).tensors
+    first, second = tensors.values()
+    assert (to_float32(read_whole(first), "F32") == 1).all()
+    if change == "replaced":
+        other = tmp_path / f"new{path.suffix}"
+        save(other, 2.0)
+        other.replace(path)
+    else:
+        save(path, 2.0)
+        os.utime(path, ns=(1, 1))  # whatever the clock of this disk is
+    with pytest.raises(UnusableWeights, match=f"{name}: changed while it was read"):
+        second.read(0, 10)
+    with pytest.raises(UnusableWeights, match="changed while it was read"):
+        write_safetensors(tmp_path / "out.safetensors", tensors, {}, sources=[path])
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_no_hash_of_another_file(tmp_path: Path) -> None:
+    """The second source is replaced when writing has begun, and the first is still being hashed."""
+    first, second, other = (tmp_path / name for name in ("first", "second", "other"))
+    with first.open("wb") as file:
+        file.truncate(400_000_000)  # sparse
+    second.write_bytes(b"1" * 100)
+    other.write_bytes(b"2" * 100)
+    with FileHashes([first, second]) as hashes:
+        other.replace(second)
+        with pytest.raises(UnusableWeights, match="second: changed while it was read"):
+            hashes.result()
