@@ -17,7 +17,7 @@ WORDS = {
     "root of a model": ("models", "show", "omniavatar-14b", "--weights-root", "{}"),
     "root of a check": ("models", "verify", "omniavatar-14b", "--weights-root", "{}"),
     "root of a pull": ("models", "pull", "omniavatar-14b", "--dry-run", "--weights-root", "{}"),
-    "pull for a file": ("models", "pull", "--dry-run", "--for", "infer", "--model", "{}"),
+    "pull for a file": ("models", "pull", "--dry-run", "--for", "infer --model {}"),
 }
 
 
