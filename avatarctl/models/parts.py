@@ -6,6 +6,7 @@ size than the published one works, and one that lacks a tensor is refused.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -255,7 +256,7 @@ def _size(path: Path, name: str, value: object) -> int:
 
 def _read_preprocessor(folder: Path, emit: Emit) -> None:
     path = folder / "preprocessor_config.json"
-    fields = read_object(path, _LONGEST_CONFIG) if path.is_file() else {}
+    fields = read_object(path, _LONGEST_CONFIG) if os.path.lexists(path) else {}
     if fields.get("sampling_rate", SAMPLE_RATE) != SAMPLE_RATE:
         raise UnusableWeights(
             f"hears {printable(fields['sampling_rate'])[:60]} samples a second, not {SAMPLE_RATE}", where=path

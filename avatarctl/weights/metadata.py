@@ -228,9 +228,10 @@ def stated_network(checkpoint: Checkpoint) -> dict[str, float]:
         found["num_attention_heads"] = checkpoint.heads
         if checkpoint.sizes.width:
             found["attention_head_dim"] = checkpoint.sizes.width // checkpoint.heads
-    eps = read_own(checkpoint.metadata).network.get("eps", checkpoint.config.get("eps"))
-    if eps is None:
+    stated = {**checkpoint.config, **read_own(checkpoint.metadata).network}
+    if "eps" not in stated:
         return found
+    eps = stated["eps"]
     if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 < eps < 1:
         raise UnusableWeights(f"eps is {printable(eps)[:60]}, not a small number", where=checkpoint.path)
     return found | {"eps": float(eps)}

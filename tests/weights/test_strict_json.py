@@ -10,9 +10,12 @@ import pytest
 from safetensors.numpy import save
 
 from avatarctl.errors import UnusableWeights
+from avatarctl.weights.checkpoint import Checkpoint
 from avatarctl.weights.files.source import open_weights
 from avatarctl.weights.files.strict_json import parse_json, parse_object
-from avatarctl.weights.metadata import read_own
+from avatarctl.weights.layout import Sizes
+from avatarctl.weights.layouts import WAN
+from avatarctl.weights.metadata import read_own, stated_network
 
 BEYOND = ["1e400", "-1e400", "9223372036854775808", "1" + "0" * 400, "1" + "0" * 9000, "NaN", "-Infinity"]
 
@@ -60,3 +63,11 @@ def test_a_config_beside_weights_is_read_so(tmp_path: Path, value: str) -> None:
         open_weights(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"lora_alpha": 64}))
     assert open_weights(tmp_path).config == {"lora_alpha": 64}
+
+
+@pytest.mark.parametrize("eps", [None, True, "1e-6", 0, 1, -1e-6, 2.5, [1e-6], 10**18])
+def test_an_eps_is_a_number_between_0_and_1(eps: object) -> None:
+    path = Path("a.safetensors")
+    held = Checkpoint(path, "model", "original", WAN, "", Sizes(width=256), {}, config={"eps": eps})
+    with pytest.raises(UnusableWeights, match="eps is"):
+        stated_network(held)

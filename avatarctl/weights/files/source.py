@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from avatarctl.errors import PathNotFound, UnusableWeights, printable
+from avatarctl.errors import UnusableWeights, printable
 from avatarctl.weights.files.pickle_file import is_pickle, read_pickle
 from avatarctl.weights.files.safetensors_file import read_header
 from avatarctl.weights.files.strict_json import clip, file_size, read_object
@@ -94,7 +94,7 @@ def open_weights(path: Path) -> RawWeights:
         raise UnusableWeights(f"is one of {count} files of a model, not the whole", where=path, fix=hint)
     raw = _read_index(chosen) if chosen.name.endswith(INDEX_SUFFIXES) else _with_companion(_read_file(chosen))
     config_path = _config_beside(chosen, anything=chosen != path)
-    config = _read_config(config_path) if config_path else {}
+    config = read_object(config_path, MAX_CONFIG) if config_path else {}
     told = tuple(printable(note) for note in dict.fromkeys((*notes, *raw.notes)))
     return replace(raw, path=path, config=config, config_path=config_path, notes=told)
 
@@ -385,17 +385,5 @@ def _config_beside(weights: Path, *, anything: bool) -> Path | None:
     if _STEP.fullmatch(weights.name):
         folders.append(weights.absolute().parent.parent)
     candidates = (folder / name for folder in folders for name in names)
+    # One that is there and cannot be read is an error: it may state the scale of an adapter.
     return next((config for config in candidates if os.path.lexists(config)), None)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    """What a configuration says that is there. One that cannot be read is not one that says nothing: it may
-    state the scale of an adapter. Raises UnusableWeights."""
-    try:
-        return read_object(path, MAX_CONFIG)
-    except PathNotFound as error:
-        raise UnusableWeights(
-            "is a link to a file that does not exist",
-            where=path,
-            fix="remove the link or fetch the file again",
-        ) from error

@@ -42,8 +42,18 @@ def file_size(path: Path) -> int:
 
 
 def read_object(path: Path, limit: int) -> dict[str, Any]:
-    """The JSON object in a file of at most `limit` bytes."""
-    size = file_size(path)
+    """The JSON object in a file of at most `limit` bytes.
+
+    Raises PathNotFound where there is nothing, UnusableWeights for everything else, a dangling link included.
+    """
+    try:
+        size = file_size(path)
+    except PathNotFound as error:
+        if not path.is_symlink():
+            raise
+        raise UnusableWeights(
+            "is a link to a file that does not exist", where=path, fix="remove it, or fetch the file again"
+        ) from error
     if size > limit:
         raise UnusableWeights(f"holds {size} bytes, which is too large for a JSON file here", where=path)
     try:
