@@ -26,12 +26,29 @@ import numpy as np
 
 from avatarctl.atomic import atomic_path, disk_errors
 from avatarctl.errors import OutputRefused, UnusableWeights, WriteFailed
+from avatarctl.weights.files.flushing import EarlyFlush
 from avatarctl.weights.files.hashes import FileHashes
 from avatarctl.weights.files.staging import staged_folder
 from avatarctl.weights.finite import nonfinite, nonfinite_file
-from avatarctl.weights.tensors import BLOCK_BYTES, DTYPES, Array, FileTensor, Tensor, TensorInfo, block_ranges
+from avatarctl.weights.tensors import (
+    BLOCK_BYTES,
+    DTYPES,
+    Array,
+    FileTensor,
+    Tensor,
+    TensorInfo,
+    block_ranges,
+    size_text,
+)
 
-__all__ = ["SOURCES_KEY", "shard_names", "staged_folder", "write_safetensors", "write_sharded"]
+__all__ = [
+    "SOURCES_KEY",
+    "require_space",
+    "shard_names",
+    "staged_folder",
+    "write_safetensors",
+    "write_sharded",
+]
 
 SOURCES_KEY: Final = "avatarctl.sources"
 """Metadata key of the files that a file was made from: JSON [{"name": ..., "sha256": ...}]."""
@@ -68,7 +85,7 @@ def write_safetensors(
     """
     _refuse_place(path, sources)
     shard = _Shard(path, tensors, metadata, sources)
-    _require_space(path, len(shard.header()) + shard.nbytes)
+    require_space(path, len(shard.header()) + shard.nbytes)
     with FileHashes(sources) as hashes, atomic_path(path) as temporary:
         shard.write(temporary, hashes, _Meter(progress), allow_nonfinite=allow_nonfinite)
         shard.sign(temporary, hashes.result())
@@ -103,7 +120,7 @@ def write_sharded(
         _Shard(folder / name, part, metadata, sources) for name, part in zip(names, packed, strict=True)
     ]
     total = sum(shard.nbytes for shard in shards)
-    _require_space(folder / names[0], total + sum(len(shard.header()) for shard in shards))
+    require_space(folder / names[0], total + sum(len(shard.header()) for shard in shards))
     finals = [shard.path for shard in shards]
     if len(shards) > 1:
         finals.append(folder / f"{stem}.safetensors.index.json")
@@ -176,11 +193,13 @@ class _Shard:
                 file = stack.enter_context(place.open("xb"))
             stack.enter_context(disk_errors(self.path, refusals=False))
             file.write(self.header())
+            early = stack.enter_context(EarlyFlush(file))
             for name, tensor in self.tensors.items():
                 for block in _blocks(tensor):
                     if not allow_nonfinite and nonfinite(block, tensor.info.dtype):
                         raise _not_finite(name, tensor, self)
                     file.write(block.view(np.uint8).data)
+                    early.wrote(block.nbytes)
                     meter.add(block.nbytes)
                     hashes.check()
             # The disk works while the hashes are finished; `sign` leaves one page to be flushed.
@@ -276,7 +295,7 @@ def _refuse_place(path: Path, sources: Sequence[Path]) -> None:
         try:
             mode = path.stat().st_mode
         except FileNotFoundError:
-            return  # whether its folder is there is told by `_require_space`
+            return  # whether its folder is there is told by `require_space`
         if not stat.S_ISREG(mode):
             what = "is a folder, not a file" if stat.S_ISDIR(mode) else "is not a regular file"
             raise OutputRefused(what, where=path, fix="choose another --out")
@@ -297,13 +316,16 @@ def _refuse_older_set(folder: Path, stem: str) -> None:
             raise OutputRefused("exists", where=folder / name, fix="choose another --out")
 
 
-def _require_space(path: Path, needed: int) -> None:
-    """An early word instead of a late one; what else is written meanwhile is told when it happens."""
+def require_space(path: Path, needed: int) -> None:
+    """Raises WriteFailed where the disk of the folder of `path` has less than `needed` bytes free.
+
+    An early word instead of a late one; what else is written meanwhile is told when it happens.
+    """
     with disk_errors(path):
         usage = shutil.disk_usage(path.parent)
     if usage.total and usage.free < needed:  # some network file systems state nothing at all
         raise WriteFailed(
-            f"needs {needed / 1e9:.2f} GB, {usage.free / 1e9:.2f} GB free",
+            f"needs {size_text(needed)}, {size_text(usage.free)} free",
             where=path,
             fix="free some space or choose another --out",
         )
