@@ -489,6 +489,23 @@ def test_a_person_is_asked(answer: str, hub: HubServer, start: Start, tmp_path: 
         assert b"checking facebook/wav2vec2-base-960h/model.safetensors" in shown, "a bar"
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "code", "says"),
+    [
+        ("HF_HOME", __file__, 4, "the token of the hub cannot be read (check HF_HOME"),
+        ("HF_HUB_DOWNLOAD_TIMEOUT", "-1", 2, "HF_HUB_DOWNLOAD_TIMEOUT must be a positive number"),
+        ("SSL_CERT_FILE", "/nonexist", 4, "check SSL_CERT_FILE"),
+    ],
+)
+def test_an_environment_that_cannot_work(
+    variable: str, value: str, code: int, says: str, hub: HubServer, start: Start
+) -> None:
+    process = start(HF_TOKEN="", **{variable: value})
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code and says in errors and "Traceback" not in errors
+    assert hub.requests == []
+
+
 def test_offline_by_the_environment(hub: HubServer, start: Start) -> None:
     process = start(HF_HUB_OFFLINE="1")
     stdout, stderr = process.communicate(timeout=60)

@@ -20,7 +20,15 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 import avatarctl
-from avatarctl.errors import AvatarctlError, Interrupted, UnusableWeights, WeightsMissing, WriteFailed
+from avatarctl.errors import (
+    AvatarctlError,
+    EnvironmentMissing,
+    Interrupted,
+    UnusableWeights,
+    UsageError,
+    WeightsMissing,
+    WriteFailed,
+)
 from avatarctl.events import BytesMoved, Emit, Notice
 from avatarctl.weights.hub.locate import hub_constants
 
@@ -153,16 +161,48 @@ def _refusal(error: Any, what: str) -> tuple[str, str | None]:
     return f"{endpoint()} answered with HTTP {status}", "try again later"
 
 
+def _check_environment() -> None:
+    """Asks the client for what it reads on this machine before it can ask anybody.
+
+    Raises UsageError (a time that is none) or EnvironmentMissing (token or certificates cannot be read).
+    """
+    from huggingface_hub.utils import build_hf_headers, get_session
+
+    constants = hub_constants()
+    for name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):
+        if getattr(constants, name) <= 0:
+            raise UsageError(f"{name} must be a positive number of seconds", where="environment")
+    try:
+        build_hf_headers()
+    except UnicodeEncodeError:
+        raise
+    except (OSError, UnicodeDecodeError) as error:
+        raise EnvironmentMissing(
+            "the token of the hub cannot be read",
+            where=constants.HF_TOKEN_PATH,
+            fix="check HF_HOME and HF_TOKEN_PATH, or set HF_TOKEN",
+        ) from error
+    try:
+        get_session()
+    except OSError as error:
+        raise EnvironmentMissing(
+            "the certificates for secure connections cannot be read",
+            where="environment",
+            fix="check SSL_CERT_FILE and SSL_CERT_DIR",
+        ) from error
+
+
 def list_files(repo: str) -> Listing:
     """Every file of the repository as it is now, with sizes and digests.
 
     Raises WeightsMissing as `hub_errors`; UnusableWeights if the answer is not a hub's, or a file name leads
-    out of the repository.
+    out of the repository; what `_check_environment` raises.
     """
     timeout = float(hub_constants().HF_HUB_ETAG_TIMEOUT)
     from huggingface_hub import HfApi
 
     with hub_errors(repo):
+        _check_environment()
         try:
             info = HfApi().model_info(repo, files_metadata=True, timeout=timeout)
             return _read_listing(repo, info)
