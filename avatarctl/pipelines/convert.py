@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -16,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from avatarctl.atomic import atomic_path, atomic_write_text, disk_errors
+from avatarctl.atomic import atomic_path, atomic_write_text, disk_errors, ensure_writable_folder
 from avatarctl.errors import AvatarctlError, OutputRefused, UnusableWeights, UsageError
 from avatarctl.events import BytesMoved, Emit, Notice, Stage
 from avatarctl.pipelines.convert_steps import (
@@ -34,7 +35,14 @@ from avatarctl.weights.describe import NAMINGS
 from avatarctl.weights.export import Export, Target, export, with_release_config
 from avatarctl.weights.files.safetensors_file import read_header
 from avatarctl.weights.files.source import COMPANION_OF
-from avatarctl.weights.files.writer import shard_names, staged_folder, write_safetensors, write_sharded
+from avatarctl.weights.files.staging import refuse_folder
+from avatarctl.weights.files.writer import (
+    require_space,
+    shard_names,
+    staged_folder,
+    write_safetensors,
+    write_sharded,
+)
 from avatarctl.weights.metadata import config_of, file_metadata, read_own
 from avatarctl.weights.recognise import read_checkpoint
 from avatarctl.weights.tensors import Tensor
@@ -130,7 +138,8 @@ class Converted:
 def plan_conversion(request: ConvertRequest, emit: Emit) -> ConvertPlan:
     """Everything up to the first byte, an extraction's computation included.
 
-    Raises UsageError and OutputRefused for what is asked, UnusableWeights for what the files hold.
+    Raises UsageError and OutputRefused for what is asked, WriteFailed for a full disk, UnusableWeights for
+    what the files hold.
     """
     source, base, sources = _open(request)
     did = [f"read: {_described(source)}"]
@@ -170,6 +179,7 @@ def plan_conversion(request: ConvertRequest, emit: Emit) -> ConvertPlan:
         count, names = len(exported.companion), (plan.companion, plan.main)
         line = f"{count} whole tensors (patch embedding, audio) go to {names[0]}, beside {names[1]}"
         plan = replace(plan, did=(*plan.did, line))
+    require_space(request.out, plan.bytes)
     return plan
 
 
@@ -214,6 +224,8 @@ def _open(request: ConvertRequest) -> tuple[Checkpoint, Checkpoint | None, tuple
     base = _read(request.base) if request.base is not None else None
     sources = tuple(dict.fromkeys((*source.files, *(base.files if base else ()))))
     _check_overlap(request, sources)
+    if request.extract and base and request.to == "comfyui" and source.layout.family != base.layout.family:
+        _check_companion(request)  # the audio layers will be in it: known before hours of computation
     return source, base, sources
 
 
@@ -278,21 +290,33 @@ def _outputs(request: ConvertRequest) -> list[Path]:
 
 
 def _check_place(request: ConvertRequest) -> None:
-    """Before anything is read; the writer looks again."""
-    folder = request.out.absolute().parent
-    if not folder.is_dir():
-        raise OutputRefused(f"the folder {folder} does not exist", where=request.out, fix="make it first")
-    for path in _outputs(request):
-        if path == request.out and _same(path, request.source):
-            raise OutputRefused("is what is read", where=path, fix="choose another --out")
-        if not os.path.lexists(path):
-            continue
-        if _is_file(path) and path.is_dir():
-            raise OutputRefused("is a folder, not a file", where=path, fix="choose another --out")
-        if not _is_file(path) and not path.is_dir():
-            raise OutputRefused("is a file, not a folder", where=path, fix="choose another --out")
-        if not request.overwrite and path == request.out:
-            raise OutputRefused("exists", where=path, fix="add --overwrite or choose another --out")
+    """Before anything is read, and leaving nothing behind; the writer looks again."""
+    out = request.out
+    folder = out.absolute().parent
+    with disk_errors(out):
+        there = folder.is_dir()
+    if not there:
+        raise OutputRefused(f"the folder {folder} does not exist", where=out, fix="make it first")
+    if _same(out, request.source):
+        raise OutputRefused("is what is read", where=out, fix="choose another --out")
+    if _is_file(out):
+        for path in _outputs(request):
+            _refuse_file(path, overwrite=request.overwrite or path != out)  # perhaps there is no second file
+    else:
+        refuse_folder(out, overwrite=request.overwrite)
+        if out.is_dir():
+            ensure_writable_folder(out)  # what is in it will have to go
+    ensure_writable_folder(folder)
+
+
+def _refuse_file(path: Path, *, overwrite: bool) -> None:
+    with disk_errors(path), suppress(FileNotFoundError):  # nothing there, or a link that leads nowhere
+        mode = path.stat().st_mode  # a loop of links is refused here
+        if not stat.S_ISREG(mode):
+            what = "is a folder, not a file" if stat.S_ISDIR(mode) else "is not a regular file"
+            raise OutputRefused(what, where=path, fix="choose another --out")
+    if not overwrite and os.path.lexists(path):
+        raise OutputRefused("exists", where=path, fix="add --overwrite or choose another --out")
 
 
 def _check_overlap(request: ConvertRequest, sources: Sequence[Path]) -> None:
@@ -300,11 +324,11 @@ def _check_overlap(request: ConvertRequest, sources: Sequence[Path]) -> None:
     for path in _outputs(request):
         if any(_same(path, file) for file in sources):
             raise OutputRefused("is one of the files that are read", where=path, fix="choose another --out")
-    out = request.out.resolve()
-    if not _is_file(request.out) and any(file.resolve().is_relative_to(out) for file in sources):
+    out = _real(request.out)
+    if not _is_file(request.out) and any(_real(file).is_relative_to(out) for file in sources):
         raise OutputRefused("holds files that are read", where=request.out, fix="choose another --out")
     for read in (request.source, request.base):
-        if read is not None and read.is_dir() and out.is_relative_to(read.resolve()):
+        if read is not None and read.is_dir() and out.is_relative_to(_real(read)):
             raise OutputRefused(
                 f"lies inside {read}, which is read", where=request.out, fix="choose another --out"
             )
@@ -312,19 +336,28 @@ def _check_overlap(request: ConvertRequest, sources: Sequence[Path]) -> None:
 
 def _same(one: Path, other: Path) -> bool:
     """Whether two paths lead to one file, links included."""
-    if one.exists() and other.exists():
+    try:
         return one.samefile(other)
-    return one.resolve() == other.resolve()
+    except OSError:  # one is not there, or no name at all: for the reader or writer to tell
+        return _real(one) == _real(other)
+
+
+def _real(path: Path) -> Path:
+    """`Path.resolve` raises RuntimeError for a loop of links, which is for the reader or writer to tell."""
+    return Path(os.path.realpath(path))
 
 
 def _check_layout(request: ConvertRequest, checkpoint: Checkpoint, exported: Export) -> None:
     if request.shard_bytes is not None and checkpoint.kind == "adapter":
         raise UsageError("adapters are one file, never shards", where="--shard-size")
-    companion = request.out.with_name(f"{request.out.stem}.patch{_SUFFIX}")
-    if not (_is_file(request.out) and exported.companion):
-        return
-    if os.path.lexists(companion) and not request.overwrite:
-        raise OutputRefused("exists", where=companion, fix="add --overwrite or choose another --out")
+    if exported.companion:
+        _check_companion(request)
+
+
+def _check_companion(request: ConvertRequest) -> None:
+    """Where it is known that there will be a second file."""
+    if _is_file(request.out):
+        _refuse_file(_outputs(request)[1], overwrite=request.overwrite)
 
 
 # Writing

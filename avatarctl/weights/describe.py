@@ -16,7 +16,7 @@ from avatarctl.weights.checkpoint import Checkpoint, LowRank
 from avatarctl.weights.loaders import verdicts
 from avatarctl.weights.metadata import OwnMetadata, read_own
 from avatarctl.weights.published import PUBLISHED, hash_of
-from avatarctl.weights.tensors import Tensor
+from avatarctl.weights.tensors import Tensor, size_text
 
 __all__ = ["NAMINGS", "describe", "lines", "size_text"]
 
@@ -267,11 +267,3 @@ def _text(value: object) -> str:
 
 def _cut(text: str, width: int) -> str:
     return text if len(text) <= width else f"{text[:width]}…"
-
-
-def size_text(count: int) -> str:
-    """Bytes for people; GB = 1e9."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count} bytes"

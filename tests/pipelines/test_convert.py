@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from avatarctl.errors import OutputRefused, UnusableWeights, UsageError
+from avatarctl.errors import AvatarctlError, OutputRefused, UnusableWeights, UsageError, WriteFailed
 from avatarctl.events import BytesMoved, Event, silent
 from avatarctl.pipelines.convert import (
     Converted,
@@ -584,6 +586,81 @@ def test_combinations_that_nobody_could_read(
     with pytest.raises(UsageError, match=words):
         convert(omni, tmp_path / out, **asked)  # type: ignore[arg-type]
     assert [path.name for path in tmp_path.iterdir()] == ["omni"]
+
+
+# Refused before anything is read or computed
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX links and pipes")
+@pytest.mark.parametrize("dry", [True, False])
+@pytest.mark.parametrize(
+    ("out", "overwrite", "words"),
+    [
+        ("foreign", True, "holds thesis.txt"),
+        ("link", True, "is a symbolic link"),
+        ("loop", True, "is a symbolic link"),
+        ("loop.safetensors", True, "loop of symbolic links"),
+        ("n" * 300, False, "too long"),
+        ("n" * 300 + ".safetensors", False, "too long"),
+        ("pipe.safetensors", True, "not a regular file"),
+    ],
+)
+def test_a_place_is_refused_before_anything_is_read(
+    out: str, overwrite: bool, words: str, dry: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.txt").touch()
+    (tmp_path / "link").symlink_to("foreign")
+    for name in ("loop", "loop.safetensors"):
+        (tmp_path / name).symlink_to(name)
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    before = sorted(tmp_path.rglob("*"))
+    request = ConvertRequest(tmp_path / "missing", tmp_path / out, overwrite=overwrite)
+    with pytest.raises(OutputRefused, match=words):
+        (preview_conversion if dry else plan_conversion)(request, silent)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_a_place_that_takes_no_file_is_refused_before_anything_is_read(
+    dry: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "touch", read_only)
+    request = ConvertRequest(tmp_path / "missing", tmp_path / "out")
+    with pytest.raises(OutputRefused, match="read-only"):
+        (preview_conversion if dry else plan_conversion)(request, silent)
+
+
+def test_a_full_disk_is_told_by_the_plan(omni: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    request = ConvertRequest(omni, tmp_path / "out")
+    with pytest.raises(WriteFailed, match=r"/out: needs [0-9.]+ [kM]B, 100 bytes free"):
+        preview_conversion(request, silent)
+
+
+def test_a_second_file_in_the_way_is_told_before_an_extraction(
+    omni: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert(omni, tmp_path / "whole", base=base, merge=True)
+    monkeypatch.setattr("avatarctl.pipelines.convert_steps.extract_low_rank", None)
+    (tmp_path / "lora.patch.safetensors").touch()
+    request = ConvertRequest(
+        tmp_path / "whole", tmp_path / "lora.safetensors", "comfyui", base=base, extract=True
+    )
+    with pytest.raises(OutputRefused, match=r"lora\.patch\.safetensors: exists"):
+        plan_conversion(request, silent)
+
+
+def test_a_loop_of_links_is_no_source(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(AvatarctlError, match="loop"):
+        convert(tmp_path / "loop", tmp_path / "out")
+    with pytest.raises(AvatarctlError, match="loop"):
+        convert(base, tmp_path / "out", base=tmp_path / "loop", merge=True)
 
 
 # Events and previews
