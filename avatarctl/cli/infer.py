@@ -112,13 +112,15 @@ def _job(request: Request, row: Row, weights: tuple[Wanted, ...], screen: Screen
 def _dry_run(request: Request, row: Row, job: Job, sources: Sources, screen: Screen) -> None:
     from avatarctl.pipelines.infer import environment_problems
     from avatarctl.pipelines.job import check_job
-    from avatarctl.weights.assemble import assemble, open_model
+    from avatarctl.weights.assemble import assemble, built_in, open_model, with_loras
     from avatarctl.weights.sources import missing_line
 
     cfg, missing = request.resolved.cfg, sources.missing
     plan = check_job(cfg, row, job, screen)
     if sources.dit and not missing:
         assemble(row, sources, cfg.model, screen)  # reads headers: do the files belong together?
+    elif row.source == "package" and sources.loras:
+        with_loras(built_in(row), sources.loras, screen)
     else:
         for lora in sources.loras:
             open_model(lora.path)

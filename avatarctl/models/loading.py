@@ -26,10 +26,8 @@ from avatarctl.models.text import PromptEncoder
 from avatarctl.models.vae import WanVae
 from avatarctl.models.wav2vec import FrameWav2Vec2
 from avatarctl.rng import stable_hash
-from avatarctl.weights.assemble import assemble, with_loras
+from avatarctl.weights.assemble import assemble, built_in, with_loras
 from avatarctl.weights.checkpoint import Checkpoint
-from avatarctl.weights.layouts import LAYOUTS
-from avatarctl.weights.sizes import read_sizes
 from avatarctl.weights.sources import Sources, find_sources, missing_line
 from avatarctl.weights.tensors import ArrayTensor
 
@@ -135,23 +133,8 @@ def _built_in(row: Row, sources: Sources, dtype: torch.dtype, device: torch.devi
 
 def _with_loras(row: Row, dit: nn.Module, sources: Sources, emit: Emit) -> nn.Module:
     """A built-in transformer with LoRAs merged in: the same road as files, from tensors in memory."""
-    layout = next(each for each in LAYOUTS if each.family == row.family)
-    network = row.network["dit"]
-    state = layout.key_map.rename_to_original(dit.state_dict())
-    tensors = {name: ArrayTensor(tensor.numpy(), "F32") for name, tensor in state.items()}
-    sizes = read_sizes({name: tensor.info.shape for name, tensor in tensors.items()}, tensors)
-    held = Checkpoint(
-        path=Path(row.name),
-        kind="model",
-        naming="original",
-        layout=layout,
-        variant=row.title,
-        sizes=sizes,
-        tensors=tensors,
-        heads=network["num_attention_heads"],
-        heads_stated=True,
-        audio_offset=row.defaults["model.audio_offset"],
-    )
+    state = built_in(row).layout.key_map.rename_to_original(dit.state_dict())
+    held = built_in(row, {name: ArrayTensor(tensor.numpy(), "F32") for name, tensor in state.items()})
     return transformer(with_loras(held, sources.loras, emit), torch.float32, torch.device("cpu"))
 
 

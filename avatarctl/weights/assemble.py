@@ -5,23 +5,28 @@ What comes out is a full model whose tensors are merged while somebody reads the
 
 from __future__ import annotations
 
-from collections.abc import Sized
+from collections.abc import Mapping, Sized
 from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from avatarctl.config import Model
 from avatarctl.errors import UnusableWeights
 from avatarctl.events import Emit, Notice
 from avatarctl.registry import ROWS, Row
 from avatarctl.weights.checkpoint import Checkpoint
+from avatarctl.weights.layout import Sizes
+from avatarctl.weights.layouts import LAYOUTS
 from avatarctl.weights.lineage import check_lineage
 from avatarctl.weights.loras import Lora
 from avatarctl.weights.merge import merge_adapter
 from avatarctl.weights.metadata import read_own
 from avatarctl.weights.recognise import read_checkpoint, require_complete
 from avatarctl.weights.sources import Sources
+from avatarctl.weights.tensors import ArrayTensor, Tensor
 
-__all__ = ["assemble", "open_model", "require_whole", "with_loras"]
+__all__ = ["assemble", "built_in", "open_model", "require_whole", "with_loras"]
 
 SUM_DTYPE = "F32"
 """Of merged tensors: whoever loads them casts them once."""
@@ -68,6 +73,42 @@ def assemble(row: Row, sources: Sources, model: Model, emit: Emit) -> Checkpoint
     held = with_loras(held, sources.loras, emit)
     _check_channels(row, model, held)
     return held
+
+
+def built_in(row: Row, tensors: Mapping[str, Tensor] | None = None) -> Checkpoint:
+    """The transformer of a built-in row. Without `tensors`, under original names, zeros that take no memory
+    stand for them: they tell as well what fits it."""
+    network = row.network["dit"]
+    layout = next(each for each in LAYOUTS if each.family == row.family)
+    sizes = Sizes(
+        width=network["num_attention_heads"] * network["attention_head_dim"],
+        ffn=network["ffn_dim"],
+        layers=network["num_layers"],
+        **{
+            name: network[name]
+            for name in (
+                "in_channels", "out_channels", "text_dim", "freq_dim", "audio_hidden_size", "audio_input_dim",
+            )
+        },
+    )  # fmt: skip
+    if tensors is None:
+        zero = np.zeros((), np.float32)
+        tensors = {
+            name: ArrayTensor(np.broadcast_to(zero, shape), "F32")
+            for name, shape in layout.shapes(sizes).items()
+        }
+    return Checkpoint(
+        path=Path(row.name),
+        kind="model",
+        naming="original",
+        layout=layout,
+        variant=row.title,
+        sizes=sizes,
+        tensors=tensors,
+        heads=network["num_attention_heads"],
+        heads_stated=True,
+        audio_offset=row.defaults["model.audio_offset"],
+    )
 
 
 def with_loras(held: Checkpoint, loras: tuple[Lora, ...], emit: Emit) -> Checkpoint:
