@@ -6,6 +6,7 @@ size than the published one works, and one that lacks a tensor is refused.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ from avatarctl.models.text import PromptEncoder
 from avatarctl.models.tokenizer import read_tokenizer
 from avatarctl.models.vae import WanVae
 from avatarctl.models.wav2vec import FrameWav2Vec2
-from avatarctl.timeline import SAMPLE_RATE
+from avatarctl.timeline import SAMPLE_RATE, SAMPLES_PER_FRAME
 from avatarctl.weights.checkpoint import Checkpoint
 from avatarctl.weights.files.strict_json import read_object
 from avatarctl.weights.metadata import network_of
@@ -212,6 +213,8 @@ _WORDS: Final[Mapping[str, tuple[Any, ...]]] = {
 _LARGEST: Final = 65_536
 _LONGEST_CONFIG: Final = 1 << 20
 _MOST_CONVOLUTIONS: Final = 32
+_SOUND_STEP: Final = SAMPLES_PER_FRAME // 2
+"""About 50 vectors a second, from which those of the pixel frames are interpolated (models/wav2vec.py)."""
 
 
 def _wav2vec_config(folder: Path) -> dict[str, Any]:
@@ -234,6 +237,11 @@ def _wav2vec_config(folder: Path) -> dict[str, Any]:
         chosen[name] = tuple(_size(path, name, value) for value in values)
     if len({len(chosen[name]) for name in _LISTS}) > 1:
         raise UnusableWeights(f"{', '.join(_LISTS)} differ in length", where=path)
+    if (step := math.prod(chosen["conv_stride"])) != _SOUND_STEP:
+        raise UnusableWeights(
+            f"conv_stride gives one vector for {step} samples, and published models hear by {_SOUND_STEP}",
+            where=path,
+        )
     for name, allowed in _WORDS.items():
         if name in fields:
             if not any(fields[name] is word or fields[name] == word for word in allowed):

@@ -329,6 +329,7 @@ CONFIGS: dict[str, tuple[dict[str, object], str]] = {
     "more layers than tensors": ({"num_hidden_layers": 60_000}, "60000 layers are stated"),
     "a list too long": ({"conv_dim": [8] * 99}, "conv_dim"),
     "lists of two lengths": ({"conv_dim": [8] * 6}, "differ in length"),
+    "another pace": ({"conv_stride": [5, 2, 2, 2, 2, 2, 1]}, "one vector for 160 samples"),
     "an unknown word": ({"hidden_act": "os.system"}, "hidden_act is os.system"),
     "heads that do not divide": ({"num_attention_heads": 3}, "describes no encoder"),
     "an adapter": ({"add_adapter": True}, "with an adapter"),
