@@ -177,7 +177,7 @@ def test_a_connection_that_never_holds(hub: HubServer, client: Path) -> None:
     assert not incomplete(client)
 
 
-@pytest.mark.parametrize("content", [WEIGHTS[:-1] + b"?", WEIGHTS + b"more", WEIGHTS[:5000]])
+@pytest.mark.parametrize("content", [WEIGHTS[:-1] + b"?", b"?" + WEIGHTS[1:]])
 def test_wrong_bytes_never_get_a_name(content: bytes, hub: HubServer, client: Path) -> None:
     hub.faults["model.safetensors"] = [Wrong(content)] * 9
     result = models("pull", NAME, code=3)
@@ -186,6 +186,21 @@ def test_wrong_bytes_never_get_a_name(content: bytes, hub: HubServer, client: Pa
         wanted.file for wanted in locate(find(NAME), None).missing
     }
     assert not incomplete(client) and not list(client.rglob(digest_of(WEIGHTS)))
+
+
+@pytest.mark.parametrize("content", [b"<html>log in</html>", WEIGHTS[:5000], WEIGHTS + b"more"])
+def test_an_answer_of_another_size_leaves_the_part_alone(
+    content: bytes, hub: HubServer, client: Path
+) -> None:
+    hub.faults["model.safetensors"] = [Break(300_000), *[Wrong(content)] * 9]
+    hub.ignores_ranges = True
+    result = models("pull", NAME, code=4)
+    assert f"about {len(content)} bytes, the file has {len(WEIGHTS)}" in error_of(result)
+    (part,) = incomplete(client)
+    assert 0 < part.stat().st_size <= 300_000 and WEIGHTS.startswith(part.read_bytes())
+    hub.faults.clear()
+    hub.ignores_ranges = False
+    assert "going on after" in models("pull", NAME).stderr
 
 
 def test_wrong_bytes_of_a_small_file(hub: HubServer, client: Path) -> None:

@@ -287,7 +287,8 @@ def fetch(file: HubFile, partial: Path, emit: Emit, should_stop: Callable[[], bo
     """Completes `partial` from the hub, from where it ends, and checks it.
 
     Raises:
-        WeightsMissing: no access, or the connection brought nothing `ATTEMPTS` times; the part is kept.
+        WeightsMissing: no access, an answer about something of another size, or the connection brought
+            nothing `ATTEMPTS` times; the part is kept.
         UnusableWeights: the bytes are not those that the hub states; the part is removed.
         WriteFailed: the disk is full; the part is kept.
         Interrupted: `should_stop()`; the part is kept.
@@ -380,6 +381,7 @@ def _append(file: HubFile, partial: Path, emit: Emit, should_stop: Callable[[], 
             f"bytes {start}-"
         ):
             start = 0  # the server sends the whole file, whatever was asked
+        _refuse_other_answer(file, response, partial=response.status_code == 206)
         with _disk(partial), partial.open("ab" if start else "wb") as target:
             done = start
             for chunk in response.iter_bytes():
@@ -390,6 +392,23 @@ def _append(file: HubFile, partial: Path, emit: Emit, should_stop: Callable[[], 
                     return  # no need to see the rest: `_difference` names it
                 if should_stop():
                     raise Interrupted("stopped", where=file, fix=AGAIN)
+
+
+def _refuse_other_answer(file: HubFile, response: Any, *, partial: bool) -> None:
+    """Raises WeightsMissing for an answer about something of another size, before a byte of it is kept: the
+    login page of a network, say, which answers everything with "200 OK"."""
+    if file.size is None or "Content-Encoding" in response.headers:
+        return  # the length of a compressed answer is not the one of the file
+    if partial:
+        stated = response.headers.get("Content-Range", "").rpartition("/")[2]
+    else:
+        stated = response.headers.get("Content-Length", "")
+    if stated.isascii() and stated.isdecimal() and len(stated) < 20 and int(stated) != file.size:
+        raise WeightsMissing(
+            f"the answer is about {int(stated)} bytes, the file has {file.size}: nothing of it was kept",
+            where=file,
+            fix=f"check that no login page or proxy answers instead of {endpoint()}",
+        )
 
 
 @contextlib.contextmanager
