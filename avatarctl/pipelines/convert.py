@@ -439,6 +439,10 @@ def _told_as(final: Path, temporary: Path) -> Iterator[None]:
         if isinstance(error.where, Path) and error.where.is_relative_to(temporary):
             error.where = final / error.where.relative_to(temporary)
         raise
+    except OSError as error:
+        if isinstance(error.filename, str | Path) and Path(error.filename).is_relative_to(temporary):
+            error.filename = str(final)
+        raise
 
 
 def _write_folder(plan: ConvertPlan, folder: Path, emit: Emit) -> list[str]:

@@ -567,6 +567,18 @@ def test_a_sum_that_overflows_is_told_of_the_output_and_no_temporary_folder(
     assert caught.value.where == tmp_path / "out" / "diffusion_pytorch_model.safetensors"
 
 
+def test_an_error_of_the_system_names_no_temporary_file(
+    omni: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stale(path: Path, *_: object, **__: object) -> None:
+        raise OSError(116, "Stale file handle", str(path))
+
+    monkeypatch.setattr("avatarctl.pipelines.convert.write_safetensors", stale)
+    with pytest.raises(OSError, match="Stale") as caught:
+        convert(omni, tmp_path / "out")
+    assert caught.value.filename == str(tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("out", "asked", "words"),
     [
