@@ -39,7 +39,7 @@ class EarlyFlush:
             self._work.result()
 
     def wrote(self, count: int) -> None:
-        """`count` more bytes were written. Raises the OSError of an earlier flush, which is told once only."""
+        """`count` more bytes were written. Raises the OSError of an earlier flush, told once only."""
         self._waiting += count
         if self._waiting < _EVERY or (self._work is not None and not self._work.done()):
             return
