@@ -228,13 +228,14 @@ def stated_network(checkpoint: Checkpoint) -> dict[str, float]:
         found["num_attention_heads"] = checkpoint.heads
         if checkpoint.sizes.width:
             found["attention_head_dim"] = checkpoint.sizes.width // checkpoint.heads
-    stated = {**checkpoint.config, **read_own(checkpoint.metadata).network}
-    if "eps" not in stated:
-        return found
-    eps = stated["eps"]
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 < eps < 1:
-        raise UnusableWeights(f"eps is {printable(eps)[:60]}, not a small number", where=checkpoint.path)
-    return found | {"eps": float(eps)}
+    for fields in (checkpoint.config, read_own(checkpoint.metadata).network):  # the metadata's word counts
+        if "eps" not in fields:
+            continue
+        eps = fields["eps"]
+        if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 < eps < 1:
+            raise UnusableWeights(f"eps is {printable(eps)[:60]}, not a small number", where=checkpoint.path)
+        found["eps"] = float(eps)
+    return found
 
 
 def network_of(checkpoint: Checkpoint) -> Mapping[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -69,5 +70,6 @@ def test_a_config_beside_weights_is_read_so(tmp_path: Path, value: str) -> None:
 def test_an_eps_is_a_number_between_0_and_1(eps: object) -> None:
     path = Path("a.safetensors")
     held = Checkpoint(path, "model", "original", WAN, "", Sizes(width=256), {}, config={"eps": eps})
-    with pytest.raises(UnusableWeights, match="eps is"):
-        stated_network(held)
+    for metadata in ({}, {"avatarctl.network": '{"eps": 1e-6}'}):
+        with pytest.raises(UnusableWeights, match="eps is"):
+            stated_network(replace(held, metadata=metadata))
