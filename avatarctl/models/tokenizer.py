@@ -29,7 +29,7 @@ _MOST_VALUES: Final = 256
 _LONGEST_WRITTEN: Final = 8
 """Characters that one step writes for what it finds; UMT5's writes one."""
 
-_MOST_GROWTH: Final = 256
+_MOST_GROWTH: Final = 1024
 """Of a text by all steps together, at worst. Unicode's own compatibility forms are up to 18 times as long."""
 
 _COMPATIBILITY: Final = 18
