@@ -91,14 +91,15 @@ def test_image(row: dict[str, Any], judged: Callable[..., dict[str, Any] | None]
 
 @pytest.mark.parametrize("row", rows("checkpoint"))
 def test_checkpoint(row: dict[str, Any], run: Callable[..., Result], here: Path) -> None:
-    """Inspected, converted, named as a LoRA (with code in it also as a model): nothing is left behind."""
+    """Inspected, converted, damaged ones named as a LoRA, those with code also as a model."""
     path = HOSTILE / row["file"]
     beside = sorted(path.parent.iterdir())
     out = here / "converted.safetensors"
     for command in (
         ("convert-ckpt", str(path), "--inspect"),
         ("convert-ckpt", str(path), "--out", str(out)),
-        ("infer", "--lora", str(path), "--dry-run"),
+        # What could be accepted is of another size than the built-in model, which is another refusal.
+        *([("infer", "--lora", str(path), "--dry-run")] if 0 not in row["exit"] else []),
         *([("infer", "--model", str(path), "--dry-run")] if row["malicious"] else []),
     ):
         result = run(*command)
