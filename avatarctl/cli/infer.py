@@ -20,7 +20,7 @@ from avatarctl.cli.screen import Screen
 from avatarctl.config import Resolved, RunConfig, dump_run, require_supported, value_of
 from avatarctl.errors import NotYetSupported, OutputRefused, UsageError, WeightsMissing, printable
 from avatarctl.events import Notice
-from avatarctl.registry import COMPAT, NOT_YET, ROWS, Row, Wanted
+from avatarctl.registry import COMPAT, NOT_YET, ROWS, Row, Wanted, find_model
 
 # The weights room imports numpy, which `--help` need not wait for: its names come where they are used.
 if TYPE_CHECKING:
@@ -55,17 +55,17 @@ def infer(**params: Any) -> None:
     Without --model it is the built-in cartoon model, and without --image or --audio its built-in face and
     voice. The path of the video is printed on standard output.
     """
-    from avatarctl.weights.model_row import row_named
-    from avatarctl.weights.sources import find_sources
-
-    request = read_request("infer", params, lambda name: row_named(name).for_config, COMPAT, DEFAULT_MODEL)
+    request = read_request("infer", params, lambda name: _row(name).for_config, COMPAT, DEFAULT_MODEL)
     cfg = request.resolved.cfg
     require_supported(cfg, "infer", request.resolved.origins)
     assert cfg.model.name is not None
-    row = row_named(cfg.model.name)
+    row = _row(cfg.model.name)
     if row.status == NOT_YET:
         raise NotYetSupported(f"{row.name} is not yet supported", where="model.name")
     _refuse_existing(cfg)
+
+    from avatarctl.weights.sources import find_sources
+
     with Screen(cfg.runtime.log_level) as screen:
         for notice in _introduction(request, row):
             screen(Notice(notice))
@@ -75,6 +75,15 @@ def infer(**params: Any) -> None:
             _dry_run(request, row, job, sources, screen)
         else:
             _run(request, row, job, sources.missing, screen)
+
+
+def _row(name: str) -> Row:
+    """The row of a registry name, which needs no weights room, or of a file."""
+    if name in ROWS:
+        return find_model(name)
+    from avatarctl.weights.model_row import row_named
+
+    return row_named(name)
 
 
 def _introduction(request: Request, row: Row) -> list[str]:
