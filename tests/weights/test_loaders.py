@@ -188,7 +188,7 @@ def test_models_in_diffusers(prefix: str, parts: Shapes, answer: str, tmp_path: 
     (tmp_path / "config.json").write_text(json.dumps({**network().config, "in_channels": channels}))
     try:
         model = WanTransformer3DModel.from_single_file(path, config=str(tmp_path))
-    except Exception:
+    except (ValueError, KeyError, RuntimeError, OSError):
         model = None
     assert said.answer == ("no" if prefix == "pipe.dit." else answer)
     if said.answer == "no":
