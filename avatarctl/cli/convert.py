@@ -64,6 +64,7 @@ Examples:
     help="State what no tensor tells: 1 for published picture-to-video weights, 0 for all others.",
 )
 @click.option("--allow-nonfinite", is_flag=True, help="Write NaN and infinity instead of refusing them.")
+@click.option("--sha256", is_flag=True, help="Note the SHA-256 of large source files too; slower.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing DST.")
 @click.option("--inspect", is_flag=True, help="Show what SRC is; write nothing.")
 @click.option("--dry-run", is_flag=True, help="Check everything and print the plan; touch nothing.")
@@ -147,6 +148,7 @@ def _request(source: Path, params: dict[str, Any]) -> ConvertRequest:
         dtype=None if params["dtype"] is None else DTYPE_NAMES[params["dtype"]],
         audio_offset=None if params["audio_offset"] is None else int(params["audio_offset"]),
         allow_nonfinite=params["allow_nonfinite"],
+        sha256=params["sha256"],
         overwrite=params["overwrite"],
     )
 

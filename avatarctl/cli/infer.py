@@ -121,8 +121,9 @@ def _job(request: Request, row: Row, weights: tuple[Wanted, ...], screen: Screen
 def _dry_run(request: Request, row: Row, job: Job, sources: Sources, screen: Screen) -> None:
     from avatarctl.pipelines.infer import environment_problems
     from avatarctl.pipelines.job import check_job
-    from avatarctl.weights.assemble import assemble, built_in, open_model, with_loras
+    from avatarctl.weights.assemble import assemble, built_in, with_loras
     from avatarctl.weights.sources import missing_line
+    from avatarctl.weights.whole import open_model
 
     cfg, missing = request.resolved.cfg, sources.missing
     plan = check_job(cfg, row, job, screen)

@@ -7,19 +7,26 @@ extraction is the exception: it computes one pair of matrices after another and 
 from __future__ import annotations
 
 import json
-import os
-import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-from avatarctl.atomic import atomic_path, atomic_write_text, disk_errors, ensure_writable_folder
-from avatarctl.errors import AvatarctlError, OutputRefused, UnusableWeights, UsageError
+from avatarctl.atomic import atomic_path, atomic_write_text, disk_errors
+from avatarctl.errors import AvatarctlError, UnusableWeights, UsageError
 from avatarctl.events import BytesMoved, Emit, Notice, Stage
+from avatarctl.pipelines.convert_request import (
+    SUFFIX,
+    ConvertRequest,
+    check_companion,
+    check_names,
+    check_overlap,
+    check_place,
+    is_file,
+)
 from avatarctl.pipelines.convert_steps import (
     Step,
     change_channels,
@@ -29,13 +36,12 @@ from avatarctl.pipelines.convert_steps import (
     plain_name,
     state_audio_offset,
 )
-from avatarctl.weights.assemble import require_whole
 from avatarctl.weights.checkpoint import Checkpoint
 from avatarctl.weights.describe import NAMINGS
-from avatarctl.weights.export import Export, Target, export, with_release_config
+from avatarctl.weights.export import Export, export, with_release_config
+from avatarctl.weights.files.hashes import FileHashes
 from avatarctl.weights.files.safetensors_file import read_header
 from avatarctl.weights.files.source import COMPANION_OF
-from avatarctl.weights.files.staging import refuse_folder
 from avatarctl.weights.files.writer import (
     require_space,
     shard_names,
@@ -46,6 +52,7 @@ from avatarctl.weights.files.writer import (
 from avatarctl.weights.metadata import config_of, file_metadata, read_own
 from avatarctl.weights.recognise import read_checkpoint
 from avatarctl.weights.tensors import Tensor
+from avatarctl.weights.whole import require_whole
 
 __all__ = [
     "ConvertPlan",
@@ -55,36 +62,6 @@ __all__ = [
     "preview_conversion",
     "write",
 ]
-
-_SUFFIX: Final = ".safetensors"
-_OTHER_SUFFIXES: Final = (".pt", ".pth", ".bin", ".ckpt", ".gguf", ".json", ".zip")
-
-
-@dataclass(frozen=True)
-class ConvertRequest:
-    """What is asked.
-
-    out: a name that ends in .safetensors is a file, any other a folder. base: for merge or extract. rank: of
-    an extraction, None for what the difference needs. shard_bytes, dtype ("BF16"): None keeps what is
-    there. audio_offset: states what no tensor tells. allow_nonfinite: write NaN and infinity instead of
-    refusing them.
-    """
-
-    source: Path
-    out: Path
-    to: Target = "original"
-    channels: int | None = None
-    drop_channels: bool = False
-    base: Path | None = None
-    merge: bool = False
-    strength: float = 1.0
-    extract: bool = False
-    rank: int | None = None
-    shard_bytes: int | None = None
-    dtype: str | None = None
-    audio_offset: int | None = None
-    allow_nonfinite: bool = False
-    overwrite: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,13 +91,13 @@ class ConvertPlan:
     @property
     def companion(self) -> str:
         """Plain name of the second file, empty if there is none."""
-        stem = self.main.removesuffix(_SUFFIX)
-        return f"{stem}.patch{_SUFFIX}" if self.export.companion else ""
+        stem = self.main.removesuffix(SUFFIX)
+        return f"{stem}.patch{SUFFIX}" if self.export.companion else ""
 
     @property
     def main(self) -> str:
         """Plain name of the main file."""
-        return self.request.out.name if _is_file(self.request.out) else self.export.name
+        return self.request.out.name if is_file(self.request.out) else self.export.name
 
 
 @dataclass(frozen=True)
@@ -192,9 +169,9 @@ def preview_conversion(request: ConvertRequest, emit: Emit) -> dict[str, Any]:
         plan = plan_conversion(request, emit)
         main = [plan.main]
         if request.shard_bytes is not None:
-            stem = plan.main.removesuffix(_SUFFIX)
+            stem = plan.main.removesuffix(SUFFIX)
             main = shard_names(stem, plan.export.tensors, request.shard_bytes)
-        documents = [] if _is_file(request.out) else plan.export.documents
+        documents = [] if is_file(request.out) else plan.export.documents
         files = [name for name in (plan.companion, *main, *documents) if name]
         return _summary(request, files, plan.count, plan.bytes, plan.did)
     source, base, _ = _open(request)
@@ -218,14 +195,14 @@ def _summary(
 
 def _open(request: ConvertRequest) -> tuple[Checkpoint, Checkpoint | None, tuple[Path, ...]]:
     """Source, base, and every file that is read, after all checks that need no tensor."""
-    _check_names(request)
-    _check_place(request)
+    check_names(request)
+    check_place(request)
     source = _read(request.source)
     base = _read(request.base) if request.base is not None else None
     sources = tuple(dict.fromkeys((*source.files, *(base.files if base else ()))))
-    _check_overlap(request, sources)
+    check_overlap(request, sources)
     if request.extract and base and request.to == "comfyui" and source.layout.family != base.layout.family:
-        _check_companion(request)  # the audio layers will be in it: known before hours of computation
+        check_companion(request)  # the audio layers will be in it: known before hours of computation
     return source, base, sources
 
 
@@ -252,112 +229,11 @@ def _described(checkpoint: Checkpoint) -> str:
     return f"{checkpoint.variant}, {NAMINGS[checkpoint.naming]}{scale}"
 
 
-# What is asked
-
-
-def _is_file(out: Path) -> bool:
-    return out.suffix == _SUFFIX
-
-
-def _check_names(request: ConvertRequest) -> None:
-    out = request.out
-    if out.suffix.lower() in _OTHER_SUFFIXES:
-        raise UsageError(
-            f"{out.suffix} files are not written",
-            where="--out",
-            fix="name a .safetensors file or a folder",
-        )
-    if out.suffix.lower() == _SUFFIX and not _is_file(out):
-        raise UsageError(f"the suffix is {_SUFFIX}, in lower case", where="--out")
-    if _is_file(out) and request.shard_bytes is not None:
-        raise UsageError(
-            "shards need a folder", where="--shard-size", fix=f"--out {out.with_suffix('').name}"
-        )
-    if _is_file(out) and request.to in ("diffusers", "peft"):
-        raise UsageError(
-            f"{request.to} reads a folder, not one file",
-            where="--out",
-            fix=f"--out {out.with_suffix('').name}",
-        )
-    if request.to == "comfyui" and request.shard_bytes is not None:
-        raise UsageError("ComfyUI reads one file, not shards", where="--shard-size")
-
-
-def _outputs(request: ConvertRequest) -> list[Path]:
-    """Where something may come to stand."""
-    out = request.out
-    return [out, out.with_name(f"{out.stem}.patch{_SUFFIX}")] if _is_file(out) else [out]
-
-
-def _check_place(request: ConvertRequest) -> None:
-    """Before anything is read, and leaving nothing behind; the writer looks again."""
-    out = request.out
-    folder = out.absolute().parent
-    with disk_errors(out):
-        there = folder.is_dir()
-    if not there:
-        raise OutputRefused(f"the folder {folder} does not exist", where=out, fix="make it first")
-    if _same(out, request.source):
-        raise OutputRefused("is what is read", where=out, fix="choose another --out")
-    if _is_file(out):
-        for path in _outputs(request):
-            _refuse_file(path, overwrite=request.overwrite or path != out)  # perhaps there is no second file
-    else:
-        refuse_folder(out, overwrite=request.overwrite)
-        if out.is_dir():
-            ensure_writable_folder(out)  # what is in it will have to go
-    ensure_writable_folder(folder)
-
-
-def _refuse_file(path: Path, *, overwrite: bool) -> None:
-    with disk_errors(path), suppress(FileNotFoundError):  # nothing there, or a link that leads nowhere
-        mode = path.stat().st_mode  # a loop of links is refused here
-        if not stat.S_ISREG(mode):
-            what = "is a folder, not a file" if stat.S_ISDIR(mode) else "is not a regular file"
-            raise OutputRefused(what, where=path, fix="choose another --out")
-    if not overwrite and os.path.lexists(path):
-        raise OutputRefused("exists", where=path, fix="add --overwrite or choose another --out")
-
-
-def _check_overlap(request: ConvertRequest, sources: Sequence[Path]) -> None:
-    """Nothing that is read is replaced, and nothing is added to a folder that is read."""
-    for path in _outputs(request):
-        if any(_same(path, file) for file in sources):
-            raise OutputRefused("is one of the files that are read", where=path, fix="choose another --out")
-    out = _real(request.out)
-    if not _is_file(request.out) and any(_real(file).is_relative_to(out) for file in sources):
-        raise OutputRefused("holds files that are read", where=request.out, fix="choose another --out")
-    for read in (request.source, request.base):
-        if read is not None and read.is_dir() and out.is_relative_to(_real(read)):
-            raise OutputRefused(
-                f"lies inside {read}, which is read", where=request.out, fix="choose another --out"
-            )
-
-
-def _same(one: Path, other: Path) -> bool:
-    """Whether two paths lead to one file, links included."""
-    try:
-        return one.samefile(other)
-    except OSError:  # one is not there, or no name at all: for the reader or writer to tell
-        return _real(one) == _real(other)
-
-
-def _real(path: Path) -> Path:
-    """`Path.resolve` raises RuntimeError for a loop of links, which is for the reader or writer to tell."""
-    return Path(os.path.realpath(path))
-
-
 def _check_layout(request: ConvertRequest, checkpoint: Checkpoint, exported: Export) -> None:
     if request.shard_bytes is not None and checkpoint.kind == "adapter":
         raise UsageError("adapters are one file, never shards", where="--shard-size")
     if exported.companion:
-        _check_companion(request)
-
-
-def _check_companion(request: ConvertRequest) -> None:
-    """Where it is known that there will be a second file."""
-    if _is_file(request.out):
-        _refuse_file(_outputs(request)[1], overwrite=request.overwrite)
+        check_companion(request)
 
 
 # Writing
@@ -371,24 +247,30 @@ def write(plan: ConvertPlan, emit: Emit) -> Converted:
     started = time.monotonic()
     request = plan.request
     emit(Stage("writing"))
-    if _is_file(request.out):
+    with FileHashes(whole=request.sha256) as hashes:
+        files = _write(plan, hashes, emit)
+    return Converted(request.out, tuple(files), plan.count, plan.bytes, time.monotonic() - started, plan.did)
+
+
+def _write(plan: ConvertPlan, hashes: FileHashes, emit: Emit) -> list[str]:
+    request = plan.request
+    if is_file(request.out):
         left = _left_half(plan)
-        files = _write_file(plan, emit)
+        files = _write_file(plan, hashes, emit)
         if left is not None:
             with disk_errors(left):
                 left.unlink()
             emit(Notice(f"removed {left}, the second half of the file that was replaced"))
-    else:
-        staged = staged_folder(request.out, overwrite=request.overwrite, sources=plan.sources)
-        with staged as folder, _told_as(request.out, folder):
-            files = _write_folder(plan, folder, emit)
-    return Converted(request.out, tuple(files), plan.count, plan.bytes, time.monotonic() - started, plan.did)
+        return files
+    staged = staged_folder(request.out, overwrite=request.overwrite, sources=plan.sources)
+    with staged as folder, _told_as(request.out, folder):
+        return _write_folder(plan, folder, hashes, emit)
 
 
 def _left_half(plan: ConvertPlan) -> Path | None:
     """The second file of an adapter that is replaced by a file without one: alone it is of no use."""
     main = plan.request.out
-    half = main.with_name(f"{main.stem}.patch{_SUFFIX}")
+    half = main.with_name(f"{main.stem}.patch{SUFFIX}")
     if plan.companion or not main.exists() or not half.is_file():
         return None
     try:
@@ -398,7 +280,7 @@ def _left_half(plan: ConvertPlan) -> Path | None:
     return half if first == main.name else None
 
 
-def _write_file(plan: ConvertPlan, emit: Emit) -> list[str]:
+def _write_file(plan: ConvertPlan, hashes: FileHashes, emit: Emit) -> list[str]:
     """The main file and, if it has one, its companion, which gets its name first: a file that names a
     companion always has it. A new companion goes again where the main file cannot get its name."""
     main, names = plan.request.out, [name for name in (plan.companion, plan.main) if name]
@@ -415,7 +297,7 @@ def _write_file(plan: ConvertPlan, emit: Emit) -> list[str]:
             places.append(stack.enter_context(atomic_path(half, replace=replaces)))
         for name, place in zip(names, reversed(places), strict=True):
             with _told_as(main.with_name(name), place):
-                _write_tensors(plan, place, name == plan.companion, emit)
+                _write_tensors(plan, place, name == plan.companion, hashes, emit)
     return names
 
 
@@ -445,23 +327,24 @@ def _told_as(final: Path, temporary: Path) -> Iterator[None]:
         raise
 
 
-def _write_folder(plan: ConvertPlan, folder: Path, emit: Emit) -> list[str]:
+def _write_folder(plan: ConvertPlan, folder: Path, hashes: FileHashes, emit: Emit) -> list[str]:
     names = []
     if plan.companion:
-        _write_tensors(plan, folder / plan.companion, True, emit)
+        _write_tensors(plan, folder / plan.companion, True, hashes, emit)
         names.append(plan.companion)
     if plan.request.shard_bytes is None:
-        _write_tensors(plan, folder / plan.main, False, emit)
+        _write_tensors(plan, folder / plan.main, False, hashes, emit)
         names.append(plan.main)
     else:
         written = write_sharded(
             folder,
-            plan.main.removesuffix(_SUFFIX),
+            plan.main.removesuffix(SUFFIX),
             plan.export.tensors,
             _metadata(plan, companion=False),
             plan.request.shard_bytes,
             allow_nonfinite=plan.request.allow_nonfinite,
             sources=plan.sources,
+            hashes=hashes,
             progress=lambda done: emit(BytesMoved(plan.request.out.name, done, plan.bytes)),
         )
         names += [path.name for path in written]
@@ -472,7 +355,7 @@ def _write_folder(plan: ConvertPlan, folder: Path, emit: Emit) -> list[str]:
     return names
 
 
-def _write_tensors(plan: ConvertPlan, path: Path, companion: bool, emit: Emit) -> None:
+def _write_tensors(plan: ConvertPlan, path: Path, companion: bool, hashes: FileHashes, emit: Emit) -> None:
     tensors = plan.export.companion if companion else plan.export.tensors
     before = 0
     if not companion:
@@ -483,6 +366,7 @@ def _write_tensors(plan: ConvertPlan, path: Path, companion: bool, emit: Emit) -
         _metadata(plan, companion=companion),
         allow_nonfinite=plan.request.allow_nonfinite,
         sources=plan.sources,
+        hashes=hashes,
         progress=lambda done: emit(BytesMoved(plan.request.out.name, before + done, plan.bytes)),
     )
 

@@ -21,37 +21,14 @@ from avatarctl.weights.layouts import LAYOUTS
 from avatarctl.weights.lineage import check_lineage
 from avatarctl.weights.loras import Lora
 from avatarctl.weights.merge import merge_adapter
-from avatarctl.weights.metadata import read_own
-from avatarctl.weights.recognise import read_checkpoint, require_complete
 from avatarctl.weights.sources import Sources
 from avatarctl.weights.tensors import ArrayTensor, Tensor
+from avatarctl.weights.whole import open_model
 
-__all__ = ["assemble", "built_in", "open_model", "require_whole", "with_loras"]
+__all__ = ["assemble", "built_in", "with_loras"]
 
 SUM_DTYPE = "F32"
 """Of merged tensors: whoever loads them casts them once."""
-
-
-def open_model(path: Path) -> Checkpoint:
-    """The complete checkpoint at `path`.
-
-    Raises what `read_checkpoint` and `require_complete` raise, and UnusableWeights for the second file of an
-    adapter that is written as two: half of it would run and be wrong.
-    """
-    held = read_checkpoint(path)
-    require_whole(held)
-    return held
-
-
-def require_whole(held: Checkpoint) -> None:
-    """Raise what `open_model` raises for a checkpoint that is open."""
-    if first := read_own(held.metadata).companion_of:
-        raise UnusableWeights(
-            f"is the second half of an adapter; its first file is {first[:100]}",
-            where=held.path,
-            fix=f"name {first[:100]}, which reads both",
-        )
-    require_complete(held)
 
 
 def assemble(row: Row, sources: Sources, model: Model, emit: Emit) -> Checkpoint:

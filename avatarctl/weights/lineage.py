@@ -54,8 +54,10 @@ def _recorded(base: Checkpoint, adapter: Checkpoint) -> bool:
     origins = set() if _did(ours, "extract") else set(ours.sources)
     if origins & set(theirs.sources):
         return True
-    with FileHashes(adapter.files) as hashes:
-        return not set(theirs.sources).isdisjoint(hashes.result())
+    with FileHashes() as hashes:
+        hashes.start(adapter.files)
+        found = {value for digest in hashes.digests(adapter.files) for value in digest.entries().values()}
+    return not found.isdisjoint(theirs.sources)
 
 
 def _did(header: OwnMetadata, operation: str) -> bool:

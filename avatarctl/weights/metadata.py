@@ -58,7 +58,7 @@ class OwnMetadata:
 
     kind: "model" or "adapter"; channels: input channels, 0 unknown; conventions: `Conventions` by field name,
     as far as known; network: num_attention_heads, attention_head_dim, eps; config: the source's
-    configuration; operations: one entry for each conversion step, oldest first; sources: SHA-256 of the files
+    configuration; operations: one entry for each conversion step, oldest first; sources: hashes of the files
     that the last one read; companion, companion_of: plain file names.
     """
 
@@ -88,8 +88,8 @@ def read_own(metadata: Mapping[str, str]) -> OwnMetadata:
     if not all(isinstance(entry, dict) for entry in operations):
         raise UnusableWeights("the metadata avatarctl.operations is no list of objects")
     sources = _json(metadata, "avatarctl.sources", list)
-    if not all(isinstance(entry, dict) and isinstance(entry.get("sha256"), str) for entry in sources):
-        raise UnusableWeights("the metadata avatarctl.sources is no list of files with their sha256")
+    if not all(isinstance(entry, dict) and _hashes(entry) for entry in sources):
+        raise UnusableWeights("the metadata avatarctl.sources is no list of files with their hashes")
     return OwnMetadata(
         version=metadata.get("avatarctl.version", ""),
         family=metadata.get("avatarctl.family", ""),
@@ -99,10 +99,16 @@ def read_own(metadata: Mapping[str, str]) -> OwnMetadata:
         network=_numbers(metadata, "avatarctl.network"),
         config=_json(metadata, "avatarctl.config", dict),
         operations=tuple(operations),
-        sources=tuple(entry["sha256"] for entry in sources),
+        sources=tuple(digest for entry in sources for digest in _hashes(entry)),
         companion=metadata.get("avatarctl.companion", ""),
         companion_of=metadata.get("avatarctl.companion_of", ""),
     )
+
+
+def _hashes(entry: Mapping[str, Any]) -> list[str]:
+    """Of a file as `weights.files.hashes` names it; empty where none is stated."""
+    stated = (entry.get("sha256"), entry.get("sampled_sha256"))
+    return [digest for digest in stated if isinstance(digest, str)]
 
 
 def _json(metadata: Mapping[str, str], key: str, kind: type[Any]) -> Any:

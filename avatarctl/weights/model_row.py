@@ -7,9 +7,9 @@ from typing import Any, Final
 
 from avatarctl.errors import PathNotFound, UnusableWeights
 from avatarctl.registry import ENCODER_FILES, NEEDS_WEIGHTS, ROWS, Row, find_model
-from avatarctl.weights.assemble import open_model
 from avatarctl.weights.checkpoint import Checkpoint
 from avatarctl.weights.files.named_path import expanded
+from avatarctl.weights.whole import open_model
 
 __all__ = ["published_row", "row_named"]
 

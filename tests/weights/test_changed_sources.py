@@ -53,7 +53,8 @@ def test_no_hash_of_another_file(tmp_path: Path) -> None:
         file.truncate(400_000_000)  # sparse
     second.write_bytes(b"1" * 100)
     other.write_bytes(b"2" * 100)
-    with FileHashes([first, second]) as hashes:
+    with FileHashes() as hashes:
+        hashes.start([first, second])
         other.replace(second)
         with pytest.raises(UnusableWeights, match="second: changed while it was read"):
-            hashes.result()
+            hashes.digests([first, second])

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from avatarctl.errors import UnusableWeights
+from avatarctl.weights.files.stamp import FileStamp
 from avatarctl.weights.files.strict_json import clip, file_size, parse_object
-from avatarctl.weights.tensors import DTYPES, FileStamp, FileTensor, TensorInfo
+from avatarctl.weights.tensors import DTYPES, FileTensor, TensorInfo
 
 __all__ = ["Header", "is_possible_shape", "read_header", "refuse_placeholder"]
 

@@ -4,15 +4,14 @@ The format (an 8-byte length, a JSON header, raw bytes; github.com/huggingface/s
 names, dtypes and shapes first. A lazy `Tensor` knows those without being read, so the header is written
 before the first number, and then one block after another: read, checked, written.
 
-What the file was made from is written into it: `avatarctl.sources` in the metadata holds the name and the
-SHA-256 of every source file. Hashing runs beside the copy; its digits have a fixed number, so the header is
-written with zeros and once more, at the same length, before the file gets its name.
+What the file was made from is written into it: `avatarctl.sources` in the metadata holds the name and a hash
+of every source file (`hashes.py` says which). Hashing runs beside the copy; its digits have a fixed number,
+so the header is written with zeros and once more, at the same length, before the file gets its name.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import stat
 import struct
@@ -26,8 +25,8 @@ import numpy as np
 
 from avatarctl.atomic import atomic_path, disk_errors
 from avatarctl.errors import OutputRefused, UnusableWeights, WriteFailed
-from avatarctl.weights.files.flushing import EarlyFlush
-from avatarctl.weights.files.hashes import FileHashes
+from avatarctl.weights.files.hashes import FileDigest, FileHashes
+from avatarctl.weights.files.output_file import OutputFile
 from avatarctl.weights.files.staging import staged_folder
 from avatarctl.weights.finite import nonfinite, nonfinite_file
 from avatarctl.weights.tensors import (
@@ -51,13 +50,14 @@ __all__ = [
 ]
 
 SOURCES_KEY: Final = "avatarctl.sources"
-"""Metadata key of the files that a file was made from: JSON [{"name": ..., "sha256": ...}]."""
+"""Metadata key of the files that a file was made from: JSON [{"name": ..., "sha256": ...}], for large files
+`sampled_sha256` instead, or both."""
 
 _MAX_HEADER_BYTES: Final = 100_000_000
 """Readers refuse longer headers (safetensors, MAX_HEADER_SIZE)."""
-_COPY_BYTES: Final = 2 << 20
-"""Blocks of tensors that stay as they are in their file. Measured: half the time of 8 MB, whose memory is
-given back and faulted in again for every block. A thread that reads ahead made it slower on two cores."""
+_COPY_BYTES: Final = 1 << 20
+"""Blocks of tensors that stay as they are in their file: within the processor's cache. Measured: half the
+time of 8 MB, whose memory is given back and faulted in again for every block."""
 _NAME_CHARS: Final = 100
 
 
@@ -68,11 +68,13 @@ def write_safetensors(
     *,
     allow_nonfinite: bool = False,
     sources: Sequence[Path] = (),
+    hashes: FileHashes | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Writes `tensors`, in their order, as one safetensors file; the same input gives the same bytes.
 
     metadata: without `avatarctl.sources`, which is made from `sources`, the files that were read.
+    hashes: of somebody who writes more than one file from these sources, or has begun with them already.
     progress: called with the bytes of tensors written so far.
 
     An older file of this name stays as it was until the new one is complete and on the disk.
@@ -85,10 +87,10 @@ def write_safetensors(
     """
     _refuse_place(path, sources)
     shard = _Shard(path, tensors, metadata, sources)
-    require_space(path, len(shard.header()) + shard.nbytes)
-    with FileHashes(sources) as hashes, atomic_path(path) as temporary:
-        shard.write(temporary, hashes, _Meter(progress), allow_nonfinite=allow_nonfinite)
-        shard.sign(temporary, hashes.result())
+    with _begun(hashes, sources) as begun, atomic_path(path) as temporary:
+        require_space(path, len(shard.header(begun.placeholders(sources))) + shard.nbytes)
+        shard.write(temporary, begun, _Meter(progress), allow_nonfinite=allow_nonfinite)
+        shard.sign(temporary, begun.digests(sources))
 
 
 def write_sharded(
@@ -100,6 +102,7 @@ def write_sharded(
     *,
     allow_nonfinite: bool = False,
     sources: Sequence[Path] = (),
+    hashes: FileHashes | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Path]:
     """Writes `tensors` as shards of at most `shard_bytes` of numbers and an index that names them.
@@ -120,14 +123,15 @@ def write_sharded(
         _Shard(folder / name, part, metadata, sources) for name, part in zip(names, packed, strict=True)
     ]
     total = sum(shard.nbytes for shard in shards)
-    require_space(folder / names[0], total + sum(len(shard.header()) for shard in shards))
     finals = [shard.path for shard in shards]
     if len(shards) > 1:
         finals.append(folder / f"{stem}.safetensors.index.json")
     for path in finals:
         _refuse_place(path, sources)
     meter = _Meter(progress)
-    with FileHashes(sources) as hashes, _all_or_none(finals), ExitStack() as stack:
+    with _begun(hashes, sources) as begun, _all_or_none(finals), ExitStack() as stack:
+        headers = sum(len(shard.header(begun.placeholders(sources))) for shard in shards)
+        require_space(finals[0], total + headers)
         # The stack unwinds backwards: what is entered first is renamed last.
         if len(shards) > 1:
             index = stack.enter_context(atomic_path(finals[-1]))
@@ -135,9 +139,9 @@ def write_sharded(
                 index.write_bytes(_index(shards, total))
         temporary = [stack.enter_context(atomic_path(shard.path)) for shard in shards]
         for shard, place in zip(shards, temporary, strict=True):
-            shard.write(place, hashes, meter, allow_nonfinite=allow_nonfinite)
+            shard.write(place, begun, meter, allow_nonfinite=allow_nonfinite)
         for shard, place in zip(shards, temporary, strict=True):
-            shard.sign(place, hashes.result())
+            shard.sign(place, begun.digests(sources))
     return finals
 
 
@@ -148,6 +152,14 @@ def shard_names(stem: str, tensors: Mapping[str, Tensor], shard_bytes: int) -> l
         return [f"{stem}.safetensors"]
     shards = [f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
     return [*shards, f"{stem}.safetensors.index.json"]
+
+
+@contextmanager
+def _begun(hashes: FileHashes | None, sources: Sequence[Path]) -> Iterator[FileHashes]:
+    with ExitStack() as stack:
+        begun = stack.enter_context(FileHashes()) if hashes is None else hashes
+        begun.start(sources)
+        yield begun
 
 
 class _Meter:
@@ -176,37 +188,32 @@ class _Shard:
     def nbytes(self) -> int:
         return sum(tensor.info.nbytes for tensor in self.tensors.values())
 
-    def header(self, digests: Sequence[str] | None = None) -> bytes:
-        """Length and JSON, padded to a multiple of 8 bytes; without digests with zeros in their place."""
+    def header(self, digests: Sequence[FileDigest]) -> bytes:
+        """Length and JSON, padded to a multiple of 8 bytes."""
         metadata = dict(self.metadata)
         if self.sources:
-            entries = zip(self.sources, digests or ["0" * 64] * len(self.sources), strict=True)
+            entries = zip(self.sources, digests, strict=True)
             metadata[SOURCES_KEY] = json.dumps(
-                [{"name": path.name, "sha256": digest} for path, digest in entries]
+                [{"name": path.name} | digest.entries() for path, digest in entries]
             )
         return _header({name: tensor.info for name, tensor in self.tensors.items()}, metadata, self.path)
 
     def write(self, place: Path, hashes: FileHashes, meter: _Meter, *, allow_nonfinite: bool) -> None:
         """Header and tensors; raises what `hashes` met as soon as it is known."""
-        with ExitStack() as stack:
-            with disk_errors(self.path):
-                file = stack.enter_context(place.open("xb"))
-            stack.enter_context(disk_errors(self.path, refusals=False))
-            file.write(self.header())
-            early = stack.enter_context(EarlyFlush(file))
+        with disk_errors(self.path):
+            out = OutputFile(place)
+        # Flushed at its end: the disk works while the hashes are finished, and `sign` leaves one page.
+        with disk_errors(self.path, refusals=False), out as file:
+            file.write(memoryview(self.header(hashes.placeholders(self.sources))))
             for name, tensor in self.tensors.items():
                 for block in _blocks(tensor):
                     if not allow_nonfinite and nonfinite(block, tensor.info.dtype):
                         raise _not_finite(name, tensor, self)
                     file.write(block.view(np.uint8).data)
-                    early.wrote(block.nbytes)
                     meter.add(block.nbytes)
                     hashes.check()
-            # The disk works while the hashes are finished; `sign` leaves one page to be flushed.
-            file.flush()
-            os.fsync(file.fileno())
 
-    def sign(self, place: Path, digests: Sequence[str]) -> None:
+    def sign(self, place: Path, digests: Sequence[FileDigest]) -> None:
         """Writes the header once more, now with the hashes of the sources."""
         if self.sources:
             with place.open("r+b") as file:

@@ -1,0 +1,34 @@
+"""Checkpoints that are complete."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from avatarctl.errors import UnusableWeights
+from avatarctl.weights.checkpoint import Checkpoint
+from avatarctl.weights.metadata import read_own
+from avatarctl.weights.recognise import read_checkpoint, require_complete
+
+__all__ = ["open_model", "require_whole"]
+
+
+def open_model(path: Path) -> Checkpoint:
+    """The complete checkpoint at `path`.
+
+    Raises what `read_checkpoint` and `require_complete` raise, and UnusableWeights for the second file of an
+    adapter that is written as two: half of it would run and be wrong.
+    """
+    held = read_checkpoint(path)
+    require_whole(held)
+    return held
+
+
+def require_whole(held: Checkpoint) -> None:
+    """Raise what `open_model` raises for a checkpoint that is open."""
+    if first := read_own(held.metadata).companion_of:
+        raise UnusableWeights(
+            f"is the second half of an adapter; its first file is {first[:100]}",
+            where=held.path,
+            fix=f"name {first[:100]}, which reads both",
+        )
+    require_complete(held)
