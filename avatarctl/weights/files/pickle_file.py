@@ -1,13 +1,14 @@
 """Files of torch.save (.pt, .pth, .bin, .ckpt), read without carrying out what strangers wrote.
 
 Two formats: a zip archive (torch 1.6 and newer) and the older row of pickles. Which one it is, is found from
-the bytes, never from the name. The pickle is looked through first (`pickle_scan`), then torch reads it
-with `weights_only=True`:
+the bytes, never from the name. The pickle is looked through first (`pickle_scan`). Then:
 
-- zip: onto the meta device, so that no tensor is read. torch notes where in the file each storage lies; that
-  is checked against the archive, and the tensors stay lazy.
-- older format: once with fake tensors, which gives the sizes, then for real and whole, because its storages
-  have no directory; torch compares each with the size that the file states before it reads it.
+- zip: an ordinary pickle is followed without torch (`pickle_reading`), any other one torch reads with
+  `weights_only=True` onto the meta device, so that no tensor is read. Either way it is known where in the
+  file each storage lies; that is checked against the archive, and the tensors stay lazy.
+- older format: torch reads it with `weights_only=True`, once with fake tensors, which gives the sizes, then
+  for real and whole, because its storages have no directory; torch compares each with the size that the file
+  states before it reads it.
 """
 
 from __future__ import annotations
@@ -24,12 +25,20 @@ from typing import TYPE_CHECKING, BinaryIO, Final, Literal
 import numpy as np
 
 from avatarctl.errors import EnvironmentMissing, UnusableWeights
+from avatarctl.weights.files.pickle_reading import (
+    TORCH_DTYPES,
+    PickleContents,
+    PickledTensor,
+    View,
+    read_plain,
+)
 from avatarctl.weights.files.pickle_scan import MAX_PICKLE, code_refused, is_plain_pickle, scan_pickle
 from avatarctl.weights.files.safetensors_file import is_possible_shape, refuse_placeholder
-from avatarctl.weights.files.state_dict import open_wrappers, tensors_in
+from avatarctl.weights.files.stamp import FileStamp
+from avatarctl.weights.files.state_dict import TensorKind, open_wrappers, tensors_in
 from avatarctl.weights.files.strict_json import clip, file_size
-from avatarctl.weights.files.zip_archive import Record, read_records
-from avatarctl.weights.tensors import DTYPES, Array, ArrayTensor, FileStamp, FileTensor, Tensor, TensorInfo
+from avatarctl.weights.files.zip_archive import Record, read_records, storage_offsets
+from avatarctl.weights.tensors import DTYPES, Array, ArrayTensor, FileTensor, Tensor, TensorInfo
 
 if TYPE_CHECKING:
     import torch
@@ -51,11 +60,17 @@ _LEGACY_PICKLES: Final = 5
 _NUMBERS: Final = ("version", ".format_version", ".storage_alignment")
 """Records of a zip archive that hold one positive number."""
 
-_TORCH_NAMES: Final = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint64": "U64",
-    "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
-}  # fmt: skip
+_FORMAT_VERSIONS: Final = {b"3\n", b"3"}
+"""What torch.save writes as record "version", from torch 1.6 on; torch refuses some others."""
+
+_KNOWN_RECORD: Final = re.compile(
+    r"data\.pkl|byteorder|version|\.format_version|\.storage_alignment|\.data/serialization_id|data/[0-9]+"
+)
+"""All that torch.save writes. Others may mean something to torch, `.data/version` for instance."""
+
+_PICKLED: Final = TensorKind(
+    PickledTensor, lambda tensor: DTYPES[tensor.view.dtype].floating and bool(tensor.view.shape)
+)
 
 
 @dataclass(frozen=True)
@@ -142,21 +157,49 @@ def _refuse_other_things(start: bytes, file: BinaryIO, path: Path) -> None:
 def _read_zip(file: BinaryIO, size: int, path: Path) -> PickleFile:
     stamp = FileStamp.of(os.fstat(file.fileno()))
     records = read_records(file, size, path)
-    _check_small_records(file, records, path)
-    file.seek(0)
-    loaded = _torch_load(file, path, map_location="meta")
-    tensors, notes = open_wrappers(loaded, path)
+    contents = _small_records(file, records, path)
     storages = {record.offset: record for name, record in records.items() if name.startswith("data/")}
-    placed = [_lazy(name, tensor, storages, path, stamp) for name, tensor in tensors.items()]
+    placed: list[tuple[int, str, Tensor]] = []
+    if (plain := _read_without_torch(contents, records)) is not None:
+        found, offsets = plain
+        stated, notes = open_wrappers(found.value, _PICKLED, path)
+        for name, one in stated.items():
+            record = _record_at(offsets[one.key], one.view.storage_bytes, storages, name, path)
+            placed.append(_lazy(name, one.view, record, path, stamp))
+    else:
+        file.seek(0)
+        loaded = _torch_load(file, path, map_location="meta")
+        tensors, notes = open_wrappers(loaded, _torch_kind(), path)
+        for name, tensor in tensors.items():
+            record = _record_at(*_torch_storage(tensor, path), storages, name, path)
+            placed.append(_lazy(name, _torch_view(name, tensor, path), record, path, stamp))
     placed.sort(key=lambda item: item[0])
     return PickleFile("zip", {name: tensor for _, name, tensor in placed}, notes)
 
 
-def _check_small_records(file: BinaryIO, records: Mapping[str, Record], path: Path) -> None:
-    """Looks at what torch reads whole: the pickle, and a few numbers that it believes.
+def _read_without_torch(
+    contents: Mapping[str, bytes], records: Mapping[str, Record]
+) -> tuple[PickleContents, dict[str, int]] | None:
+    """What an archive states, and the first byte of each storage; None where only torch can tell.
 
-    An alignment of 0, for instance, ends the process with an arithmetic exception (torch 2.13).
+    contents: of the records that hold no tensor, as `_small_records` has let them through.
     """
+    if contents.get("version") not in _FORMAT_VERSIONS or not all(map(_KNOWN_RECORD.fullmatch, records)):
+        return None
+    alignment = int(contents.get(".storage_alignment", b"64")) if ".format_version" in contents else None
+    if (found := read_plain(contents["data.pkl"])) is None:
+        return None
+    offsets = storage_offsets(found.storages, records, alignment)
+    return None if offsets is None else (found, offsets)
+
+
+def _small_records(file: BinaryIO, records: Mapping[str, Record], path: Path) -> dict[str, bytes]:
+    """What torch reads whole, checked: the pickle, and a few numbers that it believes.
+
+    An alignment of 0, for instance, ends the process with an arithmetic exception (torch 2.13), and so does
+    one in `.Storage_Alignment`: torch does not tell upper from lower case.
+    """
+    contents: dict[str, bytes] = {}
     for name, record in records.items():
         if name.startswith("data/"):
             continue
@@ -166,16 +209,70 @@ def _check_small_records(file: BinaryIO, records: Mapping[str, Record], path: Pa
         content = file.read(record.size)
         if name == "data.pkl":
             scan_pickle(io.BytesIO(content), path)
-        elif name == "byteorder" and content != b"little":
+        elif name.lower() == "byteorder" and content != b"little":
             raise UnusableWeights(f"has the byte order {clip(content, 20)}; only little is read", where=path)
-        elif name in _NUMBERS and not re.fullmatch(rb"[1-9][0-9]{0,6}\n?", content):
+        elif name.lower() in _NUMBERS and not re.fullmatch(rb"[1-9][0-9]{0,6}\n?", content):
             raise UnusableWeights(f"corrupt: record {name} holds {clip(content, 20)}", where=path)
+        if name in ("data.pkl", *_NUMBERS):
+            contents[name] = content
+    return contents
 
 
-def _lazy(
-    name: str, tensor: torch.Tensor, storages: Mapping[int, Record], path: Path, stamp: FileStamp
-) -> tuple[int, str, Tensor]:
-    """(first byte in the file, name, reader) of a tensor on the meta device."""
+def _record_at(offset: int, size: int, storages: Mapping[int, Record], name: str, path: Path) -> Record:
+    """The record of a tensor's storage, `size` bytes from byte `offset` of the file on."""
+    if (record := storages.get(offset)) is None:
+        raise UnusableWeights(
+            f"corrupt or repacked: the storage of {clip(name)!r} is not where torch.save puts it", where=path,
+            fix="load and save it again with torch",
+        )  # fmt: skip
+    if record.size != size:
+        raise _broken(name, f"has a storage of {size} bytes, its record holds {record.size}", path)
+    return record
+
+
+def _lazy(name: str, view: View, record: Record, path: Path, stamp: FileStamp) -> tuple[int, str, Tensor]:
+    """(first byte in the file, name, reader) of a tensor whose storage is `record`."""
+    info = _checked(name, view, path)
+    begin = record.offset + view.first * DTYPES[info.dtype].itemsize
+    if _is_contiguous(view):
+        return begin, name, FileTensor(path, begin, info, stamp)
+    base = FileTensor(path, begin, TensorInfo(info.dtype, (view.extent,)), stamp)
+    return begin, name, StridedTensor(base, info.shape, view.strides)
+
+
+def _checked(name: str, view: View, path: Path) -> TensorInfo:
+    """dtype and shape of a tensor that lies within its storage."""
+    info = TensorInfo(view.dtype, view.shape)
+    # torch checks no shape on the meta device: there it may be negative.
+    if not is_possible_shape(info.shape, DTYPES[info.dtype].itemsize):
+        raise _broken(name, f"has the impossible shape {clip(list(info.shape), 60)}", path)
+    held = view.storage_bytes // DTYPES[info.dtype].itemsize
+    if info.numel > held:
+        shape = clip(list(info.shape), 60)
+        raise _broken(name, f"has the shape {shape} over a storage of {held} elements", path)
+    if view.first < 0 or min(view.strides, default=0) < 0 or view.first + view.extent > held:
+        raise _broken(name, f"reaches outside its storage of {held} elements", path)
+    return info
+
+
+def _is_contiguous(view: View) -> bool:
+    """Whether the elements lie in C order without gaps."""
+    expected = 1
+    for size, stride in zip(reversed(view.shape), reversed(view.strides), strict=True):
+        if size != 1 and stride != expected and 0 not in view.shape:
+            return False
+        expected *= size
+    return True
+
+
+def _torch_kind() -> TensorKind[torch.Tensor]:
+    import torch
+
+    return TensorKind(torch.Tensor, lambda tensor: tensor.is_floating_point() and tensor.dim() > 0)
+
+
+def _torch_storage(tensor: torch.Tensor, path: Path) -> tuple[int, int]:
+    """(first byte in the file, bytes) of the storage of a tensor on the meta device."""
     import torch
 
     storage = torch.Tensor.untyped_storage(tensor)
@@ -184,47 +281,20 @@ def _lazy(
             f"torch {torch.__version__} does not say where in a file a tensor lies", where=path,
             fix="install torch 2.13 to read this format",
         )  # fmt: skip
-    if (record := storages.get(offset)) is None:
-        raise UnusableWeights(
-            f"corrupt or repacked: the storage of {clip(name)!r} is not where torch.save puts it", where=path,
-            fix="load and save it again with torch",
-        )  # fmt: skip
-    size = storage.nbytes()
-    if record.size != size:
-        raise _broken(name, f"has a storage of {size} bytes, its record holds {record.size}", path)
-    info, strides, first, extent = _geometry(name, tensor, size, path)
-    begin = record.offset + first * DTYPES[info.dtype].itemsize
-    if tensor.is_contiguous():
-        return begin, name, FileTensor(path, begin, info, stamp)
-    base = FileTensor(path, begin, TensorInfo(info.dtype, (extent,)), stamp)
-    return begin, name, StridedTensor(base, info.shape, strides)
+    return offset, storage.nbytes()
 
 
-def _geometry(
-    name: str, tensor: torch.Tensor, storage_bytes: int, path: Path
-) -> tuple[TensorInfo, tuple[int, ...], int, int]:
-    """(dtype and shape, strides, first element, elements from first to last), all within the storage."""
+def _torch_view(name: str, tensor: torch.Tensor, path: Path) -> View:
     import torch
 
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_neg() or tensor.is_conj():
         raise _broken(name, "is quantized, sparse or a lazy negation, which is unsupported", path)
-    if (dtype := _TORCH_NAMES.get(str(tensor.dtype).removeprefix("torch."))) is None:
+    if (dtype := TORCH_DTYPES.get(str(tensor.dtype).removeprefix("torch."))) is None:
         raise _broken(name, f"has the unsupported dtype {tensor.dtype}", path)
-    info = TensorInfo(dtype, tuple(tensor.shape))
-    # torch checks no shape on the meta device: there it may be negative.
-    if not is_possible_shape(info.shape, DTYPES[dtype].itemsize):
-        raise _broken(name, f"has the impossible shape {clip(list(info.shape), 60)}", path)
-    strides = tuple(torch.Tensor.stride(tensor))
-    first = int(torch.Tensor.storage_offset(tensor))
-    held = storage_bytes // DTYPES[dtype].itemsize
-    if info.numel > held:
-        shape = clip(list(info.shape), 60)
-        raise _broken(name, f"has the shape {shape} over a storage of {held} elements", path)
-    steps = zip(info.shape, strides, strict=True)
-    extent = sum((size - 1) * stride for size, stride in steps) + 1 if info.numel else 0
-    if first < 0 or min(strides, default=0) < 0 or first + extent > held:
-        raise _broken(name, f"reaches outside its storage of {held} elements", path)
-    return info, strides, first, extent
+    strides, first = torch.Tensor.stride(tensor), int(torch.Tensor.storage_offset(tensor))
+    return View(
+        dtype, tuple(tensor.shape), tuple(strides), first, torch.Tensor.untyped_storage(tensor).nbytes()
+    )
 
 
 def _broken(name: str, what: str, path: Path) -> UnusableWeights:
@@ -238,16 +308,17 @@ def _read_legacy(file: BinaryIO, size: int, path: Path) -> PickleFile:
         scan_pickle(data, path)
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    kind = _torch_kind()
     file.seek(0)
     with FakeTensorMode():
         shapes = _torch_load(file, path)
-    declared = max((tensor.untyped_storage().nbytes() for tensor in tensors_in(shapes)), default=0)
+    declared = max((tensor.untyped_storage().nbytes() for tensor in tensors_in(shapes, kind.type)), default=0)
     if declared > size:
         raise UnusableWeights(
             f"corrupt or truncated: a storage of {declared} bytes in a file of {size}", where=path
         )
     file.seek(0)
-    found, notes = open_wrappers(_torch_load(file, path, map_location="cpu"), path)
+    found, notes = open_wrappers(_torch_load(file, path, map_location="cpu"), kind, path)
     notes = (*notes, "a torch file in the format from before 1.6: read whole into memory")
     tensors = {name: _in_memory(name, tensor, path) for name, tensor in found.items()}
     return PickleFile("legacy", tensors, notes)
@@ -257,7 +328,7 @@ def _in_memory(name: str, tensor: torch.Tensor, path: Path) -> ArrayTensor:
     """A tensor that torch has read, as the array of its stored elements."""
     import torch
 
-    info, *_ = _geometry(name, tensor, torch.Tensor.untyped_storage(tensor).nbytes(), path)
+    info = _checked(name, _torch_view(name, tensor, path), path)
     # numpy has no bfloat16 or float8: the bits travel as integers of the same size.
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     array = tensor.detach().contiguous().reshape(-1).view(bits).numpy()

@@ -1,9 +1,10 @@
 """What a pickle asks for, read from its instructions; nothing of it is carried out.
 
-`torch.load(weights_only=True)` is the only thing here that ever carries out a pickle. It allows more than
-weights need: `bytearray(2**40)` and tensors without data, for instance, and its errors are pages long. So a
-pickle is looked through first (stdlib `pickletools`), and only the instructions of protocol 2 and the few
-names that a dictionary of tensors needs get as far as torch.
+`torch.load(weights_only=True)` is the only thing here that ever carries out a pickle, and only where
+`pickle_reading` cannot tell what the pickle states. It allows more than weights need: `bytearray(2**40)` and
+tensors without data, for instance, and its errors are pages long. So a pickle is looked through first (stdlib
+`pickletools`), and only the instructions of protocol 2 and the few names that a dictionary of tensors needs
+get any further.
 """
 
 from __future__ import annotations

@@ -6,17 +6,17 @@ opened, and everything that is left out is named; where two could be meant, neit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, Generic, TypeVar
 
 from avatarctl.errors import UnusableWeights
 from avatarctl.weights.files.strict_json import clip
 
-if TYPE_CHECKING:
-    import torch
+__all__ = ["WRAPPERS", "TensorKind", "open_wrappers", "tensors_in"]
 
-__all__ = ["WRAPPERS", "open_wrappers", "tensors_in"]
+T = TypeVar("T")
 
 WRAPPERS: Final = ("state_dict", "model_state", "model_state_dict", "model", "module")
 """Entries that hold the weights of a model by everybody's convention."""
@@ -27,27 +27,36 @@ _NOT_WEIGHTS: Final = ("optim", "scheduler", "scaler", "rng", "random", "grad")
 MAX_WRAPPERS: Final = 8
 
 
-def open_wrappers(loaded: object, path: Path) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
+@dataclass(frozen=True)
+class TensorKind(Generic[T]):
+    """What a tensor is here: one of torch, or one that was only read about.
+
+    is_weight: whether it is of floating point and no scalar.
+    """
+
+    type: type[T]
+    is_weight: Callable[[T], bool]
+
+
+def open_wrappers(loaded: object, kind: TensorKind[T], path: Path) -> tuple[dict[str, T], tuple[str, ...]]:
     """(the tensors by name, notes on what was opened and left out).
 
     Raises UnusableWeights where that is not a dictionary of tensors, or more than one.
     """
     notes: list[str] = []
     for _ in range(MAX_WRAPPERS):
-        entries = _entries(loaded, path)
-        wrapper = _wrapper(entries, path)
+        entries = _entries(loaded, kind, path)
+        wrapper = _wrapper(entries, kind, path)
         if wrapper is None:
-            return _tensors(entries, notes, path), tuple(notes)
+            return _tensors(entries, kind, notes, path), tuple(notes)
         notes.append(f"opened the wrapper {wrapper!r}")
         _note_left_out([name for name in entries if name != wrapper], notes)
         loaded = entries[wrapper]
     raise UnusableWeights(f"wraps its tensors in more than {MAX_WRAPPERS} dictionaries", where=path)
 
 
-def tensors_in(value: object) -> Iterator[torch.Tensor]:
+def tensors_in(value: object, tensor_type: type[T]) -> Iterator[T]:
     """Every tensor within nested dictionaries, lists and tuples; what is met twice comes once."""
-    import torch
-
     seen: set[int] = set()
     waiting = [value]
     while waiting:
@@ -55,7 +64,7 @@ def tensors_in(value: object) -> Iterator[torch.Tensor]:
         if id(item) in seen:
             continue
         seen.add(id(item))
-        if isinstance(item, torch.Tensor):
+        if isinstance(item, tensor_type):
             yield item
         elif isinstance(item, dict):
             waiting.extend(dict.keys(item))
@@ -64,12 +73,10 @@ def tensors_in(value: object) -> Iterator[torch.Tensor]:
             waiting.extend(item)
 
 
-def _entries(loaded: object, path: Path) -> dict[str, Any]:
-    import torch
-
+def _entries(loaded: object, kind: TensorKind[T], path: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
-        kind = "a bare tensor" if isinstance(loaded, torch.Tensor) else f"a {type(loaded).__name__}"
-        raise UnusableWeights(f"holds {kind}, where a dictionary of tensors is expected", where=path)
+        found = "a bare tensor" if isinstance(loaded, kind.type) else f"a {type(loaded).__name__}"
+        raise UnusableWeights(f"holds {found}, where a dictionary of tensors is expected", where=path)
     # dict.items: an OrderedDict from a pickle may carry an attribute of that name.
     entries = dict(dict.items(loaded))
     if not entries:
@@ -85,16 +92,14 @@ def _entries(loaded: object, path: Path) -> dict[str, Any]:
     return entries
 
 
-def _wrapper(entries: dict[str, Any], path: Path) -> str | None:
+def _wrapper(entries: dict[str, Any], kind: TensorKind[T], path: Path) -> str | None:
     """The entry that holds the weights, None where `entries` are the weights themselves."""
-    import torch
-
     held = [
         name
         for name, value in entries.items()
-        if not isinstance(value, torch.Tensor)
+        if not isinstance(value, kind.type)
         and not any(part in name.lower() for part in _NOT_WEIGHTS)
-        and next(tensors_in(value), None) is not None
+        and next(tensors_in(value, kind.type), None) is not None
     ]
     known = [name for name in held if name in WRAPPERS and isinstance(entries[name], dict)]
     if not held:
@@ -106,9 +111,7 @@ def _wrapper(entries: dict[str, Any], path: Path) -> str | None:
             fix="save that dictionary alone",
         )  # fmt: skip
     beside = [
-        name
-        for name, value in entries.items()
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim()
+        name for name, value in entries.items() if isinstance(value, kind.type) and kind.is_weight(value)
     ]
     if len(held) > 1 or beside:
         names = [*known, *(name for name in held if name not in known), *beside]
@@ -120,17 +123,15 @@ def _wrapper(entries: dict[str, Any], path: Path) -> str | None:
     return known[0]
 
 
-def _tensors(entries: dict[str, Any], notes: list[str], path: Path) -> dict[str, torch.Tensor]:
+def _tensors(entries: dict[str, Any], kind: TensorKind[T], notes: list[str], path: Path) -> dict[str, T]:
     """`entries` as weights; dictionaries and lists without weights are left out and noted."""
-    import torch
-
-    tensors = {name: value for name, value in entries.items() if isinstance(value, torch.Tensor)}
+    tensors = {name: value for name, value in entries.items() if isinstance(value, kind.type)}
     others = [name for name in entries if name not in tensors]
     for name in others:
         value = entries[name]
         if value is not None and not isinstance(value, (dict, list, tuple, set)):
-            kind = type(value).__name__
-            raise UnusableWeights(f"invalid: {clip(name)!r} is of type {kind}, not a tensor", where=path)
+            found = type(value).__name__
+            raise UnusableWeights(f"invalid: {clip(name)!r} is of type {found}, not a tensor", where=path)
     if not tensors:
         raise UnusableWeights("holds no tensors", where=path)
     _note_left_out(others, notes)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import struct
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, cast
@@ -22,7 +23,7 @@ from typing import BinaryIO, Final, cast
 from avatarctl.errors import UnusableWeights
 from avatarctl.weights.files.strict_json import clip
 
-__all__ = ["Record", "read_records"]
+__all__ = ["Record", "read_records", "storage_offsets"]
 
 MAX_DIRECTORY: Final = 16 << 20
 """Bytes of the list of members; 1100 tensors take 0.1 MB."""
@@ -37,12 +38,16 @@ _LOCATOR: Final = struct.Struct("<4sIQI")
 _END64: Final = struct.Struct("<4sQ2H2I4Q")
 """Zip64 end record (4.3.14): signature, its size, two versions, two disks, two counts, size, offset."""
 
+_WIDE: Final = 0xFFFFFFFF
+"""A size or place from here on is written in 64 bits (4.5.3)."""
+
 
 @dataclass(frozen=True)
 class Record:
-    """name: without the folder; offset, size: bytes of its contents within the file."""
+    """name: without the folder; member: with it; offset, size: bytes of its contents within the file."""
 
     name: str
+    member: str
     offset: int
     size: int
 
@@ -86,7 +91,9 @@ def read_records(file: BinaryIO, size: int, path: Path) -> dict[str, Record]:
         name = _inner_name(member, folder, path)
         if name in records:
             raise UnusableWeights(f"refused: archive member {clip(name)!r} is there twice", where=path)
-        records[name] = Record(name, _contents(file, member, directory, path), member.file_size)
+        records[name] = Record(
+            name, member.filename, _contents(file, member, directory, path), member.file_size
+        )
     if len({name.lower() for name in records}) < len(records):
         raise _ambiguous("two members whose names differ only in case", path)
     _refuse_overlap(members, records, path)
@@ -97,6 +104,39 @@ def read_records(file: BinaryIO, size: int, path: Path) -> dict[str, Record]:
         if local[:2] != len(stated).to_bytes(2, "little") or local[4:] != stated:
             raise _ambiguous(f"another name at the contents of {clip(member.filename)!r}", path)
     return records
+
+
+def storage_offsets(
+    storages: Mapping[str, int], records: Mapping[str, Record], alignment: int | None
+) -> dict[str, int] | None:
+    """First byte of each storage by key, where torch finds them at just these places; else None.
+
+    storages: bytes by key, in the order in which the pickle asks for them; alignment: in bytes, None for an
+    archive without a format version, where torch looks into the list of members. Otherwise it counts on from
+    the first storage as its writer does (torch 2.13: torch/serialization.py, `_get_offset`, and
+    caffe2/serialize/inline_container.cc, `getRecordOffsetNoRead`).
+    """
+    offsets: dict[str, int] = {}
+    header = 0
+    for number, (key, size) in enumerate(storages.items()):
+        record = records.get(f"data/{key}")
+        if record is None or record.size != size:
+            return None
+        offsets[key] = record.offset
+        if alignment is None:
+            continue
+        wide_place, wide_size = header >= _WIDE, size >= _WIDE
+        if number:
+            begin = header + _LOCAL_HEADER + len(record.member) + 4
+            begin += 4 * (wide_place or wide_size) + 8 * wide_place + 16 * wide_size
+            if record.offset != begin + -begin % alignment:
+                return None
+        elif key != "0" or record.offset >= _WIDE:
+            return None
+        header = record.offset + size
+        if size:
+            header += 24 if wide_place or wide_size else 16
+    return offsets
 
 
 def _directory(file: BinaryIO, size: int, path: Path) -> tuple[int, int]:
