@@ -37,7 +37,7 @@ from avatarctl.weights.files.safetensors_file import is_possible_shape, refuse_p
 from avatarctl.weights.files.stamp import FileStamp
 from avatarctl.weights.files.state_dict import TensorKind, open_wrappers, tensors_in
 from avatarctl.weights.files.strict_json import clip, file_size
-from avatarctl.weights.files.zip_archive import Record, read_records, storage_offsets
+from avatarctl.weights.files.zip_archive import Record, is_ordinary, read_records, storage_offsets
 from avatarctl.weights.tensors import DTYPES, Array, ArrayTensor, FileTensor, Tensor, TensorInfo
 
 if TYPE_CHECKING:
@@ -59,6 +59,9 @@ _LEGACY_PICKLES: Final = 5
 
 _NUMBERS: Final = ("version", ".format_version", ".storage_alignment")
 """Records of a zip archive that hold one positive number."""
+
+_IDENTITY: Final = ".data/serialization_id"
+"""Digits, which torch reads as text."""
 
 _FORMAT_VERSIONS: Final = {b"3\n", b"3"}
 """What torch.save writes as record "version", from torch 1.6 on; torch refuses some others."""
@@ -160,7 +163,8 @@ def _read_zip(file: BinaryIO, size: int, path: Path) -> PickleFile:
     contents = _small_records(file, records, path)
     storages = {record.offset: record for name, record in records.items() if name.startswith("data/")}
     placed: list[tuple[int, str, Tensor]] = []
-    if (plain := _read_without_torch(contents, records)) is not None:
+    ordinary = is_ordinary(file, size, path)
+    if ordinary and (plain := _read_without_torch(contents, records)) is not None:
         found, offsets = plain
         stated, notes = open_wrappers(found.value, _PICKLED, path)
         for name, one in stated.items():
@@ -185,6 +189,8 @@ def _read_without_torch(
     contents: of the records that hold no tensor, as `_small_records` has let them through.
     """
     if contents.get("version") not in _FORMAT_VERSIONS or not all(map(_KNOWN_RECORD.fullmatch, records)):
+        return None
+    if not contents.get(_IDENTITY, b"0").isdigit():
         return None
     alignment = int(contents.get(".storage_alignment", b"64")) if ".format_version" in contents else None
     if (found := read_plain(contents["data.pkl"])) is None:
@@ -213,7 +219,7 @@ def _small_records(file: BinaryIO, records: Mapping[str, Record], path: Path) ->
             raise UnusableWeights(f"has the byte order {clip(content, 20)}; only little is read", where=path)
         elif name.lower() in _NUMBERS and not re.fullmatch(rb"[1-9][0-9]{0,6}\n?", content):
             raise UnusableWeights(f"corrupt: record {name} holds {clip(content, 20)}", where=path)
-        if name in ("data.pkl", *_NUMBERS):
+        if name in ("data.pkl", _IDENTITY, *_NUMBERS):
             contents[name] = content
     return contents
 

@@ -23,7 +23,7 @@ from typing import BinaryIO, Final, cast
 from avatarctl.errors import UnusableWeights
 from avatarctl.weights.files.strict_json import clip
 
-__all__ = ["Record", "read_records", "storage_offsets"]
+__all__ = ["Record", "is_ordinary", "read_records", "storage_offsets"]
 
 MAX_DIRECTORY: Final = 16 << 20
 """Bytes of the list of members; 1100 tensors take 0.1 MB."""
@@ -37,6 +37,13 @@ _LOCATOR: Final = struct.Struct("<4sIQI")
 """Zip64 locator (4.3.15): signature, disk, offset of the zip64 end record, number of disks."""
 _END64: Final = struct.Struct("<4sQ2H2I4Q")
 """Zip64 end record (4.3.14): signature, its size, two versions, two disks, two counts, size, offset."""
+
+_ENTRY: Final = struct.Struct("<8xH10x2I4H6xI")
+"""An entry of the directory (4.3.12): flags, two sizes, lengths of name, extra and comment, disk, offset."""
+_FLAGS: Final = 0x0808
+"""A data descriptor, and names in UTF-8 (4.4.4)."""
+_FOLDER: Final = 0x10
+"""The attribute of a folder in MS-DOS (4.4.15): torch reads such a member as whatever is in its memory."""
 
 _WIDE: Final = 0xFFFFFFFF
 """A size or place from here on is written in 64 bits (4.5.3)."""
@@ -72,7 +79,7 @@ def read_records(file: BinaryIO, size: int, path: Path) -> dict[str, Record]:
 
     size: bytes of the whole file. Raises UnusableWeights.
     """
-    count, directory = _directory(file, size, path)
+    count, directory, _ = _directory(file, size, path)
     try:
         with zipfile.ZipFile(cast("BinaryIO", _Bounded(file, size, path))) as archive:
             members = archive.infolist()
@@ -104,6 +111,26 @@ def read_records(file: BinaryIO, size: int, path: Path) -> dict[str, Record]:
         if local[:2] != len(stated).to_bytes(2, "little") or local[4:] != stated:
             raise _ambiguous(f"another name at the contents of {clip(member.filename)!r}", path)
     return records
+
+
+def is_ordinary(file: BinaryIO, size: int, path: Path) -> bool:
+    """Whether the directory that `read_records` has let through is one that torch reads, too.
+
+    torch refuses other flags, other disks, and lengths that do not add up.
+    """
+    count, offset, length = _directory(file, size, path)
+    file.seek(offset)
+    entries = file.read(length)
+    at = 0
+    for _ in range(count):
+        if at + _ENTRY.size > length:
+            return False
+        flags, *places, name, extra, comment, disk, begin = _ENTRY.unpack_from(entries, at)
+        unneeded = extra and _WIDE not in (*places, begin)
+        if flags & ~_FLAGS or unneeded or comment or disk:
+            return False
+        at += _ENTRY.size + name + extra
+    return at == length
 
 
 def storage_offsets(
@@ -139,8 +166,8 @@ def storage_offsets(
     return offsets
 
 
-def _directory(file: BinaryIO, size: int, path: Path) -> tuple[int, int]:
-    """(members, first byte) of the archive's only directory, which ends where the end records begin."""
+def _directory(file: BinaryIO, size: int, path: Path) -> tuple[int, int, int]:
+    """(members, first byte, bytes) of the archive's only directory, which ends where the end begins."""
     tail = _END64.size + _LOCATOR.size + _END.size
     file.seek(max(size - tail, 0))
     end = file.read(tail)
@@ -162,7 +189,7 @@ def _directory(file: BinaryIO, size: int, path: Path) -> tuple[int, int]:
         count, length, offset = count64, length64, offset64
     if offset + length != begin:
         raise _ambiguous("a list of members that is not just before its end", path)
-    return count, offset
+    return count, offset, length
 
 
 def _no_end(path: Path) -> UnusableWeights:
@@ -197,6 +224,8 @@ def _inner_name(member: zipfile.ZipInfo, folder: str, path: Path) -> str:
             where=path,
             fix="unpack it with its author's tool and save it again with torch.save",
         )
+    if member.external_attr & _FOLDER:
+        raise _ambiguous(f"{clip(name)!r} marked as a folder", path)
     if member.flag_bits & 1:
         raise UnusableWeights(f"refused: archive member {clip(name)!r} is encrypted", where=path)
     return inner
