@@ -31,6 +31,7 @@ __all__ = [
     "Family",
     "FusedFamily",
     "Guidance",
+    "ImageEncoder",
     "Inputs",
     "Modules",
     "Plan",
@@ -48,9 +49,9 @@ __all__ = [
 class Span:
     """One unit of sampling: a chunk, a window or a block.
 
-    start, frames: absolute latent frames. audio: samples at 16 kHz that drive it; may reach outside the
-    recording, `Family.encode` pads. fixed: clean latent frames in front. keep_from: first pixel frame to
-    keep, counted within the span.
+    start, frames: absolute latent frames; windows of a fused plan overlap. audio: samples at 16 kHz that
+    drive it; may reach outside the recording, `Family.encode` pads. fixed: clean latent frames in front.
+    keep_from: first pixel frame to keep, counted within the span.
     """
 
     index: int
@@ -103,10 +104,12 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Guidance:
-    """Guidance scales: text follows the prompt, audio the sound. audio None means the same as text."""
+    """Guidance scales: text follows the prompt, audio the sound. audio None means the same as text.
+    rule: `sampling.guidance_rule`."""
 
     text: float
     audio: float | None = None
+    rule: Literal["cfg", "native"] = "cfg"
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,15 @@ class TextEncoder(Protocol):
 class AudioEncoder(Protocol):
     @property
     def width(self) -> int:
-        """Features per frame."""
+        """Features per frame, as `features` gives them."""
+
+    @property
+    def token_width(self) -> int:
+        """Features per token, as `tokens` gives them."""
+
+    def tokens(self, waveform: Tensor) -> Tensor:
+        """Normalised mono sound [B, n] -> the last hidden state, about 50 tokens a second,
+        [B, L, token_width]."""
 
     def features(self, waveform: Tensor, frames: int, moments: Any = None) -> Tensor:
         """Normalised mono sound [B, 640 * frames] -> [B, frames, width]; moments: of the recording that
@@ -175,6 +186,11 @@ class AudioEncoder(Protocol):
 
     def recording_moments(self, read: Callable[[int, int], Tensor], samples: int, block: int) -> Any:
         """What the encoder normalises over a whole recording, read as [1, n]; None if nothing."""
+
+
+class ImageEncoder(Protocol):
+    def encode(self, picture: Tensor) -> Tensor:
+        """[B, 3, H, W] in [-1, 1] -> image tokens [B, 257, width]."""
 
 
 class WaveformReader(Protocol):
@@ -186,13 +202,13 @@ class WaveformReader(Protocol):
 
 @dataclass
 class Modules:
-    """The networks of one job. extra: whatever one family alone has, by name."""
+    """The networks of one job. image: for families that look at the picture through an encoder."""
 
     dit: nn.Module
     vae: VideoCodec
     text: TextEncoder
     audio: AudioEncoder
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    image: ImageEncoder | None = None
 
 
 @dataclass(frozen=True)
@@ -218,6 +234,9 @@ class Family(Protocol):
 
     def frame_size(self, picture: tuple[int, int], cfg: RunConfig) -> tuple[int, int]:
         """Height and width of the video for a picture of (height, width)."""
+
+    def picture(self, pixels: np.ndarray, cfg: RunConfig) -> Tensor:
+        """uint8 [h, w, 3] -> float32 [1, 3, H, W] in [-1, 1], at the size of the video."""
 
     def guidance(self, cfg: RunConfig) -> Guidance:
         """The guidance scales of a run."""
@@ -279,9 +298,9 @@ class Family(Protocol):
 class FusedFamily(Family, Protocol):
     """A family whose overlapping windows are blended in every step."""
 
-    def fuse(self, new: Tensor, written: Tensor, span: Span, step: int) -> Tensor:
-        """Blend a window's new latents with what earlier windows of this step wrote into its head;
-        written: [B, C, overlap, h, w], may be empty."""
+    def fuse(self, new: Tensor, written: Tensor, span: Span, step: int, state: Any) -> Tensor:
+        """Blend a window's new latents with what earlier windows of this step wrote into its head; both
+        float32, written [B, C, overlap, h, w] may be empty. Returns as many frames as `new` has."""
 
 
 class TrainableFamily(Family, Protocol):

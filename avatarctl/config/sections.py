@@ -48,9 +48,10 @@ class Model:
         None, "model: its registry name (see `avatarctl models list`), or its exported file or folder",
         rule=rules.PATH,
     )  # fmt: skip
-    channels: Literal[33, 49, 65] | None = key(
-        None, "input channels: 33 picture, 49 video, 65 video with reference sequence", from_row=True,
-        not_yet=(49, 65),
+    channels: Literal[33, 36, 49, 65] | None = key(
+        None,
+        "input channels: 33 picture, 36 picture and image tokens, 49 video, 65 video and reference sequence",
+        from_row=True, not_yet=(49, 65),
     )  # fmt: skip
     audio_offset: Literal[0, 1] | None = key(
         None, "1: audio frame k drives video frame k + 1 (published I2V weights); 0: frame k", from_row=True
@@ -60,7 +61,7 @@ class Model:
     )
     weights: Mapping[str, str] = key(
         {}, "path of a part's own file, by part name", rule=rules.PARTS,
-        not_yet=("clip", "syncnet", "lpips_vgg", "videomae", "syncnet_v2", "yunet", "mdx"),
+        not_yet=("syncnet", "lpips_vgg", "videomae", "syncnet_v2", "yunet", "mdx"),
     )  # fmt: skip
     lora: tuple[str, ...] = key(
         (),
@@ -77,6 +78,9 @@ class Input:
     """What the video is made from."""
 
     image: str | None = key(None, "picture of the person", rule=rules.PATH)
+    fit: Literal["crop", "stretch"] = key(
+        "crop", "how a picture of another shape fills the frame: its edges are cut, or it is stretched"
+    )
     video: str | None = key(
         None, "video of the person, to be given a new mouth", rule=rules.PATH, not_yet=ANY
     )
@@ -102,6 +106,16 @@ class Sampling:
     audio_guidance_scale: float | None = key(
         None, "guidance by the audio; the same as guidance_scale unless given", low=0, high=100
     )
+    guidance_rule: Literal["cfg", "native"] = key(
+        "cfg", "how the passes of a step are combined: classifier-free guidance, or audio native guidance"
+    )
+    null_audio: Literal["zero_context", "projected_silence"] = key(
+        "zero_context", "what a pass without sound hears: nothing at all, or silence as the model hears it"
+    )
+    batch_passes: bool = key(False, "run the passes of a step as one batch: faster, and needs more memory")
+    latents_dtype: Literal["float32", "bfloat16"] = key(
+        "float32", "how latents are kept between the steps of windows that are blended"
+    )
     guidance_interval: tuple[float, float] | None = key(
         None, "part of the steps that is guided, as two fractions", low=0, high=1, rule=rules.INTERVAL,
         not_yet=ANY,
@@ -124,8 +138,10 @@ class LongVideo:
     """How a video longer than one window is made."""
 
     strategy: Literal["off", "chunks", "fused", "stream"] = key(
-        "chunks", "off: one window only; chunks: one after another, each continues the last",
-        not_yet=("fused", "stream"),
+        "chunks",
+        "off: one window only; chunks: one after another, each continues the last; fused: windows that "
+        "are blended in every step",
+        not_yet=("stream",),
     )  # fmt: skip
     num_frames: int | None = key(
         None, "pixel frames of a chunk; wins over max_tokens", low=5, high=MAX_FRAMES, rule=rules.FRAMES_4K1
@@ -134,11 +150,16 @@ class LongVideo:
         None, "pixel frames that a chunk repeats from the one before", low=0, high=MAX_FRAMES,
         rule=rules.OVERLAP, from_row=True,
     )  # fmt: skip
-    schedule: Literal["step", "wavefront"] = key(
-        "step", "order of the windows (fused only)", not_yet=("wavefront",)
+    schedule: Literal["auto", "step", "wavefront"] = key(
+        "auto",
+        "order of the windows (fused only): step by step, or wavefront, which finishes early windows first; "
+        "auto takes wavefront where it needs fewer windows at a time",
     )
-    carry: Literal["pixels", "latents"] = key(
-        "pixels", "what a chunk hands to the next: decoded frames or latents", not_yet=("latents",)
+    blend: Literal["uniform", "log"] = key(
+        "uniform", "weights of the cross-fade between windows (fused only)"
+    )
+    carry: Literal["pixels", "latents"] | None = key(
+        None, "what a chunk hands to the next: decoded frames or latents (chunks only)", not_yet=("latents",)
     )
     max_tokens: int | None = key(
         None, "tokens of a chunk, from which its length follows", low=1, high=10_000_000

@@ -48,6 +48,19 @@ class FrameWav2Vec2(Wav2Vec2Model):
         """Features per frame: the last layer, then the encoder's input and every layer."""
         return self.config.hidden_size * (self.config.num_hidden_layers + 2)
 
+    @property
+    def token_width(self) -> int:
+        """Features per token of `tokens`."""
+        return int(self.config.hidden_size)
+
+    @torch.no_grad()
+    def tokens(self, waveform: Tensor) -> Tensor:
+        """Normalised sound [B, n] -> float32 [B, L, token_width]: the last hidden state on the encoder's own
+        grid, floor((n - 400) / 320) + 1 tokens."""
+        if waveform.shape[-1] < _MINIMUM_SAMPLES:
+            raise ValueError(f"{waveform.shape[-1]} samples are less than one feature window")
+        return self(waveform).last_hidden_state.float()
+
     @torch.no_grad()
     def features(self, waveform: Tensor, frames: int, moments: RecordingMoments | None = None) -> Tensor:
         """Normalised sound [B, n] -> float32 [B, frames, width]: [h_last, h_0, h_1, ..., h_last].

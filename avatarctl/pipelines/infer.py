@@ -16,19 +16,21 @@ from avatarctl.events import ChunkFinished, Emit, Notice, OutputFinished, Planne
 from avatarctl.family import Inputs, Modules
 from avatarctl.media import BackgroundWriter, Soundtrack, VideoWriter, Waveform, partial_path
 from avatarctl.models.attention import choose_attention
-from avatarctl.models.encode import picture_tensor
 from avatarctl.models.loading import load_modules, resolve_device
 from avatarctl.pipelines.job import Job, JobPlan
 from avatarctl.registry import Row
-from avatarctl.sampling.chunks import FrameBlock, sample_chunks
-from avatarctl.sampling.denoise import Denoiser
+from avatarctl.rng import latent_noise
+from avatarctl.sampling.chunks import sample_chunks
+from avatarctl.sampling.denoise import Denoiser, NoiseSource
+from avatarctl.sampling.frame_block import FrameBlock
+from avatarctl.sampling.fused import sample_fused
 from avatarctl.timeline import FPS
 
 __all__ = ["FrameBlock", "environment_problems", "generate", "load", "write_video"]
 
 
 # The loop of each kind of plan.
-_LOOPS = {"chunks": sample_chunks}
+_LOOPS = {"chunks": sample_chunks, "fused": sample_fused}
 
 
 def _never() -> bool:
@@ -59,10 +61,13 @@ def generate(
     plan: JobPlan,
     *,
     modules: Modules | None = None,
+    noise: NoiseSource = latent_noise,
     emit: Emit = silent,
     should_stop: Callable[[], bool] = _never,
 ) -> Iterator[FrameBlock]:
-    """Finished frames, one block per chunk. Networks are loaded unless they are given.
+    """Finished frames, one block per chunk or window. Networks are loaded unless they are given.
+
+    noise: where a span's initial noise comes from, called as `rng.latent_noise`.
 
     Raises what `load` raises before the first block, Interrupted at the next step once `should_stop`
     returns true.
@@ -79,6 +84,7 @@ def generate(
         dit=modules.dit,
         guidance=family.guidance(cfg),
         sigmas=family.sigmas(cfg.sampling.steps, cfg.sampling.shift),
+        noise=noise,
         emit=emit,
         should_stop=should_stop,
     )
@@ -94,7 +100,7 @@ def generate(
     )
     with Waveform(job.sound, lead_samples=plan.lead_samples) as waveform:
         inputs = Inputs(
-            picture=picture_tensor(job.picture.pixels, (cfg.output.height, cfg.output.width)).to(device),
+            picture=family.picture(job.picture.pixels, cfg).to(device),
             waveform=waveform,
             samples=plan.samples,
             mean=plan.mean,

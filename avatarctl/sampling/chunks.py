@@ -8,26 +8,15 @@ Only one chunk is alive at a time, so memory does not grow with the length of th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from avatarctl.config import RunConfig
 from avatarctl.family import Carry, Inputs, Modules, Plan
-from avatarctl.rng import latent_noise
 from avatarctl.sampling.denoise import Denoiser
+from avatarctl.sampling.frame_block import FrameBlock
 
-__all__ = ["FrameBlock", "sample_chunks"]
-
-
-@dataclass(frozen=True)
-class FrameBlock:
-    """Finished frames: index of the span and of the first frame, pixels [3, n, H, W] in [-1, 1]."""
-
-    span: int
-    first: int
-    pixels: Tensor
+__all__ = ["sample_chunks"]
 
 
 def sample_chunks(
@@ -45,7 +34,7 @@ def sample_chunks(
             condition = family.build_condition(family.encode(modules, inputs, span, state, carry))
             carry = None
             key, first = family.noise_key(span, inputs)
-            noise = latent_noise(cfg.runtime.seed, key, first, span.frames, plan.shape).to(device)
+            noise = denoise.noise(cfg.runtime.seed, key, first, span.frames, plan.shape).to(device)
             latents = denoise(noise, condition, span, state)
             del condition, noise
             pixels = family.decoder(modules, state).push(latents)

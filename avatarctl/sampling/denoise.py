@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,15 @@ from torch import Tensor, nn
 
 from avatarctl.errors import Interrupted, UnusableWeights
 from avatarctl.events import Emit, StepFinished, silent
-from avatarctl.family import Condition, Family, Guidance, Span
+from avatarctl.family import Condition, Family, Guidance, Prepared, Span
 from avatarctl.flow_matching import euler_step, timesteps_of
+from avatarctl.rng import latent_noise
 
-__all__ = ["Denoiser"]
+__all__ = ["Denoiser", "NoiseSource"]
+
+
+NoiseSource = Callable[[int, Sequence[int | str], int, int, tuple[int, int, int]], Tensor]
+"""Called as `rng.latent_noise`: seed, key, first frame, frames, (C, h, w) -> float32 [1, C, frames, h, w]."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,7 @@ class Denoiser:
     dit: nn.Module
     guidance: Guidance
     sigmas: Tensor
+    noise: NoiseSource = latent_noise
     emit: Emit = silent
     should_stop: Callable[[], bool] = lambda: False
 
@@ -32,43 +38,53 @@ class Denoiser:
     def steps(self) -> int:
         return len(self.sigmas) - 1
 
-    @torch.no_grad()
     def __call__(self, noise: Tensor, condition: Condition, span: Span, state: Any) -> Tensor:
-        """noise float32 [B, C, T, h, w] -> latents of the same shape.
+        """noise float32 [B, C, T, h, w] -> latents of the same shape, all steps of one span.
 
         Given latents are put in before every step and once more at the end. Raises Interrupted at the
         next step once `should_stop` says so, UnusableWeights when the result is not finite.
         """
-        family, branches_of = self.family, self.family.branches
-        union = tuple(
-            dict.fromkeys(name for step in range(self.steps) for name in branches_of(self.guidance, step))
-        )
-        prepared = family.prepare(self.dit, condition, union, state)
-        timesteps = timesteps_of(self.sigmas)
+        prepared = self.prepare(condition, state)
         x = noise
         for step in range(self.steps):
-            if self.should_stop():
-                raise Interrupted("stopped by a signal")
-            x = put_clean(x, condition)
-            velocities = family.predict(
-                self.dit,
-                x,
-                timesteps[step].to(x.device).expand(x.shape[0]),
-                prepared,
-                branches_of(self.guidance, step),
-                span=span,
-                step=step,
-                state=state,
-            )
-            velocity = family.combine(velocities, self.guidance, step)
-            x = euler_step(x, velocity, float(self.sigmas[step]), float(self.sigmas[step + 1]))
-            self.emit(StepFinished(span.index, step))
+            x = self.step(put_clean(x, condition), step, prepared, span, state)
+        self.require_finite(x, span)
+        return put_clean(x, condition)
+
+    @torch.no_grad()
+    def prepare(self, condition: Condition, state: Any) -> Prepared:
+        """What all steps of a span share, for every branch that any of them runs."""
+        names = (self.family.branches(self.guidance, step) for step in range(self.steps))
+        union = tuple(dict.fromkeys(name for step in names for name in step))
+        return self.family.prepare(self.dit, condition, union, state)
+
+    @torch.no_grad()
+    def step(self, x: Tensor, step: int, prepared: Prepared, span: Span, state: Any) -> Tensor:
+        """One guided Euler step of a span: float32 [B, C, T, h, w] -> the same shape. Raises Interrupted."""
+        if self.should_stop():
+            raise Interrupted("stopped by a signal")
+        velocities = self.family.predict(
+            self.dit,
+            x,
+            timesteps_of(self.sigmas)[step].to(x.device).expand(x.shape[0]),
+            prepared,
+            self.family.branches(self.guidance, step),
+            span=span,
+            step=step,
+            state=state,
+        )
+        velocity = self.family.combine(velocities, self.guidance, step)
+        x = euler_step(x, velocity, float(self.sigmas[step]), float(self.sigmas[step + 1]))
+        self.emit(StepFinished(span.index, step))
+        return x
+
+    def require_finite(self, x: Tensor, span: Span) -> None:
+        """Raises UnusableWeights for finished latents that are not finite."""
         if not bool(torch.isfinite(x).all()):
             raise UnusableWeights(
-                f"the network gave values that are not finite in chunk {span.index + 1}",
+                f"the network gave values that are not finite in span {span.index + 1}",
                 fix="try --dtype float32; if that does not help the weights are damaged",
             )
-        return put_clean(x, condition)
 
 
 def put_clean(x: Tensor, condition: Condition) -> Tensor:

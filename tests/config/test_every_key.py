@@ -21,10 +21,11 @@ from avatarctl.errors import ConfigError
 
 PROMISED = {  # the public table of sections and keys, written out again
     "model": "name channels audio_offset weights_root weights lora compat",
-    "input": "image video audio prompt negative_prompt jobs latents face face_detector",
-    "sampling": "steps guidance_scale audio_guidance_scale guidance_interval shift solver cache "
+    "input": "image fit video audio prompt negative_prompt jobs latents face face_detector",
+    "sampling": "steps guidance_scale audio_guidance_scale guidance_rule null_audio batch_passes "
+    "latents_dtype guidance_interval shift solver cache "
     "cache_threshold preset",
-    "long_video": "strategy num_frames overlap_frames schedule carry max_tokens max_size audio_window",
+    "long_video": "strategy num_frames overlap_frames schedule blend carry max_tokens max_size audio_window",
     "output": "path fps width height lead_silence length soundtrack paste crf preview save_latents overwrite",
     "memory": "mode vae_gradient activation_checkpointing base_precision optimizer_device swap_blocks",
     "data": "path num_frames width height fps sample_rate window stride max_windows faces audio_name mask "

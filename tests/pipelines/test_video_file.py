@@ -233,7 +233,7 @@ def test_values_that_are_not_finite_end_the_run(tmp_path: Path, monkeypatch: pyt
         return modules
 
     monkeypatch.setattr(infer, "load", damaged)
-    with pytest.raises(UnusableWeights, match="not finite in chunk 1"):
+    with pytest.raises(UnusableWeights, match="not finite in span 1"):
         write_video(ROW, job(), planned(job()), tmp_path / "a.mp4")
     assert list(tmp_path.iterdir()) == []
 

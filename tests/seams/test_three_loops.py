@@ -96,6 +96,9 @@ class Toy:
     def frame_size(self, picture: tuple[int, int], cfg: RunConfig) -> tuple[int, int]:
         return 2, 2
 
+    def picture(self, pixels: np.ndarray, cfg: RunConfig) -> Tensor:
+        return torch.zeros(1, 3, 2, 2)
+
     def guidance(self, cfg: RunConfig) -> Guidance:
         return Guidance(2.0)
 
@@ -179,7 +182,7 @@ class ToyFused(Toy):
     def noise_key(self, span: Span, inputs: Inputs) -> tuple[tuple[int, ...], int]:
         return (inputs.job,), span.start
 
-    def fuse(self, new: Tensor, written: Tensor, span: Span, step: int) -> Tensor:
+    def fuse(self, new: Tensor, written: Tensor, span: Span, step: int, state: ToyState) -> Tensor:
         shared = written.shape[2]
         ramp = (torch.arange(shared) + 1).view(1, 1, -1, 1, 1) / (shared + 1)
         return torch.cat([written * (1 - ramp) + new[:, :, :shared] * ramp, new[:, :, shared:]], dim=2)
@@ -271,7 +274,7 @@ def fused(
         new = euler_step(x, v, float(sigmas[step]), float(sigmas[step + 1]))
         shared = max(0, reached[step] - span.start)
         written = latents[step + 1][:, :, window][:, :, :shared]
-        latents[step + 1][:, :, window] = family.fuse(new, written, span, step)
+        latents[step + 1][:, :, window] = family.fuse(new, written, span, step, state)
         reached[step] = window.stop
     return latents[-1]
 
