@@ -1,7 +1,7 @@
 """Rectified flow in the convention of Wan: x_sigma = (1 - sigma) x + sigma noise, v = noise - x.
 
-Everything is float32 or wider: the reference rounds timesteps to bfloat16, which maps 706 of the 1000
-training timesteps to another one (spec/omniavatar.md e). We carry the exact value and never look it up.
+Everything is float32 or wider: trainers that round timesteps to bfloat16 map 706 of the 1000 training
+timesteps of shift 5 to another one. We carry the exact value and never look it up.
 """
 
 from __future__ import annotations
@@ -66,9 +66,10 @@ def euler_step(x: Tensor, velocity: Tensor, sigma: Tensor | float, sigma_next: T
 
 
 def training_weights(shift: float) -> Tensor:
-    """Loss weight of every training timestep, float32 [1000], mean 1 (spec/omniavatar.md e).
+    """Loss weight of every training timestep, float32 [1000], mean 1.
 
-    A Gaussian bell over the timestep, lowered so that its smallest value is 0.
+    A Gaussian bell over the timestep, lowered so that its smallest value is 0, as the flow-match scheduler
+    of DiffSynth-Studio has it.
     """
     timesteps = timesteps_of(shifted_sigmas(TRAIN_TIMESTEPS, shift)[:-1])
     bell = torch.exp(-2 * ((timesteps - TRAIN_TIMESTEPS / 2) / TRAIN_TIMESTEPS) ** 2)

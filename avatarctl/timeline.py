@@ -1,7 +1,7 @@
 """Time in integers: sound samples at 16 kHz, pixel frames at 25 fps, latent frames of the Wan VAE.
 
 One pixel frame is exactly 640 samples. The VAE codes the first pixel frame alone and then groups of
-four, so T latent frames are 4T - 3 pixel frames (spec/omniavatar.md 0 and c).
+four, so T latent frames are 4T - 3 pixel frames (Wan, arXiv 2503.20314).
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def frames_of_samples(samples: int) -> int:
 
 
 def reference_frames_of_samples(samples: int) -> int:
-    """The published script's frame count, float rounding included (spec/omniavatar.md b.3).
+    """A published script's frame count, float rounding included.
 
-    ceil(samples / 16000 * 25) evaluated in float64 gives k + 1 for some exact multiples k * 640
-    (k = 7, 14, 28, 55, ...). Used under `model.compat reference` only.
+    ceil(samples / 16000 * 25) evaluated in float64, as written there, gives k + 1 for some exact
+    multiples k * 640 (k = 7, 14, 28, 55, ...). Used under `model.compat reference` only.
     """
     return math.ceil(samples / SAMPLE_RATE * FPS)
 

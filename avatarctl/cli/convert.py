@@ -33,8 +33,8 @@ _SMALLEST_SHARD: Final = 1_000_000
 EXAMPLES = """\b
 Examples:
   avatarctl convert-ckpt pytorch_model.pt --inspect
-  avatarctl convert-ckpt OmniAvatar-14B --out lora.safetensors --to comfyui
-  avatarctl convert-ckpt OmniAvatar-14B --out merged --merge-lora --base Wan2.1-T2V-14B --shard-size 5GB
+  avatarctl convert-ckpt my-adapter --out lora.safetensors --to comfyui
+  avatarctl convert-ckpt my-adapter --out merged --merge-lora --base Wan2.1-T2V-14B --shard-size 5GB
 """
 
 
@@ -73,7 +73,7 @@ Examples:
 def convert_ckpt(**params: Any) -> None:
     """Convert, merge, extract or inspect weight files.
 
-    SRC is a file or a folder: safetensors, .pt, .pth or .bin, an OmniAvatar release, a trainer's output, a
+    SRC is a file or a folder: safetensors, .pt, .pth or .bin, a published release, a trainer's output, a
     diffusers or PEFT folder, a kohya or ComfyUI LoRA. Nothing in it is executed. DST is safetensors, with the
     configuration beside it where DST is a folder. The path of DST is printed on standard output.
     """

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from avatarctl.cli.options import ConfigCommand, Request, config_options, read_request
+from avatarctl.cli.options import EXAMPLE_MODEL, ConfigCommand, Request, config_options, read_request
 from avatarctl.cli.screen import Screen
 from avatarctl.config import Resolved, RunConfig, dump_run, require_supported, value_of
 from avatarctl.errors import NotYetSupported, OutputRefused, UsageError, WeightsMissing, printable
@@ -34,11 +34,11 @@ DEFAULT_MODEL = "cartoon-i2v"
 _PATHS = ("model.weights_root", "input.image", "input.audio", "output.path")
 """Keys whose paths a run file holds as absolute ones; those of a model's own files need more than that."""
 
-EXAMPLES = """\b
+EXAMPLES = f"""\b
 Examples:
   avatarctl infer --chunked
   avatarctl infer --image me.jpg --audio hello.wav --out hello.mp4
-  avatarctl infer --model omniavatar-14b --image me.jpg --audio hello.wav --dry-run
+  avatarctl infer --model {EXAMPLE_MODEL} --image me.jpg --audio hello.wav --dry-run
 """
 
 

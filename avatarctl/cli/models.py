@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from avatarctl.cli.app import CommandGroup
-from avatarctl.cli.options import WEIGHTS_VARIABLE
+from avatarctl.cli.options import EXAMPLE_MODEL, WEIGHTS_VARIABLE
 from avatarctl.cli.screen import Screen
 from avatarctl.errors import Interrupted, UnusableWeights, UsageError, WeightsMissing, printable
 from avatarctl.registry import ROWS, Row, find
@@ -128,10 +128,10 @@ def _facts(row: Row) -> Iterator[tuple[str, Any]]:
             yield "default", f"{dotted} = {value}"
 
 
-PULL_EXAMPLES = """\b
+PULL_EXAMPLES = f"""\b
 Examples:
-  avatarctl models pull omniavatar-1.3b
-  avatarctl models pull --for 'train v2v --model omniavatar-14b --aux sync,lpips' --dry-run
+  avatarctl models pull {EXAMPLE_MODEL}
+  avatarctl models pull --for 'train v2v --model {EXAMPLE_MODEL} --aux sync,lpips' --dry-run
   avatarctl models pull someone/loras/style.safetensors --weights-root ~/weights
 """
 

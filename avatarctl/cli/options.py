@@ -26,8 +26,9 @@ from avatarctl.config import (
 from avatarctl.config.rules import PATH
 from avatarctl.config.values import kind_of
 from avatarctl.errors import ConfigError
+from avatarctl.registry import ROWS
 
-__all__ = ["ConfigCommand", "Request", "config_options", "read_request", "words_of"]
+__all__ = ["EXAMPLE_MODEL", "ConfigCommand", "Request", "config_options", "read_request", "words_of"]
 
 SHORT_FORMS: Final[Mapping[str, tuple[str, ...]]] = {
     "model.name": ("--model",),
@@ -59,6 +60,11 @@ TITLES: Final[Mapping[str, str]] = {
 }
 
 WEIGHTS_VARIABLE: Final = "AVATARCTL_WEIGHTS"
+
+EXAMPLE_MODEL: Final = next(
+    row.name for row in ROWS.values() if row.kind == "model" and row.source != "package"
+)
+"""The model that examples in the help name."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The chunk plan of a long video, in integers (spec/omniavatar.md f.4).
+"""The chunk plan of a long video, in integers; the family that uses it names its specification.
 
 A video is sampled in chunks of L pixel frames; each later chunk starts with the last `overlap` frames of
 the one before. Two conventions exist for how sound meets picture:

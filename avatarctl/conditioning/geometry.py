@@ -1,6 +1,6 @@
-"""Output size, chunk length and the fit of a picture into a frame (spec/omniavatar.md f.3).
+"""Output size, chunk length and the fit of a picture into a frame, as published scripts choose them.
 
-Sizes are (height, width) unless a name says otherwise.
+Each family names the specification that its numbers come from. Sizes are (height, width) unless a name says otherwise.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ def preset_folder() -> Path:
 
 
 def preset_names() -> tuple[str, ...]:
-    """All names, such as "infer/omniavatar-14b"."""
+    """All names, such as "infer/NAME" for `configs/infer/NAME.yaml`."""
     folder = preset_folder()
     return tuple(
         sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.glob("*/*.yaml"))
@@ -29,7 +29,7 @@ def find_config(name: str, command: str) -> Path:
     """The file that `--config NAME` means.
 
     A path wins; a folder means its run.yaml; otherwise a shipped name, with or without the job folder
-    ("omniavatar-14b" for `infer` is "infer/omniavatar-14b"). Raises PathNotFound.
+    ("NAME" for `infer` is "infer/NAME"). Raises PathNotFound.
     """
     path = Path(name)
     if "\0" in name:
