@@ -1,7 +1,8 @@
 """Which models, encoders and other published files exist: rows of data, no classes of networks.
 
-Sources: spec/omniavatar.md 0, a.1, c, d for dimensions and defaults, spec/cartoon-world.md 3 to 5 for the
-built-in model, spec/weight-sources.md for the files. An empty hub id means that nobody confirmed one.
+Sources: spec/omniavatar.md 0, a.1, c, d and spec/stableavatar.md a.1, b.2, d, f, k for dimensions and
+defaults, spec/cartoon-world.md 3 to 5 for the built-in model, spec/weight-sources.md for the files. An empty
+hub id means that nobody confirmed one.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class Row:
              file or folder that a person named, see `path`; only rows of weights/model_row.py have it.
     files:   names relative to the repository; "a|b" is satisfied by either, a trailing "/" is a folder.
     stand_ins: names in `files` -> the name under which `avatarctl convert-ckpt` may have written the same.
-    network: constructor arguments by part: "dit" (`OmniAvatarTransformer`), "vae" (`AutoencoderKLWan`),
-             "text" (`UMT5Config`), "audio" (`Wav2Vec2Config`).
+    network: constructor arguments by part: "dit" (the family's transformer), "vae" (`AutoencoderKLWan`),
+             "text" (`UMT5Config`), "audio" (`Wav2Vec2Config`), "clip" (`CLIPVisionConfig`), if there is one.
     defaults: RunConfig values by dotted key.
     audio_offset_stated: the weights themselves say which audio offset they were made with.
     needs:   names of the rows whose files it needs as well.
@@ -126,6 +127,13 @@ NEGATIVE_PROMPT: Final = (
     "motionless image, chaotic background, three legs, crowded background with many people, walking backward"
 )
 
+WAN_NEGATIVE_PROMPT: Final = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
+    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
+    "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+"""Wan 2.1's own, with which its image-to-video models are used."""
+
 _CARTOON_NETWORK: Final[Mapping[str, Mapping[str, Any]]] = {
     "dit": {
         "num_attention_heads": 4, "attention_head_dim": 24, "num_layers": 6, "ffn_dim": 384, "freq_dim": 128,
@@ -142,7 +150,21 @@ _CARTOON_NETWORK: Final[Mapping[str, Mapping[str, Any]]] = {
 }  # fmt: skip
 
 
-def _omniavatar_network(heads: int, layers: int, ffn_dim: int) -> dict[str, dict[str, Any]]:
+_PUBLISHED_ENCODERS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "vae": {"base_dim": 96, "dim_mult": (1, 2, 4, 4), "num_res_blocks": 2, "z_dim": 16},
+    "text": {
+        "vocab_size": 256_384, "d_model": 4096, "d_ff": 10_240, "d_kv": 64, "num_heads": 64, "num_layers": 24,
+    },
+    "audio": {
+        "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
+        "conv_dim": (512,) * 7, "feat_extract_norm": "group", "num_conv_pos_embeddings": 128,
+        "num_conv_pos_embedding_groups": 16,
+    },
+}  # fmt: skip
+"""Wan 2.1's VAE and text encoder, and wav2vec 2.0 base."""
+
+
+def _omniavatar_network(heads: int, layers: int, ffn_dim: int) -> dict[str, Mapping[str, Any]]:
     """The published network; only the transformer differs between the two sizes."""
     return {
         "dit": {
@@ -150,17 +172,36 @@ def _omniavatar_network(heads: int, layers: int, ffn_dim: int) -> dict[str, dict
             "freq_dim": 256, "text_dim": 4096, "in_channels": 33, "out_channels": 16, "audio_hidden_size": 32,
             "audio_input_dim": 14 * 768,
         },
-        "vae": {"base_dim": 96, "dim_mult": (1, 2, 4, 4), "num_res_blocks": 2, "z_dim": 16},
-        "text": {
-            "vocab_size": 256_384, "d_model": 4096, "d_ff": 10_240, "d_kv": 64, "num_heads": 64,
-            "num_layers": 24,
-        },
-        "audio": {
-            "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
-            "conv_dim": (512,) * 7, "feat_extract_norm": "group", "num_conv_pos_embeddings": 128,
-            "num_conv_pos_embedding_groups": 16,
-        },
+        **_PUBLISHED_ENCODERS,
     }  # fmt: skip
+
+
+_STABLEAVATAR_NETWORK: Final[Mapping[str, Mapping[str, Any]]] = {
+    "dit": {
+        "num_attention_heads": 12, "attention_head_dim": 128, "num_layers": 30, "ffn_dim": 8960,
+        "freq_dim": 256, "text_dim": 4096, "in_channels": 36, "out_channels": 16, "image_dim": 1280,
+        "vocal_dim": 768, "vocal_heads": 8, "vocal_layers": 2, "vocal_ffn_dim": 3072,
+    },
+    **_PUBLISHED_ENCODERS,
+    "clip": {
+        "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16,
+        "image_size": 224, "patch_size": 14, "hidden_act": "gelu",
+    },
+}  # fmt: skip
+
+_STABLEAVATAR_TINY: Final[Mapping[str, Mapping[str, Any]]] = {
+    "dit": {
+        "num_attention_heads": 4, "attention_head_dim": 24, "num_layers": 2, "ffn_dim": 192, "freq_dim": 64,
+        "text_dim": 32, "in_channels": 36, "out_channels": 16, "image_dim": 32, "vocal_dim": 48,
+        "vocal_heads": 8, "vocal_layers": 2, "vocal_ffn_dim": 192,
+    },
+    **{part: _CARTOON_NETWORK[part] for part in ("vae", "text", "audio")},
+    "clip": {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 16,
+        "image_size": 224, "patch_size": 14, "hidden_act": "gelu",
+    },
+}  # fmt: skip
+"""The published network with every width made small."""
 
 
 _OMNIAVATAR_DEFAULTS: Final[Mapping[str, Any]] = {
@@ -185,14 +226,35 @@ _OMNIAVATAR_TRAINED: Final = TrainedFor(
     overlap_frames=(1, 13),
 )
 
+_STABLEAVATAR_DEFAULTS: Final[Mapping[str, Any]] = {
+    "model.channels": 36,
+    "model.audio_offset": 0,
+    "input.prompt": "The protagonist is talking",
+    "input.negative_prompt": WAN_NEGATIVE_PROMPT,
+    "sampling.steps": 50,
+    "sampling.guidance_scale": 5.0,
+    "sampling.audio_guidance_scale": 4.0,
+    "sampling.shift": 5.0,
+    "long_video.strategy": "fused",
+    "long_video.num_frames": 81,
+    "long_video.overlap_frames": 37,
+    "output.width": 512,
+    "output.height": 512,
+    "data.num_frames": 81,
+    "data.width": 512,
+    "data.height": 512,
+    "runtime.dtype": "bfloat16",
+}
+
 ENCODER_FILES: Final[Mapping[str, str]] = {
     "text": "models_t5_umt5-xxl-enc-bf16.pth",
     "vae": "Wan2.1_VAE.pth",
     "tokenizer": "google/umt5-xxl/",
+    "clip": "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
 }
-"""What stands beside the transformer in every Wan release, by part."""
+"""What stands beside the transformer in Wan releases, by part; "clip" in those that look at a picture."""
 
-_WAN21_ENCODERS: Final = tuple(ENCODER_FILES.values())
+_WAN21_ENCODERS: Final = tuple(name for part, name in ENCODER_FILES.items() if part != "clip")
 
 
 def _shards(count: int) -> tuple[str, ...]:
@@ -246,11 +308,32 @@ _MODELS: Final = (
         needs=("wan2.1-t2v-1.3b", "omniavatar-1.3b-adapter", "wav2vec2-base-960h"),
     ),
     Row(
-        "stableavatar-1.3b", "model", "StableAvatar on Wan 2.1 Fun InP 1.3B", NOT_YET,
+        "stableavatar-1.3b", "model", "StableAvatar on Wan 2.1 Fun InP 1.3B", NEEDS_WEIGHTS,
         hub_id="FrancisRing/StableAvatar",
         files=("StableAvatar-1.3B/transformer3d-square.pt|StableAvatar-1.3B/transformer3d-rec-vec.pt",),
         family="stableavatar",
+        network=_STABLEAVATAR_NETWORK,
+        defaults=_STABLEAVATAR_DEFAULTS,
+        trained_for=TrainedFor(sizes=((512, 512), (480, 832), (832, 480)), num_frames=(81,)),
         needs=("wan2.1-fun-1.3b-inp", "wav2vec2-base-960h"),
+    ),
+    Row(
+        "stableavatar-tiny", "model", "untrained miniature of StableAvatar, for tests", WORKS, "package",
+        family="stableavatar",
+        network=_STABLEAVATAR_TINY,
+        defaults={
+            **_STABLEAVATAR_DEFAULTS,
+            "sampling.steps": 4,
+            "long_video.num_frames": 17,
+            "long_video.overlap_frames": 5,
+            "output.width": 64,
+            "output.height": 64,
+            "data.num_frames": 17,
+            "data.width": 64,
+            "data.height": 64,
+            "runtime.dtype": "float32",
+        },
+        trained=False,
     ),
     Row(
         "liveavatar-14b", "model", "LiveAvatar on Wan 2.2 S2V 14B", NOT_YET,

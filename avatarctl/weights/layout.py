@@ -21,7 +21,8 @@ class Sizes:
     """Dimensions read from tensor shapes; 0 where a file does not tell (an adapter knows little).
 
     layers: blocks; image_dim: width of the CLIP features of image-to-video models;
-    audio_input_dim: width of one audio feature frame.
+    audio_input_dim: width of one audio feature frame; vocal_dim: of one sound token; vocal_hidden_dim:
+    between the two layers that project it, 0 for one layer; vocal_layers, vocal_ffn: of what follows them.
     """
 
     width: int = 0
@@ -34,6 +35,10 @@ class Sizes:
     image_dim: int = 0
     audio_hidden_size: int = 0
     audio_input_dim: int = 0
+    vocal_dim: int = 0
+    vocal_hidden_dim: int = 0
+    vocal_layers: int = 0
+    vocal_ffn: int = 0
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,15 @@ from avatarctl.weights.key_map import KeyMap
 from avatarctl.weights.layout import Sizes, WeightLayout
 from avatarctl.weights.wan import UMT5_ENCODER, WAN_IMAGE, WAN_TRANSFORMER
 
-__all__ = ["COMPONENTS", "LAYOUTS", "OMNIAVATAR", "WAN"]
+__all__ = ["COMPONENTS", "LAYOUTS", "OMNIAVATAR", "STABLEAVATAR", "WAN"]
 
 Shapes = dict[str, tuple[int, ...]]
 
 _PATCH: Final = 4  # values per channel in a (1, 2, 2) patch
 _FRAMES_PER_LATENT: Final = 4
+CLIP_WIDTH: Final = 1280
+"""Width of the CLIP features of every published image-to-video model; an adapter does not tell."""
+
 _FLOAT32: Final = ("time_embedding", "modulation", "norm3")
 """Original names of what stays float32 under any run dtype (spec/building-blocks.md 1, trap d)."""
 
@@ -80,6 +83,37 @@ def omniavatar_shapes(sizes: Sizes) -> Shapes:
     return shapes
 
 
+def stableavatar_shapes(sizes: Sizes) -> Shapes:
+    """An image-to-video Wan transformer with keys and values of sound tokens in every block, and the projector
+    that makes these tokens (stableavatar.md a.2, b.2; b.3 where `vocal_hidden_dim` is not 0)."""
+    d = sizes.width
+    shapes = wan_shapes(replace(sizes, image_dim=sizes.image_dim or CLIP_WIDTH))
+    for index in range(sizes.layers):
+        for projection in ("k_vocal", "v_vocal"):
+            shapes |= _linear(f"blocks.{index}.cross_attn.{projection}", d, d)
+    inner = "vocal_projector.proj_model"
+    if hidden := sizes.vocal_hidden_dim:
+        shapes |= {f"{inner}.proj_1.weight": (hidden, sizes.vocal_dim), f"{inner}.proj_2.weight": (d, hidden)}
+        shapes |= _norm(f"{inner}.norm_1", hidden) | _norm(f"{inner}.norm_2", d)
+    else:
+        shapes |= {f"{inner}.proj.weight": (d, sizes.vocal_dim), **_norm(f"{inner}.norm", d)}
+    for index in range(sizes.vocal_layers):
+        shapes |= _projector_block(f"vocal_projector.blocks.{index}", sizes)
+    head = "vocal_projector.final_head"
+    return shapes | {f"{head}.modulation": (1, 2, d), **_linear(f"{head}.final_proj", d, d)}
+
+
+def _projector_block(block: str, sizes: Sizes) -> Shapes:
+    d = sizes.width
+    shapes: Shapes = {f"{block}.modulation": (1, 6, d), **_norm(f"{block}.norm3", d)}
+    for projection in ("q", "k", "v", "o"):
+        shapes |= _linear(f"{block}.cross_attn.{projection}", d, d)
+    for norm in ("norm_q", "norm_k"):
+        shapes[f"{block}.cross_attn.{norm}.weight"] = (d,)
+    ffn = sizes.vocal_ffn
+    return shapes | _linear(f"{block}.ffn.0", ffn, d) | _linear(f"{block}.ffn.2", d, ffn)
+
+
 def _nothing(sizes: Sizes) -> Mapping[str, tuple[int, ...]]:
     return {}
 
@@ -108,16 +142,27 @@ WAN: Final = WeightLayout(
     float32=_FLOAT32,
 )
 
-_STABLEAVATAR: Final = WeightLayout(
+_VOCAL: Final = KeyMap(
+    (
+        ("blocks.{n}.cross_attn.k_vocal.{rest}", "blocks.{n}.attn2.vocal_k.{rest}"),
+        ("blocks.{n}.cross_attn.v_vocal.{rest}", "blocks.{n}.attn2.vocal_v.{rest}"),
+        ("vocal_projector.{rest}", "vocal_projector.{rest}"),
+    )
+)
+
+STABLEAVATAR: Final = WeightLayout(
     family="stableavatar",
     title="StableAvatar",
-    key_map=WAN_TRANSFORMER + WAN_IMAGE,
-    own=(r"vocal_projector\..+", r"blocks\.\d+\.cross_attn\.[kv]_vocal\.\w+"),
+    key_map=WAN_TRANSFORMER + WAN_IMAGE + _VOCAL,
+    own=(
+        r"vocal_projector\.(proj_model|final_head)\..+", r"vocal_projector\.blocks\.\d+\..+",
+        r"blocks\.\d+\.cross_attn\.[kv]_vocal\.\w+",
+    ),
     replaced=(),
     channels=(36,),
-    shapes=_nothing,
-    supported=False,
-)
+    shapes=stableavatar_shapes,
+    float32=_FLOAT32,
+)  # fmt: skip
 
 _LIVEAVATAR: Final = WeightLayout(
     family="liveavatar",
@@ -144,7 +189,7 @@ _VACE: Final = WeightLayout(
     supported=False,
 )
 
-LAYOUTS: Final = (OMNIAVATAR, _STABLEAVATAR, _LIVEAVATAR, _VACE, WAN)
+LAYOUTS: Final = (OMNIAVATAR, STABLEAVATAR, _LIVEAVATAR, _VACE, WAN)
 """Transformers, plain Wan last: it is what remains when nobody owns a tensor."""
 
 

@@ -1,4 +1,5 @@
-"""Dimensions and the name of a network, from tensor shapes alone (spec/omniavatar.md a.1, a.2)."""
+"""Dimensions and the name of a network, from tensor shapes alone (spec/omniavatar.md a.1, a.2,
+spec/stableavatar.md a.2, b)."""
 
 from __future__ import annotations
 
@@ -9,17 +10,16 @@ from typing import Final
 from avatarctl.errors import UnusableWeights
 from avatarctl.weights.checkpoint import Kind
 from avatarctl.weights.layout import Sizes, WeightLayout
-from avatarctl.weights.layouts import WAN
+from avatarctl.weights.layouts import CLIP_WIDTH, WAN
 
 __all__ = ["read_sizes", "variant_of"]
-
-_CLIP_WIDTH: Final = 1280
-"""Width of the CLIP features of every published image-to-video model; an adapter does not tell."""
 
 _MOST_LAYERS: Final = 1000
 
 _BLOCK: Final = re.compile(r"blocks\.(\d+)\..*")
 _HEARING: Final = re.compile(r"audio_cond_projs\.(\d+)\..*")
+_PROJECTING: Final = re.compile(r"vocal_projector\.blocks\.(\d+)\..*")
+_VOCAL: Final = "vocal_projector.proj_model"
 
 _SIZE_NAMES: Final = {(1536, 30): "1.3B", (5120, 40): "14B", (3072, 30): "5B"}
 
@@ -64,9 +64,13 @@ def read_sizes(shapes: Mapping[str, Shape], names: Iterable[str]) -> Sizes:
         out_channels=dimension(0, "head.head.weight") // 4,
         text_dim=dimension(1, "text_embedding.0.weight"),
         freq_dim=dimension(1, "time_embedding.0.weight"),
-        image_dim=dimension(1, "img_emb.proj.1.weight") or (_CLIP_WIDTH if images else 0),
+        image_dim=dimension(1, "img_emb.proj.1.weight") or (CLIP_WIDTH if images else 0),
         audio_hidden_size=dimension(0, "audio_proj.proj.weight"),
         audio_input_dim=dimension(1, "audio_proj.proj.weight") // 4,
+        vocal_dim=dimension(1, f"{_VOCAL}.proj.weight", f"{_VOCAL}.proj_1.weight"),
+        vocal_hidden_dim=dimension(0, f"{_VOCAL}.proj_1.weight") or dimension(1, f"{_VOCAL}.proj_2.weight"),
+        vocal_layers=_count(_PROJECTING, names),
+        vocal_ffn=dimension(0, "vocal_projector.blocks.0.ffn.0.weight"),
     )
 
 
