@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import click
 
 import avatarctl
+from avatarctl.cli.command import Command
 from avatarctl.errors import (
     AvatarctlError,
     DoesNotFit,
@@ -41,6 +42,8 @@ class CommandGroup(click.Group):
 
     lazy: command name -> ("module:attribute", the short help shown without importing it).
     """
+
+    command_class = Command
 
     def __init__(self, *args: Any, lazy: Mapping[str, tuple[str, str]] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from avatarctl.cli.command import Command
 from avatarctl.cli.screen import Screen
 from avatarctl.errors import UsageError, printable
 from avatarctl.events import Notice
@@ -40,6 +41,7 @@ Examples:
 
 @click.command(
     "convert-ckpt",
+    cls=Command,
     epilog=EXAMPLES,
     context_settings={"help_option_names": ["-h", "--help"]},
     short_help="Convert, merge, extract or inspect weight files.",

@@ -9,6 +9,7 @@ from typing import Any, Final, Literal, get_args, get_origin
 
 import click
 
+from avatarctl.cli.command import Command
 from avatarctl.config import (
     ANY,
     COMMAND_SECTIONS,
@@ -84,7 +85,7 @@ class KeyOption(click.Option):
         self.spec = spec
 
 
-class ConfigCommand(click.Command):
+class ConfigCommand(Command):
     """A command whose help lists its options by section."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -203,12 +204,12 @@ def read_request(
     asked: dict[str, Setting] = {}
     for dotted, setting in _asked(params):
         other = asked.setdefault(dotted, setting)
-        if isinstance(setting.value, Mapping):
+        if isinstance(setting.value, Mapping) and _agree(other.value, setting.value):
             asked[dotted] = Setting({**other.value, **setting.value}, setting.origin)
         elif other.value != setting.value:
             raise ConfigError(
-                f"{dotted} is asked for twice: {other.value} by {other.origin}, "
-                f"{setting.value} by {setting.origin}"
+                f"{dotted} is asked for twice: {_short(other.value)} by {other.origin}, "
+                f"{_short(setting.value)} by {setting.origin}"
             )
     files = params["config"]
     if len(files) > 1:
@@ -220,6 +221,15 @@ def read_request(
         ambient[spec.dotted] = read_text(spec, os.environ[WEIGHTS_VARIABLE], WEIGHTS_VARIABLE)
     resolved = resolve(row_of, compat, file, asked, default_model=default_model, ambient=ambient)
     return Request(resolved, dry_run=params["dry_run"], json=params["as_json"])
+
+
+def _agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return all(one.get(part, value) == value for part, value in other.items())
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 def _asked(params: Mapping[str, Any]) -> Iterator[tuple[str, Setting]]:

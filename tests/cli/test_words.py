@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import click
 import pytest
 from click.testing import Result
 
 import avatarctl
+from avatarctl.cli import app
 from avatarctl.config import COMMAND_SECTIONS, keys
 from avatarctl.registry import ROWS
 
@@ -88,6 +91,57 @@ def test_every_key_that_infer_reads_has_an_option(run: Run) -> None:
 )
 def test_mistyped(words: tuple[str, ...], says: str, refused: Callable[..., str]) -> None:
     assert says in refused(2, *words)
+
+
+def options_given_once() -> Iterator[tuple[str, str, str]]:
+    """(command, flag, a value) of every option outside `infer` that takes a value and counts once."""
+    for name in ("convert-ckpt", "models list", "models show", "models pull", "models verify"):
+        command: click.Command | None = app
+        for word in name.split():
+            assert isinstance(command, click.Group)
+            command = command.get_command(click.Context(command), word)
+        assert command is not None
+        for param in command.params:
+            if isinstance(param, click.Option) and not param.is_flag:
+                choices = getattr(param.type, "choices", ("1",))
+                yield name, param.opts[0], choices[0]
+
+
+@pytest.mark.parametrize(("command", "flag", "value"), list(options_given_once()))
+def test_an_option_said_twice_is_refused_by_name(
+    command: str, flag: str, value: str, refused: Callable[..., str], here: Path
+) -> None:
+    named = () if command == "models list" else ("a",)
+    line = refused(2, *command.split(), *named, flag, value, flag, value)
+    assert line == f"{flag}: given more than once (give it once)"
+    assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flag", "first", "second", "key"),
+    [
+        ("--prompt", "a cat", "a dog", "input.prompt"),
+        ("--negative-prompt", "", "a" * 1000, "input.negative_prompt"),
+        ("--image", "a.png", "b.png", "input.image"),
+        ("--model", "a", "b", "model.name"),
+        ("--out", "a.mp4", "b.mp4", "output.path"),
+        ("--long-video", "chunks", "off", "long_video.strategy"),
+        ("--weights", "dit=a", "dit=b", "model.weights"),
+        ("--overwrite", "--no-overwrite", "", ""),
+    ],
+)
+def test_an_option_of_infer_said_twice_is_refused_by_name(
+    flag: str, first: str, second: str, key: str, refused: Callable[..., str], here: Path
+) -> None:
+    words = (flag, first, flag, second) if key else (flag, first)
+    line = refused(2, "infer", *words)
+    assert flag in line and (f"{key} is asked for twice" in line if key else "given more than once" in line)
+    assert len(line) < 200
+    assert not list(here.iterdir())
+
+
+def test_a_switch_may_be_repeated(run: Run) -> None:
+    assert run("models", "list", "--json", "--json").exit_code == 0
 
 
 @pytest.mark.parametrize(
