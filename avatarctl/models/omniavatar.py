@@ -9,17 +9,17 @@ frames, A audio width, D model width, P = layers // 2 - 1 audio projections.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from diffusers import WanTransformer3DModel
 from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
 
-from avatarctl.models.wan_blocks import AvatarBlock, ComplexRotaryEmbedding, KeyValue
+from avatarctl.models.wan_blocks import AvatarAttnProcessor, AvatarBlock, KeyValue
+from avatarctl.models.wan_transformer import AvatarTransformer, Embedded
 
 __all__ = ["AudioPack", "OmniAvatarTransformer", "PreparedTensors"]
 
@@ -49,33 +49,51 @@ class PreparedTensors:
     rotary: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class _Embedded:
-    """What all guidance branches of a step share: tokens [B, S, D], time vector [B, D] (head) and its
-    projection [B, 6, D] (blocks), grid of tokens (frames, rows, columns)."""
+class ResidualBlock(AvatarBlock):
+    """A block that adds an audio residual to its input.
 
-    tokens: Tensor
-    time: Tensor
-    modulation: Tensor
-    grid: tuple[int, int, int]
-
-
-class OmniAvatarTransformer(WanTransformer3DModel):
-    """One `forward`, three modes, because a sharded model may be entered only through its forward.
-
-    raw      everything from the raw condition in one pass: training, parity
-    prepare  what no sampling step changes: text keys and values, audio residuals, rotary table
-    denoise  one step from prepared tensors, all guidance branches
+    The residual is an argument, not state on a hook: gradient checkpointing recomputes the block and must
+    find it again (spec/building-blocks.md 1).
     """
 
-    _supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar = ["AvatarBlock"]
-    _repeated_blocks: ClassVar = ["AvatarBlock"]
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        temb: Tensor | None,
+        rotary_emb: Tensor | None,
+        audio_residual: Tensor | None = None,
+        text_key_value: KeyValue | None = None,
+        only: str | None = None,
+    ) -> Tensor | KeyValue:
+        """hidden_states [B, S, D]; encoder_hidden_states [B, S_text, D]; temb [B, 6, D];
+        audio_residual [B, T, D], the same for every token of a latent frame.
+
+        only="kv" returns the text keys and values of this block and nothing else: under FSDP2 a block's
+        parameters exist only inside its own forward.
+        """
+        if only == "kv":
+            assert encoder_hidden_states is not None
+            return AvatarAttnProcessor.key_value(self.attn2, encoder_hidden_states)
+        if audio_residual is not None:
+            by_frame = rearrange(hidden_states, "b (t s) d -> b t s d", t=audio_residual.shape[1])
+            residual = rearrange(audio_residual, "b t d -> b t 1 d").type_as(hidden_states)
+            hidden_states = rearrange(by_frame + residual, "b t s d -> b (t s) d")
+        assert temb is not None and rotary_emb is not None
+        return self.modulated(
+            hidden_states, temb, rotary_emb, encoder_hidden_states, key_value=text_key_value
+        )
+
+
+class OmniAvatarTransformer(AvatarTransformer):
+    """prepare: text keys and values, audio residuals, rotary table."""
+
+    _no_split_modules: ClassVar = ["ResidualBlock"]
+    _repeated_blocks: ClassVar = ["ResidualBlock"]
     _keep_in_fp32_modules: ClassVar = ["time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"]
     _skip_layerwise_casting_patterns: ClassVar = [
         "patch_embedding", "condition_embedder", "norm", "lora", "audio_proj", "audio_cond_projs",
     ]  # fmt: skip
-    _cp_plan = None  # the parent's plan splits a cos/sin pair that this model does not have
 
     @register_to_config
     def __init__(
@@ -108,27 +126,14 @@ class OmniAvatarTransformer(WanTransformer3DModel):
             cross_attn_norm=cross_attn_norm,
             qk_norm=qk_norm,
             eps=eps,
-            rope_max_seq_len=1,  # the parent's table is replaced below
+            rope_max_seq_len=1,  # the parent's table is replaced
         )
         width = num_attention_heads * attention_head_dim
-        self.rope = ComplexRotaryEmbedding(attention_head_dim)
-        for block in self.blocks:
-            AvatarBlock.adopt(block)
+        self.adopt_blocks(ResidualBlock)
         self.audio_proj = AudioPack(audio_input_dim, audio_hidden_size)
         self.audio_cond_projs = nn.ModuleList(
             nn.Linear(audio_hidden_size, width) for _ in range(num_layers // 2 - 1)
         )
-
-    def forward(self, *args: Any, mode: Literal["raw", "prepare", "denoise"] = "raw", **kwargs: Any) -> Any:
-        """Dispatches to `raw`, `prepare` or `denoise`; arguments are theirs."""
-        modes: dict[str, Callable[..., Any]] = {
-            "raw": self._raw,
-            "prepare": self._prepare,
-            "denoise": self._denoise,
-        }
-        if mode not in modes:
-            raise ValueError(f"mode is one of {', '.join(modes)}, not {mode!r}")
-        return modes[mode](*args, **kwargs)
 
     def _raw(
         self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, audio: Tensor
@@ -177,14 +182,6 @@ class OmniAvatarTransformer(WanTransformer3DModel):
             )
         return velocities
 
-    @property
-    def _compute_dtype(self) -> torch.dtype:
-        return self.patch_embedding.weight.dtype
-
-    def _rotary_table(self, grid: tuple[int, int, int]) -> Tensor:
-        tokens = tuple(n // p for n, p in zip(grid, self.config.patch_size, strict=True))
-        return self.rope(tokens, self.patch_embedding.weight.device)
-
     def _audio_residuals(self, audio: Tensor) -> Tensor:
         """[B, L, A] -> [B, P, T, D]. The first frame is repeated to fill the first latent's group of four:
         latent 0 hears frame 0 alone, latent g >= 1 the frames 4g - 3 .. 4g."""
@@ -192,22 +189,9 @@ class OmniAvatarTransformer(WanTransformer3DModel):
         packed = self.audio_proj(torch.cat([audio[:, :1].expand(-1, 3, -1), audio], dim=1))
         return torch.stack([projection(packed) for projection in self.audio_cond_projs], dim=1)
 
-    def _embed(self, hidden_states: Tensor, timestep: Tensor) -> _Embedded:
-        """Latents and condition channels as tokens, the timestep as modulation."""
-        embedder, dtype = self.condition_embedder, self._compute_dtype
-        time = embedder.timesteps_proj(timestep.float())
-        time = embedder.time_embedder(time.to(embedder.time_embedder.linear_1.weight.dtype)).to(dtype)
-        patches = self.patch_embedding(hidden_states.to(dtype))
-        return _Embedded(
-            tokens=rearrange(patches, "b d t h w -> b (t h w) d").contiguous(),
-            time=time,
-            modulation=embedder.time_proj(embedder.act_fn(time)).unflatten(1, (6, -1)),
-            grid=tuple(patches.shape[2:]),
-        )
-
     def _run(
         self,
-        embedded: _Embedded,
+        embedded: Embedded,
         *,
         rotary: Tensor,
         audio: Tensor,
@@ -215,37 +199,20 @@ class OmniAvatarTransformer(WanTransformer3DModel):
         text_key_values: Sequence[KeyValue] | None = None,
     ) -> Tensor:
         """Blocks, head, patches back to latents: [B, 16, T, h, w]."""
-        frames, rows, columns = embedded.grid
+        frames = embedded.grid[0]
         if audio.shape[2] != frames:
             # Any divisor of the token count would be accepted below, and sound would meet other frames.
             raise ValueError(f"sound of {audio.shape[2]} latent frames for a video of {frames}")
         tokens = embedded.tokens
-        checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing
         for index, block in enumerate(self.blocks):
-            # Positional, and None where a block gets no sound: hooks look arguments up by position.
-            arguments = (
+            tokens = self._checkpointed(
+                block,
                 tokens,
                 text,
                 embedded.modulation,
                 rotary,
+                # None where a block gets no sound.
                 audio[:, index - 2] if 2 <= index <= len(self.blocks) // 2 else None,
                 None if text_key_values is None else text_key_values[index],
             )
-            if checkpointing:
-                tokens = self._gradient_checkpointing_func(block, *arguments)
-            else:
-                tokens = block(*arguments)
-
-        shift, scale = (self.scale_shift_table + embedded.time.unsqueeze(1)).chunk(2, dim=1)
-        tokens = (self.norm_out(tokens.float()) * (1 + scale) + shift).to(self._compute_dtype)
-        patch_t, patch_h, patch_w = self.config.patch_size
-        return rearrange(
-            self.proj_out(tokens),
-            "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)",
-            t=frames,
-            h=rows,
-            w=columns,
-            pt=patch_t,
-            ph=patch_h,
-            pw=patch_w,
-        )
+        return self._unembed(tokens, embedded)

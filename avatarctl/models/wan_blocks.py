@@ -1,10 +1,12 @@
-"""What our Wan transformers share: complex rotary embedding, attention, the block with an audio input.
+"""What the blocks of our Wan transformers share: complex rotary embedding, attention, modulation.
 
 Shapes: B batch, S video tokens in (frame, row, column) order, column fastest, D width, N heads,
-d = D / N head width, T latent frames.
+d = D / N head width.
 """
 
 from __future__ import annotations
+
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 __all__ = ["AvatarAttnProcessor", "AvatarBlock", "ComplexRotaryEmbedding", "KeyValue"]
 
-KeyValue = tuple[Tensor, Tensor]  # keys and values [B, S_text, N, d]
+KeyValue = tuple[Tensor, Tensor]  # keys and values of a context, [B, S', N, d]
 
 
 class ComplexRotaryEmbedding(nn.Module):
@@ -61,10 +63,20 @@ class AvatarAttnProcessor:
     backend: AttentionBackendName | None = None
 
     @staticmethod
+    def query(attn: WanAttention, hidden_states: Tensor) -> Tensor:
+        """Queries [B, S, N, d] of tokens [B, S, D]."""
+        return attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+
+    @staticmethod
     def key_value(attn: WanAttention, context: Tensor) -> KeyValue:
         """Keys and values of a context [B, S, D]."""
         key = attn.norm_k(attn.to_k(context)).unflatten(2, (attn.heads, -1))
         return key, attn.to_v(context).unflatten(2, (attn.heads, -1))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Queries [B, S, N, d] over keys and values [B, S', N, d] -> [B, S, D], on the chosen kernel."""
+        out = dispatch_attention_fn(query, key, value, attn_mask=mask, backend=self.backend)
+        return out.flatten(2, 3).type_as(query)
 
     def __call__(
         self,
@@ -75,55 +87,41 @@ class AvatarAttnProcessor:
         rotary_emb: Tensor | None = None,
         key_value: KeyValue | None = None,
     ) -> Tensor:
-        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+        query = self.query(attn, hidden_states)
         if key_value is None:
             context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
             key_value = self.key_value(attn, context)
         key, value = key_value
         if rotary_emb is not None:
             query, key = rotate(query, rotary_emb), rotate(key, rotary_emb)
-        out = dispatch_attention_fn(query, key, value, attn_mask=attention_mask, backend=self.backend)
-        return attn.to_out[0](out.flatten(2, 3).type_as(query))
+        return attn.to_out[0](self.attend(query, key, value, attention_mask))
 
 
 class AvatarBlock(WanTransformerBlock):
-    """A Wan block that adds an audio residual to its input.
+    """A Wan block that a family extends by what its `forward` takes.
 
-    Applied by `block.__class__ = AvatarBlock` on a built block: same parameters, bit-equal gradients.
-    The residual is an argument, not state on a hook: gradient checkpointing recomputes the block and must
-    find it again (spec/building-blocks.md 1).
+    Applied by `block.__class__ = ...` on a built block: same parameters, bit-equal gradients.
     """
+
+    cross_processor: ClassVar[type[AvatarAttnProcessor]] = AvatarAttnProcessor
 
     @classmethod
     def adopt(cls, block: WanTransformerBlock) -> None:
         block.__class__ = cls
-        for attention in (block.attn1, block.attn2):
-            attention.set_processor(AvatarAttnProcessor())
+        block.attn1.set_processor(AvatarAttnProcessor())
+        block.attn2.set_processor(cls.cross_processor())
 
-    def forward(
+    def modulated(
         self,
         hidden_states: Tensor,
+        temb: Tensor,
+        rotary_emb: Tensor,
         encoder_hidden_states: Tensor | None,
-        temb: Tensor | None,
-        rotary_emb: Tensor | None,
-        audio_residual: Tensor | None = None,
-        text_key_value: KeyValue | None = None,
-        only: str | None = None,
-    ) -> Tensor | KeyValue:
-        """hidden_states [B, S, D]; encoder_hidden_states [B, S_text, D]; temb [B, 6, D];
-        audio_residual [B, T, D], the same for every token of a latent frame.
-
-        only="kv" returns the text keys and values of this block and nothing else: under FSDP2 a block's
-        parameters exist only inside its own forward.
-        """
-        if only == "kv":
-            assert encoder_hidden_states is not None
-            return AvatarAttnProcessor.key_value(self.attn2, encoder_hidden_states)
-        if audio_residual is not None:
-            by_frame = rearrange(hidden_states, "b (t s) d -> b t s d", t=audio_residual.shape[1])
-            residual = rearrange(audio_residual, "b t d -> b t 1 d").type_as(hidden_states)
-            hidden_states = rearrange(by_frame + residual, "b t s d -> b (t s) d")
-        assert temb is not None
+        **cross: Any,
+    ) -> Tensor:
+        """Self-attention, cross-attention, feed-forward: hidden_states [B, S, D], temb [B, 6, D],
+        encoder_hidden_states [B, S_text, D]; `cross` goes to the processor of the cross-attention.
+        Modulation and norms are float32."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + temb.float()).chunk(6, dim=1)
 
         normed = (self.norm1(hidden_states.float()) * (1 + scale1) + shift1).type_as(hidden_states)
@@ -131,9 +129,7 @@ class AvatarBlock(WanTransformerBlock):
         hidden_states = (hidden_states.float() + attended * gate1).type_as(hidden_states)
 
         normed = self.norm2(hidden_states.float()).type_as(hidden_states)
-        hidden_states = hidden_states + self.attn2(
-            normed, encoder_hidden_states, None, None, key_value=text_key_value
-        )
+        hidden_states = hidden_states + self.attn2(normed, encoder_hidden_states, None, None, **cross)
 
         normed = (self.norm3(hidden_states.float()) * (1 + scale2) + shift2).type_as(hidden_states)
         forwarded = self.ffn(normed)
