@@ -13,6 +13,7 @@ __all__ = [
     "TRAIN_TIMESTEPS",
     "add_noise",
     "clean_estimate",
+    "double_shifted_sigmas",
     "euler_step",
     "shifted_sigmas",
     "timesteps_of",
@@ -30,7 +31,24 @@ def shifted_sigmas(steps: int, shift: float) -> Tensor:
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    s = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float32)
+    return _shifted(torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float32), shift)
+
+
+def double_shifted_sigmas(steps: int, shift: float) -> Tensor:
+    """The same levels shifted twice, as schedulers do that shift at construction and again for a run: float32
+    [steps + 1].
+
+    s goes from 1 to the shifted smallest training level, shift 0.001 / (1 + (shift - 1) 0.001), in `steps`
+    equal steps and is shifted once more; 0 is appended.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    smallest = float(_shifted(torch.tensor(1 / TRAIN_TIMESTEPS), shift))
+    s = torch.linspace(1.0, smallest, steps, dtype=torch.float32)
+    return torch.cat([_shifted(s, shift), torch.zeros(1)])
+
+
+def _shifted(s: Tensor, shift: float) -> Tensor:
     return shift * s / (1 + (shift - 1) * s)
 
 

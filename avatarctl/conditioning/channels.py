@@ -1,10 +1,12 @@
-"""Input channels of the OmniAvatar layouts (spec/omniavatar.md g.3).
+"""Input channels of the transformers: 16 of noisy latents, then what a model is conditioned on.
 
-0-15   noisy latents                       33, 49, 65 channels
-16-31  reference latent, repeated          33, 49, 65
-32     mask: 0 = given, 1 = generate       33, 49, 65
-33-48  latents of the masked video             49, 65
-49-64  latents of the reference sequence           65
+The family that uses a layout names its specification.
+
+layouts 33, 49, 65                                   layout 36, of image-to-video models
+16-31  reference latent, repeated   33, 49, 65       16-19  mask: 1 = given, 0 = generate
+32     mask: 0 = given, 1 = generate                 20-35  latents of the masked video
+33-48  latents of the masked video      49, 65
+49-64  latents of the reference sequence    65
 """
 
 from __future__ import annotations
@@ -13,10 +15,20 @@ import torch
 from einops import repeat
 from torch import Tensor
 
-__all__ = ["LAYOUTS", "MASK_GENERATE", "MASK_KEEP", "condition_channels", "prefix_mask"]
+__all__ = [
+    "MASK4_KEEP",
+    "MASK_GENERATE",
+    "MASK_KEEP",
+    "condition_channels",
+    "first_frame_channels",
+    "prefix_mask",
+]
 
-LAYOUTS = (33, 49, 65)
 MASK_KEEP, MASK_GENERATE = 0, 1
+MASK4_KEEP = 1
+"""Of layout 36, the opposite of the others."""
+
+_MASK4_CHANNELS = 4  # one per pixel frame of a latent frame
 
 
 def prefix_mask(reference: Tensor, frames: int, fixed: int) -> Tensor:
@@ -33,7 +45,7 @@ def condition_channels(
     masked_video: Tensor | None = None,
     reference_sequence: Tensor | None = None,
 ) -> Tensor:
-    """Channels 16 and up: [B, 17 | 33 | 49, T, h, w].
+    """Channels 16 and up of layouts 33, 49 and 65: [B, 17 | 33 | 49, T, h, w].
 
     reference: [B, 16, 1, h, w], repeated over time; mask: [B, 1, T, h, w]; the others [B, 16, T, h, w].
     """
@@ -42,3 +54,14 @@ def condition_channels(
     repeated = repeat(reference, "b c 1 h w -> b c t h w", t=mask.shape[2])
     parts = [repeated, mask, masked_video, reference_sequence]
     return torch.cat([part for part in parts if part is not None], dim=1)
+
+
+def first_frame_channels(masked_video: Tensor) -> Tensor:
+    """Channels 16 and up of layout 36, [B, 20, T, h, w], for a video of which the first frame is given.
+
+    masked_video: [B, 16, T, h, w], latents of a video that holds nothing behind that frame.
+    """
+    batch, _, frames, height, width = masked_video.shape
+    mask = masked_video.new_full((batch, _MASK4_CHANNELS, frames, height, width), 1 - MASK4_KEEP)
+    mask[:, :, 0] = MASK4_KEEP
+    return torch.cat([mask, masked_video], dim=1)

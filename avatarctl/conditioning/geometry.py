@@ -1,16 +1,26 @@
 """Output size, chunk length and the fit of a picture into a frame, as published scripts choose them.
 
-Each family names the specification that its numbers come from. Sizes are (height, width) unless a name says otherwise.
+Each family names the specification that its numbers come from. Sizes are (height, width) unless a name says
+otherwise.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["SIZE_BUCKETS", "choose_bucket", "chunk_frames", "cover_size", "fit_picture"]
+__all__ = [
+    "SIZE_BUCKETS",
+    "choose_bucket",
+    "chunk_frames",
+    "cover_size",
+    "distortion",
+    "fit_picture",
+    "nearest_shape",
+]
 
 # Published size buckets by the largest side allowed, (height, width).
 SIZE_BUCKETS: dict[int, tuple[tuple[int, int], ...]] = {
@@ -36,6 +46,18 @@ def choose_bucket(height: int, width: int, max_size: int) -> tuple[int, int]:
         if distance < best_distance or (distance == best_distance and as_large):
             best = bucket
     return best
+
+
+def distortion(picture: tuple[int, int], frame: tuple[int, int]) -> float:
+    """By how much a picture that is stretched to a frame is scaled more in one direction than in the other:
+    1 where the shapes agree, else above 1."""
+    ratio = (frame[0] / picture[0]) / (frame[1] / picture[1])
+    return max(ratio, 1 / ratio)
+
+
+def nearest_shape(picture: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The size whose shape is nearest to the picture's; the first of equally near ones."""
+    return min(sizes, key=lambda size: distortion(picture, size))
 
 
 def cover_size(height: int, width: int, target: tuple[int, int]) -> tuple[int, int]:

@@ -2,11 +2,12 @@
 
 from avatarctl.errors import NotYetSupported
 from avatarctl.families.omniavatar import OmniAvatar
+from avatarctl.families.stableavatar import StableAvatar
 from avatarctl.family import Family
 
-__all__ = ["OmniAvatar", "family_named"]
+__all__ = ["OmniAvatar", "StableAvatar", "family_named"]
 
-_FAMILIES: dict[str, Family] = {"omniavatar": OmniAvatar()}
+_FAMILIES: dict[str, Family] = {family.name: family for family in (OmniAvatar(), StableAvatar())}
 
 
 def family_named(name: str) -> Family:

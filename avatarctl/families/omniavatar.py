@@ -20,6 +20,7 @@ from avatarctl.conditioning.chunks import ChunkPlan, plan_chunks
 from avatarctl.conditioning.geometry import choose_bucket, chunk_frames
 from avatarctl.config import RunConfig
 from avatarctl.errors import UsageError
+from avatarctl.families.offers import require_offered
 from avatarctl.family import (
     Carry,
     Condition,
@@ -35,7 +36,7 @@ from avatarctl.family import (
 from avatarctl.flow_matching import shifted_sigmas
 from avatarctl.models.encode import AudioFeatures, encode_prompt, picture_tensor
 from avatarctl.models.omniavatar import PreparedTensors
-from avatarctl.sampling.guidance import branch_weights, combine
+from avatarctl.sampling.guidance import combine, text_first
 from avatarctl.timeline import FPS, SAMPLES_PER_FRAME, frames_of_samples, reference_frames_of_samples
 from avatarctl.weights.key_map import KeyMap
 from avatarctl.weights.wan import WAN_TRANSFORMER
@@ -102,10 +103,10 @@ class OmniAvatar:
         return choose_bucket(*picture, cfg.long_video.max_size or 720)
 
     def picture(self, pixels: np.ndarray, cfg: RunConfig) -> Tensor:
-        """Scaled to cover the frame and cropped."""
+        """Scaled to cover the frame and cropped, or stretched."""
         height, width = cfg.output.height, cfg.output.width
         assert height is not None and width is not None
-        return picture_tensor(pixels, (height, width))
+        return picture_tensor(pixels, (height, width), cfg.input.fit)
 
     def notices(self, cfg: RunConfig) -> tuple[str, ...]:
         """Where a run differs from what its settings suggest."""
@@ -121,15 +122,19 @@ class OmniAvatar:
 
     def plan(self, samples: int, cfg: RunConfig) -> Plan:
         """Chunks for `samples` at 16 kHz; needs output.width and output.height."""
-        strategy = cfg.long_video.strategy
-        if strategy not in ("off", "chunks"):
-            raise UsageError(
-                f"{self.name} makes long videos by chunks, not {strategy}", where="long_video.strategy"
-            )
+        require_offered(
+            cfg,
+            self.name,
+            choices={"long_video.strategy": ("off", "chunks"), "long_video.carry": (None, "pixels")},
+            without=(
+                "long_video.schedule", "long_video.blend", "sampling.guidance_rule", "sampling.null_audio",
+                "sampling.batch_passes", "sampling.latents_dtype",
+            ),
+        )  # fmt: skip
         chunks = self._chunks(samples, cfg)
         height, width = cfg.output.height, cfg.output.width
         assert height is not None and width is not None
-        if strategy == "off" and chunks.count > 1:
+        if cfg.long_video.strategy == "off" and chunks.count > 1:
             window = f"{chunks.length} ({chunks.length / FPS:g} s)"
             raise UsageError(
                 f"the sound fills {chunks.video_frames} frames and one window holds {window}",
@@ -182,7 +187,7 @@ class OmniAvatar:
     def open(self, modules: Modules, inputs: Inputs, cfg: RunConfig) -> _State:
         chunks = self._chunks(inputs.samples, cfg)
         text = {"prompt": encode_prompt(modules.text, inputs.prompt, inputs.emit)}
-        if any(_BRANCH_TEXT[name] == "negative" for name in branch_weights(self.guidance(cfg))):
+        if any(_BRANCH_TEXT[name] == "negative" for name in text_first(self.guidance(cfg))):
             text["negative"] = encode_prompt(modules.text, inputs.negative_prompt, inputs.emit)
         whole = cfg.model.compat == "reference"
         state = _State(
@@ -232,7 +237,7 @@ class OmniAvatar:
         return (inputs.job, span.index), 0
 
     def branches(self, guidance: Guidance, step: int) -> tuple[str, ...]:
-        return tuple(branch_weights(guidance))
+        return tuple(text_first(guidance))
 
     def prepare(
         self, dit: nn.Module, condition: Condition, branches: Sequence[str], state: _State
@@ -275,7 +280,7 @@ class OmniAvatar:
         return {name: velocity.float() for name, velocity in velocities.items()}
 
     def combine(self, velocities: Mapping[str, Tensor], guidance: Guidance, step: int) -> Tensor:
-        return combine(velocities, guidance)
+        return combine(velocities, text_first(guidance))
 
     def advance(self, modules: Modules, state: _State, span: Span, latents: Tensor, pixels: Tensor) -> Carry:
         """The tail in pixels: published behaviour, coded again by the next chunk."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+import PIL.Image
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -17,21 +19,56 @@ from avatarctl.models.wav2vec import normalise_waveform
 from avatarctl.timeline import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from avatarctl.events import Emit
     from avatarctl.family import AudioEncoder, TextEncoder, WaveformReader
 
-__all__ = ["PIECE_OVERLAP_SECONDS", "AudioFeatures", "Piece", "encode_prompt", "picture_tensor", "pieces"]
+__all__ = [
+    "PIECE_OVERLAP_SECONDS",
+    "AudioFeatures",
+    "Piece",
+    "encode_prompt",
+    "picture_tensor",
+    "pieces",
+    "window_tokens",
+]
 
 PIECE_OVERLAP_SECONDS = 2.0
 _MOMENTS_BLOCK_SECONDS = 10.0  # bounds the first layer's output: 512 channels at 3200 Hz are 65 MB
 
 
-def picture_tensor(pixels: np.ndarray, size: tuple[int, int]) -> Tensor:
-    """uint8 [h, w, 3] -> float32 [1, 3, H, W] in [-1, 1], scaled to cover `size` (H, W) and cropped."""
+def picture_tensor(
+    pixels: np.ndarray, size: tuple[int, int], fit: Literal["crop", "stretch"] = "crop"
+) -> Tensor:
+    """uint8 [h, w, 3] -> float32 [1, 3, H, W] in [-1, 1].
+
+    crop: scaled to cover `size` (H, W), and cropped. stretch: each direction scaled by itself, bicubic on
+    bytes as PIL does it.
+    """
+    if fit == "stretch":
+        bicubic = PIL.Image.Resampling.BICUBIC
+        pixels = np.array(PIL.Image.fromarray(pixels).resize((size[1], size[0]), bicubic))
     picture = rearrange(torch.from_numpy(pixels).to(torch.float32) / 255, "h w c -> 1 c h w")
-    return fit_picture(picture, size) * 2 - 1
+    return (fit_picture(picture, size) if fit == "crop" else picture) * 2 - 1
+
+
+def window_tokens(
+    encoder: AudioEncoder,
+    waveform: WaveformReader,
+    window: tuple[int, int],
+    *,
+    samples: int,
+    device: torch.device,
+) -> Tensor:
+    """Tokens of the sound of one window, a range of the recording's `samples`: [1, L, token_width].
+
+    Normalised by the window's own moments; what lies behind the recording is silence after that.
+    """
+    start, stop = window
+    heard = torch.from_numpy(waveform.read(start, min(stop, samples)))
+    variance, mean = torch.var_mean(heard.double(), correction=0)
+    heard = normalise_waveform(heard, float(mean), float(variance))
+    padded = torch.nn.functional.pad(heard, (0, stop - start - len(heard)))
+    return encoder.tokens(padded.unsqueeze(0).to(device))
 
 
 def encode_prompt(encoder: TextEncoder, prompt: str, emit: Emit) -> Tensor:

@@ -1,12 +1,18 @@
-"""Classifier-free guidance over text and sound (spec/omniavatar.md f.5).
+"""Guidance: which passes a step runs, and how their predictions are summed.
 
-Three predictions: `full` hears the sound and reads the prompt, `silent` reads the prompt, `negative`
-reads the negative prompt in silence.
+A rule gives the weight of each pass by name; a family chooses its rules. The guided velocity is the weighted
+sum; the weights sum to 1 and a pass of weight zero is not run. t and a are the guidance scales of text and
+audio (a = t unless given).
 
-    v = v_negative + text (v_silent - v_negative) + audio (v_full - v_silent)
-
-is a weighted sum. A branch of weight zero is not run: audio = text drops `silent`, text = 1 drops
-`negative`, both leave one pass.
+    text first    v_negative + t (v_silent - v_negative) + a (v_full - v_silent)
+                  full: prompt and sound; silent: prompt, no sound; negative: negative prompt, no sound
+    audio first   v_silent_negative + a (v_negative - v_silent_negative) + t (v_full - v_negative)
+                  full: prompt and sound; negative: negative prompt, sound; silent_negative: neither
+    native        v_full + (a - 1) (v_full - v_silent) + (t - 1) (v_full - v_unpaired)
+                  full: prompt and sound; silent: prompt, silence in place of the sound; unpaired: prompt,
+                  nothing from sound and latents together. Our reading of arXiv 2508.08248, unverified
+                  against unpublished code: what the audio adapter refines is a second predicted variable
+                  that steers the sampling of the first.
 """
 
 from __future__ import annotations
@@ -17,21 +23,39 @@ from torch import Tensor
 
 from avatarctl.family import Guidance
 
-__all__ = ["branch_weights", "combine"]
+__all__ = ["audio_first", "combine", "native", "text_first"]
 
 
-def branch_weights(guidance: Guidance) -> dict[str, float]:
-    """Weight of each branch that has one, in the order in which they run; the weights sum to 1."""
-    text = guidance.text
-    audio = text if guidance.audio is None else guidance.audio
-    weights = {"full": audio, "silent": text - audio, "negative": 1 - text}
-    return {name: weight for name, weight in weights.items() if weight != 0}
+def text_first(guidance: Guidance) -> dict[str, float]:
+    """Weights of classifier-free guidance by the prompt, then by the sound, in running order."""
+    text, audio = _scales(guidance)
+    return _weighted(full=audio, silent=text - audio, negative=1 - text)
 
 
-def combine(velocities: Mapping[str, Tensor], guidance: Guidance) -> Tensor:
-    """The guided velocity; velocities of the branches that `branch_weights` names, any one shape."""
-    first, *others = branch_weights(guidance).items()
+def audio_first(guidance: Guidance) -> dict[str, float]:
+    """Weights of classifier-free guidance by the sound, then by the prompt, in running order."""
+    text, audio = _scales(guidance)
+    return _weighted(full=text, negative=audio - text, silent_negative=1 - audio)
+
+
+def native(guidance: Guidance) -> dict[str, float]:
+    """Weights of audio native guidance, in running order."""
+    text, audio = _scales(guidance)
+    return _weighted(full=text + audio - 1, silent=1 - audio, unpaired=1 - text)
+
+
+def combine(velocities: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """The guided velocity: the weighted sum of one velocity per weight, all of one shape."""
+    first, *others = weights.items()
     guided = first[1] * velocities[first[0]]
     for name, weight in others:
         guided = guided + weight * velocities[name]
     return guided
+
+
+def _scales(guidance: Guidance) -> tuple[float, float]:
+    return guidance.text, guidance.text if guidance.audio is None else guidance.audio
+
+
+def _weighted(**weights: float) -> dict[str, float]:
+    return {name: weight for name, weight in weights.items() if weight != 0}

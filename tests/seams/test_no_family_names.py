@@ -30,10 +30,8 @@ OWN_FILES = (
     "weights/published.py",
 )
 STILL = (
-    "conditioning/channels.py",
     "pipelines/convert.py",
     "pipelines/convert_steps.py",
-    "sampling/guidance.py",
     "weights/adapter.py",
     "weights/export.py",
     "weights/extract.py",

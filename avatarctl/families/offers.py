@@ -1,0 +1,33 @@
+"""Settings that one family has and another has not: refused by name, never ignored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from avatarctl.config import RunConfig, keys, value_of
+from avatarctl.errors import UsageError
+
+__all__ = ["require_offered"]
+
+
+def require_offered(
+    cfg: RunConfig, family: str, *, choices: Mapping[str, Sequence[object]], without: Sequence[str] = ()
+) -> None:
+    """choices: the values a family offers, by dotted key; without: keys that mean nothing to it and must keep
+    their default. Raises UsageError for the first that is otherwise, naming what the family offers."""
+    for dotted, offered in choices.items():
+        if (value := value_of(cfg, dotted)) not in offered:
+            raise UsageError(
+                f"{family} has no {value} here",
+                where=dotted,
+                fix=f"it offers {' and '.join(map(str, offered))}",
+            )
+    for dotted in without:
+        default = keys()[dotted].default
+        if (value := value_of(cfg, dotted)) != default:
+            means = "" if default is None else f", which means {str(default).lower()}"
+            raise UsageError(
+                f"{family} does not know this setting, {str(value).lower()} was asked",
+                where=dotted,
+                fix=f"leave it out{means}",
+            )
