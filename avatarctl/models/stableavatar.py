@@ -54,10 +54,10 @@ class ExactSinusoid(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.half = width // 2
+        self.count = width // 2
 
     def forward(self, timestep: Tensor) -> Tensor:
-        exponent = torch.arange(self.half, dtype=torch.float64, device=timestep.device) / self.half
+        exponent = torch.arange(self.count, dtype=torch.float64, device=timestep.device) / self.count
         angles = torch.outer(timestep.double(), 10_000.0**-exponent)
         return torch.cat([angles.cos(), angles.sin()], dim=1).float()
 
