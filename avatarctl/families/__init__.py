@@ -5,13 +5,14 @@ from avatarctl.families.omniavatar import OmniAvatar
 from avatarctl.families.stableavatar import StableAvatar
 from avatarctl.family import Family
 
-__all__ = ["OmniAvatar", "StableAvatar", "family_named"]
+__all__ = ["FAMILIES", "OmniAvatar", "StableAvatar", "family_named"]
 
-_FAMILIES: dict[str, Family] = {family.name: family for family in (OmniAvatar(), StableAvatar())}
+FAMILIES: dict[str, Family] = {family.name: family for family in (OmniAvatar(), StableAvatar())}
+"""By the name that registry rows give; another family adds itself."""
 
 
 def family_named(name: str) -> Family:
     """The family object of a registry row. Raises NotYetSupported for one without code."""
-    if name not in _FAMILIES:
+    if name not in FAMILIES:
         raise NotYetSupported(f"the model family {name} is not yet supported", where="model.name")
-    return _FAMILIES[name]
+    return FAMILIES[name]
