@@ -55,6 +55,7 @@ class Row:
              "text" (`UMT5Config`), "audio" (`Wav2Vec2Config`), "clip" (`CLIPVisionConfig`), if there is one.
     defaults: RunConfig values by dotted key.
     audio_offset_stated: the weights themselves say which audio offset they were made with.
+    compat:  what each `model.compat` sets for this model; None for `COMPAT`.
     needs:   names of the rows whose files it needs as well.
     path:    of the transformer's file, absolute, where the source is "path".
     """
@@ -73,6 +74,7 @@ class Row:
     network: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     audio_offset_stated: bool = False
+    compat: Mapping[str, Mapping[str, Any]] | None = None
     trained: bool = True
     trained_for: TrainedFor = TrainedFor()
     needs: tuple[str, ...] = ()
@@ -96,7 +98,7 @@ class Row:
     @property
     def for_config(self) -> ModelRowDefaults:
         """What `avatarctl.config.resolve` needs of it."""
-        return ModelRowDefaults(self.name, self.defaults, self.audio_offset_stated)
+        return ModelRowDefaults(self.name, self.defaults, self.audio_offset_stated, self.compat)
 
 
 @dataclass(frozen=True)
@@ -314,6 +316,7 @@ _MODELS: Final = (
         family="stableavatar",
         network=_STABLEAVATAR_NETWORK,
         defaults=_STABLEAVATAR_DEFAULTS,
+        compat={},  # the differences are in numbers, none in settings
         trained_for=TrainedFor(sizes=((512, 512), (480, 832), (832, 480)), num_frames=(81,)),
         needs=("wan2.1-fun-1.3b-inp", "wav2vec2-base-960h"),
     ),
@@ -333,6 +336,7 @@ _MODELS: Final = (
             "data.height": 64,
             "runtime.dtype": "float32",
         },
+        compat={},
         trained=False,
     ),
     Row(

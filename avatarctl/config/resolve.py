@@ -30,11 +30,13 @@ class ModelRowDefaults:
 
     audio_offset_stated: the row's own weights say which offset they were made with, so that no compat
     layer may change it.
+    compat: what each `model.compat` sets for this model; None for the common layers.
     """
 
     name: str
     defaults: Mapping[str, Any]
     audio_offset_stated: bool = False
+    compat: Mapping[str, Mapping[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def resolve(
     """Merge defaults < model row < compat < ambient < file < asked.
 
     row_of:  finds the row of `model.name`, which is settled first; raises for unknown names.
-    compat:  what each `model.compat` other than "none" sets, by dotted key.
+    compat:  what each `model.compat` other than "none" sets, by dotted key, unless the row states its own.
     ambient: settings of the surroundings, such as environment variables.
     Raises ConfigError for values that are impossible together.
     """
@@ -79,7 +81,7 @@ def resolve(
     base = {"model.name": Setting(name, "default")} | row_layer
     modes = row_layer | own | dict(asked)
     mode = modes["model.compat"].value if "model.compat" in modes else "none"
-    compat_layer = _layer(compat.get(mode, {}), f"compat {mode}")
+    compat_layer = _layer((compat if row.compat is None else row.compat).get(mode, {}), f"compat {mode}")
     check_compat(mode, compat_layer, all_asked)
     notices = []
     if row.audio_offset_stated and "model.audio_offset" in compat_layer:

@@ -11,7 +11,7 @@ length.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -28,37 +28,32 @@ __all__ = ["sample_fused"]
 
 @dataclass
 class _Level:
-    """Latents after one step: frames from `first` on, [B, C, n, h, w], in the dtype that they are kept in."""
+    """Latents after one step: by absolute frame [B, C, h, w], in the dtype that they are kept in. Frame by
+    frame, so that a frame that nobody reads any more is freed alone, and a long video is never copied."""
 
     dtype: torch.dtype
     first: int = 0
-    latents: Tensor | None = None
+    frames: dict[int, Tensor] = field(default_factory=dict)
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Frames [start, stop), float32."""
-        assert self.latents is not None and self.first <= start
-        assert stop <= self.first + self.latents.shape[2]
-        return self.latents[:, :, start - self.first : stop - self.first].float()
+        """Frames [start, stop) as float32 [B, C, stop - start, h, w]."""
+        return torch.stack([self.frames[frame] for frame in range(start, stop)], dim=2).float()
 
     def written(self, span: Span, like: Tensor) -> Tensor:
         """What earlier windows wrote into a window's head, float32; no frames where nobody did."""
-        stop = span.start if self.latents is None else self.first + self.latents.shape[2]
+        stop = self.first + len(self.frames)
         return self.read(span.start, stop) if stop > span.start else like[:, :, :0]
 
     def write(self, span: Span, fused: Tensor) -> None:
         """All frames of a window; what stood in their places is replaced."""
-        fused = fused.to(self.dtype)
-        if self.latents is None or self.latents.shape[2] == 0:
-            self.first, self.latents = span.start, fused
-        else:
-            before = self.latents[:, :, : span.start - self.first]
-            self.latents = torch.cat([before, fused], dim=2)
+        for frame, latents in enumerate(fused.unbind(2), span.start):
+            self.frames[frame] = latents.to(self.dtype, copy=True)  # a view would keep the whole window
 
     def forget(self, frame: int) -> None:
         """Frees the frames before `frame`."""
-        if self.latents is not None and frame > self.first:
-            self.latents = self.latents[:, :, frame - self.first :].clone()
-            self.first = frame
+        for each in range(self.first, frame):
+            del self.frames[each]
+        self.first = max(self.first, frame)
 
 
 def sample_fused(
