@@ -20,8 +20,10 @@ __all__ = [
     "ROWS",
     "Row",
     "TrainedFor",
+    "VideoShape",
     "Wanted",
     "configure",
+    "encoder_part",
     "find",
     "find_model",
     "outside_training",
@@ -29,6 +31,7 @@ __all__ = [
 
 Kind = Literal["model", "base", "adapter", "encoder", "loss", "metric", "detector", "separator"]
 Status = Literal["works", "needs weights", "not yet supported"]
+VideoShape = Literal["square", "landscape or portrait"]
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,14 @@ class Row:
     files:   names relative to the repository; "a|b" is satisfied by either, a trailing "/" is a folder.
     stand_ins: names in `files` -> the name under which `avatarctl convert-ckpt` may have written the same.
     network: constructor arguments by part: "dit" (the family's transformer), "vae" (`AutoencoderKLWan`),
-             "text" (`UMT5Config`), "audio" (`Wav2Vec2Config`), "clip" (`CLIPVisionConfig`), if there is one.
+             "text" (`UMT5Config`), "audio" (`Wav2Vec2Config`), "clip" (`clip_config`), if there is one.
     defaults: RunConfig values by dotted key.
     audio_offset_stated: the weights themselves say which audio offset they were made with.
     compat:  what each `model.compat` sets for this model; None for `COMPAT`.
     needs:   names of the rows whose files it needs as well.
+    part:    the part of a run that the folder of an encoder is, empty where each file is a part of its own.
+    made_for: ends of file names -> the shape of the videos that these weights were trained for.
+    copies:  (repository, folder in it) that hold the same files.
     path:    of the transformer's file, absolute, where the source is "path".
     """
 
@@ -78,6 +84,9 @@ class Row:
     trained: bool = True
     trained_for: TrainedFor = TrainedFor()
     needs: tuple[str, ...] = ()
+    part: str = ""
+    made_for: Mapping[str, VideoShape] = field(default_factory=dict)
+    copies: tuple[tuple[str, str], ...] = ()
     path: str = ""
 
     @property
@@ -186,8 +195,8 @@ _STABLEAVATAR_NETWORK: Final[Mapping[str, Mapping[str, Any]]] = {
     },
     **_PUBLISHED_ENCODERS,
     "clip": {
-        "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16,
-        "image_size": 224, "patch_size": 14, "hidden_act": "gelu",
+        "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 31, "num_attention_heads": 16,
+        "image_size": 224, "patch_size": 14,
     },
 }  # fmt: skip
 
@@ -199,8 +208,8 @@ _STABLEAVATAR_TINY: Final[Mapping[str, Mapping[str, Any]]] = {
     },
     **{part: _CARTOON_NETWORK[part] for part in ("vae", "text", "audio")},
     "clip": {
-        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 16,
-        "image_size": 224, "patch_size": 14, "hidden_act": "gelu",
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 16,
+        "image_size": 224, "patch_size": 14,
     },
 }  # fmt: skip
 """The published network with every width made small."""
@@ -256,6 +265,12 @@ ENCODER_FILES: Final[Mapping[str, str]] = {
 }
 """What stands beside the transformer in Wan releases, by part; "clip" in those that look at a picture."""
 
+
+def encoder_part(name: str) -> str:
+    """The part of a run that a file of a release is, in whatever folder of it; empty for none."""
+    return next((part for part, file in ENCODER_FILES.items() if f"/{name}".endswith(f"/{file}")), "")
+
+
 _WAN21_ENCODERS: Final = tuple(name for part, name in ENCODER_FILES.items() if part != "clip")
 
 
@@ -266,6 +281,11 @@ def _shards(count: int) -> tuple[str, ...]:
 
 _WHOLE: Final = "diffusion_pytorch_model.safetensors"
 _WHOLE_ADAPTER: Final = {"pytorch_model.pt": "pytorch_model.safetensors"}
+
+_STABLEAVATAR_FILE: Final = (
+    "StableAvatar-1.3B/transformer3d-square.pt|StableAvatar-1.3B/transformer3d-rec-vec.pt"
+)
+_FUN: Final = "Wan2.1-Fun-V1.1-1.3B-InP/"
 
 _MODELS: Final = (
     Row(
@@ -312,13 +332,15 @@ _MODELS: Final = (
     Row(
         "stableavatar-1.3b", "model", "StableAvatar on Wan 2.1 Fun InP 1.3B", NEEDS_WEIGHTS,
         hub_id="FrancisRing/StableAvatar",
-        files=("StableAvatar-1.3B/transformer3d-square.pt|StableAvatar-1.3B/transformer3d-rec-vec.pt",),
+        files=(_STABLEAVATAR_FILE,),
+        stand_ins={_STABLEAVATAR_FILE: _STABLEAVATAR_FILE.replace(".pt", ".safetensors")},
+        made_for={"transformer3d-square": "square", "transformer3d-rec-vec": "landscape or portrait"},
         family="stableavatar",
         network=_STABLEAVATAR_NETWORK,
         defaults=_STABLEAVATAR_DEFAULTS,
         compat={},  # the differences are in numbers, none in settings
         trained_for=TrainedFor(sizes=((512, 512), (480, 832), (832, 480)), num_frames=(81,)),
-        needs=("wan2.1-fun-1.3b-inp", "wav2vec2-base-960h"),
+        needs=("wan2.1-fun-1.3b-inp-encoders", "wav2vec2-base-960h"),
     ),
     Row(
         "stableavatar-tiny", "model", "untrained miniature of StableAvatar, for tests", WORKS, "package",
@@ -358,8 +380,13 @@ _FILES: Final = (
         stand_ins={_WHOLE: f"{_WHOLE}.index.json"},
     ),
     Row(
-        "wan2.1-fun-1.3b-inp", "base", "Wan 2.1 Fun InP 1.3B", NOT_YET,
-        hub_id="FrancisRing/StableAvatar", files=("Wan2.1-Fun-V1.1-1.3B-InP/",),
+        "wan2.1-fun-1.3b-inp", "base", "Wan 2.1 Fun InP 1.3B, with its encoders and VAE", NEEDS_WEIGHTS,
+        hub_id="FrancisRing/StableAvatar", files=(_FUN,),
+    ),
+    Row(
+        "wan2.1-fun-1.3b-inp-encoders", "encoder", "text encoder, image encoder and VAE of Wan 2.1 Fun InP",
+        NEEDS_WEIGHTS, hub_id="FrancisRing/StableAvatar",
+        files=tuple(f"{_FUN}{name}" for name in ENCODER_FILES.values()),
     ),
     Row(
         "wan2.2-s2v-14b", "base", "Wan 2.2 speech to video 14B", NOT_YET,
@@ -384,6 +411,7 @@ _FILES: Final = (
         "wav2vec2-base-960h", "encoder", "wav2vec 2.0 base", NEEDS_WEIGHTS,
         hub_id="facebook/wav2vec2-base-960h",
         files=("config.json", "model.safetensors|pytorch_model.bin", "preprocessor_config.json"),
+        part="audio", copies=(("FrancisRing/StableAvatar", "wav2vec2-base-960h"),),
     ),
     Row(
         "stable-syncnet", "loss", "StableSyncNet, judge of the sync loss", NOT_YET,

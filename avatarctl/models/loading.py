@@ -13,14 +13,26 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from diffusers import AutoencoderKLWan
 from torch import nn
-from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel, Wav2Vec2Config
+from transformers import (
+    ByT5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
+    Wav2Vec2Config,
+)
 
 from avatarctl.errors import EnvironmentMissing, UnusableWeights, WeightsMissing
 from avatarctl.events import Notice, Stage
 from avatarctl.family import Modules
 from avatarctl.models.attention import choose_attention, use_attention
-from avatarctl.models.omniavatar import OmniAvatarTransformer
-from avatarctl.models.parts import audio_encoder, text_encoder, transformer, video_codec
+from avatarctl.models.clip import ClipImageEncoder, clip_config
+from avatarctl.models.parts import (
+    TRANSFORMERS,
+    audio_encoder,
+    image_encoder,
+    text_encoder,
+    transformer,
+    video_codec,
+)
 from avatarctl.models.precision import cast
 from avatarctl.models.text import PromptEncoder
 from avatarctl.models.vae import WanVae
@@ -28,7 +40,7 @@ from avatarctl.models.wav2vec import FrameWav2Vec2
 from avatarctl.rng import stable_hash
 from avatarctl.weights.assemble import assemble, built_in, with_loras
 from avatarctl.weights.checkpoint import Checkpoint
-from avatarctl.weights.sources import Sources, find_sources, missing_line
+from avatarctl.weights.sources import Sources, find_sources, made_for_others, missing_line
 from avatarctl.weights.tensors import ArrayTensor
 
 if TYPE_CHECKING:
@@ -40,9 +52,6 @@ __all__ = ["build_random_modules", "load_modules", "resolve_device"]
 
 Built = TypeVar("Built", bound=nn.Module)
 Dims = Mapping[str, Any]
-
-# Transformer class of a family; a family adds its own line.
-TRANSFORMERS: dict[str, type[nn.Module]] = {"omniavatar": OmniAvatarTransformer}
 
 
 def resolve_device(name: str) -> torch.device:
@@ -65,9 +74,12 @@ def load_modules(row: Row, cfg: RunConfig, device: torch.device, emit: Emit) -> 
     Raises WeightsMissing (exit 4) naming every file that is not here, before any is read; UnusableWeights for
     files that do not fit; ExtraMissing for an attention kernel that does not run here.
     """
-    sources = find_sources(row, cfg.model)
+    size = (cfg.output.width, cfg.output.height) if cfg.output.width and cfg.output.height else None
+    sources = find_sources(row, cfg.model, size)
     if sources.missing:
         raise WeightsMissing(missing_line(sources.missing), where=row.name)
+    for note in sources.notes:
+        emit(Notice(note))
     dtype = getattr(torch, cfg.runtime.dtype or "float32")
     if row.source == "package":
         head_width = row.network["dit"]["attention_head_dim"]
@@ -75,6 +87,8 @@ def load_modules(row: Row, cfg: RunConfig, device: torch.device, emit: Emit) -> 
         modules = _built_in(row, sources, dtype, device, emit)
     else:
         held = assemble(row, sources, cfg.model, emit)
+        if size and (line := made_for_others(row, held, size)):
+            emit(Notice(line, "warning"))
         kernel = choose_attention(cfg.runtime.attention, device, dtype, held.sizes.width // held.heads)
         modules = _from_files(held, sources.encoders, dtype, device, emit)
     use_attention(modules.dit, kernel)
@@ -100,19 +114,32 @@ def _from_files(
     vae = video_codec(files["vae"], _vae_dtype(dtype, device, emit), device)
     emit(Stage("loading the sound encoder"))
     audio = audio_encoder(files["audio"], device, emit)
-    _check_widths(held, files, text, audio)
+    image = None
+    if held.sizes.image_dim:
+        emit(Stage("loading the image encoder"))
+        image = image_encoder(files["clip"], device, emit)
+    _check_widths(held, files, text, audio, image)
     emit(Stage("loading the transformer"))
-    return Modules(dit=transformer(held, dtype, device), vae=vae, text=text, audio=audio)
+    return Modules(dit=transformer(held, dtype, device), vae=vae, text=text, audio=audio, image=image)
 
 
 def _check_widths(
-    held: Checkpoint, files: Mapping[str, Path], text: PromptEncoder, audio: FrameWav2Vec2
+    held: Checkpoint,
+    files: Mapping[str, Path],
+    text: PromptEncoder,
+    audio: FrameWav2Vec2,
+    image: ClipImageEncoder | None,
 ) -> None:
-    """What the encoders put out is what the transformer takes in."""
-    for what, path, given, taken in (
-        ("text", files["text"], text.width, held.sizes.text_dim),
-        ("sound", files["audio"], audio.width, held.sizes.audio_input_dim),
+    """What the encoders put out is what the transformer takes in: of the sound its features on the grid of
+    frames or its tokens, as far as it takes either."""
+    sizes = held.sizes
+    for what, part, given, taken in (
+        ("text", "text", text.width, sizes.text_dim),
+        ("sound", "audio", audio.width, sizes.audio_input_dim or audio.width),
+        ("sound", "audio", audio.token_width, sizes.vocal_dim or audio.token_width),
+        ("picture", "clip", image.width if image else 0, sizes.image_dim),
     ):
+        path = files.get(part)
         if given != taken:
             raise UnusableWeights(
                 f"gives {what} features of width {given}, and {held.path} takes {taken}", where=path
@@ -123,11 +150,11 @@ def _built_in(row: Row, sources: Sources, dtype: torch.dtype, device: torch.devi
     modules = build_random_modules(row)
     if sources.loras:
         modules.dit = _with_loras(row, modules.dit, sources, emit)
-    dtypes = {"dit": dtype, "text": dtype, "vae": _vae_dtype(dtype, device, emit), "audio": torch.float32}
-    for part, part_dtype in dtypes.items():  # audio: spec b.8
+    dtypes = {"dit": dtype, "text": dtype, "vae": _vae_dtype(dtype, device, emit)}
+    for part in ("dit", "text", "vae", "audio", "image"):  # what hears and sees is always float32
         module = getattr(modules, part)
-        assert isinstance(module, nn.Module)
-        cast(module, part_dtype).to(device)
+        if isinstance(module, nn.Module):
+            cast(module, dtypes.get(part, torch.float32)).to(device)
     return modules
 
 
@@ -154,11 +181,13 @@ def build_random_modules(row: Row) -> Modules:
             # Evaluation mode from the start: layer drop would even change the number of audio features.
             return make().eval().requires_grad_(False)
 
+    sees = "clip" in network
     return Modules(
         dit=seeded("dit", lambda: TRANSFORMERS[row.family](**network["dit"])),
         vae=seeded("vae", lambda: WanVae(AutoencoderKLWan(**network["vae"]))),
         text=seeded("text", lambda: _text_encoder(network["text"])),
         audio=seeded("audio", lambda: FrameWav2Vec2(Wav2Vec2Config(**network["audio"]))),
+        image=seeded("clip", lambda: ClipImageEncoder(clip_config(**network["clip"]))) if sees else None,
     )
 
 

@@ -6,6 +6,7 @@ size than the published one works, and one that lacks a tensor is refused.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Mapping
@@ -14,13 +15,16 @@ from typing import Any, Final
 
 import torch
 from diffusers import AutoencoderKLWan
+from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel, Wav2Vec2Config
 
 from avatarctl.errors import UnusableWeights, printable
 from avatarctl.events import Emit, Notice
+from avatarctl.models.clip import ClipImageEncoder, clip_config
 from avatarctl.models.fill import DTypeOf, fill, on_meta
 from avatarctl.models.omniavatar import OmniAvatarTransformer
 from avatarctl.models.precision import is_float32_island
+from avatarctl.models.stableavatar import StableAvatarTransformer
 from avatarctl.models.text import PromptEncoder
 from avatarctl.models.tokenizer import read_tokenizer
 from avatarctl.models.vae import WanVae
@@ -32,9 +36,24 @@ from avatarctl.weights.metadata import network_of
 from avatarctl.weights.recognise import read_checkpoint
 from avatarctl.weights.tensors import Tensor
 from avatarctl.weights.wan import UMT5_ENCODER
+from avatarctl.weights.wan_clip import internal_tensors, read_clip_sizes
 from avatarctl.weights.wan_vae import internal_name, read_vae_sizes
 
-__all__ = ["audio_encoder", "text_encoder", "transformer", "video_codec"]
+__all__ = [
+    "TRANSFORMERS",
+    "audio_encoder",
+    "image_encoder",
+    "text_encoder",
+    "transformer",
+    "video_codec",
+]
+
+TRANSFORMERS: Final[Mapping[str, type[nn.Module]]] = {
+    "omniavatar": OmniAvatarTransformer,
+    "stableavatar": StableAvatarTransformer,
+}
+"""Transformer class of a family; a family adds its own line. Which arguments it takes is data of its files'
+layout (weights/layouts.py)."""
 
 Shape = tuple[int, ...]
 
@@ -43,22 +62,14 @@ _DOWN: Final = (False, True, True)
 """Steps of the Wan 2.1 VAE: 8 times smaller in space, 4 times in time (spec/omniavatar.md c)."""
 
 
-def transformer(held: Checkpoint, dtype: torch.dtype, device: torch.device) -> OmniAvatarTransformer:
+def transformer(held: Checkpoint, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The diffusion transformer of a full model, float32 where `models/precision.py` says so."""
-    sizes = held.sizes
     with on_meta():
-        network = OmniAvatarTransformer(
+        network = TRANSFORMERS[held.layout.family](
             num_attention_heads=held.heads,
-            attention_head_dim=sizes.width // held.heads,
-            in_channels=sizes.in_channels,
-            out_channels=sizes.out_channels,
-            text_dim=sizes.text_dim,
-            freq_dim=sizes.freq_dim,
-            ffn_dim=sizes.ffn,
-            num_layers=sizes.layers,
+            attention_head_dim=held.sizes.width // held.heads,
             eps=network_of(held)["eps"],
-            audio_input_dim=sizes.audio_input_dim,
-            audio_hidden_size=sizes.audio_hidden_size,
+            **held.layout.constructor(held.sizes),
         )
     tensors = held.layout.key_map.rename_to_internal(held.tensors)
 
@@ -121,6 +132,20 @@ def text_encoder(path: Path, tokenizer: Path, dtype: torch.dtype, device: torch.
     tensors = {UMT5_ENCODER.to_internal(name) or name: tensor for name, tensor in held.tensors.items()}
     fill(network, tensors, dtype_of=_always(dtype), device=device, where=path)
     return PromptEncoder(network.eval(), words)
+
+
+def image_encoder(path: Path, device: torch.device, emit: Emit) -> ClipImageEncoder:
+    """The image tower of `models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth`; always float32, as
+    published (spec/stableavatar.md f)."""
+    held = _component(path, "CLIP vision encoder")
+    if any(name.startswith("textual.") for name in held.tensors):
+        emit(Notice(f"{path.name}: its text tower is not read"))
+    sizes = read_clip_sizes(held.tensors)
+    with on_meta():
+        network = ClipImageEncoder(clip_config(**dataclasses.asdict(sizes)))
+    tensors = internal_tensors(held.tensors)
+    fill(network, tensors, dtype_of=_always(torch.float32), device=device, where=path)
+    return network.eval()
 
 
 def audio_encoder(folder: Path, device: torch.device, emit: Emit) -> FrameWav2Vec2:

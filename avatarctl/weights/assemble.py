@@ -57,17 +57,8 @@ def built_in(row: Row, tensors: Mapping[str, Tensor] | None = None) -> Checkpoin
     stand for them: they tell as well what fits it."""
     network = row.network["dit"]
     layout = next(each for each in LAYOUTS if each.family == row.family)
-    sizes = Sizes(
-        width=network["num_attention_heads"] * network["attention_head_dim"],
-        ffn=network["ffn_dim"],
-        layers=network["num_layers"],
-        **{
-            name: network[name]
-            for name in (
-                "in_channels", "out_channels", "text_dim", "freq_dim", "audio_hidden_size", "audio_input_dim",
-            )
-        },
-    )  # fmt: skip
+    stated = {field: network[name] for name, field in layout.arguments.items() if network.get(name)}
+    sizes = Sizes(width=network["num_attention_heads"] * network["attention_head_dim"], **stated)
     if tensors is None:
         zero = np.zeros((), np.float32)
         tensors = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from avatarctl.weights.key_map import KeyMap
@@ -52,7 +52,8 @@ class WeightLayout:
     replaced: prefixes of tensors that an adapter of this family carries whole.
     channels: input channels that this network may have.
     shapes:   sizes -> every tensor of a complete model, by original name.
-    float32:  original-name segments that stay float32 under any dtype.
+    arguments: of the network's constructor -> field of `Sizes`; left out where that is 0.
+    float32:  parts of original names, whole segments, that stay float32 under any dtype.
     supported: whether this version loads and converts such files, or only names them.
     """
 
@@ -63,6 +64,7 @@ class WeightLayout:
     replaced: tuple[str, ...]
     channels: tuple[int, ...]
     shapes: Callable[[Sizes], Mapping[str, tuple[int, ...]]]
+    arguments: Mapping[str, str] = field(default_factory=dict)
     float32: tuple[str, ...] = ()
     supported: bool = True
 
@@ -78,6 +80,10 @@ class WeightLayout:
         """Whether an adapter carries this tensor whole."""
         return name.startswith(self.replaced) if self.replaced else False
 
+    def constructor(self, sizes: Sizes) -> dict[str, int]:
+        """Arguments of the network's constructor, as far as sizes tell them."""
+        return {name: size for name, field in self.arguments.items() if (size := getattr(sizes, field))}
+
     def stays_float32(self, name: str) -> bool:
         """Whether a float32 tensor of this original name keeps its precision under any `--dtype`."""
-        return not set(self.float32).isdisjoint(name.split("."))
+        return any(f".{part}." in f".{name}." for part in self.float32)

@@ -84,8 +84,8 @@ def omniavatar_shapes(sizes: Sizes) -> Shapes:
 
 
 def stableavatar_shapes(sizes: Sizes) -> Shapes:
-    """An image-to-video Wan transformer with keys and values of sound tokens in every block, and the projector
-    that makes these tokens (stableavatar.md a.2, b.2; b.3 where `vocal_hidden_dim` is not 0)."""
+    """An image-to-video Wan transformer with keys and values of sound tokens in every block, and the
+    projector that makes these tokens (stableavatar.md a.2, b.2; b.3 where `vocal_hidden_dim` is not 0)."""
     d = sizes.width
     shapes = wan_shapes(replace(sizes, image_dim=sizes.image_dim or CLIP_WIDTH))
     for index in range(sizes.layers):
@@ -120,6 +120,11 @@ def _nothing(sizes: Sizes) -> Mapping[str, tuple[int, ...]]:
 
 _AUDIO = ("audio_proj", "audio_cond_projs")
 
+_WAN_ARGUMENTS: Final = {
+    "in_channels": "in_channels", "out_channels": "out_channels", "text_dim": "text_dim",
+    "freq_dim": "freq_dim", "ffn_dim": "ffn", "num_layers": "layers",
+}  # fmt: skip
+
 OMNIAVATAR: Final = WeightLayout(
     family="omniavatar",
     title="OmniAvatar",
@@ -128,6 +133,8 @@ OMNIAVATAR: Final = WeightLayout(
     replaced=("patch_embedding.", "audio_proj.", "audio_cond_projs."),
     channels=(33, 49, 65),
     shapes=omniavatar_shapes,
+    arguments=_WAN_ARGUMENTS
+    | {"audio_input_dim": "audio_input_dim", "audio_hidden_size": "audio_hidden_size"},
     float32=_FLOAT32,
 )
 
@@ -139,6 +146,7 @@ WAN: Final = WeightLayout(
     replaced=(),
     channels=(16, 33, 36, 48, 49, 65),
     shapes=wan_shapes,
+    arguments=_WAN_ARGUMENTS | {"image_dim": "image_dim"},
     float32=_FLOAT32,
 )
 
@@ -161,7 +169,11 @@ STABLEAVATAR: Final = WeightLayout(
     replaced=(),
     channels=(36,),
     shapes=stableavatar_shapes,
-    float32=_FLOAT32,
+    arguments=_WAN_ARGUMENTS | {
+        "image_dim": "image_dim", "vocal_dim": "vocal_dim", "vocal_hidden_dim": "vocal_hidden_dim",
+        "vocal_layers": "vocal_layers", "vocal_ffn_dim": "vocal_ffn",
+    },
+    float32=(*_FLOAT32, "time_projection", "norm", "norm_1", "norm_2", "img_emb.proj.0", "img_emb.proj.4"),
 )  # fmt: skip
 
 _LIVEAVATAR: Final = WeightLayout(

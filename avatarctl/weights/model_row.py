@@ -6,18 +6,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from avatarctl.errors import PathNotFound, UnusableWeights
-from avatarctl.registry import ENCODER_FILES, NEEDS_WEIGHTS, ROWS, Row, find_model
+from avatarctl.registry import NEEDS_WEIGHTS, ROWS, Row, encoder_part, find_model
 from avatarctl.weights.checkpoint import Checkpoint
 from avatarctl.weights.files.named_path import expanded
 from avatarctl.weights.whole import open_model
 
 __all__ = ["published_row", "row_named"]
 
-_FALLBACK: Final = {"omniavatar": "omniavatar-1.3b"}
-"""By family: whose defaults and encoders a width that was never published takes."""
-
 _UNKNOWN_HEAD_WIDTH: Final = 128
-"""Where only the base of an adapter can tell (omniavatar.md a.1)."""
+"""Where only the base of an adapter can tell: that of every published Wan transformer."""
 
 
 def row_named(name: str) -> Row:
@@ -48,17 +45,17 @@ def _exists(path: Path) -> bool:
 
 def _row_of(path: Path, held: Checkpoint) -> Row:
     """The row of a full model or of an adapter."""
-    _refuse(held)
-    published = published_row(held.layout.family, held.sizes.width) or ROWS[_FALLBACK[held.layout.family]]
+    published = _like(held)
     adapter = held.kind == "adapter"
     stated = {"model.channels": held.sizes.in_channels}
     if held.audio_offset is not None:
         stated["model.audio_offset"] = held.audio_offset
     encoders: dict[str, Any] = {}
     if not adapter:
-        # Of the release, what stands beside the transformer.
-        base = next(ROWS[name] for name in published.needs if ROWS[name].kind == "base")
-        encoders = {"hub_id": base.hub_id, "files": tuple(ENCODER_FILES.values())}
+        # Of the base's release, what stands beside the transformer.
+        base = next((ROWS[name] for name in published.needs if ROWS[name].kind == "base"), None)
+        if base is not None:
+            encoders = {"hub_id": base.hub_id, "files": tuple(filter(encoder_part, base.files))}
     kinds = ("base", "encoder") if adapter else ("encoder",)
     heads = held.heads or held.sizes.width // _UNKNOWN_HEAD_WIDTH or 1
     return Row(
@@ -72,16 +69,25 @@ def _row_of(path: Path, held: Checkpoint) -> Row:
         defaults={**published.defaults, **stated},
         audio_offset_stated=held.audio_offset is not None and not held.audio_offset_assumed,
         trained_for=published.trained_for,
+        made_for=published.made_for,
+        compat=published.compat,
         needs=tuple(name for name in published.needs if ROWS[name].kind in kinds),
         path=str(path),
         **encoders,
     )
 
 
-def _refuse(held: Checkpoint) -> None:
-    """Raise UnusableWeights for everything that cannot be a model."""
-    if held.layout.family in _FALLBACK and held.layout.supported:
-        return
+def _like(held: Checkpoint) -> Row:
+    """The published model whose defaults and encoders `held` takes: the one of its width, else the smallest.
+
+    Raises UnusableWeights for everything that cannot be a model.
+    """
+    published = [row for row in ROWS.values() if _is_published(row, held.layout.family)]
+    bases = any(ROWS[name].kind == "base" for row in published for name in row.needs)
+    if held.layout.supported and published and (bases or held.kind == "model"):
+        return published_row(held.layout.family, held.sizes.width) or min(
+            published, key=lambda row: row.width
+        )
     if held.kind == "adapter":
         raise UnusableWeights(
             f"is a {held.variant}: it changes a model and is none",
@@ -100,11 +106,8 @@ def _refuse(held: Checkpoint) -> None:
 
 def published_row(family: str, width: int) -> Row | None:
     """The published model of a family and width."""
-    return next(
-        (
-            row
-            for row in ROWS.values()
-            if row.kind == "model" and row.source == "hub" and row.family == family and row.width == width
-        ),
-        None,
-    )
+    return next((row for row in ROWS.values() if _is_published(row, family) and row.width == width), None)
+
+
+def _is_published(row: Row, family: str) -> bool:
+    return row.kind == "model" and row.source == "hub" and row.family == family and row.width > 0

@@ -21,7 +21,7 @@ from avatarctl.errors import UnusableWeights
 from avatarctl.weights.checkpoint import LowRank
 from avatarctl.weights.tensors import DTYPES, Tensor, TensorInfo, from_float32, to_float32
 
-__all__ = ["cast", "drop_channels", "plus_difference", "plus_low_rank", "widen_channels"]
+__all__ = ["cast", "drop_channels", "part_of", "plus_difference", "plus_low_rank", "widen_channels"]
 
 Array = np.ndarray[Any, Any]
 
@@ -47,6 +47,11 @@ def cast(tensor: Tensor, dtype: str) -> Tensor:
     if info.dtype == dtype or not DTYPES[info.dtype].floating:
         return tensor
     return _Cast(tensor, TensorInfo(dtype, info.shape))
+
+
+def part_of(tensor: Tensor, first: int, shape: tuple[int, ...]) -> Tensor:
+    """The elements of `tensor` from number `first` on, as a tensor of this shape."""
+    return _Part(tensor, first, TensorInfo(tensor.info.dtype, shape))
 
 
 def widen_channels(tensor: Tensor, channels: int) -> Tensor:
@@ -145,6 +150,16 @@ class _Channels:
         kept = min(old, new)
         result[:, :kept] = stored[:, :kept]
         return result.reshape(-1)[start - first * new : stop - first * new]
+
+
+@dataclass(frozen=True)
+class _Part:
+    source: Tensor
+    first: int
+    info: TensorInfo
+
+    def read(self, start: int, stop: int) -> Array:
+        return self.source.read(self.first + start, self.first + stop)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from avatarctl.errors import PathNotFound, UnusableWeights, UsageError
-from avatarctl.registry import ENCODER_FILES, ROWS, Row, Wanted
+from avatarctl.registry import ROWS, Row, Wanted, encoder_part
 from avatarctl.weights.files.named_path import expanded
 from avatarctl.weights.files.strict_json import read_object
 
@@ -91,9 +91,10 @@ def locate(row: Row, weights_root: str | None) -> Located:
     downloads may be of two versions, and an index knows its shards only beside itself.
 
     Places, in this order: `weights_root/FOLDER`, `weights_root` itself, `FOLDER` in each of `USUAL_ROOTS`,
-    these themselves, the hub's cache. A root itself counts only if every file of the row lies directly in it,
-    and not if it is named for another row: `config.json` alone says nothing about whose it is. A folder that
-    a pull has filled from another repository counts nowhere.
+    these themselves, the hub's cache; behind each the same files in another repository (`row.copies`). A root
+    itself counts only if every file of the row lies directly in it, and not if it is named for another row:
+    `config.json` alone says nothing about whose it is. A folder that a pull has filled from another
+    repository counts nowhere.
     """
     together = files_together(row)
     files: dict[str, Path] = {}
@@ -128,8 +129,7 @@ def locate(row: Row, weights_root: str | None) -> Located:
 
 def files_together(row: Row) -> tuple[str, ...]:
     """The names in `row.files` that are of use only beside each other: all but encoders and folders."""
-    alone = ENCODER_FILES.values()
-    return tuple(names for names in row.files if names not in alone and not names.endswith("/"))
+    return tuple(names for names in row.files if not encoder_part(names) and not names.endswith("/"))
 
 
 def missing_files(row: Row, weights_root: str | None) -> tuple[Wanted, ...]:
@@ -156,12 +156,15 @@ def _places(row: Row, weights_root: str | None) -> Iterator[Path]:
     for root in _roots(weights_root):
         if recorded_owner(root / row.folder) in own:
             yield root / row.folder
-        if recorded_owner(root) not in own:
-            continue
-        if root.name not in others and all(found_in(root, row.accepted(names)) for names in row.files):
+        free = recorded_owner(root) in own and root.name not in others
+        if free and all(found_in(root, row.accepted(names)) for names in row.files):
             yield root
-    if row.hub_id:
-        yield from snapshots(row.hub_id)
+        for repo, inner in row.copies:
+            if recorded_owner(root / folder_name(repo)) in ("", repo):
+                yield root / folder_name(repo) / inner
+    for repo, inner in ((row.hub_id, ""), *row.copies):
+        if repo:
+            yield from (snapshot / inner for snapshot in snapshots(repo))
 
 
 def found_in(folder: Path, names: str) -> Path | None:

@@ -1,0 +1,112 @@
+"""Names and sizes of `models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth`, as transformers'
+`CLIPVisionModel` wants them.
+
+The file holds the image tower as `visual.*` and a text tower, which no video model reads; of the image tower
+they read all layers but the last. Queries, keys and values of a layer lie in one matrix, in this order, so
+that this is no `KeyMap`. Names: modules/clip.py of Wan 2.1.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from avatarctl.errors import UnusableWeights
+from avatarctl.weights.key_map import KeyMap
+from avatarctl.weights.tensors import Tensor
+from avatarctl.weights.transforms import part_of
+
+__all__ = ["ClipSizes", "internal_tensors", "read_clip_sizes"]
+
+HEADS: Final = 16
+"""Of ViT-H/14; no tensor tells."""
+
+_LAYER: Final = "encoder.layers.{n}"
+_CLIP_VISION: Final = KeyMap(
+    (
+        ("visual.patch_embedding.weight", "embeddings.patch_embedding.weight"),
+        ("visual.pre_norm.{rest}", "pre_layrnorm.{rest}"),  # transformers' spelling
+        ("visual.transformer.{n}.norm1.{rest}", f"{_LAYER}.layer_norm1.{{rest}}"),
+        ("visual.transformer.{n}.attn.proj.{rest}", f"{_LAYER}.self_attn.out_proj.{{rest}}"),
+        ("visual.transformer.{n}.norm2.{rest}", f"{_LAYER}.layer_norm2.{{rest}}"),
+        ("visual.transformer.{n}.mlp.0.{rest}", f"{_LAYER}.mlp.fc1.{{rest}}"),
+        ("visual.transformer.{n}.mlp.2.{rest}", f"{_LAYER}.mlp.fc2.{{rest}}"),
+    )
+)
+_EMBEDDINGS: Final = {
+    "visual.cls_embedding": "embeddings.class_embedding",
+    "visual.pos_embedding": "embeddings.position_embedding.weight",
+}
+"""Both have a leading dimension of 1 in the file."""
+_FUSED: Final = ".attn.to_qkv."
+_UNREAD: Final = ("visual.head", "visual.post_norm.weight", "visual.post_norm.bias")
+"""What makes of the last layer a point in the space that images and texts share."""
+
+
+@dataclass(frozen=True)
+class ClipSizes:
+    """Arguments of `models.clip.clip_config`: image_size, patch_size in pixels of a side; num_hidden_layers
+    counts the layers that are read."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    image_size: int
+    patch_size: int
+
+
+def read_clip_sizes(tensors: Mapping[str, Tensor]) -> ClipSizes:
+    """Sizes by the names of the file. Raises UnusableWeights where these make no image tower."""
+
+    def shape(name: str, dimensions: int) -> tuple[int, ...]:
+        tensor = tensors.get(name)
+        if tensor is None or len(tensor.info.shape) != dimensions:
+            raise UnusableWeights(f"{name} is missing or has no size: this is no image tower of CLIP")
+        return tensor.info.shape
+
+    width, _, _, patch = shape("visual.patch_embedding.weight", 4)
+    side = math.isqrt(max(shape("visual.pos_embedding", 3)[1] - 1, 0))
+    ffn, _ = shape("visual.transformer.0.mlp.0.weight", 2)
+    layers = _last_layer(tensors)
+    if width % HEADS:
+        raise UnusableWeights(f"{HEADS} heads do not divide the width {width} of the image tower")
+    return ClipSizes(width, ffn, layers, HEADS, side * patch, patch)
+
+
+def _last_layer(tensors: Mapping[str, Tensor]) -> int:
+    """Number of the last layer, which is not read."""
+    count = next(n for n in itertools.count() if f"visual.transformer.{n}.norm1.weight" not in tensors)
+    return max(count - 1, 0)
+
+
+def internal_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What is read of the image tower, by the names of transformers."""
+    named: dict[str, Tensor] = {}
+    last = f"visual.transformer.{_last_layer(tensors)}."
+    for name, tensor in tensors.items():
+        shape = tensor.info.shape
+        if not name.startswith("visual.") or name.startswith(last) or name in _UNREAD:
+            continue
+        if name in _EMBEDDINGS and shape[:1] == (1,):
+            kept = tuple(side for side in shape if side != 1)
+            named[_EMBEDDINGS[name]] = part_of(tensor, 0, kept)
+        elif _FUSED in name and shape and shape[0] % 3 == 0:
+            named |= _unfused(name, tensor)
+        else:
+            named[_CLIP_VISION.to_internal(name) or name] = tensor
+    return named
+
+
+def _unfused(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    layer, _, kind = name.partition(_FUSED)
+    rows, *inputs = tensor.info.shape
+    shape = (rows // 3, *inputs)
+    target = f"{layer.replace('visual.transformer', 'encoder.layers')}.self_attn"
+    return {
+        f"{target}.{letter}_proj.{kind}": part_of(tensor, place * math.prod(shape), shape)
+        for place, letter in enumerate("qkv")
+    }
