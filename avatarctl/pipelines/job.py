@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
+from avatarctl.conditioning.geometry import distortion
 from avatarctl.config import RunConfig, require_supported
 from avatarctl.events import Emit, Notice, Stage
 from avatarctl.families import family_named
@@ -16,6 +17,8 @@ from avatarctl.rng import stable_hash
 from avatarctl.timeline import FPS, SAMPLE_RATE, pixel_frames
 
 __all__ = ["Job", "JobPlan", "check_job"]
+
+_STRETCHED = 2.0  # a face that is this much too wide or too narrow is worth a word
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,10 @@ def check_job(cfg: RunConfig, row: Row, job: Job, emit: Emit) -> JobPlan:
     for material, warnings in ((job.picture, job.picture.warnings), (job.sound, heard.warnings)):
         for warning in warnings:
             emit(Notice(f"{material.name}: {warning}", "warning"))
-    height, width = family.frame_size(job.picture.pixels.shape[:2], cfg)
+    picture = job.picture.pixels.shape[:2]
+    height, width = family.frame_size(picture, cfg)
+    if cfg.input.fit == "stretch" and (factor := distortion(picture, (height, width))) > _STRETCHED:
+        emit(Notice(f"{job.picture.name}: is stretched {factor:.1f} times out of shape", "warning"))
     cfg = replace(cfg, output=replace(cfg.output, width=width, height=height))
     stated = row.defaults.get("model.audio_offset")
     if row.audio_offset_stated and cfg.model.audio_offset != stated:
