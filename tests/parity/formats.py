@@ -6,8 +6,9 @@ from pathlib import Path
 
 from .golden import Folder, Format
 from .omniavatar import OMNIAVATAR
+from .stableavatar import STABLEAVATAR
 
-FORMATS: tuple[Format, ...] = (OMNIAVATAR,)
+FORMATS: tuple[Format, ...] = (OMNIAVATAR, STABLEAVATAR)
 
 _TESTS = Path(__file__).resolve().parent.parent
 _SHIPPED = _TESTS / "golden"

@@ -55,16 +55,18 @@ class Listed:
 
 @dataclass(frozen=True)
 class Format:
-    """waits_for: not compared yet; defects: behaviour of the reference that we do not reproduce."""
+    """waits_for: not compared yet; defects: behaviour of the reference that we do not reproduce; words: keys
+    that only explain the recording to a reader."""
 
     name: str
     checks: tuple[Check, ...]
     waits_for: tuple[Listed, ...]
     defects: tuple[Listed, ...]
+    words: tuple[Listed, ...] = ()
 
     @property
     def listed(self) -> tuple[Listed, ...]:
-        return self.waits_for + self.defects
+        return self.waits_for + self.defects + self.words
 
     def knows(self, file: str) -> bool:
         return any(file in check.files for check in self.checks) or any(
@@ -177,10 +179,13 @@ class Reader:
         relative_l2: float | None = None,
     ) -> None:
         """Fail unless `actual` is what the file holds: |difference| <= atol + rtol |recorded| everywhere, or
-        the L2 norm of the difference at most relative_l2 of the recorded norm. Without tolerance: exactly."""
+        the L2 norm of the difference at most relative_l2 of the recorded norm. Without tolerance: exactly.
+        Numbers of a JSON document with a tolerance are compared as a tensor of float64."""
         expected = self.take(key)
         self.compared.add(key)
         where = f"{self.folder.label}/{self.file}: {key}"
+        if not isinstance(expected, Tensor) and (atol or rtol or relative_l2):
+            expected = torch.tensor(expected, dtype=torch.float64)
         if not isinstance(expected, Tensor):
             assert actual == expected, f"{where} is {actual!r}, recorded {expected!r}"
             return

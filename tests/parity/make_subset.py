@@ -8,37 +8,29 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-LIMIT = 4_000_000  # bytes, all files of the folder together
 SOURCE_OF_HEADS = "dit_in49.safetensors"
 
-# Key patterns that are left out, by file; "*" leaves out the file.
-LEFT_OUT: dict[str, tuple[str, ...]] = {
-    "denoise.safetensors": ("teacache.*",),
-    "dit_in33.safetensors": ("*",),
-    "dit_in33_batch2.safetensors": ("*",),
-    "dit_in33_bf16_output.safetensors": ("*",),
-    "dit_in49.safetensors": ("*",),
-    "dit_in65.safetensors": ("*",),
-    "latentsync_mask.safetensors": ("*",),
-    "lora_in33.safetensors": ("*",),
-    "patch_embedding_expansion.safetensors": ("*",),
-    "scheduler.safetensors": ("train1000.timesteps_bf16", "train1000.index_after_bf16_rounding"),
-    "train_i2v_in33.safetensors": ("*",),
-    "train_v2v_in49.safetensors": ("*",),
-    "train_v2v_in65.safetensors": ("*",),
-    "vae.safetensors": ("*_tiled_*",),
-    "wav2vec_features.safetensors": ("input_values", "input_values_padded"),
-}
-# Every n-th case of a list is kept; 7 meets every size, overlap, budget and length of the 120 recorded plans.
-EVERY = {"chunk_plans.json": 7}
 
-_README = """# OmniAvatar numbers, shipped subset
+@dataclass(frozen=True)
+class Subset:
+    """limit: bytes, all files of the folder together. left_out: key patterns by file, "*" for the whole file.
+    words: the README above its table. every: of a JSON file that is a list, every n-th case is kept."""
+
+    limit: int
+    left_out: Mapping[str, tuple[str, ...]]
+    words: str
+    every: Mapping[str, int] = field(default_factory=dict)
+
+
+_OMNIAVATAR = """# OmniAvatar numbers, shipped subset
 
 Recorded by running the published implementation (Omni-Avatar/OmniAvatar) with small random weights, on a
 CPU in float32. `tests/parity` compares the product with them; `tests/parity/make_subset.py` wrote this
@@ -48,43 +40,100 @@ wrong unit and latents normalised the wrong way. The network is compared through
 its forward; its hidden states, gradients, wider channel layouts, batches and bf16 need the full folder.
 
 `denoise` states `num_heads` in its metadata, which in the full folder is read from `dit_in49`.
-
-| file | left out |
-|---|---|
 """
+
+_STABLEAVATAR = """# StableAvatar numbers, shipped subset
+
+Recorded by running the published implementation (Francis-Rings/StableAvatar) with small random weights, on a
+CPU in float32. `tests/parity` compares the product with them; `tests/parity/make_subset.py` wrote this
+folder from the full one, copying numbers unchanged. What is here is enough to notice, without the full
+folder, sound cut for the wrong latent frame or window, channels in the wrong order, guidance scales swapped,
+noise levels shifted once, a cross-fade the wrong way round and a short window that is not padded. Guidance
+is compared through the long pipeline, for two pairs of scales; its single steps need the full folder.
+"""
+
+SUBSETS: dict[str, Subset] = {
+    "omniavatar": Subset(
+        limit=4_000_000,
+        left_out={
+            "denoise.safetensors": ("teacache.*",),
+            "dit_in33.safetensors": ("*",),
+            "dit_in33_batch2.safetensors": ("*",),
+            "dit_in33_bf16_output.safetensors": ("*",),
+            "dit_in49.safetensors": ("*",),
+            "dit_in65.safetensors": ("*",),
+            "latentsync_mask.safetensors": ("*",),
+            "lora_in33.safetensors": ("*",),
+            "patch_embedding_expansion.safetensors": ("*",),
+            "scheduler.safetensors": ("train1000.timesteps_bf16", "train1000.index_after_bf16_rounding"),
+            "train_i2v_in33.safetensors": ("*",),
+            "train_v2v_in49.safetensors": ("*",),
+            "train_v2v_in65.safetensors": ("*",),
+            "vae.safetensors": ("*_tiled_*",),
+            "wav2vec_features.safetensors": ("input_values", "input_values_padded"),
+        },
+        words=_OMNIAVATAR,
+        # 7 meets every size, overlap, budget and length of the 120 recorded plans.
+        every={"chunk_plans.json": 7},
+    ),
+    "stableavatar": Subset(
+        limit=2_000_000,
+        left_out={
+            "set1_vocal_projector.safetensors": ("b.*",),
+            "set2_transformer.safetensors": ("cfg3.*", "b1.block0", "b1.img_emb", "b1.patch"),
+            "set3_guidance.safetensors": ("*",),
+            "set5_loss.safetensors": ("*",),
+            "set5_loss_info.json": ("*",),
+            "set6_long_pipeline.safetensors": ("clip_input",),
+        },
+        words=_STABLEAVATAR,
+    ),
+}
+"""By the name of a format, which is that of its folders."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("source", type=Path)
+    parser.add_argument("source", type=Path, help=f"a folder named {' or '.join(SUBSETS)}")
     parser.add_argument("target", type=Path)
     arguments = parser.parse_args()
-    write_subset(arguments.source, arguments.target)
+    source = arguments.source.resolve()
+    if source.name not in SUBSETS:
+        parser.error(f"{source.name} is not the name of a format: {', '.join(SUBSETS)}")
+    write_subset(source, arguments.target, SUBSETS[source.name])
 
 
-def write_subset(source: Path, target: Path) -> None:
-    """Copy what is kept. Raises SystemExit if the result is larger than LIMIT."""
+def write_subset(source: Path, target: Path, subset: Subset) -> None:
+    """Copy what is kept. Raises SystemExit if the result is larger than the limit."""
     target.mkdir(parents=True, exist_ok=True)
-    for path in sorted(source.glob("*.safetensors")):
-        if "*" not in LEFT_OUT.get(path.name, ()):
-            _copy_tensors(path, target / path.name)
-    for path in sorted(source.glob("*.json")):
-        cases = json.loads(path.read_text(encoding="utf-8"))
-        kept = json.dumps(cases[:: EVERY.get(path.name, 1)], separators=(",", ":"))
-        # One case a line: a change of the recording is then a readable difference.
-        (target / path.name).write_text(kept.replace('},{"chunks', '},\n{"chunks') + "\n", encoding="utf-8")
-    stated = {"left_out": {name: list(patterns) for name, patterns in LEFT_OUT.items()}}
+    for path in sorted((*source.glob("*.safetensors"), *source.glob("*.json"))):
+        if "*" in subset.left_out.get(path.name, ()):
+            continue
+        if path.suffix == ".json":
+            _copy_cases(path, target / path.name, subset.every.get(path.name, 1))
+        else:
+            _copy_tensors(path, target / path.name, subset.left_out.get(path.name, ()))
+    stated = {"left_out": {name: list(patterns) for name, patterns in subset.left_out.items()}}
     (target / "subset.json").write_text(json.dumps(stated, indent=1) + "\n", encoding="utf-8")
-    (target / "README.md").write_text(_README + _table(source), encoding="utf-8")
+    readme = f"{subset.words}\n| file | left out |\n|---|---|\n{_table(source, subset)}"
+    (target / "README.md").write_text(readme, encoding="utf-8")
     size = sum(path.stat().st_size for path in target.iterdir())
     print(f"{size} bytes in {target}")
-    if size > LIMIT:
-        raise SystemExit(f"the subset has {size} bytes, more than {LIMIT}")
+    if size > subset.limit:
+        raise SystemExit(f"the subset has {size} bytes, more than {subset.limit}")
 
 
-def _copy_tensors(source: Path, target: Path) -> None:
-    """One file without its left-out keys."""
-    patterns = LEFT_OUT.get(source.name, ())
+def _copy_cases(source: Path, target: Path, every: int) -> None:
+    """A document; of a list, every n-th case, one a line: a change is then a readable difference."""
+    document = json.loads(source.read_text(encoding="utf-8"))
+    if isinstance(document, list):
+        document = document[::every]
+    kept = json.dumps(document, separators=(",", ":"))
+    target.write_text(kept.replace('},{"chunks', '},\n{"chunks') + "\n", encoding="utf-8")
+
+
+def _copy_tensors(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
+    """One file without the keys of `patterns`."""
     with safe_open(source, "pt") as opened:
         metadata = opened.metadata() or {}
         kept = {
@@ -98,15 +147,15 @@ def _copy_tensors(source: Path, target: Path) -> None:
     save_file(kept, target, metadata=metadata or None)
 
 
-def _table(source: Path) -> str:
+def _table(source: Path, subset: Subset) -> str:
     """Rows for README.md."""
     rows = []
     for path in sorted((*source.glob("*.safetensors"), *source.glob("*.json"))):
-        patterns = LEFT_OUT.get(path.name, ())
+        patterns = subset.left_out.get(path.name, ())
         if "*" in patterns:
             left_out = "the whole file"
-        elif path.name in EVERY:
-            left_out = f"all but every {EVERY[path.name]}th case"
+        elif path.name in subset.every:
+            left_out = f"all but every {subset.every[path.name]}th case"
         else:
             left_out = ", ".join(f"`{pattern}`" for pattern in patterns) or "nothing"
         rows.append(f"| {path.name} | {left_out} |\n")
