@@ -46,7 +46,7 @@ def check_together(cfg: RunConfig, origins: Mapping[str, str], own: Container[st
     if (
         overlap is not None
         and frames is not None
-        and cfg.long_video.strategy == "chunks"
+        and cfg.long_video.strategy != "off"
         and overlap >= frames
     ):
         raise ConfigError(

@@ -8,6 +8,7 @@ from typing import Any
 
 from avatarctl.conditioning.geometry import distortion
 from avatarctl.config import RunConfig, require_supported
+from avatarctl.errors import UnusableAudio
 from avatarctl.events import Emit, Notice, Stage
 from avatarctl.families import family_named
 from avatarctl.family import Family, Plan
@@ -106,7 +107,11 @@ def check_job(cfg: RunConfig, row: Row, job: Job, emit: Emit) -> JobPlan:
         emit(Notice(f"{row.name} was made with audio offset {stated}; {asked} moves the lips", "warning"))
     lead = round(cfg.output.lead_silence * SAMPLE_RATE)
     mean, variance = _with_silence(heard, lead)
-    plan = family.plan(lead + heard.samples, cfg)
+    try:
+        plan = family.plan(lead + heard.samples, cfg)
+    except UnusableAudio as error:  # a plan knows no names
+        error.where = error.where or job.sound.name
+        raise
     for notice in family.notices(cfg):
         emit(Notice(notice))
     for notice in outside_training(

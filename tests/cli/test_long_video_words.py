@@ -1,0 +1,144 @@
+"""The words of long video mean the same for every family; what a family has not is refused by name.
+
+The built-in models stand for the two families: one makes long videos in chunks, one in windows that are
+blended.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from click.testing import Result
+
+from avatarctl.weights.sources import Sources
+
+CHUNKS, FUSED = "cartoon-i2v", "stableavatar-tiny"
+Run = Callable[..., Result]
+Refused = Callable[..., str]
+
+
+def dry(model: str, voice: Path, words: str) -> tuple[str, ...]:
+    return ("infer", "--dry-run", "--model", model, "--audio", str(voice), *words.split())
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "kind"),
+    [
+        (CHUNKS, "", "chunks"),
+        (CHUNKS, "--chunked", "chunks"),
+        (CHUNKS, "--long-video chunks --carry pixels", "chunks"),
+        (CHUNKS, "--long-video off", "chunks"),
+        (FUSED, "", "fused"),
+        (FUSED, "--long-video fused", "fused"),
+        (FUSED, "--long-video off", "fused"),
+        (FUSED, "--overlap 0", "fused"),
+        (FUSED, "--overlap 13", "fused"),
+        (FUSED, "-o long_video.schedule=wavefront -o long_video.blend=log", "fused"),
+        (FUSED, "-o sampling.null_audio=projected_silence", "fused"),
+        (FUSED, "--guidance-rule native --batch-passes --latents-dtype bfloat16", "fused"),
+        (FUSED, "--compat reference --size 80x48", "fused"),
+    ],
+)
+def test_accepted(model: str, words: str, kind: str, run: Run, voice: Path, here: Path) -> None:
+    result = run(*dry(model, voice, words), "--json")
+    assert result.exit_code == 0, result.stderr
+    plan = json.loads(result.stdout)
+    assert (plan["model"], plan["strategy"], plan["spans"]) == (model, kind, 1)
+    # Under compat reference only whole groups of four frames behind the first are made.
+    assert plan["frames"] == (9 if "reference" in words else 13)
+    assert not list(here.iterdir())
+
+
+OFFERS = {CHUNKS: "it offers off and chunks", FUSED: "it offers off and fused"}
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "says"),
+    [
+        (CHUNKS, "--long-video fused", ("long_video.strategy", "no fused", OFFERS[CHUNKS])),
+        (CHUNKS, "--long-video fused --overlap 0", ("long_video.strategy", OFFERS[CHUNKS])),
+        (CHUNKS, "-o long_video.schedule=wavefront", ("long_video.schedule", "leave it out")),
+        (CHUNKS, "-o long_video.blend=log", ("long_video.blend", "leave it out")),
+        (CHUNKS, "-o sampling.null_audio=projected_silence", ("sampling.null_audio", "leave it out")),
+        (CHUNKS, "--guidance-rule native", ("sampling.guidance_rule", "leave it out")),
+        (CHUNKS, "--overlap 0", ("--overlap", "fused only", "at least 1")),
+        (CHUNKS, "--long-video stream", ("long_video.strategy", "no stream", OFFERS[CHUNKS])),
+        (CHUNKS, "--carry latents", ("long_video.carry", "no latents", "pixels")),
+        (FUSED, "--long-video stream", ("long_video.strategy", "no stream", OFFERS[FUSED])),
+        (FUSED, "--carry latents", ("long_video.carry", "leave it out")),
+        (FUSED, "--chunked", ("long_video.strategy", "no chunks", OFFERS[FUSED])),
+        (FUSED, "--long-video chunks", ("long_video.strategy", "no chunks", OFFERS[FUSED])),
+        (FUSED, "-o long_video.strategy=chunks --overlap 0", ("chunks",)),
+        (FUSED, "--carry pixels", ("long_video.carry", "leave it out")),
+        (FUSED, "--carry pixels --long-video fused", ("long_video.carry", "leave it out")),
+        (FUSED, "--overlap 1", ("long_video.overlap_frames", "one latent frame", "0 for no cross-fade")),
+        (FUSED, "--overlap 3", ("--overlap", "4n + 1", "got 3")),
+        (FUSED, "--overlap 17", ("--overlap", "must be below long_video.num_frames 17")),
+        (FUSED, "--overlap 21", ("--overlap", "must be below long_video.num_frames 17")),
+        (FUSED, "--num-frames 5", ("overlap_frames 5 must be below long_video.num_frames 5", "--num-frames")),
+        (FUSED, "--num-frames 18", ("--num-frames", "4k + 1", "got 18")),
+        (FUSED, "-o long_video.schedule=depth", ("auto, step, wavefront", "'depth'")),
+        (FUSED, "-o long_video.blend=linear", ("uniform, log", "'linear'")),
+        (FUSED, "-o sampling.null_audio=none", ("zero_context, projected_silence", "'none'")),
+        (FUSED, "--size 72x64", ("--size", "output.width", "multiple of 16", "72")),
+        (FUSED, "--size 64x8", ("--size", "output.height", "from 16")),
+        (FUSED, "--fit letterbox", ("--fit", "crop, stretch", "'letterbox'")),
+        (FUSED, "--prompt a --prompt b", ("input.prompt is asked for twice", "--prompt")),
+        (FUSED, "--max-tokens 30000", ("long_video.max_tokens", "leave it out")),
+        (FUSED, "--channels 33", ("model.channels", "it offers 36")),
+        (FUSED, "--audio-offset 1", ("model.audio_offset", "it offers 0")),
+        (FUSED, "--compat fork", ("model.compat", "it offers none and reference")),
+        (
+            FUSED,
+            "--compat reference -o sampling.null_audio=projected_silence",
+            ("sampling.null_audio", "compat reference", "it offers zero_context"),
+        ),
+    ],
+)  # fmt: skip
+def test_refused_with_2(
+    model: str, words: str, says: tuple[str, ...], run: Run, refused: Refused, voice: Path, here: Path
+) -> None:
+    for flags in ((), ("--dry-run",)):
+        line = refused(2, *(word for word in dry(model, voice, words) if word != "--dry-run"), *flags)
+        for part in says:
+            assert part in line, line
+        assert not list(here.iterdir())
+
+
+def test_one_window_refuses_longer_sound_and_names_the_way(run: Run, refused: Refused, here: Path) -> None:
+    soundfile.write(here / "long.wav", np.full(16_000, 0.1, np.float32), 16_000)  # 25 frames
+    line = refused(2, *dry(FUSED, here / "long.wav", "--long-video off"))
+    assert "25 frames and one window holds 17 (0.68 s)" in line and "--long-video fused" in line
+    assert run(*dry(FUSED, here / "long.wav", "")).exit_code == 0
+
+
+@pytest.mark.parametrize(("samples", "code"), [(1, 3), (639, 3), (640, 0), (641, 0)])
+@pytest.mark.parametrize("compat", ["none", "reference"])
+def test_sound_shorter_than_a_frame(
+    samples: int, code: int, compat: str, run: Run, here: Path, tmp_path: Path
+) -> None:
+    sound = tmp_path / "blip.wav"
+    soundfile.write(sound, np.full(samples, 0.1, np.float32), 16_000)
+    result = run(*dry(FUSED, sound, f"--compat {compat}"))
+    assert result.exit_code == code, result.stderr
+    if code:
+        (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+        assert f"too short: {samples} samples" in error and "blip.wav" in error
+    else:
+        assert "frames: " + ("1" if samples == 640 or compat == "reference" else "2") in result.stdout
+    assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize("word", ["overlap_frames", "num_frames"])
+def test_the_published_model_speaks_the_same_words(
+    word: str, run: Run, refused: Refused, voice: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("avatarctl.weights.sources.find_sources", lambda *_: Sources())
+    assert run(*dry("stableavatar-1.3b", voice, "--overlap 37 --num-frames 81")).exit_code == 0
+    line = refused(2, *dry("stableavatar-1.3b", voice, f"-o long_video.{word}=80"))
+    assert word in line and "80" in line
