@@ -140,9 +140,8 @@ class LongVideo:
     strategy: Literal["off", "chunks", "fused", "stream"] = key(
         "chunks",
         "off: one window only; chunks: one after another, each continues the last; fused: windows that "
-        "are blended in every step",
-        not_yet=("stream",),
-    )  # fmt: skip
+        "are blended in every step; stream: blocks that attend to what came before; a model offers some",
+    )
     num_frames: int | None = key(
         None, "pixel frames of a chunk; wins over max_tokens", low=5, high=MAX_FRAMES, rule=rules.FRAMES_4K1
     )
@@ -159,7 +158,7 @@ class LongVideo:
         "uniform", "weights of the cross-fade between windows (fused only)"
     )
     carry: Literal["pixels", "latents"] | None = key(
-        None, "what a chunk hands to the next: decoded frames or latents (chunks only)", not_yet=("latents",)
+        None, "what a chunk hands to the next: decoded frames or latents (chunks only)"
     )
     max_tokens: int | None = key(
         None, "tokens of a chunk, from which its length follows", low=1, high=10_000_000
