@@ -1,13 +1,13 @@
-"""The seams, driven by toy families: one loop is the product's, two stand here until a family needs them.
+"""The seams, driven by toy families: two loops are the product's, one stands here until a family needs it.
 
-`sample_chunks` is product code. The fused and the causal loop are written out below as design.md 3 states
-them, against the same protocol: a signature that could not carry them fails here (and in mypy, which reads
-this file) before the families arrive. Networks are tiny and random; nothing is trained.
+`sample_chunks` and `sample_fused` are product code. The causal loop is written out below as design.md 3
+states it, against the same protocol: a signature that could not carry it fails here (and in mypy, which reads
+this file) before the family arrives. Networks are tiny and random; nothing is trained.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from avatarctl.config import RunConfig
+from avatarctl.config import LongVideo, RunConfig
 from avatarctl.events import silent
 from avatarctl.family import (
     Carry,
@@ -34,10 +34,11 @@ from avatarctl.family import (
     Timesteps,
     TrainableFamily,
 )  # fmt: skip
-from avatarctl.flow_matching import add_noise, euler_step, shifted_sigmas, timesteps_of, velocity_target
+from avatarctl.flow_matching import add_noise, shifted_sigmas, timesteps_of, velocity_target
 from avatarctl.rng import generator, latent_noise
 from avatarctl.sampling.chunks import sample_chunks
 from avatarctl.sampling.denoise import Denoiser
+from avatarctl.sampling.fused import sample_fused
 
 SHAPE = (4, 2, 2)
 STEPS = 3
@@ -251,34 +252,6 @@ class ToyTrained(Toy):
         return each.mean(), {"flow": each.detach()}
 
 
-def fused(
-    family: FusedFamily, denoise: Denoiser, modules: Modules, inputs: Inputs, plan: Plan, cfg: RunConfig,
-    order: Callable[[int, int], Iterator[tuple[int, int]]],
-) -> Tensor:  # fmt: skip
-    """for step: for span: fuse(Euler(predict(x[span]))), in any order that respects what a pass reads."""
-    state = family.open(modules, inputs, cfg)
-    spans = list(plan.spans())
-    latents = [latent_noise(0, family.noise_key(spans[0], inputs)[0], 0, plan.frames, SHAPE)]
-    latents += [torch.zeros_like(latents[0]) for _ in range(denoise.steps)]
-    reached = [0] * denoise.steps
-    for index, step in order(len(spans), denoise.steps):
-        span = spans[index]
-        window = slice(span.start, span.start + span.frames)
-        condition = family.build_condition(family.encode(modules, inputs, span, state, None))
-        names = family.branches(denoise.guidance, step)
-        prepared = family.prepare(denoise.dit, condition, names, state)
-        x, sigmas = latents[step][:, :, window], denoise.sigmas
-        t = timesteps_of(sigmas)[step].expand(1)
-        velocities = family.predict(denoise.dit, x, t, prepared, names, span=span, step=step, state=state)
-        v = family.combine(velocities, denoise.guidance, step)
-        new = euler_step(x, v, float(sigmas[step]), float(sigmas[step + 1]))
-        shared = max(0, reached[step] - span.start)
-        written = latents[step + 1][:, :, window][:, :, :shared]
-        latents[step + 1][:, :, window] = family.fuse(new, written, span, step, state)
-        reached[step] = window.stop
-    return latents[-1]
-
-
 def causal(
     family: Family, denoise: Denoiser, modules: Modules, inputs: Inputs, plan: Plan, cfg: RunConfig
 ) -> tuple[Tensor, Any]:
@@ -304,27 +277,6 @@ def parts(family: Family, samples: int) -> tuple[Denoiser, Modules, Inputs, Plan
     return denoise, modules, inputs, family.plan(samples, cfg)
 
 
-def step_order(windows: int, steps: int) -> Iterator[tuple[int, int]]:
-    return ((window, step) for step in range(steps) for window in range(windows))
-
-
-def wavefront(windows: int, steps: int) -> Iterator[tuple[int, int]]:
-    """Depth first: (k, i + 1) needs (k + 1, i), its one overlapping neighbour, and (k - 1, i + 1)."""
-    done: set[tuple[int, int]] = set()
-    while len(done) < windows * steps:
-        ready = [
-            (k, i)
-            for k in range(windows)
-            for i in range(steps)
-            if (k, i) not in done
-            and (i == 0 or {(k, i - 1), (min(k + 1, windows - 1), i - 1)} <= done)
-            and (k == 0 or (k - 1, i) in done)
-        ]
-        best = max(ready, key=lambda pass_: pass_[1])
-        done.add(best)
-        yield best
-
-
 def test_chunks_give_every_frame_once_and_start_from_the_carry() -> None:
     denoise, modules, inputs, plan = parts(Toy(), 170)
     blocks = list(sample_chunks(denoise, modules, inputs, plan, RunConfig()))
@@ -342,12 +294,19 @@ def test_chunks_give_every_frame_once_and_start_from_the_carry() -> None:
 
 @pytest.mark.parametrize("samples", [60, 100, 260])
 def test_fused_is_the_same_in_step_and_in_wavefront_order(samples: int) -> None:
-    denoise, modules, inputs, plan = parts(ToyFused(), samples)
-    with torch.no_grad():
-        by_step = fused(ToyFused(), denoise, modules, inputs, plan, RunConfig(), step_order)
-        by_wave = fused(ToyFused(), denoise, modules, inputs, plan, RunConfig(), wavefront)
-    assert torch.equal(by_step, by_wave)
-    assert by_step.abs().amin(dim=(0, 1, 3, 4)).min() > 0, "a frame was never written"
+    family: FusedFamily = ToyFused()
+    denoise, modules, inputs, plan = parts(family, samples)
+    frames = {}
+    for schedule in ("step", "wavefront"):
+        cfg = replace(RunConfig(), long_video=LongVideo(schedule=schedule))
+        blocks = list(sample_fused(denoise, modules, inputs, plan, cfg))
+        assert [block.first for block in blocks] == list(range(0, plan.frames - 2, 4))
+        frames[schedule] = torch.cat([block.pixels for block in blocks], dim=1)
+    assert frames["step"].shape[1] == plan.frames
+    assert torch.equal(frames["step"], frames["wavefront"])
+    # The first window alone must differ behind the frames that it shares: the others are blended in.
+    alone = list(sample_fused(denoise, modules, inputs, family.plan(60, RunConfig()), RunConfig()))
+    assert torch.equal(alone[0].pixels[:, :4], frames["step"][:, :4]) == (plan.count == 1)
 
 
 def test_causal_keeps_one_past_per_step_and_one_decoder_per_job() -> None:
