@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from avatarctl.conditioning.windows import WindowPlan, blend_weights, plan_windows
@@ -33,7 +35,7 @@ def test_whole_windows_cover_every_frame_once_or_overlapping(overlap: int) -> No
             assert spans[0].start == 0 and spans[-1].start + spans[-1].frames == found.latent_frames
             # One length for all, so that batches, caches and shards agree.
             assert {span.frames for span in spans} == {min(21, found.latent_frames)}
-            for before, after in zip(spans, spans[1:], strict=False):
+            for before, after in pairwise(spans):
                 shared = before.start + before.frames - after.start
                 assert after.start > before.start
                 assert shared >= overlap and (shared == overlap or after is spans[-1])
@@ -71,7 +73,7 @@ def test_published_windows_end_and_leave_no_frame_out(overlap: int) -> None:
         assert found.count == (1 if found.latent_frames <= 21 else len(spans)) == len(spans)
         assert spans[-1].start + spans[-1].frames == found.latent_frames
         assert spans[-1].audio[1] == frames * FRAME + 137
-        for before, after in zip(spans, spans[1:], strict=False):
+        for before, after in pairwise(spans):
             assert before.start + before.frames - after.start == overlap
             assert before.frames == 21 and before.audio[1] - before.audio[0] == 84 * FRAME
 
