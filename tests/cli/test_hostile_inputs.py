@@ -21,6 +21,12 @@ from avatarctl.weights.tensors import read_whole
 HOSTILE = Path(__file__).resolve().parents[3] / "shared" / "hostile"
 MANIFEST = HOSTILE / "manifest.json"
 
+FAMILIES = {
+    "cartoon-i2v": ("--model", "cartoon-i2v"),
+    "stableavatar-tiny": ("--model", "stableavatar-tiny", "--fit", "stretch"),
+}
+"""A built-in model of each family, and words that let it treat pictures in its own way."""
+
 pytestmark = pytest.mark.skipif(not MANIFEST.is_file(), reason="../shared/hostile is absent")
 
 
@@ -35,10 +41,10 @@ def rows(kind: str) -> list[Any]:
 def judged(run: Callable[..., Result], here: Path) -> Callable[..., dict[str, Any] | None]:
     """Runs a row; its plan where it was accepted, None where it was refused as the manifest wants it."""
 
-    def judge(row: dict[str, Any], flag: str) -> dict[str, Any] | None:
+    def judge(row: dict[str, Any], flag: str, *words: str) -> dict[str, Any] | None:
         path = HOSTILE / row["file"]
         beside = sorted(path.parent.iterdir())
-        result = run("infer", "--dry-run", "--json", flag, str(path))
+        result = run("infer", "--dry-run", "--json", flag, str(path), *words)
         assert result.exit_code in row["exit"], result.output
         assert not list(here.iterdir()) and sorted(path.parent.iterdir()) == beside
         assert result.output.replace("\n", "").isprintable()
@@ -74,9 +80,10 @@ def test_config(row: dict[str, Any], judged: Callable[..., dict[str, Any] | None
     assert plan["steps"] == cfg.sampling.steps and plan["seed"] == cfg.runtime.seed
 
 
+@pytest.mark.parametrize("model", FAMILIES)
 @pytest.mark.parametrize("row", rows("audio"))
-def test_audio(row: dict[str, Any], judged: Callable[..., dict[str, Any] | None]) -> None:
-    plan = judged(row, "--audio")
+def test_audio(row: dict[str, Any], model: str, judged: Callable[..., dict[str, Any] | None]) -> None:
+    plan = judged(row, "--audio", "--model", model)
     expect = row.get("expect", {})
     if plan is not None and "samples" in expect:
         slack = expect.get("tolerance_samples", 0)
@@ -84,9 +91,12 @@ def test_audio(row: dict[str, Any], judged: Callable[..., dict[str, Any] | None]
         assert least <= plan["frames"] <= most
 
 
+@pytest.mark.parametrize("words", FAMILIES.values(), ids=FAMILIES)
 @pytest.mark.parametrize("row", rows("image"))
-def test_image(row: dict[str, Any], judged: Callable[..., dict[str, Any] | None]) -> None:
-    judged(row, "--image")
+def test_image(
+    row: dict[str, Any], words: tuple[str, ...], judged: Callable[..., dict[str, Any] | None]
+) -> None:
+    judged(row, "--image", *words)
 
 
 @pytest.mark.parametrize("row", rows("checkpoint"))
