@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pytest
-import torch
 
-from avatarctl.families import family_named
-from avatarctl.family import Inputs, Modules
+from avatarctl.config import RunConfig
+from avatarctl.events import silent
+from avatarctl.family import Modules, Plan
+from avatarctl.media import picture_from_array, sound_from_array
 from avatarctl.models.loading import build_random_modules
+from avatarctl.pipelines.infer import generate
+from avatarctl.pipelines.job import Job, check_job
 from avatarctl.registry import configure, find_model
-from avatarctl.sampling.chunks import sample_chunks
-from avatarctl.sampling.denoise import Denoiser
 
-CHUNKS, STEPS, LATENTS = 4, 3, 3
-
-
-class Silence:
-    def read(self, start: int, stop: int) -> np.ndarray:
-        return np.zeros(stop - start, np.float32)
+STEPS = 3
+CHUNKS, WINDOWS = "cartoon-i2v", "stableavatar-tiny"
 
 
 def count_calls(modules: Modules) -> Counter[str]:
@@ -34,7 +31,6 @@ def count_calls(modules: Modules) -> Counter[str]:
     modules.text.encoder.register_forward_hook(counting("prompt encodings"))
     modules.audio.feature_extractor.register_forward_hook(counting("feature extractions"))
     dit.condition_embedder.text_embedder.register_forward_hook(counting("text projections"))
-    dit.audio_proj.register_forward_hook(counting("audio projections"))
     dit.rope.register_forward_hook(counting("rotary tables"))
     dit.condition_embedder.time_proj.register_forward_hook(counting("time embeddings"))
     dit.patch_embedding.register_forward_hook(counting("patch embeddings"))
@@ -45,67 +41,122 @@ def count_calls(modules: Modules) -> Counter[str]:
     vae.quant_conv.register_forward_hook(counting("VAE encodes"))
     vae.post_quant_conv.register_forward_hook(counting("VAE decodes"))
     vae.decoder.register_forward_hook(counting("VAE decoder frames"))
+    if hasattr(dit, "audio_proj"):
+        dit.audio_proj.register_forward_hook(counting("audio projections"))
+    if hasattr(dit, "vocal_projector"):
+        dit.vocal_projector.proj_model.register_forward_hook(counting("audio projections"))
+        dit.vocal_projector.register_forward_hook(counting("audio adapter passes"))
+        dit.condition_embedder.image_embedder.register_forward_hook(counting("picture projections"))
+        for block in dit.blocks:
+            block.attn2.add_k_proj.register_forward_hook(counting("picture keys"))
+            block.attn2.vocal_k.register_forward_hook(counting("sound keys"))
+    if modules.image is not None:
+        modules.image.register_forward_hook(counting("picture encodings"))
     return calls
 
 
+def work(cfg: RunConfig, samples: int) -> tuple[Plan, Mapping[str, int]]:
+    """The plan of a run over silence, and the calls that it made."""
+    row = find_model(cfg.model.name or "")
+    picture = picture_from_array(np.zeros((16, 16, 3), np.uint8), "black")
+    job = Job(picture, sound_from_array(np.zeros(samples, np.float32), 16_000, "silence"), "a", "b")
+    plan = check_job(cfg, row, job, silent)
+    modules = build_random_modules(row)
+    calls = count_calls(modules)
+    blocks = generate(row, job, plan, modules=modules)
+    assert sum(block.pixels.shape[1] for block in blocks) == plan.plan.frames
+    return plan.plan, calls
+
+
+def settings(model: str, *more: str) -> RunConfig:
+    return configure(
+        f"model.name={model}", "output.width=16", "output.height=16", f"sampling.steps={STEPS}", *more
+    )
+
+
+LAYERS = {model: find_model(model).network["dit"]["num_layers"] for model in (CHUNKS, WINDOWS)}
 BRANCHES = {"1": ("1", "1"), "2": ("4.5", "4.5"), "3": ("4.5", "3")}
 
 
-@pytest.mark.parametrize("branches", BRANCHES)
-def test_every_call_is_needed(branches: str) -> None:
+def guided(branches: str) -> tuple[str, ...]:
     text, audio = BRANCHES[branches]
-    cfg = configure(
-        "long_video.num_frames=9", "long_video.overlap_frames=5", f"sampling.steps={STEPS}",
-        f"sampling.guidance_scale={text}", f"sampling.audio_guidance_scale={audio}",
-        "output.width=16", "output.height=16",
-    )  # fmt: skip
-    row = find_model("cartoon-i2v")
-    modules = build_random_modules(row)
-    family = family_named(row.family)
-    samples = 640 * (9 + 4 * (CHUNKS - 1))
-    plan = family.plan(samples, cfg)
-    assert plan.count == CHUNKS
-    inputs = Inputs(
-        picture=torch.zeros(1, 3, 16, 16), waveform=Silence(), samples=samples, mean=0.0, variance=0.0,
-        prompt="a", negative_prompt="b", job=1, emit=lambda event: None,
-    )  # fmt: skip
-    denoise = Denoiser(family, modules.dit, family.guidance(cfg), family.sigmas(STEPS, 5.0))
-    calls = count_calls(modules)
-    frames = sum(block.pixels.shape[1] for block in sample_chunks(denoise, modules, inputs, plan, cfg))
-    assert frames == plan.frames
+    return f"sampling.guidance_scale={text}", f"sampling.audio_guidance_scale={audio}"
 
-    n, prompts, layers = int(branches), (1 if branches == "1" else 2), len(modules.dit.blocks)
-    assert calls == {
+
+def of_every_family(spans: int, prompts: int, layers: int, passes: int) -> dict[str, int]:
+    return {
         "prompt encodings": prompts,  # each prompt once per job
-        "feature extractions": 1,  # the sound fits one window
-        "text projections": prompts,  # constant over chunks and steps
+        "text projections": prompts,  # constant over spans and steps
         "text keys": prompts * layers,
-        "audio projections": CHUNKS + (1 if n > 1 else 0),  # each chunk's sound once, silence once per job
-        "rotary tables": 1,  # chunks are equally long
-        "time embeddings": CHUNKS * STEPS,  # shared by the branches of a step
-        "patch embeddings": CHUNKS * STEPS,
-        "transformer passes": CHUNKS * STEPS * n,
-        "blocks": CHUNKS * STEPS * n * layers,
-        "VAE encodes": 1 + (CHUNKS - 1),  # the picture; each later chunk's prefix
-        "VAE decodes": CHUNKS,
-        "VAE decoder frames": CHUNKS * LATENTS,
+        "rotary tables": 1,  # spans are equally long
+        "time embeddings": spans * STEPS,  # shared by the branches of a step
+        "patch embeddings": spans * STEPS,
+        "transformer passes": spans * STEPS * passes,
+        "blocks": spans * STEPS * passes * layers,
     }
 
 
-def test_long_sound_is_encoded_once_per_window() -> None:
-    cfg = configure("long_video.audio_window=6", "output.width=16", "output.height=16", "sampling.steps=1")
-    row = find_model("cartoon-i2v")
-    modules = build_random_modules(row)
-    family = family_named(row.family)
-    plan = family.plan(640 * 450, cfg)
-    inputs = Inputs(
-        picture=torch.zeros(1, 3, 16, 16), waveform=Silence(), samples=640 * 450, mean=0.0, variance=0.0,
-        prompt="a", negative_prompt="", job=1, emit=lambda event: None,
+@pytest.mark.parametrize("branches", BRANCHES)
+def test_every_call_of_chunks_is_needed(branches: str) -> None:
+    chunks, latents, n = 4, 3, int(branches)
+    cfg = settings(CHUNKS, "long_video.num_frames=9", "long_video.overlap_frames=5", *guided(branches))
+    plan, calls = work(cfg, 640 * (9 + 4 * (chunks - 1)))
+    assert plan.count == chunks
+    assert calls == of_every_family(chunks, 1 if n == 1 else 2, LAYERS[CHUNKS], n) | {
+        "feature extractions": 1,  # the sound fits one window
+        "audio projections": chunks + (1 if n > 1 else 0),  # each chunk's sound once, silence once per job
+        "VAE encodes": 1 + (chunks - 1),  # the picture; each later chunk's prefix
+        "VAE decodes": chunks,
+        "VAE decoder frames": chunks * latents,
+    }
+
+
+@pytest.mark.parametrize("order", ["step", "wavefront"])
+@pytest.mark.parametrize("batched", [False, True], ids=["one by one", "batched"])
+@pytest.mark.parametrize("branches", BRANCHES)
+def test_every_call_of_windows_is_needed(branches: str, batched: bool, order: str) -> None:
+    windows, latents, n = 4, 3 + 3 * 1, int(branches)
+    cfg = settings(
+        WINDOWS, "long_video.num_frames=9", "long_video.overlap_frames=5", *guided(branches),
+        f"sampling.batch_passes={str(batched).lower()}", f"long_video.schedule={order}",
     )  # fmt: skip
-    denoise = Denoiser(family, modules.dit, family.guidance(cfg), family.sigmas(1, 5.0))
-    calls = count_calls(modules)
-    for _ in sample_chunks(denoise, modules, inputs, plan, cfg):
-        pass
+    plan, calls = work(cfg, 640 * (4 * latents - 3))
+    assert plan.count == windows
+    layers, hearing = LAYERS[WINDOWS], max(1, n - 1)  # the first branch of several hears nothing
+    assert calls == of_every_family(windows, 1 if n == 1 else 2, layers, 1 if batched else n) | {
+        "feature extractions": windows,  # not once per step
+        "audio projections": windows,
+        "audio adapter passes": windows * STEPS,  # branches that hear the same share it
+        "sound keys": windows * STEPS * layers * (1 if batched else hearing),
+        "picture encodings": 1,
+        "picture projections": 1,
+        "picture keys": layers,  # once per job, whatever the branch
+        "VAE encodes": 1,
+        "VAE decodes": windows,  # each window's final frames, by one decoder
+        "VAE decoder frames": latents,  # each latent frame once, however many windows hold it
+    }
+
+
+def test_silence_as_the_model_hears_it_is_projected_once_per_job() -> None:
+    small = ("long_video.num_frames=9", "long_video.overlap_frames=5", *guided("3"))
+    _, nothing = work(settings(WINDOWS, *small), 640 * 21)
+    _, silence = work(settings(WINDOWS, *small, "sampling.null_audio=projected_silence"), 640 * 21)
+    more = Counter(silence) - Counter(nothing)
+    windows = nothing["feature extractions"]
+    # Silence stands in the place of nothing, so every window's adapter and every block reads one more.
+    assert more == {
+        "audio projections": 1,
+        "audio adapter passes": windows * STEPS,
+        "sound keys": windows * STEPS * LAYERS[WINDOWS],
+    }
+    assert not Counter(nothing) - Counter(silence)
+
+
+def test_long_sound_is_encoded_once_per_piece() -> None:
+    plan, calls = work(
+        configure("long_video.audio_window=6", "output.width=16", "output.height=16", "sampling.steps=1"),
+        640 * 450,
+    )
     padded = 33 + 32 * (plan.count - 1)
-    # Windows of 150 frames that share 50.
+    # Pieces of 150 frames that share 50.
     assert calls["feature extractions"] == 1 + -(-(padded - 150) // 100)
