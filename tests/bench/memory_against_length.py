@@ -1,13 +1,16 @@
 """Does memory grow with the length of the sound?
 
-    python tests/bench/memory_against_length.py
+    python tests/bench/memory_against_length.py [NAME ...]
 
-The whole run (sound file, features, chunks, encoder, MP4) of cartoon-i2v with 40 s and with 400 s of sound,
-at 16x16 and one step so that it ends soon: what could grow grows with the number of frames and
-samples, not with their size. Target: ten times the sound adds at most 5 % to the peak.
+The whole run (sound file, features, chunks or windows, encoder, MP4) with 40 s and with 400 s of sound, at
+16x16 and few steps so that it ends soon: what could grow grows with the number of frames and samples, not
+with their size. One model that samples by chunks, and one whose windows are blended, in wavefront order and
+in step order; NAME picks among `SUBJECTS`. Target: ten times the sound adds at most 5 % to the peak, in step
+order excepted, which keeps every window.
 
 Live bytes are exact (avatarctl.live_bytes). The peak is counted from the moment the networks are loaded,
-because building them needs more for a moment and would hide growth. Process memory is the largest resident
+because building them needs more for a moment and would hide growth; once more from the first step on, because
+opening the job (picture, prompts) may need more than all that follows. Process memory is the largest resident
 set of a child process of its own, whose allocator gives freed memory back at once.
 """
 
@@ -19,6 +22,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,35 +34,47 @@ if TYPE_CHECKING:
 
 SECONDS = (40, 400)
 LIMIT = 0.05
-SETTINGS = ("output.width=16", "output.height=16", "sampling.steps=1")
+SIZE = ("output.width=16", "output.height=16")
+_WINDOWS = (
+    "model.name=stableavatar-tiny", "long_video.num_frames=81", "long_video.overlap_frames=37",
+    "sampling.steps=3",
+)  # fmt: skip
+SUBJECTS = {
+    "chunks": ("model.name=cartoon-i2v", "sampling.steps=1"),
+    "wavefront": (*_WINDOWS, "long_video.schedule=wavefront"),
+    "step": (*_WINDOWS, "long_video.schedule=step"),
+}
 # See avatarctl/live_bytes.py; one arena, since arenas are trimmed one by one.
 RETURNING = {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
 
 @dataclass
 class LiveRun:
-    """Bytes: loaded networks, peak from then on, after each chunk, after the run."""
+    """Bytes: loaded networks, peak from then on, peak from the first step on, after each chunk or window,
+    after the run."""
 
     loaded: int = 0
     peak: int = 0
+    sampling: int = 0
     after: int = 0
     chunks: list[int] = field(default_factory=list)
 
 
-def make_video(sound: Path, out: Path, emit: Emit) -> None:
+def make_video(subject: str, sound: Path, out: Path, emit: Emit) -> None:
     from avatarctl.demo.sample import sample_picture
     from avatarctl.media import open_sound
     from avatarctl.pipelines.infer import write_video
     from avatarctl.pipelines.job import Job, check_job
     from avatarctl.registry import configure, find_model
 
-    row = find_model("cartoon-i2v")
+    cfg = configure(*SIZE, *SUBJECTS[subject])
+    row = find_model(cfg.model.name)
     job = Job(sample_picture(), open_sound(sound), "a person is talking", "")
-    write_video(row, job, check_job(configure(*SETTINGS), row, job, emit), out, emit=emit)
+    write_video(row, job, check_job(cfg, row, job, emit), out, emit=emit)
 
 
-def live_run(sound: Path, out: Path) -> LiveRun:
-    from avatarctl.events import ChunkFinished, Event, Stage
+def live_run(subject: str, sound: Path, out: Path) -> LiveRun:
+    from avatarctl.events import ChunkFinished, Event, Stage, StepFinished
     from avatarctl.live_bytes import LiveBytes
 
     run = LiveRun()
@@ -67,13 +83,17 @@ def live_run(sound: Path, out: Path) -> LiveRun:
         if event == Stage("sampling"):
             live.reset_peak()
             run.loaded = live.current
+        elif event == StepFinished(0, 0):
+            run.peak = live.peak
+            live.reset_peak()
         elif isinstance(event, ChunkFinished):
             run.chunks.append(live.current)
 
     with LiveBytes() as live:
-        make_video(sound, out, emit)
+        make_video(subject, sound, out, emit)
     gc.collect()
-    run.peak, run.after = live.peak, live.current
+    run.sampling, run.after = live.peak, live.current
+    run.peak = max(run.peak, run.sampling)
     return run
 
 
@@ -85,7 +105,7 @@ def status_bytes(name: str) -> int:
     raise SystemExit(f"this kernel does not report {name}")
 
 
-def resident_run(sound: Path, out: Path) -> None:
+def resident_run(subject: str, sound: Path, out: Path) -> None:
     """In a child: print resident bytes when the networks are loaded, and the largest of the whole run."""
     from avatarctl.events import Event, Stage
     from avatarctl.live_bytes import process_peak_bytes
@@ -98,13 +118,13 @@ def resident_run(sound: Path, out: Path) -> None:
             loaded = status_bytes("VmRSS")
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again, as the live peak does
 
-    make_video(sound, out, emit)
+    make_video(subject, sound, out, emit)
     print(json.dumps({"loaded": loaded, "peak": process_peak_bytes()}))
 
 
-def start_child(sound: Path, out: Path) -> subprocess.Popen[str]:
+def start_child(subject: str, sound: Path, out: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        python(__file__, "--child", str(sound), str(out)),
+        python(__file__, "--child", subject, str(sound), str(out)),
         env={**os.environ, **RETURNING}, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -120,49 +140,51 @@ def megabytes(count: float) -> str:
     return f"{count / 1e6:.2f}"
 
 
-def main() -> None:
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        sounds = [write_voice(folder / f"{seconds}.wav", seconds) for seconds in SECONDS]
-        # At the same time: nothing is timed here.
-        children = [start_child(sound, folder / f"resident-{sound.stem}.mp4") for sound in sounds]
-        live = [live_run(sound, folder / f"live-{sound.stem}.mp4") for sound in sounds]
-        resident = [answer_of(child) for child in children]
-    short, long = live
+def measure(subject: str, folder: Path) -> None:
+    sounds = [write_voice(folder / f"{seconds}.wav", seconds) for seconds in SECONDS]
+    # At the same time: nothing is timed here.
+    children = [start_child(subject, sound, folder / f"resident-{sound.stem}.mp4") for sound in sounds]
+    live = [live_run(subject, sound, folder / f"live-{sound.stem}.mp4") for sound in sounds]
+    report(subject, *live, *(answer_of(child) for child in children))
+
+
+def report(subject: str, short: LiveRun, long: LiveRun, a: dict[str, int], b: dict[str, int]) -> None:
     edge = len(short.chunks) // 2
     flat = max(long.chunks[-edge:]) / max(long.chunks[:edge]) - 1
+    limit = None if subject == "step" else LIMIT
 
-    def row(what: str, a: float, b: float, limit: float | None = LIMIT) -> tuple[str, ...]:
+    def row(what: str, a: float, b: float, limit: float | None) -> tuple[str, ...]:
         more = b / a - 1
-        return (
-            what,
-            megabytes(a),
-            megabytes(b),
-            f"{more:+.1%}",
-            "" if limit is None else verdict(more, limit),
-        )
+        judged = "" if limit is None else verdict(more, limit)
+        return what, megabytes(a), megabytes(b), f"{more:+.1%}", judged
 
-    a, b = resident
     print_table(
-        f"memory_against_length: MB (1e6 bytes), {SECONDS[0]} s against {SECONDS[1]} s of sound",
+        f"memory_against_length, {subject}: MB (1e6 bytes), {SECONDS[0]} s against {SECONDS[1]} s of sound",
         ("", f"{SECONDS[0]} s", f"{SECONDS[1]} s", "more", f"≤ {LIMIT:.0%}"),
         [
             row("live bytes, networks loaded", short.loaded, long.loaded, None),
-            row("live bytes, peak", short.peak, long.peak),
-            row("live bytes, peak above loaded", short.peak - short.loaded, long.peak - long.loaded),
-            row("live bytes, after the last chunk", short.chunks[-1], long.chunks[-1]),
+            row("live bytes, peak", short.peak, long.peak, limit),
+            row("live bytes, peak above loaded", short.peak - short.loaded, long.peak - long.loaded, limit),
+            row("live bytes, peak from the first step on", short.sampling, long.sampling, limit),
+            row("live bytes, after the last chunk", short.chunks[-1], long.chunks[-1], limit),
             ("live bytes, after the run", megabytes(short.after), megabytes(long.after), "", ""),
             row("process memory, networks loaded", a["loaded"], b["loaded"], None),
-            row("process memory, peak", a["peak"], b["peak"]),
-            row("process memory, peak above loaded", a["peak"] - a["loaded"], b["peak"] - b["loaded"]),
+            row("process memory, peak", a["peak"], b["peak"], limit),
+            row("process memory, peak above loaded", a["peak"] - a["loaded"], b["peak"] - b["loaded"], limit),
         ],
-        f"Within the long run of {len(long.chunks)} chunks: the most live bytes after one of the last {edge} "
-        f"chunks are {flat:+.2%} against the most after one of the first {edge}.",
-    )  # fmt: skip
+        f"Within the long run of {len(long.chunks)} chunks or windows: the most live bytes after one of the "
+        f"last {edge} are {flat:+.2%} against the most after one of the first {edge}.",
+    )
+
+
+def main(subjects: Sequence[str]) -> None:
+    for subject in subjects or SUBJECTS:
+        with tempfile.TemporaryDirectory() as name:
+            measure(subject, Path(name))
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        resident_run(Path(sys.argv[2]), Path(sys.argv[3]))
+        resident_run(sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]))
     else:
-        main()
+        main(sys.argv[1:])
