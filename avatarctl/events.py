@@ -41,9 +41,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Planned:
-    """The work is known: spans (chunks, windows or blocks), steps per span, pixel frames, size."""
+    """The work is known: spans, what one is called (chunk, window or block), steps per span, pixel frames,
+    size."""
 
     spans: int
+    unit: str
     steps: int
     frames: int
     fps: int

@@ -63,15 +63,16 @@ class Screen:
                 self._plan = event
                 self.line(
                     f"{event.frames} frames of {event.width}x{event.height} at {event.fps} fps, "
-                    f"{_count(event.spans, 'chunk')} of {_count(event.steps, 'step')}"
+                    f"{_count(event.spans, event.unit)} of {_count(event.steps, 'step')}"
                 )
                 self._start_progress(event)
-            case StepFinished(span, step):
-                self._advance(span, step)
+            case StepFinished(span):
+                self._advance(span)
             case ChunkFinished(span, frames):
                 if self._progress is None and self._plan is not None:
                     self.line(
-                        f"chunk {span + 1} of {self._plan.spans}: {frames} of {self._plan.frames} frames"
+                        f"{self._plan.unit} {span + 1} of {self._plan.spans}: "
+                        f"{frames} of {self._plan.frames} frames"
                     )
             case BytesMoved():
                 self._move(event)
@@ -126,13 +127,14 @@ class Screen:
         with self._unread():
             self._progress.start()
 
-    def _advance(self, span: int, step: int) -> None:
+    def _advance(self, span: int) -> None:
+        """Steps are counted, not told from where they are: windows take them in turns."""
         if self._progress is not None and self._task is not None and self._plan is not None:
             with self._unread():
                 self._progress.update(
                     self._task,
-                    completed=span * self._plan.steps + step + 1,
-                    description=f"chunk {span + 1} of {self._plan.spans}",
+                    advance=1,
+                    description=f"{self._plan.unit} {span + 1} of {self._plan.spans}",
                 )
 
     def _move(self, event: BytesMoved) -> None:

@@ -29,7 +29,8 @@ from avatarctl.timeline import FPS
 __all__ = ["FrameBlock", "environment_problems", "generate", "load", "write_video"]
 
 
-# The loop of each kind of plan.
+# The loop of each kind of plan, and what people call one of its spans.
+_UNITS = {"chunks": "chunk", "fused": "window", "causal": "block"}
 _LOOPS = {"chunks": sample_chunks, "fused": sample_fused}
 
 
@@ -91,6 +92,7 @@ def generate(
     emit(
         Planned(
             spans=plan.plan.count,
+            unit=_UNITS[plan.plan.kind],
             steps=cfg.sampling.steps,
             frames=plan.plan.frames,
             fps=FPS,
