@@ -1,0 +1,362 @@
+"""Every frame hears the sound of its own time, at every length and overlap; what a window needs is made once,
+and what a job needs once for all windows."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from avatarctl.config import RunConfig
+from avatarctl.errors import UnusableAudio, UsageError
+from avatarctl.events import Event, Notice, silent
+from avatarctl.families import StableAvatar
+from avatarctl.family import Inputs, Modules
+from avatarctl.flow_matching import double_shifted_sigmas
+from avatarctl.media import picture_from_array, sound_from_array
+from avatarctl.models.stableavatar import PreparedStable
+from avatarctl.pipelines.infer import generate, load
+from avatarctl.pipelines.job import Job, check_job
+from avatarctl.registry import configure, find_model
+from avatarctl.sampling.denoise import Denoiser
+from avatarctl.sampling.fused import sample_fused
+from avatarctl.timeline import SAMPLES_PER_FRAME, pixel_frames
+
+FAMILY = StableAvatar()
+ROW = find_model("stableavatar-tiny")
+OVERLAPS = (0, 2, 5, 10, 20)  # latent frames
+ONE_LATENT = 4  # pixel frames
+
+
+def settings(overlap: int, *more: str) -> RunConfig:
+    """One guidance pass and windows of the published length; overlap in latent frames."""
+    return configure(
+        "model.name=stableavatar-tiny", "sampling.guidance_scale=1", "sampling.audio_guidance_scale=1",
+        "long_video.num_frames=81", f"long_video.overlap_frames={pixel_frames(overlap) if overlap else 0}",
+        "output.width=16", "output.height=16", *more,
+    )  # fmt: skip
+
+
+@functools.cache
+def places(tokens: int, frames: int) -> Tensor:
+    """Which token stands in the middle of what each latent frame of a window hears, before both sides are
+    widened: spec/stableavatar.md b.1, for `tokens` over `frames` pixel frames. [latent frames]"""
+    rate = tokens / frames
+    half = int(rate * 4 / 2)
+    centres = [
+        int((rate * (4 * i - 3) + rate * (4 * i + 1)) / 2) - 1 for i in range(1, (frames - 1) // 4 + 1)
+    ]
+    ranges = [(centre - half, centre + half) for centre in centres]
+    ranges.insert(0, (ranges[0][0] - 2 * half, ranges[0][0]))
+    inside = [(max(first, 0), min(last, tokens - 1)) for first, last in ranges]
+    return torch.tensor([(first + last) / 2 for first, last in inside], dtype=torch.float64)
+
+
+class Tape:
+    """Sound that is nothing but its own position."""
+
+    heard = 0
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        self.heard = start
+        return np.zeros(stop - start, np.float32)
+
+
+class Positions:
+    """Tokens that are the middle of what they hear, in pixel frames, on the encoder's own grid."""
+
+    def __init__(self, tape: Tape) -> None:
+        self.tape = tape
+
+    def tokens(self, waveform: Tensor) -> Tensor:
+        count = (waveform.shape[1] - 400) // 320 + 1
+        middle = self.tape.heard + 320 * torch.arange(count, dtype=torch.float64) + 200
+        return (middle / SAMPLES_PER_FRAME).float().view(1, -1, 1)
+
+
+class Listener(nn.Module):
+    """Aims at the position that each latent frame hears; notes what its passes are prepared with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passes: dict[str, Any] = {}
+
+    def forward(self, *args: Any, mode: str, **kwargs: Any) -> Any:
+        return self.prepare(**kwargs) if mode == "prepare" else self.denoise(*args, **kwargs)
+
+    def prepare(
+        self, text: Any = None, image: Any = None, grid: Any = None, vocal: Any = None, frames: int = 0
+    ) -> PreparedStable:
+        if vocal is not None:
+            middle = places(vocal.shape[1], frames)
+            before, after = vocal[:, middle.floor().long(), 0], vocal[:, middle.ceil().long(), 0]
+            vocal = (before + after) / 2
+        return PreparedStable(text, image, vocal, grid)
+
+    def denoise(
+        self, x: Tensor, t: Tensor, prepared: Mapping[str, Any], *, padded_frames: int | None,
+        batched: bool,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        self.passes = dict(prepared)
+        latents = x[:, :16]
+        out = {}
+        for name, ready in prepared.items():
+            aim = torch.zeros(1) if ready.vocal is None else ready.vocal[0, : x.shape[2]].view(1, 1, -1, 1, 1)
+            out[name] = (latents - aim) / (t / 1000)
+        return out
+
+
+class Codec:
+    """Four pixel frames for every latent frame but the first."""
+
+    def encode(self, video: Tensor) -> Tensor:
+        return torch.zeros(1, 16, (video.shape[2] + 3) // 4, video.shape[3] // 8, video.shape[4] // 8)
+
+    def decoder(self) -> SimpleNamespace:
+        seen = Counter[str]()
+
+        def push(latents: Tensor) -> Tensor:
+            frames = latents[:, :3].repeat_interleave(4, dim=2)
+            seen["latents"] += latents.shape[2]
+            return frames if seen["latents"] > latents.shape[2] else frames[:, :, 3:]
+
+        return SimpleNamespace(push=push)
+
+
+class Words:
+    text_len = 1
+
+    def tokens(self, prompt: str) -> int:
+        return 1
+
+    def encode(self, prompt: str) -> Tensor:
+        return torch.full((1, 1, 1), float(prompt == "prompt"))
+
+
+def heard(samples: int, cfg: RunConfig, dit: Listener | None = None, *, steps: int = 2) -> Tensor:
+    """What each frame of the finished video heard, in pixel frames: [frames]."""
+    tape = Tape()
+    image = SimpleNamespace(encode=lambda picture: torch.zeros(1, 1, 1))
+    modules: Any = Modules(dit or Listener(), Codec(), Words(), Positions(tape), image)  # type: ignore[arg-type]
+    picture = torch.zeros(1, 3, 16, 16)
+    inputs = Inputs(picture, tape, samples, 0.0, 1.0, "prompt", "negative", 7, silent)
+    denoise = Denoiser(FAMILY, modules.dit, FAMILY.guidance(cfg), double_shifted_sigmas(steps, 5.0))
+    blocks = sample_fused(denoise, modules, inputs, FAMILY.plan(samples, cfg), cfg)
+    return torch.cat([block.pixels for block in blocks], dim=1)[0, :, 0, 0]
+
+
+@pytest.mark.parametrize("overlap", OVERLAPS)
+def test_every_latent_frame_of_every_window_hears_its_own_time(overlap: int) -> None:
+    """Arithmetic alone, so that all lengths are seen."""
+    cfg = settings(overlap)
+    for frames in range(1, 401):
+        samples = max(frames * SAMPLES_PER_FRAME - (frames * 37) % SAMPLES_PER_FRAME, SAMPLES_PER_FRAME)
+        plan = FAMILY.plan(samples, cfg)
+        assert plan.frames == frames
+        for span in plan.spans():
+            tokens = (span.audio[1] - span.audio[0] - 400) // 320 + 1
+            within = (320 * places(tokens, pixel_frames(span.frames)) + 200) / SAMPLES_PER_FRAME
+            # Latent frame 0 of the video is pixel frame 0, every later one shows four.
+            latent = torch.arange(span.start, span.start + span.frames)
+            shown = torch.where(latent == 0, 0.5, 4 * latent - 1.0)
+            heard_at = span.audio[0] / SAMPLES_PER_FRAME + within
+            assert len(within) == span.frames
+            assert float((heard_at - shown).abs().max()) < ONE_LATENT / 2
+
+
+LENGTHS = (1, 2, 5, 6, 13, 40, 80, 81, 82, 84, 85, 121, 182, 333, 400)
+
+
+@pytest.mark.parametrize("overlap", OVERLAPS)
+@pytest.mark.parametrize("frames", LENGTHS)
+def test_every_frame_of_the_video_hears_its_own_time(frames: int, overlap: int) -> None:
+    got = heard(frames * SAMPLES_PER_FRAME, settings(overlap))
+    assert len(got) == frames
+    shown = torch.arange(frames) + 0.5
+    assert float((got - shown).abs().max()) <= ONE_LATENT
+
+
+def test_the_published_order_hears_the_last_window_at_the_wrong_time() -> None:
+    """So the tests above can fail: 13 latent frames hear what is spread over 21 windows."""
+    got = heard(182 * SAMPLES_PER_FRAME, settings(10, "model.compat=reference"))
+    wrong = (got - torch.arange(len(got)) - 0.5).abs()
+    assert float(wrong[:80].max()) <= ONE_LATENT < float(wrong[-20:].max())
+
+
+@pytest.mark.parametrize("seconds", [0.04, 0.5, 3.24, 3.3])
+@pytest.mark.parametrize("compat", ["none", "reference"])
+def test_lengths_at_which_the_published_loop_gives_nothing_or_never_ends(seconds: float, compat: str) -> None:
+    work = job(seconds)
+    cfg = settings(10, f"model.compat={compat}", "sampling.steps=2")
+    plan = check_job(cfg, ROW, work, silent)
+    frames = torch.cat([block.pixels for block in generate(ROW, work, plan)], dim=1)
+    samples = round(seconds * 16_000)
+    whole = samples // SAMPLES_PER_FRAME
+    expected = pixel_frames((whole - 1) // 4 + 1) if compat == "reference" else -(-samples // 640)
+    assert frames.shape == (3, expected, 16, 16)
+    assert bool(torch.isfinite(frames).all())
+    assert float(frames.flatten(1).std()) > 0, "a flat video"
+
+
+def job(seconds: float, pixels: tuple[int, int] = (16, 16)) -> Job:
+    rng = np.random.default_rng(0)
+    sound = sound_from_array(rng.standard_normal(round(seconds * 16_000)).astype(np.float32), 16_000, "noise")
+    return Job(
+        picture_from_array(rng.integers(0, 255, (*pixels, 3), np.uint8), "noise"), sound, "prompt", "negative"
+    )
+
+
+def lines_of(run: Callable[[Callable[[Event], None]], Any]) -> list[str]:
+    lines: list[str] = []
+    run(lambda event: lines.append(event.text) if isinstance(event, Notice) else None)
+    return lines
+
+
+@pytest.mark.parametrize("samples", [1, 639])
+def test_less_than_a_frame_is_refused(samples: int) -> None:
+    with pytest.raises(UnusableAudio, match="too short"):
+        FAMILY.plan(samples, settings(10))
+    assert FAMILY.plan(640, settings(10)).frames == 1
+
+
+def test_one_window_names_the_way_to_more() -> None:
+    assert FAMILY.plan(81 * 640, settings(10, "long_video.strategy=off")).count == 1
+    with pytest.raises(UsageError, match="82 frames and one window holds 81") as error:
+        FAMILY.plan(82 * 640, settings(10, "long_video.strategy=off"))
+    assert "--long-video fused" in str(error.value.fix)
+
+
+@pytest.mark.parametrize("overlap", [0, 5])
+def test_frames_of_a_last_window_that_was_moved_back(overlap: int) -> None:
+    """With an overlap they are cross-faded over all that is shared, without one they are overwritten."""
+    new, written = torch.full((1, 16, 21, 1, 1), 1.0), torch.zeros(1, 16, 9, 1, 1)
+    state: Any = SimpleNamespace(overlap=overlap, blend="uniform")
+    fused = FAMILY.fuse(new, written, None, 1, state)  # type: ignore[arg-type]
+    head = torch.ones(9) if overlap == 0 else torch.linspace(0, 1, 9)
+    torch.testing.assert_close(fused[0, 0, :9, 0, 0], head)
+    assert fused[:, :, 9:].equal(new[:, :, 9:])
+    # Nobody blends noise with noise.
+    assert FAMILY.fuse(new, written, None, 0, state).equal(new)  # type: ignore[arg-type]
+
+
+CFG = ("sampling.guidance_scale=3", "sampling.audio_guidance_scale=5")
+SOUNDS = {
+    ("cfg", "zero_context"): {
+        "full": (1, "sound"), "negative": (0, "sound"), "silent_negative": (0, "nothing")
+    },
+    ("cfg", "projected_silence"): {
+        "full": (1, "sound"), "negative": (0, "sound"), "silent_negative": (0, "silence")
+    },
+    ("native", "zero_context"): {
+        "full": (1, "sound"), "silent": (1, "silence"), "unpaired": (1, "nothing")
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("rule", "null"), list(SOUNDS))
+def test_what_each_pass_reads_and_hears(rule: str, null: str) -> None:
+    dit = Listener()
+    cfg = settings(10, *CFG, f"sampling.guidance_rule={rule}", f"sampling.null_audio={null}")
+    heard(100 * SAMPLES_PER_FRAME, cfg, dit)
+
+    def sound(vocal: Tensor | None) -> str:
+        return "nothing" if vocal is None else "sound" if bool(vocal.any()) else "silence"
+
+    found = {name: (int(ready.text), sound(ready.vocal)) for name, ready in dit.passes.items()}
+    assert found == SOUNDS[rule, null]
+    loud = [ready.vocal for ready in dit.passes.values() if ready.vocal is not None and ready.vocal.any()]
+    assert len({id(vocal) for vocal in loud}) == 1, "passes that hear the same do not share it"
+
+
+@pytest.fixture
+def tiny() -> Iterator[Modules]:
+    yield load(ROW, check_job(settings(2), ROW, job(0.1), silent))
+
+
+def video(modules: Modules, seconds: float, *more: str) -> Tensor:
+    cfg = configure(
+        "model.name=stableavatar-tiny", "sampling.steps=2", "output.width=16", "output.height=16", *more
+    )
+    work = job(seconds)
+    blocks = generate(ROW, work, check_job(cfg, ROW, work, silent), modules=modules)
+    return torch.cat([block.pixels for block in blocks], dim=1)
+
+
+@pytest.mark.parametrize("overlap", [0, 5, 13])
+def test_orders_give_the_same_video_to_the_bit(tiny: Modules, overlap: int) -> None:
+    """1.9 s are 13 latent frames; windows of 5 with 0, 2 or 4 shared, the last moved back or not."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    words = (f"long_video.overlap_frames={overlap}", "long_video.schedule=")
+    try:
+        videos = [video(tiny, 1.9, words[0], words[1] + order) for order in ("step", "wavefront")]
+    finally:
+        torch.set_num_threads(threads)
+    assert videos[0].shape[1] == 48 and float(videos[0].std()) > 0
+    assert videos[0].equal(videos[1])
+
+
+@pytest.mark.parametrize("rule", ["cfg", "native"])
+def test_passes_as_one_batch_give_the_same_video(tiny: Modules, rule: str) -> None:
+    words = (*CFG, f"sampling.guidance_rule={rule}", "sampling.batch_passes=")
+    apart, together = (video(tiny, 1.0, *words[:-1], words[-1] + value) for value in ("false", "true"))
+    torch.testing.assert_close(apart, together, atol=1e-4, rtol=1e-4)
+
+
+def count(thing: Any, name: str, called: str, calls: Counter[str]) -> None:
+    """Counts calls of a method of `thing`."""
+    method = getattr(thing, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        calls[called] += 1
+        return method(*args, **kwargs)
+
+    setattr(thing, name, call)
+
+
+def test_what_is_made_once(tiny: Modules) -> None:
+    calls: Counter[str] = Counter()
+    for part, name in (("audio", "tokens"), ("vae", "encode"), ("image", "encode"), ("text", "encode")):
+        count(getattr(tiny, part), name, part, calls)
+    prepared: Counter[str] = Counter()
+    forward = tiny.dit.forward
+
+    def spy(*args: Any, mode: str = "raw", **kwargs: Any) -> Any:
+        prepared[mode] += 1
+        prepared.update(key for key in ("text", "image", "grid", "vocal") if kwargs.get(key) is not None)
+        return forward(*args, mode=mode, **kwargs)
+
+    tiny.dit.forward = spy
+    frames = video(tiny, 1.9, "long_video.overlap_frames=5", *CFG)
+    assert frames.shape[1] == 48
+    windows, steps = 4, 2  # 13 latent frames in windows of 5 that share 2, the last moved back
+    assert calls == {"audio": windows, "vae": 1, "image": 1, "text": 2}
+    assert prepared == {
+        "prepare": windows + 2 + 1 + 1, "denoise": windows * steps,
+        "vocal": windows, "text": 2, "image": 1, "grid": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("row", ["cartoon-i2v", "stableavatar-tiny"])
+@pytest.mark.parametrize(
+    ("pixels", "fit", "lines"), [((40, 96), "stretch", 1), ((40, 72), "stretch", 0), ((40, 200), "crop", 0)]
+)
+def test_a_picture_that_is_stretched_out_of_shape(
+    row: str, pixels: tuple[int, int], fit: str, lines: int
+) -> None:
+    cfg = configure(f"model.name={row}", f"input.fit={fit}", "output.width=64", "output.height=64")
+    said = lines_of(lambda emit: check_job(cfg, find_model(row), job(0.1, pixels), emit))
+    assert sum("stretched 2.4 times" in line for line in said) == lines
+
+
+def test_native_guidance_says_what_it_is() -> None:
+    cfg = settings(2, "sampling.guidance_rule=native")
+    said = lines_of(lambda emit: check_job(cfg, ROW, job(0.1), emit))
+    assert any("our reading of the paper, unverified against unpublished code" in line for line in said)
