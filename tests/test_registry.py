@@ -11,7 +11,7 @@ from avatarctl.errors import ConfigError
 from avatarctl.registry import ROWS, Kind, Row, Status, configure, find, find_model
 
 ALL = [pytest.param(row, id=row.name) for row in ROWS.values()]
-OMNIAVATAR = [row.name for row in ROWS.values() if row.family == "omniavatar"]
+RUNNING = [row.name for row in ROWS.values() if row.kind == "model" and row.status != "not yet supported"]
 
 
 @pytest.mark.parametrize("row", ALL)
@@ -41,7 +41,7 @@ def test_defaults_are_values_of_keys(row: Row) -> None:
         assert value_of(cfg, dotted) == value
 
 
-@pytest.mark.parametrize("name", OMNIAVATAR)
+@pytest.mark.parametrize("name", RUNNING)
 def test_models_that_run_fill_what_only_a_model_can(name: str) -> None:
     cfg = configure(f"model.name={name}")
     for dotted, spec in keys().items():
@@ -56,11 +56,12 @@ def test_every_kind_is_there() -> None:
 def test_the_models() -> None:
     status = {row.name: row.status for row in ROWS.values() if row.kind == "model"}
     assert status.keys() == {
-        "cartoon-i2v", "omniavatar-14b", "omniavatar-1.3b", "stableavatar-1.3b", "liveavatar-14b"
+        "cartoon-i2v", "omniavatar-14b", "omniavatar-1.3b", "stableavatar-1.3b", "stableavatar-tiny",
+        "liveavatar-14b",
     }  # fmt: skip
     assert status["cartoon-i2v"] == "works"
-    assert status["stableavatar-1.3b"] == status["liveavatar-14b"] == "not yet supported"
-    assert status["omniavatar-14b"].startswith("needs weights")
+    assert status["stableavatar-tiny"] == "works" and status["liveavatar-14b"] == "not yet supported"
+    assert status["omniavatar-14b"] == status["stableavatar-1.3b"] == "needs weights"
 
 
 def test_find() -> None:

@@ -49,6 +49,7 @@ from avatarctl.weights.files.writer import (
     write_safetensors,
     write_sharded,
 )
+from avatarctl.weights.layouts import LAYOUTS
 from avatarctl.weights.metadata import config_of, file_metadata, read_own
 from avatarctl.weights.recognise import read_checkpoint
 from avatarctl.weights.tensors import Tensor
@@ -206,12 +207,15 @@ def _open(request: ConvertRequest) -> tuple[Checkpoint, Checkpoint | None, tuple
     return source, base, sources
 
 
+_CONVERTED = ", ".join(layout.title for layout in LAYOUTS if layout.supported)
+
+
 def _read(path: Path) -> Checkpoint:
     """A transformer or an adapter of one, complete."""
     checkpoint = read_checkpoint(path)
     if checkpoint.kind == "component" or not checkpoint.layout.supported:
         raise UnusableWeights(
-            f"is {checkpoint.variant}: only Wan and OmniAvatar transformers are converted",
+            f"is {checkpoint.variant}: only transformers of {_CONVERTED} are converted",
             where=path,
             fix="--inspect shows what it holds",
         )

@@ -36,8 +36,7 @@ DTYPE_NAMES: Final[Mapping[str, str]] = {
 """What a person calls a dtype -> what safetensors does."""
 
 _CHANNELS: Final = (16, 33, 49, 65)
-"""Input channels that extend each other: noise; reference and mask; masked video; reference sequence
-(spec/omniavatar.md g.3)."""
+"""Input channels that extend each other: noise; reference and mask; masked video; reference sequence."""
 
 _PATCH: Final = "patch_embedding.weight"
 
@@ -111,8 +110,7 @@ def extract(model: Checkpoint, base: Checkpoint, rank: int | None, to: Target, e
 
 
 def change_channels(checkpoint: Checkpoint, wanted: int, *, drop: bool) -> Step:
-    """More input channels, new ones zero as the trainer makes them (spec/omniavatar.md g.4), or with `drop`
-    fewer.
+    """More input channels, new ones zero as trainers make them, or with `drop` fewer.
 
     Raises UnusableWeights for a file whose channels are none of ours, UsageError for a loss not asked for.
     """

@@ -2,8 +2,8 @@
 
 W' = W + alpha / rank * up @ down (Hu et al. 2021, "LoRA"). A file states alpha by a tensor of its own
 (`.alpha`), in its metadata, or in a config beside it. Where nothing does, the rule of its naming holds:
-OmniAvatar names (`blocks.N….lora_A[.default].weight`, no prefix) take the published ratio 64 / 128, all
-others 1, as ComfyUI, kohya's scripts and diffusers do (spec/field.md 4a).
+original names (`blocks.N….lora_A[.default].weight`, no prefix) take the published ratio (`UNSTATED_SCALES`),
+all others 1, as ComfyUI, kohya's scripts and diffusers do (spec/field.md 4a).
 
 kohya's `ss_network_alpha` counts beside kohya's names only. musubi-tuner's `convert_lora.py --target other`
 multiplies alpha into the matrices, renames them and keeps the header; no other program reads that entry.
@@ -18,13 +18,13 @@ from typing import Any, Final
 
 from avatarctl.errors import UnusableWeights, printable
 from avatarctl.weights.checkpoint import LowRank, Naming
+from avatarctl.weights.layouts import UNSTATED_SCALES
 from avatarctl.weights.naming import Names
 from avatarctl.weights.stated_alpha import StatedAlpha, finite_number, stated_alpha
 from avatarctl.weights.tensors import DTYPES, Tensor, read_whole, to_float32
 
 __all__ = ["Pairs", "read_pairs"]
 
-PUBLISHED_RATIO: Final = 0.5
 _BAKED: Final = "it tells what was multiplied into the matrices"
 
 
@@ -94,9 +94,8 @@ def _rule(
         return 1.0, f"{stated}" + (f"; {others} targets by its patterns" if others else "")
     if by_kohya:
         return 1.0, f"no alpha is stated: 1, by a header of kohya's scripts and {naming} names"
-    if naming == "original":
-        return PUBLISHED_RATIO, "no alpha is stated: 0.5, the published ratio, by OmniAvatar's names"
-    return 1.0, f"no alpha is stated: 1, by {naming} names"
+    scale, why = UNSTATED_SCALES.get(naming, (1.0, f"1, by {naming} names"))
+    return scale, f"no alpha is stated: {why}"
 
 
 def _pair(module: str, part: Mapping[str, str], tensors: Mapping[str, Tensor]) -> LowRank:

@@ -24,6 +24,7 @@ import numpy as np
 
 from avatarctl.errors import UnusableWeights, UsageError
 from avatarctl.weights.checkpoint import Checkpoint, LowRank
+from avatarctl.weights.layouts import LAYOUTS, WAN
 from avatarctl.weights.metadata import network_of
 from avatarctl.weights.padding import padded_pair
 from avatarctl.weights.tensors import ArrayTensor, Tensor
@@ -39,7 +40,7 @@ ROPE_MAX_SEQ_LEN: Final = 1024  # default of WanTransformer3DModel
 _LORA_FIELDS: Final = (
     "train_architecture", "lora_rank", "lora_alpha", "lora_target_modules", "init_lora_weights",
 )  # fmt: skip
-_DIFFUSERS_CLASSES: Final = ("WanTransformer3DModel", "OmniAvatarTransformer")
+_DIFFUSERS_CLASSES: Final = {layout.class_name for layout in LAYOUTS}
 _MODEL_FILE: Final = "diffusion_pytorch_model.safetensors"
 _RELEASE_FILE: Final = "pytorch_model.safetensors"
 
@@ -131,7 +132,7 @@ _MODELS: Final = {
 
 
 def _diffusers_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Constructor arguments of `OmniAvatarTransformer` or `WanTransformer3DModel`."""
+    """Constructor arguments of the network, as diffusers' `from_config` reads them."""
     sizes, heads = checkpoint.sizes, checkpoint.heads
     if not heads or sizes.width % heads:
         raise UnusableWeights(
@@ -141,26 +142,16 @@ def _diffusers_config(checkpoint: Checkpoint) -> dict[str, Any]:
         "patch_size": PATCH_SIZE,
         "num_attention_heads": heads,
         "attention_head_dim": sizes.width // heads,
-        "in_channels": sizes.in_channels,
-        "out_channels": sizes.out_channels,
-        "text_dim": sizes.text_dim,
-        "freq_dim": sizes.freq_dim,
-        "ffn_dim": sizes.ffn,
-        "num_layers": sizes.layers,
+        **checkpoint.layout.constructor(sizes),
         "cross_attn_norm": True,
         "qk_norm": "rms_norm_across_heads",
         "eps": network_of(checkpoint)["eps"],
     }
-    if checkpoint.layout.family == "omniavatar":
-        return {
-            "_class_name": "OmniAvatarTransformer",
-            **config,
-            "audio_input_dim": sizes.audio_input_dim,
-            "audio_hidden_size": sizes.audio_hidden_size,
-        }
+    named = {"_class_name": checkpoint.layout.class_name, **config}
+    if checkpoint.layout is not WAN:
+        return named
     return {
-        "_class_name": "WanTransformer3DModel",
-        **config,
+        **named,
         "image_dim": sizes.image_dim or None,
         "added_kv_proj_dim": sizes.width if sizes.image_dim else None,
         "rope_max_seq_len": ROPE_MAX_SEQ_LEN,
@@ -343,7 +334,7 @@ def _document(value: Mapping[str, Any]) -> str:
 
 
 def with_release_config(checkpoint: Checkpoint) -> Checkpoint:
-    """`checkpoint` with a config.json in the release's terms (spec/omniavatar.md g.6, i).
+    """`checkpoint` with a config.json in the release's terms (`train_architecture`, `lora_rank`, ...).
 
     Fields that the source has beside those are kept; a config of diffusers or peft is replaced as a whole.
     Empty for plain Wan models that came without one.

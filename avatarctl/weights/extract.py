@@ -27,7 +27,7 @@ __all__ = ["PUBLISHED_RANK", "extract_low_rank"]
 Array = np.ndarray[Any, Any]
 
 PUBLISHED_RANK: Final = 128
-"""Rank of the published adapters (spec/omniavatar.md g.4)."""
+"""Rank of the published adapters."""
 
 _ROUNDOFF: Final = {
     "F64": 2.0**-24, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8,

@@ -7,13 +7,14 @@ an argument, so that a new family needs a layout of its own and no new reader.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from avatarctl.weights.key_map import KeyMap
 
-__all__ = ["Sizes", "WeightLayout"]
+__all__ = ["Bases", "OffsetRule", "Scripts", "Sizes", "WeightLayout"]
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,75 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class OffsetRule:
+    """The audio offset of a file that does not state one; holds where all conditions hold that are given.
+
+    offset, why: frames, and the reason for people; assumed: nothing speaks for it. channels: input channels;
+    config: a field of the config and its value, None for any; file: pattern of the name of a weight file.
+    """
+
+    offset: int
+    why: str
+    assumed: bool = False
+    channels: tuple[int, ...] = ()
+    config: tuple[str, Any] | None = None
+    file: str = ""
+
+    def holds(self, channels: int, config: Mapping[str, Any], files: Iterable[str]) -> bool:
+        """Whether every condition is met by a file of these input channels, config and file names."""
+        if self.channels and channels not in self.channels:
+            return False
+        if self.config is not None:
+            name, wanted = self.config
+            if name not in config or (wanted is not None and config[name] != wanted):
+                return False
+        return not self.file or any(re.fullmatch(self.file, name) for name in files)
+
+
+@dataclass(frozen=True)
+class Bases:
+    """Plain models that an adapter of a family is made for.
+
+    title: for people; channels: input channels; sees: whether they have a picture encoder; others:
+    `model_type` in config.json of what has the same shapes and is something else.
+    """
+
+    title: str
+    channels: tuple[int, ...]
+    sees: bool
+    others: tuple[str, ...]
+
+    def allow(self, sizes: Sizes, config: Mapping[str, Any]) -> bool:
+        """Whether a plain model of these sizes and config is one of them."""
+        fits = sizes.in_channels in self.channels and bool(sizes.image_dim) == self.sees
+        return fits and config.get("model_type") not in self.others
+
+
+@dataclass(frozen=True)
+class Scripts:
+    """What the published scripts of a family read.
+
+    name: for people; argument: of the file; kinds: of checkpoints; release_names: whether LoRA names must be
+    the release's own; file: the only name they read, empty for any torch file; config_field: what
+    config.json beside it needs, empty for nothing; channels: input channels that they prepare; bases: hashes
+    (weights/published.py) by which they know a base; remark: what a file that they take still needs.
+    """
+
+    name: str
+    argument: str
+    kinds: tuple[str, ...]
+    file: str = ""
+    config_field: str = ""
+    channels: int = 0
+    bases: tuple[str, ...] = ()
+    remark: str = ""
+
+
+@dataclass(frozen=True)
 class WeightLayout:
     """One network's files.
 
-    family:   registry word of the family ("omniavatar"), or "wan" for plain base models.
+    family:   registry word of the family, or "wan" for plain base models.
     title:    for people.
     key_map:  original names <-> names of diffusers, for every tensor of the network.
     own:      patterns (of whole original names) that only this network has: they decide what a file is.
@@ -55,6 +121,14 @@ class WeightLayout:
     arguments: of the network's constructor -> field of `Sizes`; left out where that is 0.
     float32:  parts of original names, whole segments, that stay float32 under any dtype.
     supported: whether this version loads and converts such files, or only names them.
+    class_name: of the network in diffusers or in avatarctl/models.
+    conventions: what the published weights were made with (`avatarctl.family.Conventions`), the audio offset
+                excepted, which differs from file to file. The family object says the same; asking it imports
+                torch.
+    offsets:  how the audio offset of a file is told, first match; none for networks that hear nothing.
+    bases:    what an adapter of this family changes, None where there are no such adapters.
+    scripts:  the published ones, None where none is known.
+    repository: of the published code.
     """
 
     family: str
@@ -67,6 +141,12 @@ class WeightLayout:
     arguments: Mapping[str, str] = field(default_factory=dict)
     float32: tuple[str, ...] = ()
     supported: bool = True
+    class_name: str = "WanTransformer3DModel"
+    conventions: Mapping[str, float] = field(default_factory=dict)
+    offsets: tuple[OffsetRule, ...] = ()
+    bases: Bases | None = None
+    scripts: Scripts | None = None
+    repository: str = "https://github.com/Wan-Video/Wan2.1"
 
     @cached_property
     def _own(self) -> re.Pattern[str]:

@@ -7,11 +7,21 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final
 
+from avatarctl.timeline import FPS
 from avatarctl.weights.key_map import KeyMap
-from avatarctl.weights.layout import Sizes, WeightLayout
+from avatarctl.weights.layout import Bases, OffsetRule, Scripts, Sizes, WeightLayout
 from avatarctl.weights.wan import UMT5_ENCODER, WAN_IMAGE, WAN_TRANSFORMER
 
-__all__ = ["COMPONENTS", "LAYOUTS", "OMNIAVATAR", "STABLEAVATAR", "WAN"]
+__all__ = [
+    "CLIP_WIDTH",
+    "COMPONENTS",
+    "LAYOUTS",
+    "OMNIAVATAR",
+    "PATCHED_ADAPTERS",
+    "STABLEAVATAR",
+    "UNSTATED_SCALES",
+    "WAN",
+]
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -132,6 +142,48 @@ OMNIAVATAR: Final = WeightLayout(
     own=(r"audio_proj\.(proj|norm_out)\.\w+", r"audio_cond_projs\.\d+\.\w+"),
     replaced=("patch_embedding.", "audio_proj.", "audio_cond_projs."),
     channels=(33, 49, 65),
+    class_name="OmniAvatarTransformer",
+    conventions={"mask_keep": 0, "hole": 0.0, "fps": FPS, "sigma_shift": 5.0},
+    # Published picture-to-video weights have offset 1, those of the trainer and of video to video 0. The
+    # names of tensors are the same, so that only file names tell them apart (omniavatar.md g.6).
+    offsets=(
+        OffsetRule(0, "video to video", channels=(49, 65)),
+        OffsetRule(0, "video to video", config=("v2v", True)),
+        OffsetRule(0, "a trainer's file, by its name", file=r"step-\w+(-\d+)?\.pt|trainable_weights\.pt"),
+        OffsetRule(
+            1,
+            "a published release, by its file names",
+            config=("train_architecture", None),
+            file=r"pytorch_model\.pt",
+        ),
+        OffsetRule(1, "taken as published picture-to-video weights", assumed=True),
+    ),
+    # A text-to-video model, or one whose patch embedding was widened for an avatar (a.2, g.4).
+    bases=Bases(
+        "text-to-video",
+        (16, 33, 49, 65),
+        sees=False,
+        others=("i2v", "flf2v", "ti2v", "vace", "s2v", "animate"),
+    ),
+    scripts=Scripts(
+        "OmniAvatar scripts",
+        "exp_path",
+        ("model", "adapter"),
+        file="pytorch_model.pt",
+        config_field="train_architecture",
+        channels=33,
+        # T2V bases, text encoder, VAE (i).
+        bases=(
+            "9269f8db9040a9d860eaca435be61814",
+            "aafcfd9672c3a2456dc46e1cb6e52c70",
+            "cb104773c6c2cb6df4f9529ad5c60d0b",
+            "9c8818c2cbea55eca56c7b447df170da",
+            "ccc42284ea13e1ad04693284c7a09be6",
+            "1378ea763357eea97acdef78e65d6d96",
+        ),
+        remark="with the same base model",
+    ),
+    repository="https://github.com/Omni-Avatar/OmniAvatar",
     shapes=omniavatar_shapes,
     arguments=_WAN_ARGUMENTS
     | {"audio_input_dim": "audio_input_dim", "audio_hidden_size": "audio_hidden_size"},
@@ -163,11 +215,15 @@ STABLEAVATAR: Final = WeightLayout(
     title="StableAvatar",
     key_map=WAN_TRANSFORMER + WAN_IMAGE + _VOCAL,
     own=(
-        r"vocal_projector\.(proj_model|final_head)\..+", r"vocal_projector\.blocks\.\d+\..+",
-        r"blocks\.\d+\.cross_attn\.[kv]_vocal\.\w+",
+        r"vocal_projector\..+", r"blocks\.\d+\.cross_attn\.[kv]_vocal\.\w+",
     ),
     replaced=(),
     channels=(36,),
+    class_name="StableAvatarTransformer",
+    conventions={"mask_keep": 1, "hole": 0.0, "fps": FPS, "sigma_shift": 5.0},
+    offsets=(OffsetRule(0, "that of every published file of this family"),),
+    scripts=Scripts("StableAvatar scripts", "transformer_path", ("model",)),
+    repository="https://github.com/Francis-Rings/StableAvatar",
     shapes=stableavatar_shapes,
     arguments=_WAN_ARGUMENTS | {
         "image_dim": "image_dim", "vocal_dim": "vocal_dim", "vocal_hidden_dim": "vocal_hidden_dim",
@@ -203,6 +259,15 @@ _VACE: Final = WeightLayout(
 
 LAYOUTS: Final = (OMNIAVATAR, STABLEAVATAR, _LIVEAVATAR, _VACE, WAN)
 """Transformers, plain Wan last: it is what remains when nobody owns a tensor."""
+
+
+PATCHED_ADAPTERS: Final = OMNIAVATAR
+"""Whose adapter a LoRA with a patch embedding is: nothing else widens it (omniavatar.md i)."""
+
+UNSTATED_SCALES: Final[Mapping[str, tuple[float, str]]] = {
+    "original": (0.5, "0.5, the published ratio, by OmniAvatar's names")
+}
+"""By naming: alpha / rank of a LoRA whose alpha nothing states, and why; 1 for all others (field.md 4a)."""
 
 
 def _component(title: str, *own: str, key_map: KeyMap | None = None) -> WeightLayout:

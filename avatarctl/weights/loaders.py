@@ -4,8 +4,8 @@ A program takes the files of its kinds, unless one of its objections applies; th
 verdict and reason. "wrong" is the verdict that people need most: the file loads without an error, and
 the result is not what it should be.
 
-Sources: spec/omniavatar.md a.2, i, j 19 (published scripts); spec/building-blocks.md 1 and the loaders of
-diffusers 0.42.1 (peft.py, lora_pipeline.py, lora_conversion_utils.py, single_file_utils.py);
+Sources: the layouts of the families for their published scripts (`Scripts`); spec/building-blocks.md 1 and
+the loaders of diffusers 0.42.1 (peft.py, lora_pipeline.py, lora_conversion_utils.py, single_file_utils.py);
 spec/field.md 4a (ComfyUI, kohya).
 """
 
@@ -15,29 +15,41 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from avatarctl.config import keys
 from avatarctl.weights.checkpoint import Checkpoint
-from avatarctl.weights.layouts import OMNIAVATAR
+from avatarctl.weights.file_facts import (
+    alphas,
+    as_base,
+    avatars_on,
+    cannot_be_converted,
+    first_half,
+    has_channels_without_code,
+    has_foreign_prefix,
+    has_own_layers,
+    holds_unmarked_tensors,
+    is_incomplete,
+    is_named,
+    is_named_otherwise,
+    is_of,
+    is_pickle,
+    is_plain_lora,
+    is_release,
+    is_second_half,
+    leaves_out,
+    loses_alpha,
+    loses_header_alpha,
+    negated,
+    part,
+    sees_pictures,
+    starts_with,
+    without_alpha,
+)
+from avatarctl.weights.layout import Scripts, WeightLayout
+from avatarctl.weights.layouts import LAYOUTS
 from avatarctl.weights.published import hash_of
 
 __all__ = ["LOADERS", "Loader", "Verdict", "verdicts"]
 
 Answer = Literal["yes", "wrong", "no", "unknown"]
-
-_SCRIPT_BASES: Final = (
-    "9269f8db9040a9d860eaca435be61814",
-    "aafcfd9672c3a2456dc46e1cb6e52c70",
-    "cb104773c6c2cb6df4f9529ad5c60d0b",
-    "9c8818c2cbea55eca56c7b447df170da",
-    "ccc42284ea13e1ad04693284c7a09be6",
-    "1378ea763357eea97acdef78e65d6d96",
-)
-"""What the published scripts find by hash and can use: T2V bases, text encoder, VAE (omniavatar.md i)."""
-
-_NOT_TEXT_TO_VIDEO: Final = ("i2v", "flf2v", "ti2v", "vace", "s2v", "animate")
-"""`model_type` in Wan's config.json that `merge_adapter` refuses in the base of an avatar."""
-
-_COMFYUI_MODEL: Final = "model.diffusion_model."
 
 
 @dataclass(frozen=True)
@@ -84,142 +96,7 @@ def _told(text: str | Callable[[Checkpoint], str], checkpoint: Checkpoint) -> st
     return text if isinstance(text, str) else text(checkpoint)
 
 
-# Facts about a file
-
-
-def _has_own_layers(checkpoint: Checkpoint) -> bool:
-    return checkpoint.layout.family not in ("wan", "component")
-
-
-def _is_plain_lora(checkpoint: Checkpoint) -> bool:
-    return checkpoint.kind == "adapter" and not _has_own_layers(checkpoint)
-
-
-def _part(checkpoint: Checkpoint) -> str:
-    """The part of `model.weights` that this encoder or decoder is, empty for none."""
-    return _PARTS.get(checkpoint.layout.title, "")
-
-
-_PARTS: Final = {"UMT5 text encoder": "text", "Wan VAE": "vae", "wav2vec 2.0 encoder": "audio"}
-
-
-def _is_incomplete(checkpoint: Checkpoint) -> bool:
-    return bool(checkpoint.missing or checkpoint.unknown)
-
-
-def _is_pickle(checkpoint: Checkpoint) -> bool:
-    return checkpoint.format != "safetensors"
-
-
-def _is_named(*namings: str) -> Callable[[Checkpoint], bool]:
-    return lambda checkpoint: checkpoint.naming in namings
-
-
-def _is_named_otherwise(*namings: str) -> Callable[[Checkpoint], bool]:
-    return lambda checkpoint: checkpoint.naming not in namings
-
-
-def _scales(checkpoint: Checkpoint) -> list[float]:
-    return sorted({checkpoint.scale_of(pair) for pair in checkpoint.low_rank.values()})
-
-
-def _alphas(checkpoint: Checkpoint) -> int:
-    return sum(name.endswith(".alpha") for name in checkpoint.names)
-
-
-def _loses_alpha(checkpoint: Checkpoint) -> bool:
-    """Whether a reader that knows alpha from `.alpha` tensors alone would use another scale."""
-    return _alphas(checkpoint) < len(checkpoint.low_rank) and _scales(checkpoint) not in ([], [1.0])
-
-
-def _loses_header_alpha(checkpoint: Checkpoint) -> bool:
-    """The same for a reader that knows alpha from diffusers' entry in the header alone."""
-    stated = "lora_adapter_metadata" in checkpoint.metadata
-    return not stated and _scales(checkpoint) not in ([], [1.0])
-
-
-def _without_alpha(checkpoint: Checkpoint) -> str:
-    scales = " to ".join(f"{scale:g}" for scale in {_scales(checkpoint)[0], _scales(checkpoint)[-1]})
-    return f"finds no alpha in it and applies it with scale 1 instead of {scales}"
-
-
-def _leaves_out(checkpoint: Checkpoint) -> str:
-    return f"{len(checkpoint.tensors)} whole tensors (audio, patch embedding) are left out"
-
-
-def _holds_unmarked_tensors(checkpoint: Checkpoint) -> bool:
-    """Whether whole tensors are there that are not called `.set_weight`, as ComfyUI knows them."""
-    return sum(name.endswith(".set_weight") for name in checkpoint.names) < len(checkpoint.tensors)
-
-
-def _cannot_be_converted(checkpoint: Checkpoint) -> bool:
-    """Whether diffusers' converters would stop at targets that are in no block."""
-    outside = any(not module.startswith("blocks.") for module in checkpoint.low_rank)
-    return outside and (checkpoint.naming == "kohya" or _alphas(checkpoint) > 0)
-
-
-def _is_release(checkpoint: Checkpoint) -> bool:
-    """Whether every name is exactly as in the release: no prefix, `.default` in LoRA names."""
-    pairs = {
-        f"{module}.{part}.default.weight" for module in checkpoint.low_rank for part in ("lora_A", "lora_B")
-    }
-    return set(checkpoint.names) == pairs | checkpoint.tensors.keys()
-
-
-def _is_scripts_base(checkpoint: Checkpoint) -> bool:
-    return hash_of(checkpoint) in _SCRIPT_BASES
-
-
-def _has_foreign_prefix(checkpoint: Checkpoint) -> bool:
-    """Whether names stand behind something else than nothing or ComfyUI's prefix."""
-    names = {name.removeprefix(_COMFYUI_MODEL) for name in checkpoint.names}
-    known = set(checkpoint.tensors)
-    if checkpoint.naming == "diffusers":
-        known = {checkpoint.layout.key_map.to_internal(name) or name for name in known}
-    return not names <= known | set(checkpoint.unknown)
-
-
-def _is_second_half(checkpoint: Checkpoint) -> bool:
-    return bool(checkpoint.metadata.get("avatarctl.companion_of"))
-
-
-def _first_half(checkpoint: Checkpoint) -> str:
-    return (
-        f"the second half of an adapter: name {checkpoint.metadata['avatarctl.companion_of'][:100]}, which "
-        "reads both"
-    )
-
-
-def _has_channels_without_code(checkpoint: Checkpoint) -> bool:
-    mark = keys()["model.channels"].key.not_yet
-    return isinstance(mark, tuple) and checkpoint.sizes.in_channels in mark
-
-
-def _is_avatar_base(checkpoint: Checkpoint) -> bool:
-    """Whether `merge_adapter` would make an avatar of this plain model (spec/omniavatar.md a.2, g.4)."""
-    return (
-        checkpoint.sizes.in_channels in (16, *OMNIAVATAR.channels)
-        and not checkpoint.sizes.image_dim
-        and checkpoint.config.get("model_type") not in _NOT_TEXT_TO_VIDEO
-    )
-
-
-def _sees_pictures(checkpoint: Checkpoint) -> bool:
-    """Whether a LoRA changes layers that only models with a picture encoder have."""
-    changed = (*checkpoint.low_rank, *checkpoint.differences, *checkpoint.tensors)
-    return any(name.startswith("img_emb.") or "_img" in name for name in changed)
-
-
-def _starts_with(*prefixes: str) -> Callable[[Checkpoint], bool]:
-    return lambda checkpoint: all(name.startswith(prefixes) for name in checkpoint.names)
-
-
-def _not(fact: Callable[[Checkpoint], bool]) -> Callable[[Checkpoint], bool]:
-    return lambda checkpoint: not fact(checkpoint)
-
-
-# The table
-
+_BASES: Final = " and ".join(layout.bases.title for layout in LAYOUTS if layout.bases)
 _NOT_CHECKED = Objection(
     lambda checkpoint: checkpoint.kind != "component" and not checkpoint.layout.supported,
     "unknown",
@@ -231,33 +108,91 @@ _UNSUPPORTED = Objection(
     lambda checkpoint: f"{checkpoint.layout.title} files are recognised but not loaded by this version",
 )
 _INCOMPLETE = Objection(
-    _is_incomplete,
+    is_incomplete,
     "no",
     lambda checkpoint: (
         f"{len(checkpoint.missing)} tensor{'' if len(checkpoint.missing) == 1 else 's'} missing, "
         f"{len(checkpoint.unknown)} without a place"
     ),
 )
-_SECOND_HALF = Objection(_is_second_half, "no", _first_half)
+_SECOND_HALF = Objection(is_second_half, "no", first_half)
 _CHANNELS_WITHOUT_CODE = Objection(
-    _has_channels_without_code,
+    has_channels_without_code,
     "no",
     lambda checkpoint: f"{checkpoint.sizes.in_channels} input channels are not yet supported",
 )
 _CHANNELS_OF_AVATAR = Objection(
     # Those of a plain base do not count: the adapter brings its own patch embedding.
-    lambda checkpoint: _has_own_layers(checkpoint) and _has_channels_without_code(checkpoint),
+    lambda checkpoint: has_own_layers(checkpoint) and has_channels_without_code(checkpoint),
     "no",
     _CHANNELS_WITHOUT_CODE.reason,
 )
 _NO_AVATAR_BASE = Objection(
-    lambda checkpoint: not (_has_own_layers(checkpoint) or _is_avatar_base(checkpoint)),
+    lambda checkpoint: not (has_own_layers(checkpoint) or avatars_on(checkpoint)),
     "no",
-    "it has no audio layers, and avatars are made of text-to-video models only",
+    f"it has no audio layers, and adapters of avatars are made for {_BASES} models only",
 )
 _SHARDED = Objection(lambda checkpoint: len(checkpoint.files) > 1, "no", "reads one file, not shards")
-_WHOLE_TENSORS = Objection(lambda checkpoint: bool(checkpoint.tensors), "wrong", _leaves_out)
+_WHOLE_TENSORS = Objection(lambda checkpoint: bool(checkpoint.tensors), "wrong", leaves_out)
 _NO_PAIRS = Objection(lambda checkpoint: not checkpoint.low_rank, "no", "there are no LoRA tensors in it")
+
+_SEEING: Final = ", ".join(
+    layout.title for layout in LAYOUTS if "image_dim" in layout.arguments and layout.own
+)
+
+
+def _scripts(layout: WeightLayout, scripts: Scripts) -> tuple[Loader, ...]:
+    """What the published scripts of a family take."""
+    own: list[Objection] = [
+        _NOT_CHECKED,
+        Objection(negated(has_own_layers), "no", "no audio layers in it"),
+        Objection(negated(is_of(layout)), "no", "it is of another family"),
+        _INCOMPLETE,
+        Objection(
+            negated(is_release),
+            "no",
+            "they know the release's own names (.lora_A.default.weight) and pass over others in silence",
+        ),
+    ]
+    if scripts.file:
+        wrong = Objection(
+            lambda checkpoint: [file.name for file in checkpoint.files] != [scripts.file],
+            "no",
+            f"they read {scripts.file} in a folder",
+        )
+    else:
+        wrong = Objection(
+            lambda checkpoint: not is_pickle(checkpoint) or len(checkpoint.files) > 1,
+            "no",
+            "they read one torch file (.pt)",
+        )
+    own.append(wrong)
+    if scripts.config_field:
+        own.append(
+            Objection(
+                lambda checkpoint: scripts.config_field not in checkpoint.config,
+                "no",
+                f"they need config.json with {scripts.config_field} beside it",
+            )
+        )
+    if scripts.channels:
+        own.append(
+            Objection(
+                lambda checkpoint: checkpoint.sizes.in_channels != scripts.channels,
+                "no",
+                f"they prepare {scripts.channels} channels; video to video needs the training fork",
+            )
+        )
+    model = Loader(f"{scripts.name}, as {scripts.argument}", scripts.kinds, tuple(own), remark=scripts.remark)
+    if not scripts.bases:
+        return (model,)
+    unknown = Objection(
+        lambda checkpoint: hash_of(checkpoint) not in scripts.bases,
+        "no",
+        "they know base files by their published hash",
+    )
+    return Loader(f"{scripts.name}, as base", ("model", "component"), (_NOT_CHECKED, unknown)), model
+
 
 LOADERS: Final = (
     Loader(
@@ -267,13 +202,16 @@ LOADERS: Final = (
             _UNSUPPORTED,
             _SECOND_HALF,
             Objection(
-                _is_plain_lora, "no", "it changes a model and is none: name it by --lora, beside a --model"
+                is_plain_lora, "no", "it changes a model and is none: name it by --lora, beside a --model"
             ),
             _NO_AVATAR_BASE,
             Objection(
-                _not(_has_own_layers),
+                negated(has_own_layers),
                 "no",
-                "plain Wan has no audio layers; it is the base that an OmniAvatar adapter needs",
+                lambda checkpoint: (
+                    "plain Wan has no audio layers; it is the base that an adapter of "
+                    f"{' or '.join(layout.title for layout in avatars_on(checkpoint))} needs"
+                ),
             ),
             _INCOMPLETE,
             _CHANNELS_WITHOUT_CODE,
@@ -291,12 +229,11 @@ LOADERS: Final = (
             _UNSUPPORTED,
             _SECOND_HALF,
             _INCOMPLETE,
-            Objection(
-                _sees_pictures,
-                "no",
-                "it changes layers of image-to-video models (k_img, v_img, img_emb), which no avatar has",
-            ),
             _CHANNELS_WITHOUT_CODE,
+        ),
+        remark=lambda checkpoint: (
+            f"it changes layers for pictures (k_img, v_img, img_emb), as {_SEEING} has"
+            * sees_pictures(checkpoint)
         ),
     ),
     Loader(
@@ -304,56 +241,17 @@ LOADERS: Final = (
         ("model",),
         (_UNSUPPORTED, _NO_AVATAR_BASE, _INCOMPLETE, _CHANNELS_OF_AVATAR),
         remark=lambda checkpoint: (
-            "as dit=PATH, with its adapter in it"
-            if _has_own_layers(checkpoint)
-            else "as dit=PATH, the base of an OmniAvatar adapter"
+            "as dit=PATH, with its adapter in it" if has_own_layers(checkpoint) else as_base(checkpoint)
         ),
     ),
     Loader("avatarctl convert-ckpt --base", ("model",), (_UNSUPPORTED, _INCOMPLETE)),
     Loader(
         "avatarctl infer -o model.weights",
         ("component",),
-        (Objection(lambda checkpoint: not _part(checkpoint), "no", "no part of a supported model"),),
-        remark=lambda checkpoint: f"as {_part(checkpoint)}=PATH",
+        (Objection(lambda checkpoint: not part(checkpoint), "no", "no part of a supported model"),),
+        remark=lambda checkpoint: f"as {part(checkpoint)}=PATH",
     ),
-    Loader(
-        "OmniAvatar scripts, as base",
-        ("model", "component"),
-        (
-            _NOT_CHECKED,
-            Objection(_not(_is_scripts_base), "no", "they know base files by their published hash"),
-        ),
-    ),
-    Loader(
-        "OmniAvatar scripts, as exp_path",
-        ("model", "adapter"),
-        (
-            _NOT_CHECKED,
-            Objection(_not(_has_own_layers), "no", "no audio layers in it"),
-            _INCOMPLETE,
-            Objection(
-                _not(_is_release),
-                "no",
-                "they know the release's own names (.lora_A.default.weight) and pass over others in silence",
-            ),
-            Objection(
-                lambda checkpoint: [file.name for file in checkpoint.files] != ["pytorch_model.pt"],
-                "no",
-                "they read pytorch_model.pt in a folder",
-            ),
-            Objection(
-                lambda checkpoint: "train_architecture" not in checkpoint.config,
-                "no",
-                "they need config.json with train_architecture beside it",
-            ),
-            Objection(
-                lambda checkpoint: checkpoint.sizes.in_channels != 33,
-                "no",
-                "they prepare 33 channels; video to video needs the training fork",
-            ),
-        ),
-        remark="with the same base model",
-    ),
+    *(loader for layout in LAYOUTS if layout.scripts for loader in _scripts(layout, layout.scripts)),
     Loader(
         "diffusers from_single_file",
         ("model",),
@@ -361,9 +259,9 @@ LOADERS: Final = (
             _NOT_CHECKED,
             _SHARDED,
             _INCOMPLETE,
-            Objection(_has_foreign_prefix, "no", "the prefix of its names is not known there"),
+            Objection(has_foreign_prefix, "no", "the prefix of its names is not known there"),
             Objection(
-                _has_own_layers,
+                has_own_layers,
                 "wrong",
                 "WanTransformer3DModel drops the audio layers with no more than a warning",
             ),
@@ -376,13 +274,13 @@ LOADERS: Final = (
         (
             _NOT_CHECKED,
             _INCOMPLETE,
-            Objection(_is_named_otherwise("diffusers"), "no", "reads the names of diffusers only"),
+            Objection(is_named_otherwise("diffusers"), "no", "reads the names of diffusers only"),
             Objection(
                 lambda checkpoint: "_class_name" not in checkpoint.config,
                 "no",
                 "needs a folder with diffusers' config.json",
             ),
-            Objection(_has_own_layers, "wrong", "WanTransformer3DModel drops the audio layers"),
+            Objection(has_own_layers, "wrong", "WanTransformer3DModel drops the audio layers"),
         ),
     ),
     Loader(
@@ -392,12 +290,12 @@ LOADERS: Final = (
             _NOT_CHECKED,
             _NO_PAIRS,
             Objection(
-                _is_named_otherwise("diffusers"),
+                is_named_otherwise("diffusers"),
                 "no",
                 "reads the names of diffusers only; see load_lora_weights",
             ),
-            Objection(_is_pickle, "no", "reads safetensors only"),
-            Objection(_loses_header_alpha, "wrong", _without_alpha),
+            Objection(is_pickle, "no", "reads safetensors only"),
+            Objection(loses_header_alpha, "wrong", without_alpha),
             _WHOLE_TENSORS,
         ),
         remark='with use_safetensors=True, else alpha is lost; prefix="transformer" or None, as names begin',
@@ -409,7 +307,7 @@ LOADERS: Final = (
             _NOT_CHECKED,
             _NO_PAIRS,
             Objection(
-                _not(_starts_with("transformer.", "diffusion_model.", "lora_unet_")),
+                negated(starts_with("transformer.", "diffusion_model.", "lora_unet_")),
                 "no",
                 "all names must begin with transformer., diffusion_model. or lora_unet_",
             ),
@@ -417,12 +315,12 @@ LOADERS: Final = (
                 lambda checkpoint: bool(checkpoint.tensors), "no", "whole tensors in a LoRA file are refused"
             ),
             Objection(
-                lambda checkpoint: checkpoint.naming == "diffusers" and _alphas(checkpoint) > 0,
+                lambda checkpoint: checkpoint.naming == "diffusers" and alphas(checkpoint) > 0,
                 "no",
                 ".alpha tensors beside the names of diffusers are refused",
             ),
             Objection(
-                _cannot_be_converted,
+                cannot_be_converted,
                 "no",
                 "targets outside the blocks are not converted from kohya's names, nor with .alpha",
             ),
@@ -433,12 +331,12 @@ LOADERS: Final = (
             ),
             Objection(
                 lambda checkpoint: (
-                    _loses_header_alpha(checkpoint)
+                    loses_header_alpha(checkpoint)
                     if checkpoint.naming == "diffusers"
-                    else _loses_alpha(checkpoint)
+                    else loses_alpha(checkpoint)
                 ),
                 "wrong",
-                _without_alpha,
+                without_alpha,
             ),
         ),
     ),
@@ -447,7 +345,7 @@ LOADERS: Final = (
         ("adapter",),
         (
             _NOT_CHECKED,
-            Objection(_is_named_otherwise("peft"), "no", "names must begin with base_model.model."),
+            Objection(is_named_otherwise("peft"), "no", "names must begin with base_model.model."),
             Objection(
                 lambda checkpoint: "peft_type" not in checkpoint.config,
                 "no",
@@ -464,9 +362,9 @@ LOADERS: Final = (
             _SHARDED,
             _INCOMPLETE,
             Objection(
-                _is_named("diffusers", "peft", "kohya"), "no", "Wan is known there by its original names"
+                is_named("diffusers", "peft", "kohya"), "no", "Wan is known there by its original names"
             ),
-            Objection(_has_own_layers, "wrong", "its Wan loader leaves out the audio layers"),
+            Objection(has_own_layers, "wrong", "its Wan loader leaves out the audio layers"),
         ),
     ),
     Loader(
@@ -475,12 +373,12 @@ LOADERS: Final = (
         (
             _NOT_CHECKED,
             Objection(
-                _is_named_otherwise("comfyui", "kohya"),
+                is_named_otherwise("comfyui", "kohya"),
                 "no",
                 "none of its names is known there: it would warn and change nothing",
             ),
-            Objection(_loses_alpha, "wrong", _without_alpha),
-            Objection(_holds_unmarked_tensors, "wrong", _leaves_out),
+            Objection(loses_alpha, "wrong", without_alpha),
+            Objection(holds_unmarked_tensors, "wrong", leaves_out),
         ),
     ),
     Loader(
@@ -488,8 +386,8 @@ LOADERS: Final = (
         ("adapter",),
         (
             _NOT_CHECKED,
-            Objection(_is_named_otherwise("kohya"), "no", "names must begin with lora_unet_"),
-            Objection(_loses_alpha, "wrong", _without_alpha),
+            Objection(is_named_otherwise("kohya"), "no", "names must begin with lora_unet_"),
+            Objection(loses_alpha, "wrong", without_alpha),
         ),
     ),
 )

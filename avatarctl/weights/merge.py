@@ -1,7 +1,7 @@
 """An adapter merged into a full model, tensor by tensor and without reading any.
 
 W' = W + strength * scale * up @ down in float32, then in the dtype of W; differences are added with the same
-strength; whole tensors (patch embedding, audio) replace those of the model (spec/omniavatar.md i).
+strength; whole tensors (patch embedding, audio) replace those of the model.
 """
 
 from __future__ import annotations
@@ -24,10 +24,6 @@ __all__ = ["merge_adapter", "refuse_other_conventions"]
 
 PATCH: Final = "patch_embedding.weight"
 _NARROW: Final = ("BF16", "F16")
-_NOISE_CHANNELS: Final = 16
-"""Input channels of a text-to-video model."""
-_OTHER_MODELS: Final = ("i2v", "flf2v", "ti2v", "vace", "s2v", "animate")
-"""`model_type` in Wan's config.json of what is no text-to-video model."""
 _STALE: Final = (
     "ss_network_dim", "ss_network_alpha", "lora_adapter_metadata", "modelspec.title", "avatarctl.config",
 )  # fmt: skip
@@ -136,18 +132,15 @@ def _common_layout(base: Checkpoint, adapter: Checkpoint) -> WeightLayout:
 
 
 def _check_plain_base(base: Checkpoint, adapter: Checkpoint) -> None:
-    """Avatars are made of text-to-video models, or of one whose patch embedding was widened for an avatar
-    (spec/omniavatar.md a.2, g.4). Others have the same blocks, so that their sum would be complete and wrong.
-    """
-    stated = base.config.get("model_type")
-    other = stated in _OTHER_MODELS
-    if base.sizes.in_channels in (_NOISE_CHANNELS, *adapter.layout.channels) and not (
-        base.sizes.image_dim or other
-    ):
+    """Every plain model has the same blocks, so that the sum with another would be complete and wrong."""
+    bases = adapter.layout.bases
+    if bases is not None and bases.allow(base.sizes, base.config):
         return
-    says = f', and its config says model_type "{stated}"' if other else ""
+    stated = base.config.get("model_type")
+    says = f', and its config says model_type "{stated}"' if bases and stated in bases.others else ""
+    made_for = f"made for a {bases.title} model" if bases else "which is an adapter of a full model alone"
     raise UnusableWeights(
-        f"is {adapter.variant}, made for a text-to-video model; the base {base.path} is {base.variant}{says}",
+        f"is {adapter.variant}, {made_for}; the base {base.path} is {base.variant}{says}",
         where=adapter.path,
     )
 

@@ -16,12 +16,10 @@ from typing import Any, Final
 
 import avatarctl
 from avatarctl.errors import UnusableWeights, printable
-from avatarctl.timeline import FPS
 from avatarctl.weights.checkpoint import Checkpoint
 from avatarctl.weights.files.strict_json import parse_json
 
 __all__ = [
-    "TRAINED_WITH",
     "OwnMetadata",
     "config_of",
     "conventions_of",
@@ -34,15 +32,6 @@ __all__ = [
 ]
 
 MODELSPEC_VERSION: Final = "1.0.1"
-REPOSITORY_OF_FAMILY: Final = {"omniavatar": "https://github.com/Omni-Avatar/OmniAvatar"}
-WAN_REPOSITORY: Final = "https://github.com/Wan-Video/Wan2.1"
-
-TRAINED_WITH: Final[Mapping[str, Mapping[str, float]]] = {
-    "omniavatar": {"mask_keep": 0, "hole": 0.0, "fps": FPS, "sigma_shift": 5.0}
-}
-"""What the published weights of a family were made with (`avatarctl.family.Conventions`), the audio offset
-excepted, which differs from file to file. The family objects say the same; asking them imports torch."""
-
 _CONVENTIONS: Final = ("audio_offset", "mask_keep", "hole", "fps", "sigma_shift")
 _STALE: Final = ("lora_adapter_metadata", "modelspec.hash_sha256")
 """Keys of a source that describe its own bytes or names, not the ones that we write."""
@@ -135,7 +124,7 @@ def conventions_of(checkpoint: Checkpoint) -> Mapping[str, float]:
     is left out, or a conversion would make a fact of a guess.
     """
     stated = read_own(checkpoint.metadata).conventions
-    found = {**TRAINED_WITH.get(checkpoint.layout.family, {}), **stated}
+    found = {**checkpoint.layout.conventions, **stated}
     if checkpoint.audio_offset is not None and not checkpoint.audio_offset_assumed:
         found["audio_offset"] = checkpoint.audio_offset
     return {name: found[name] for name in _CONVENTIONS if name in found}
@@ -182,7 +171,7 @@ def file_metadata(
         "format": "pt",
         "modelspec.sai_model_spec": MODELSPEC_VERSION,
         "modelspec.architecture": _architecture(checkpoint),
-        "modelspec.implementation": REPOSITORY_OF_FAMILY.get(checkpoint.layout.family, WAN_REPOSITORY),
+        "modelspec.implementation": checkpoint.layout.repository,
         "avatarctl.version": avatarctl.__version__,
         "avatarctl.family": checkpoint.layout.family,
         "avatarctl.kind": checkpoint.kind,
@@ -207,7 +196,7 @@ def _text(value: Any) -> str:
 
 
 def _architecture(checkpoint: Checkpoint) -> str:
-    """ModelSpec's architecture id, such as "wan2.1-t2v-14b/omniavatar/lora"."""
+    """ModelSpec's architecture id, such as "wan2.1-t2v-14b/FAMILY/lora"."""
     sizes = checkpoint.sizes
     base = "wan2.1-t2v"
     if sizes.in_channels == 36:
@@ -246,7 +235,7 @@ def stated_network(checkpoint: Checkpoint) -> dict[str, float]:
 
 def network_of(checkpoint: Checkpoint) -> Mapping[str, float]:
     """num_attention_heads, attention_head_dim and eps of a full model whose heads are known; unless stated,
-    eps is 1e-6 as in every published network (spec/omniavatar.md a.1)."""
+    eps is 1e-6 as in every published network."""
     guessed = {
         "num_attention_heads": checkpoint.heads,
         "attention_head_dim": checkpoint.sizes.width // checkpoint.heads,

@@ -1,6 +1,6 @@
 """Names of tensors as people write them -> original name and role.
 
-Five conventions are read (spec/field.md 4a, spec/omniavatar.md i, spec/building-blocks.md 1):
+Five conventions are read (spec/field.md 4a, spec/building-blocks.md 1):
 
     original    blocks.0.self_attn.q.weight         the release, also with `pipe.dit.` and the like
     diffusers   blocks.0.attn1.to_q.weight

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -13,7 +12,7 @@ from avatarctl.weights.checkpoint import Checkpoint, Kind, LowRank
 from avatarctl.weights.files.source import RawWeights, open_weights
 from avatarctl.weights.files.strict_json import parse_json
 from avatarctl.weights.layout import Sizes, WeightLayout
-from avatarctl.weights.layouts import COMPONENTS, LAYOUTS, OMNIAVATAR, WAN
+from avatarctl.weights.layouts import COMPONENTS, LAYOUTS, PATCHED_ADAPTERS, WAN
 from avatarctl.weights.naming import Names, Placed, place_names, plain_name
 from avatarctl.weights.sizes import read_sizes, variant_of
 from avatarctl.weights.tensors import DTYPES, Tensor
@@ -21,14 +20,7 @@ from avatarctl.weights.tensors import DTYPES, Tensor
 __all__ = ["read_checkpoint", "recognise", "require_complete"]
 
 HEAD_WIDTH: Final = 128
-"""Width of an attention head in every published Wan transformer (omniavatar.md a.1)."""
-
-PICTURE_CHANNELS: Final = 33
-
-TRAINER_FILE: Final = re.compile(r"step-\w+(-\d+)?\.pt|trainable_weights\.pt")
-"""What the public trainer calls its files (omniavatar.md g.6)."""
-
-RELEASE_FILE: Final = "pytorch_model.pt"
+"""Width of an attention head in every published Wan transformer."""
 
 SHOWN: Final = 3
 
@@ -140,10 +132,9 @@ def _layout_of(raw: RawWeights) -> WeightLayout:
             return component
     known = place_names(raw.tensors, WAN).placed.values()
     if known:
-        # An adapter with a patch embedding is an avatar's: nothing else widens it (omniavatar.md i).
         roles = {placed.role for placed in known}
         patched = Placed("tensor", "patch_embedding.weight") in known
-        return OMNIAVATAR if patched and "down" in roles else WAN
+        return PATCHED_ADAPTERS if patched and "down" in roles else WAN
     raise UnusableWeights(
         f"unknown tensors: none of the {len(names)} names belongs to a network that we know: "
         f"{_first(raw.tensors)}"
@@ -284,20 +275,12 @@ def _json(metadata: Mapping[str, str], key: str) -> Mapping[str, Any]:
 
 
 def _audio_offset(raw: RawWeights, layout: WeightLayout, sizes: Sizes) -> tuple[int | None, str, bool]:
-    """(frames, why, whether that is an assumption).
-
-    Published picture-to-video weights have offset 1, those of the trainer and of video-to-video 0 (design 3).
-    The names of tensors are the same, so that only file names tell them apart.
-    """
-    if layout is not OMNIAVATAR:
+    """(frames, why, whether that is an assumption)."""
+    if not layout.offsets:
         return None, "", False
     stated = _json(raw.metadata, "avatarctl.conventions").get("audio_offset")
     if stated in (0, 1):
         return int(stated), "the file's metadata", False
-    if sizes.in_channels > PICTURE_CHANNELS or raw.config.get("v2v") is True:
-        return 0, "video to video", False
-    if any(TRAINER_FILE.fullmatch(file.name) for file in raw.files):
-        return 0, "a trainer's file, by its name", False
-    if "train_architecture" in raw.config and any(file.name == RELEASE_FILE for file in raw.files):
-        return 1, "a published release, by its file names", False
-    return 1, "taken as published picture-to-video weights", True
+    names = [file.name for file in raw.files]
+    rule = next(each for each in layout.offsets if each.holds(sizes.in_channels, raw.config, names))
+    return rule.offset, rule.why, rule.assumed

@@ -1,5 +1,4 @@
-"""Dimensions and the name of a network, from tensor shapes alone (spec/omniavatar.md a.1, a.2,
-spec/stableavatar.md a.2, b)."""
+"""Dimensions and the name of a network, from tensor shapes alone; sources: weights/layouts.py."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ def read_sizes(shapes: Mapping[str, Shape], names: Iterable[str]) -> Sizes:
     names = list(names)
     layers = _count(_BLOCK, names)
     if hearing := _count(_HEARING, names):
-        # One projection for each layer that hears: L // 2 - 1 of them (a.1).
+        # One projection for each layer that hears: L // 2 - 1 of them.
         layers = layers if layers // 2 - 1 >= hearing else 2 * (hearing + 1)
     images = any("_img" in name for name in names)
 
@@ -84,7 +83,7 @@ def _count(pattern: re.Pattern[str], names: list[str]) -> int:
 
 
 def variant_of(kind: Kind, layout: WeightLayout, sizes: Sizes) -> str:
-    """What people call this network: `OmniAvatar 14B, 33 channels`, `LoRA for Wan 2.1 T2V 1.3B`."""
+    """What people call this network: `TITLE 14B, 33 channels`, `LoRA for Wan 2.1 T2V 1.3B`."""
     width = f"width {sizes.width}" if sizes.width else "unknown width"
     layers = f"{sizes.layers} layer{'' if sizes.layers == 1 else 's'}"
     size = _SIZE_NAMES.get((sizes.width, sizes.layers)) or f"of {width}, {layers}"

@@ -1,7 +1,7 @@
 """What a header or a config says of alpha, and whether it describes an update that a merge can express.
 
 Three vocabularies: fields of PEFT's `LoraConfig` (adapter_config.json, and diffusers' `lora_adapter_metadata`
-in the header), the release's config.json (spec/omniavatar.md g.6), and kohya's `ss_network_alpha`.
+in the header), a release's config.json, and kohya's `ss_network_alpha`.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def part_of(tensor: Tensor, first: int, shape: tuple[int, ...]) -> Tensor:
 def widen_channels(tensor: Tensor, channels: int) -> Tensor:
     """A convolution weight [out, in, ...] as [out, channels, ...], the new input channels zero.
 
-    As the V2V trainer does with a patch embedding of fewer channels (spec/omniavatar.md g.4); the old
+    As the V2V trainer does with a patch embedding of fewer channels; the old
     channels keep their bits. Equal `channels` give `tensor` itself.
 
     Raises:

@@ -184,8 +184,8 @@ def test_models_list(run: Run) -> None:
     assert lines[0] == "model"
     (cartoon,) = [line for line in lines if line.split()[0] == "cartoon-i2v"]
     assert "[works, untrained]" in cartoon
-    (stable,) = [line for line in lines if line.split()[0] == "stableavatar-1.3b"]
-    assert "[not yet supported]" in stable
+    (live,) = [line for line in lines if line.split()[0] == "liveavatar-14b"]
+    assert "[not yet supported]" in live
     assert {line.split()[0] for line in lines if line.startswith("  ")} == set(ROWS)
 
 

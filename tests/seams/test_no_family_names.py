@@ -29,24 +29,6 @@ OWN_FILES = (
     "weights/wan_vae.py",
     "weights/published.py",
 )
-STILL = (
-    "pipelines/convert.py",
-    "pipelines/convert_steps.py",
-    "weights/adapter.py",
-    "weights/export.py",
-    "weights/extract.py",
-    "weights/layout.py",
-    "weights/loaders.py",
-    "weights/merge.py",
-    "weights/metadata.py",
-    "weights/model_row.py",
-    "weights/naming.py",
-    "weights/recognise.py",
-    "weights/sizes.py",
-    "weights/stated_alpha.py",
-    "weights/transforms.py",
-)
-"""Not purged yet."""
 
 
 def mentions(path: Path) -> list[str]:
@@ -64,7 +46,7 @@ def common_files() -> list[Path]:
         for path in sorted(files)
         if "__pycache__" not in path.parts
         and path.parts[0] not in OWN_ROOMS
-        and path.as_posix() not in (*OWN_FILES, *STILL)
+        and path.as_posix() not in OWN_FILES
     ]
 
 

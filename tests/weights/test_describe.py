@@ -221,11 +221,12 @@ def test_a_base_of_avatars_is_what_a_merge_takes(shapes: Shapes, config: dict[st
     assert any(line.startswith("not in") for line in lines(facts)) != taken
 
 
-def test_a_lora_for_a_picture_encoder_changes_no_avatar() -> None:
+def test_a_lora_for_a_picture_encoder_needs_a_model_that_has_one() -> None:
     pair = {f"diffusion_model.blocks.0.cross_attn.k_img.lora_{ab}.weight": (8, 8) for ab in "AB"}
     facts = about(pair)
-    assert answers(facts)["avatarctl infer --lora"] == "no"
+    assert answers(facts)["avatarctl infer --lora"] == "yes"
     assert "k_img" in reason(facts, "avatarctl infer --lora")
+    assert "StableAvatar" in reason(facts, "avatarctl infer --lora")
     assert answers(facts)["ComfyUI LoRA"] == "yes"
 
 
