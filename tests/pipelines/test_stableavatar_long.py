@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,7 @@ from avatarctl.families import StableAvatar
 from avatarctl.family import Inputs, Modules
 from avatarctl.flow_matching import double_shifted_sigmas
 from avatarctl.media import picture_from_array, sound_from_array
+from avatarctl.models.encode import window_tokens
 from avatarctl.models.stableavatar import PreparedStable
 from avatarctl.pipelines.infer import generate, load
 from avatarctl.pipelines.job import Job, check_job
@@ -360,3 +362,42 @@ def test_native_guidance_says_what_it_is() -> None:
     cfg = settings(2, "sampling.guidance_rule=native")
     said = lines_of(lambda emit: check_job(cfg, ROW, job(0.1), emit))
     assert any("our reading of the paper, unverified against unpublished code" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("picture", "size"),
+    [
+        ((700, 700), (512, 512)),
+        ((1080, 1920), (480, 832)),
+        ((1920, 1080), (832, 480)),
+        ((100, 120), (512, 512)),
+        ((100, 140), (480, 832)),
+        ((1, 9000), (480, 832)),
+    ],
+)
+def test_without_a_size_the_picture_chooses_a_published_one(
+    picture: tuple[int, int], size: tuple[int, int]
+) -> None:
+    cfg = settings(10)
+    assert FAMILY.frame_size(picture, cfg) == (16, 16)
+    cfg = replace(cfg, output=replace(cfg.output, width=None, height=None))
+    assert FAMILY.frame_size(picture, cfg) == size
+
+
+def test_a_window_is_normalised_by_its_own_sound_and_padded_with_silence() -> None:
+    """Padding is silence after normalisation, and no part of the moments."""
+    wave = np.random.default_rng(0).standard_normal(5000).astype(np.float32) * 0.2 + 0.5
+    given: list[Tensor] = []
+
+    def tokens(waveform: Tensor) -> Tensor:
+        given.append(waveform)
+        return waveform
+
+    reader: Any = SimpleNamespace(read=lambda start, stop: wave[start:stop])
+    encoder: Any = SimpleNamespace(tokens=tokens)
+    window_tokens(encoder, reader, (1000, 6000), samples=5000, device=torch.device("cpu"))
+    (got,) = given
+    assert got.shape == (1, 5000) and got.dtype == torch.float32
+    real = got[0, :4000]
+    assert abs(float(real.mean())) < 1e-5 and float(real.std(correction=0)) == pytest.approx(1, abs=1e-5)
+    assert not bool(got[0, 4000:].any())
