@@ -89,6 +89,7 @@ class PublishedOrder:
     causes: Causes = Causes()
     heard: dict[int, Tensor] = field(default_factory=dict)
     ready: list[PreparedStable] = field(default_factory=list)
+    rotary: dict[int, Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
@@ -131,7 +132,9 @@ class PublishedOrder:
         hidden = torch.cat([old, self.channels[:, :, : span.frames]], dim=1)
         sound = self._sound(span, waveform)
         ready = self._text_and_picture()
-        rotary = self.dit(mode="prepare", grid=tuple(hidden.shape[2:])).rotary
+        if span.frames not in self.rotary:
+            self.rotary[span.frames] = self.dit(mode="prepare", grid=tuple(hidden.shape[2:])).rotary
+        rotary = self.rotary[span.frames]
         three = self._batch if self.causes.three_in_a_batch else self._one_by_one
         silent_negative, negative, full = three(hidden, t.expand(1), sound, ready, rotary)
         text, audio = self.scales
