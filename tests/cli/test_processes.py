@@ -160,7 +160,7 @@ def test_signal_in_the_middle_keeps_the_playable_part(
     model: tuple[str, ...], number: signal.Signals, finished: int, here: Path, speech: Path
 ) -> None:
     words = command("infer", *model, "--steps", "2", "--audio", str(speech), "--out", "ein Clip ü.mp4")
-    code, stdout, stderr = stopped(words, here, "^chunk 3 of", number)
+    code, stdout, stderr = stopped(words, here, "^(chunk|window) 3 of", number)
     assert code == 6 and stdout == ""
     error = error_of(stderr)
     match = re.search(r"the finished part, (\d+) frames, is kept as (ein Clip ü\.partial\.mp4)", error)
@@ -210,7 +210,7 @@ def test_killed_process_leaves_no_final_name(
     model: tuple[str, ...], finished: int, here: Path, speech: Path
 ) -> None:
     words = command("infer", *model, "--steps", "2", "--audio", str(speech), "--out", "a.mp4")
-    with started(words, here, "^chunk 6 of") as process:
+    with started(words, here, "^(chunk|window) 6 of") as process:
         process.kill()
         process.wait()
     assert names(here) == ["a.partial.mp4"]
