@@ -68,6 +68,12 @@ def transformer(reader: Reader) -> StableAvatarTransformer:
     return model.eval()
 
 
+def compare_output(reader: Reader, key: str, actual: Tensor) -> None:
+    """A result of one forward: 1e-5 absolute on values up to 8, in proportion on larger ones."""
+    largest = float(reader.take(key).abs().max())
+    reader.compare(key, actual, atol=1e-5 * max(1.0, largest / 8))
+
+
 def _count(state: Mapping[str, Tensor], prefix: str) -> int:
     """Blocks under a prefix."""
     return len({key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)})

@@ -28,8 +28,8 @@ from avatarctl.media import load_picture, open_sound
 from avatarctl.models.wav2vec import FrameWav2Vec2
 from avatarctl.pipelines.infer import generate
 from avatarctl.pipelines.job import Job, check_job
-from avatarctl.registry import Row
-from avatarctl.timeline import SAMPLE_RATE
+from avatarctl.registry import configure, find_model
+from avatarctl.timeline import SAMPLE_RATE, pixel_frames
 
 from ..golden import Checks, Reader
 from .building import padded_text, run_setting, transformer
@@ -44,7 +44,6 @@ _PICTURE = 1e-6  # absolute, on pixels in [-1, 1]
 _NEEDS = (
     "audio", "init", "masked_video_latents", "clip_fea", "context_pos", "context_neg", "cond_image_rgb_uint8",
 )  # fmt: skip
-_ROW = Row("recorded", "model", "the recorded network", "works", "package", family="stableavatar")
 
 
 def _wav2vec(reader: Reader) -> FrameWav2Vec2:
@@ -78,18 +77,25 @@ class _Seen:
     final: Tensor | None = None
 
 
-def _config(reader: Reader, run: str, **sampling: Any) -> RunConfig:
+def _config(reader: Reader, run: str, *further: str) -> RunConfig:
+    """As a person asks for it: the published model's row, compat reference, and what meta.json states."""
     height, width = (8 * side for side in reader.take("init").shape[3:])
-    cfg = reference_config(
-        clip_frames=run_setting(reader, "clip_frames"),
-        overlap=run_setting(reader, "overlap"),
-        text=run_setting(reader, f"{run}.text_guide_scale"),
-        audio=run_setting(reader, f"{run}.audio_guide_scale"),
-        size=(height, width),
-        steps=run_setting(reader, "steps"),
-        **sampling,
+    overlap = run_setting(reader, "overlap")
+    return configure(
+        "model.name=stableavatar-1.3b",
+        "model.compat=reference",
+        "input.fit=stretch",
+        f"sampling.steps={run_setting(reader, 'steps')}",
+        f"sampling.guidance_scale={run_setting(reader, f'{run}.text_guide_scale')}",
+        f"sampling.audio_guidance_scale={run_setting(reader, f'{run}.audio_guide_scale')}",
+        f"long_video.num_frames={run_setting(reader, 'clip_frames')}",
+        f"long_video.overlap_frames={pixel_frames(overlap) if overlap else 0}",
+        f"long_video.blend={run_setting(reader, 'scheme')}",
+        f"output.height={height}",
+        f"output.width={width}",
+        "runtime.dtype=float32",
+        *further,
     )
-    return replace(cfg, long_video=replace(cfg.long_video, blend=run_setting(reader, "scheme")))
 
 
 def _run(reader: Reader, cfg: RunConfig, family: StableAvatar | None = None) -> _Seen:
@@ -120,10 +126,10 @@ def _run(reader: Reader, cfg: RunConfig, family: StableAvatar | None = None) -> 
         {"positive": padded_text(reader, "context_pos"), "negative": padded_text(reader, "context_neg")}
     )
     with tempfile.TemporaryDirectory() as name:
-        job = _job(reader, Path(name))
-        plan = check_job(cfg, _ROW, job, silent)
+        job, row = _job(reader, Path(name)), find_model("stableavatar-1.3b")
+        plan = check_job(cfg, row, job, silent)
         blocks = generate(
-            _ROW,
+            row,
             job,
             plan if family is None else replace(plan, family=family),
             modules=Modules(dit=dit, vae=codec, text=text, audio=ears, image=image),
@@ -161,8 +167,7 @@ def results(reader: Reader) -> None:
 def results_in_wavefront_order(reader: Reader) -> None:
     """With the passes of a step as one batch."""
     for run in _runs(reader):
-        cfg = _config(reader, run, batch_passes=True)
-        cfg = replace(cfg, long_video=replace(cfg.long_video, schedule="wavefront"))
+        cfg = _config(reader, run, "sampling.batch_passes=true", "long_video.schedule=wavefront")
         reader.compare(f"{run}.final", _run(reader, cfg).final, relative_l2=_RELATIVE)
 
 

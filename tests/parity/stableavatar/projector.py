@@ -9,13 +9,12 @@ from torch import Tensor
 from avatarctl.models.vocal_projector import vocal_windows
 
 from ..golden import Checks, Reader
-from .building import setting, transformer
+from .building import compare_output, setting, transformer
 
 checks = Checks()
 
 FILE = "set1_vocal_projector.safetensors"
 TABLE = "set1_split_table.json"
-_OUTPUT = 1e-5  # absolute, on outputs up to 5
 _MARGIN = 4  # by which the windows are wider than the recorded ranges, on both sides (b.1)
 
 
@@ -59,8 +58,8 @@ def tokens(reader: Reader) -> None:
     projector, frames = transformer(reader).vocal_projector, setting(reader, "clip_frames")
     for case in _cases(reader):
         vocal = reader.take(f"{case}.vocal_embeddings")
-        reader.compare(f"{case}.proj", projector.proj_model(vocal), atol=_OUTPUT)
-        reader.compare(f"{case}.split", projector.windows(vocal, frames), atol=_OUTPUT)
+        compare_output(reader, f"{case}.proj", projector.proj_model(vocal))
+        compare_output(reader, f"{case}.split", projector.windows(vocal, frames))
         reader.compare(f"{case}.lens", vocal_windows(vocal.shape[1], frames)[1].sum(dim=1))
 
 
@@ -81,7 +80,7 @@ def projected(reader: Reader) -> None:
         out = projector(
             projector.windows(given["vocal_embeddings"], frames), given["latents"], given["e0"], given["e"]
         )
-        reader.compare(f"{case}.out", out, atol=_OUTPUT)
+        compare_output(reader, f"{case}.out", out)
         for key in reader.keys(f"{case}.block*"):
             index = int(key.rpartition(".block")[2])
-            reader.compare(key, seen[index].flatten(1, 2), atol=_OUTPUT)
+            compare_output(reader, key, seen[index].flatten(1, 2))

@@ -92,7 +92,7 @@ def run_of_the_fusion(reader: Reader) -> None:
     _plan_of(reader, SET4)
     reader.compare(f"{SET4}.latent_channels", reader.folder.open(SET4).take("init").shape[1])
     for name in ("text", "audio"):
-        assert isinstance(reader.take(f"{SET4}.{name}_guide_scale"), float)
+        assert reader.take(f"{SET4}.{name}_guide_scale") >= 0
 
 
 @checks(META, compares=(f"{SET3}.scales.*",))
