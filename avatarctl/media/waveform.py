@@ -18,7 +18,7 @@ __all__ = ["MODEL_RATE", "Soundtrack", "Waveform", "model_signal"]
 MODEL_RATE = 16_000
 """Samples per second that the audio encoders expect (Wav2Vec2: spec b.1)."""
 
-_KEPT = 3 * MODEL_RATE  # overlap of audio windows that needs no second decoding
+_KEPT = 3 * MODEL_RATE  # what is kept behind a request, whatever its length
 
 
 def _to_mono(block: Samples) -> Samples:
@@ -56,8 +56,8 @@ class Waveform:
     """16 kHz mono samples of a sound by absolute position, read forward with bounded memory.
 
     The signal starts at position `lead_samples`; everything outside it, on both sides, is zero.
-    About three seconds behind the last request are kept, so that overlapping windows decode nothing
-    twice. Reading further back starts the sound over: the same samples, later. A position has the
+    The last request and about three seconds behind its end are kept, so that overlapping windows decode
+    nothing twice. Reading further back starts the sound over: the same samples, later. A position has the
     same value to the bit whatever is read before it and in whatever slices.
     """
 
@@ -94,7 +94,7 @@ class Waveform:
                 to = low + self.lead_samples - start
                 window[to : to + high - low] = piece[low - position : high - position]
             position += len(piece)
-        self._drop(last)
+        self._drop(min(last, first + _KEPT))
         return window
 
     def close(self) -> None:

@@ -118,6 +118,14 @@ def test_overlapping_windows_decode_once_and_going_back_starts_over() -> None:
         assert sound.passes == 2
 
 
+def test_windows_that_overlap_by_more_than_three_seconds_decode_once() -> None:
+    sound = Counted(sound_from_array(noise(16_000 * 60), 16_000, "noise"))
+    with Waveform(sound) as waveform:
+        for start in range(0, 16_000 * 40, 16_000):
+            waveform.read(start, start + 16_000 * 15)
+    assert sound.passes == 1
+
+
 def test_only_what_is_asked_for_is_decoded() -> None:
     sound = Counted(sound_from_array(noise(16_000 * 60), 16_000, "noise"))
     with Waveform(sound) as waveform:
