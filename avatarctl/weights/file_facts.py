@@ -54,7 +54,10 @@ def part(checkpoint: Checkpoint) -> str:
     return _PARTS.get(checkpoint.layout.title, "")
 
 
-_PARTS: Final = {"UMT5 text encoder": "text", "Wan VAE": "vae", "wav2vec 2.0 encoder": "audio"}
+_PARTS: Final = {
+    "UMT5 text encoder": "text", "Wan VAE": "vae", "wav2vec 2.0 encoder": "audio",
+    "CLIP vision encoder": "clip",
+}  # fmt: skip
 
 
 def is_incomplete(checkpoint: Checkpoint) -> bool:

@@ -63,7 +63,8 @@ def read_sizes(shapes: Mapping[str, Shape], names: Iterable[str]) -> Sizes:
         out_channels=dimension(0, "head.head.weight") // 4,
         text_dim=dimension(1, "text_embedding.0.weight"),
         freq_dim=dimension(1, "time_embedding.0.weight"),
-        image_dim=dimension(1, "img_emb.proj.1.weight") or (CLIP_WIDTH if images else 0),
+        image_dim=dimension(1, "img_emb.proj.1.weight", "img_emb.proj.3.weight")
+        or (CLIP_WIDTH if images else 0),
         audio_hidden_size=dimension(0, "audio_proj.proj.weight"),
         audio_input_dim=dimension(1, "audio_proj.proj.weight") // 4,
         vocal_dim=dimension(1, f"{_VOCAL}.proj.weight", f"{_VOCAL}.proj_1.weight"),

@@ -1,8 +1,9 @@
-"""A complete published release, in tiny: found, loaded, run, and the same frames by every road."""
+"""Complete published releases, in tiny: found, loaded, run, and the same frames by every road."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,29 +28,50 @@ from avatarctl.weights.model_row import row_named
 from tests.helpers_video import count_frames
 from tests.pipelines import assembled_by_hand as by_hand
 from tests.pipelines import tiny_release as tiny
+from tests.pipelines import tiny_stable_release as stable
 
-SETTINGS = ("output.width=32", "output.height=32", "sampling.steps=2", "long_video.num_frames=5",
-            "long_video.overlap_frames=1", "runtime.dtype=float32")  # fmt: skip
+SETTINGS = ("output.width=32", "output.height=32", "sampling.steps=2", "runtime.dtype=float32")
 
 
 class Place:
-    """A release on the disk, and what a run of it needs."""
+    """A release on the disk, and what a run of it needs.
+
+    published: the file or folder that a person converts; frames_made: of the voice here; conversions: words
+    of `convert-ckpt` by what they write.
+    """
+
+    model = "omniavatar-14b"
+    overlapping: tuple[str, ...] = ("long_video.num_frames=5", "long_video.overlap_frames=1")
+    samples, frames_made = 3_200, 6  # 3200 / 640, and one of silence: audio offset 1
+    loaded: tuple[str, ...] = ("text encoder", "VAE", "sound encoder", "transformer")
+    said: tuple[str, ...] = (
+        "published with width 5120; these weights have 48", "targets at scale", "from config.json",
+    )  # fmt: skip
+    stated = ("omniavatar", 33, 1)
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.root = folder, folder / "weights"
-        self.release = tiny.tiny_release()
-        self.release.write(self.root)
-        self.base, self.adapter = self.root / "Wan2.1-T2V-14B", self.root / "OmniAvatar-14B"
         self.face, self.voice = folder / "face.png", folder / "voice.wav"
         random = np.random.default_rng(0)
         Image.fromarray(random.integers(0, 255, (48, 40, 3), np.uint8)).save(self.face)
-        soundfile.write(self.voice, random.standard_normal(3_200).astype(np.float32) * 0.1, 16_000)
+        soundfile.write(self.voice, random.standard_normal(self.samples).astype(np.float32) * 0.1, 16_000)
+        self.write()
+
+    def write(self) -> None:
+        self.release = tiny.tiny_release()
+        self.release.write(self.root)
+        self.base, self.adapter = self.root / "Wan2.1-T2V-14B", self.root / "OmniAvatar-14B"
+        self.published = self.adapter
+
+    def by_hand(self) -> Modules:
+        """Its networks, put together without the product."""
+        return by_hand.modules(self.release, self.root)
 
     def plan(self, model: str, *assignments: str) -> tuple[Row, Job, JobPlan, list[Event]]:
         events: list[Event] = []
         cfg = configure(
-            f"model.name={model}", f"model.weights_root={self.root}", *SETTINGS, *assignments,
-            row_named=row_named,
+            f"model.name={model}", f"model.weights_root={self.root}", *SETTINGS, *self.overlapping,
+            *assignments, row_named=row_named,
         )  # fmt: skip
         row = row_named(model)
         job = Job(load_picture(str(self.face)), open_sound(str(self.voice)), "a person.", "")
@@ -73,9 +95,48 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return Place(tmp_path_factory.mktemp("release"))
 
 
+class StablePlace(Place):
+    """A full model with an encoder for the picture, in windows that are blended."""
+
+    model = "stableavatar-1.3b"
+    overlapping = ("long_video.num_frames=9", "long_video.overlap_frames=5")
+    samples, frames_made = 7_680, 12
+    loaded = (*Place.loaded, "image encoder")
+    said = (
+        "published with width 1536; these weights have 128",
+        "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth: its text tower is not read",
+        "transformer3d-square.pt is used, of several, as the video is 64x64",
+    )
+    stated = ("stableavatar", 36, 0)
+
+    def write(self) -> None:
+        self.stable = stable.tiny_stable_release()
+        self.stable.write(self.root)
+        self.published = self.root / stable.TRANSFORMERS / "transformer3d-square.pt"
+
+    def by_hand(self) -> Modules:
+        return by_hand.stable_modules(self.stable, self.root)
+
+
+@pytest.fixture(scope="module")
+def stable_place(tmp_path_factory: pytest.TempPathFactory) -> StablePlace:
+    return StablePlace(tmp_path_factory.mktemp("stable"))
+
+
 @pytest.fixture(scope="module")
 def published(place: Place) -> Tensor:
     return place.frames("omniavatar-14b")
+
+
+@pytest.fixture(scope="module")
+def frames_of(place: Place, stable_place: Place, published: Tensor) -> Mapping[str, Tensor]:
+    """What the published files of each release give."""
+    return {place.model: published, stable_place.model: stable_place.frames(stable_place.model)}
+
+
+@pytest.fixture(params=["omniavatar-14b", "stableavatar-1.3b"])
+def either(request: pytest.FixtureRequest, place: Place, stable_place: Place) -> Place:
+    return place if request.param == place.model else stable_place
 
 
 def state(modules: Modules) -> dict[str, Tensor]:
@@ -95,18 +156,19 @@ def test_the_names_of_the_vae_are_those_of_the_recorded_one() -> None:
     assert tiny.vae_shapes(base=4) == recorded
 
 
-def test_a_release_runs_to_a_video(place: Place, tmp_path: Path) -> None:
+def test_a_release_runs_to_a_video(either: Place, tmp_path: Path) -> None:
     out = tmp_path / "clip.mp4"
-    result = place.cli(
-        "infer", "--model", "omniavatar-14b", "--weights-root", place.root, "--image", place.face, "--audio",
-        place.voice, "--size", "64x64", "--steps", "2", "--num-frames", "5", "--overlap", "1", "--out", out,
+    asked = [word for text in either.overlapping for word in ("-o", text)]
+    result = either.cli(
+        "infer", "--model", either.model, "--weights-root", either.root, "--image", either.face, "--audio",
+        either.voice, "--size", "64x64", "--steps", "2", *asked, "--out", out,
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
-    assert count_frames(out) == 6  # 3200 / 640, and one of silence: audio offset 1
-    assert "published with width 5120; these weights have 48" in result.stderr
-    for part in ("text encoder", "VAE", "sound encoder", "transformer"):
+    assert count_frames(out) == either.frames_made
+    for part in either.loaded:
         assert f"loading the {part}" in result.stderr
-    assert "targets at scale" in result.stderr and "from config.json" in result.stderr
+    for line in either.said:
+        assert line in result.stderr
 
 
 def test_what_a_bare_adapter_leaves_to_be_guessed_is_said(place: Place, tmp_path: Path) -> None:
@@ -120,11 +182,14 @@ def test_what_a_bare_adapter_leaves_to_be_guessed_is_said(place: Place, tmp_path
     assert "audio offset 1: taken as published picture-to-video weights" in result.stderr
 
 
-def test_frames_are_those_of_networks_put_together_by_hand(place: Place, published: Tensor) -> None:
-    expected = place.frames("omniavatar-14b", modules=by_hand.modules(place.release, place.root))
-    assert published.shape == (3, 6, 32, 32)
-    assert published.std() > 0.01 and (published[:, 1:] - published[:, :-1]).abs().max() > 1e-3
-    torch.testing.assert_close(published, expected, atol=1e-4, rtol=0)
+def test_frames_are_those_of_networks_put_together_by_hand(
+    either: Place, frames_of: Mapping[str, Tensor]
+) -> None:
+    frames = frames_of[either.model]
+    expected = either.frames(either.model, modules=either.by_hand())
+    assert frames.shape == (3, either.frames_made, 32, 32)
+    assert frames.std() > 0.01 and (frames[:, 1:] - frames[:, :-1]).abs().max() > 1e-3
+    torch.testing.assert_close(frames, expected, atol=1e-4, rtol=0)
 
 
 def test_the_adapter_matters(place: Place, published: Tensor) -> None:
@@ -148,19 +213,39 @@ CONVERSIONS = {
 }
 
 
-@pytest.mark.parametrize("kind", CONVERSIONS)
-def test_the_same_frames_after_conversion(kind: str, place: Place, published: Tensor, tmp_path: Path) -> None:
-    flags, out = CONVERSIONS[kind], tmp_path / ("x.safetensors" if kind == "comfyui adapter" else "x")
-    converted = place.cli(
-        "convert-ckpt", place.adapter, "--out", out, *flags, *((place.base,) if "--base" in flags else ())
+FULL_CONVERSIONS = {
+    "original": ("--to", "original"),
+    "diffusers": ("--to", "diffusers"),
+    "comfyui": ("--to", "comfyui"),
+    "shards": ("--to", "original", "--shard-size", "1MB"),
+    "one file": ("--to", "original"),
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [("omniavatar-14b", kind) for kind in CONVERSIONS]
+    + [("stableavatar-1.3b", kind) for kind in FULL_CONVERSIONS],
+)
+def test_the_same_frames_after_conversion(
+    model: str,
+    kind: str,
+    place: Place,
+    stable_place: Place,
+    frames_of: Mapping[str, Tensor],
+    tmp_path: Path,
+) -> None:
+    here, words = (place, CONVERSIONS) if model == place.model else (stable_place, FULL_CONVERSIONS)
+    flags, out = words[kind], tmp_path / ("x.safetensors" if kind in ("comfyui adapter", "one file") else "x")
+    converted = here.cli(
+        "convert-ckpt", here.published, "--out", out, *flags, *((here.base,) if "--base" in flags else ())
     )
     assert converted.exit_code == 0, converted.stderr
-    base = () if "--base" in flags else (f"model.weights.dit={place.base}",)
+    base = (f"model.weights.dit={place.base}",) if here is place and "--base" not in flags else ()
     row = row_named(str(out))
-    assert (row.family, row.defaults["model.channels"], row.defaults["model.audio_offset"]) == (
-        "omniavatar", 33, 1,
-    )  # fmt: skip
-    assert torch.equal(place.frames(str(out), *base), published)
+    stated = (row.family, row.defaults["model.channels"], row.defaults["model.audio_offset"])
+    assert stated == here.stated
+    assert torch.equal(here.frames(str(out), *base), frames_of[model])
 
 
 def test_parts_named_one_by_one(place: Place, published: Tensor, tmp_path: Path) -> None:

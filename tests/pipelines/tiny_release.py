@@ -100,7 +100,7 @@ def tiny_release(dims: Dims = TINY, dtype: torch.dtype = torch.float32) -> Relea
     generator = torch.Generator().manual_seed(0)
 
     def random(shapes: Shapes, dtype: torch.dtype = torch.float32) -> State:
-        return {name: _value(name, shape, generator).to(dtype) for name, shape in shapes.items()}
+        return random_state(shapes, generator, dtype)
 
     return Release(
         base=random(wan_shapes(dims), dtype),
@@ -120,6 +120,11 @@ def tiny_release(dims: Dims = TINY, dtype: torch.dtype = torch.float32) -> Relea
             "random_prefix_frames": True,
         },
     )
+
+
+def random_state(shapes: Shapes, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> State:
+    """Values of a size that keeps activations in bounds."""
+    return {name: _value(name, shape, generator).to(dtype) for name, shape in shapes.items()}
 
 
 def _value(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -172,11 +177,11 @@ def sound_config(dims: Dims) -> dict[str, object]:
     }
 
 
-def _linear(name: str, outputs: int, inputs: int) -> Shapes:
+def linear(name: str, outputs: int, inputs: int) -> Shapes:
     return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
 
 
-def _norm(name: str, width: int) -> Shapes:
+def norm(name: str, width: int) -> Shapes:
     return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
 
 
@@ -184,26 +189,26 @@ def wan_shapes(dims: Dims, channels: int = 16) -> Shapes:
     """spec/omniavatar.md a.2."""
     d = dims.width
     shapes: Shapes = {"patch_embedding.weight": (d, channels, 1, 2, 2), "patch_embedding.bias": (d,)}
-    shapes |= _linear("text_embedding.0", d, dims.text_width) | _linear("text_embedding.2", d, d)
-    shapes |= _linear("time_embedding.0", d, dims.frequencies) | _linear("time_embedding.2", d, d)
-    shapes |= _linear("time_projection.1", 6 * d, d)
+    shapes |= linear("text_embedding.0", d, dims.text_width) | linear("text_embedding.2", d, d)
+    shapes |= linear("time_embedding.0", d, dims.frequencies) | linear("time_embedding.2", d, d)
+    shapes |= linear("time_projection.1", 6 * d, d)
     for i in range(dims.layers):
         for attention in ("self_attn", "cross_attn"):
             for letter in "qkvo":
-                shapes |= _linear(f"blocks.{i}.{attention}.{letter}", d, d)
+                shapes |= linear(f"blocks.{i}.{attention}.{letter}", d, d)
             shapes |= {f"blocks.{i}.{attention}.norm_{letter}.weight": (d,) for letter in "qk"}
-        shapes |= _norm(f"blocks.{i}.norm3", d)
-        shapes |= _linear(f"blocks.{i}.ffn.0", dims.ffn, d) | _linear(f"blocks.{i}.ffn.2", d, dims.ffn)
+        shapes |= norm(f"blocks.{i}.norm3", d)
+        shapes |= linear(f"blocks.{i}.ffn.0", dims.ffn, d) | linear(f"blocks.{i}.ffn.2", d, dims.ffn)
         shapes[f"blocks.{i}.modulation"] = (1, 6, d)
-    return shapes | _linear("head.head", 16 * 4, d) | {"head.modulation": (1, 2, d)}
+    return shapes | linear("head.head", 16 * 4, d) | {"head.modulation": (1, 2, d)}
 
 
 def audio_shapes(dims: Dims) -> Shapes:
     """spec/omniavatar.md a.2, a.4."""
-    shapes = _linear("audio_proj.proj", dims.audio_hidden, 4 * dims.audio_width)
-    shapes |= _norm("audio_proj.norm_out", dims.audio_hidden)
+    shapes = linear("audio_proj.proj", dims.audio_hidden, 4 * dims.audio_width)
+    shapes |= norm("audio_proj.norm_out", dims.audio_hidden)
     for j in range(dims.layers // 2 - 1):
-        shapes |= _linear(f"audio_cond_projs.{j}", dims.width, dims.audio_hidden)
+        shapes |= linear(f"audio_cond_projs.{j}", dims.width, dims.audio_hidden)
     return shapes
 
 
@@ -296,25 +301,25 @@ def _middle(coder: str, width: int) -> Shapes:
 def sound_shapes(dims: Dims) -> Shapes:
     """wav2vec2-base-960h as published: prefix, old names of weight normalisation, the recogniser's head."""
     d, ffn, head = dims.sound_width, 32, "wav2vec2."
-    shapes: Shapes = {f"{head}masked_spec_embed": (d,), **_linear("lm_head", 32, d)}
+    shapes: Shapes = {f"{head}masked_spec_embed": (d,), **linear("lm_head", 32, d)}
     for i, kernel in enumerate((10, 3, 3, 3, 3, 2, 2)):
         shapes[f"{head}feature_extractor.conv_layers.{i}.conv.weight"] = (8, 1 if i == 0 else 8, kernel)
-    shapes |= _norm(f"{head}feature_extractor.conv_layers.0.layer_norm", 8)
-    shapes |= _norm(f"{head}feature_projection.layer_norm", 8)
-    shapes |= _linear(f"{head}feature_projection.projection", d, 8)
+    shapes |= norm(f"{head}feature_extractor.conv_layers.0.layer_norm", 8)
+    shapes |= norm(f"{head}feature_projection.layer_norm", 8)
+    shapes |= linear(f"{head}feature_projection.projection", d, 8)
     shapes |= {
         f"{head}encoder.pos_conv_embed.conv.bias": (d,),
         f"{head}encoder.pos_conv_embed.conv.weight_g": (1, 1, 16),
         f"{head}encoder.pos_conv_embed.conv.weight_v": (d, d // 2, 16),
     }
-    shapes |= _norm(f"{head}encoder.layer_norm", d)
+    shapes |= norm(f"{head}encoder.layer_norm", d)
     for i in range(dims.sound_layers):
         layer = f"{head}encoder.layers.{i}"
         for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            shapes |= _linear(f"{layer}.attention.{projection}", d, d)
-        shapes |= _norm(f"{layer}.layer_norm", d) | _norm(f"{layer}.final_layer_norm", d)
-        shapes |= _linear(f"{layer}.feed_forward.intermediate_dense", ffn, d)
-        shapes |= _linear(f"{layer}.feed_forward.output_dense", d, ffn)
+            shapes |= linear(f"{layer}.attention.{projection}", d, d)
+        shapes |= norm(f"{layer}.layer_norm", d) | norm(f"{layer}.final_layer_norm", d)
+        shapes |= linear(f"{layer}.feed_forward.intermediate_dense", ffn, d)
+        shapes |= linear(f"{layer}.feed_forward.output_dense", d, ffn)
     return shapes
 
 

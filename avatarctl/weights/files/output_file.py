@@ -12,6 +12,7 @@ import errno
 import mmap
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Final
@@ -39,10 +40,14 @@ class OutputFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("xb", buffering=0)
-        self._direct = _open_direct(path)
+        with ExitStack() as stack:
+            self._file = stack.enter_context(path.open("xb", buffering=0))
+            self._direct = _open_direct(path)
+            if self._direct is not None:
+                stack.callback(os.close, self._direct)
+            self._buffers = [stack.enter_context(mmap.mmap(-1, _BUFFER_BYTES)) for _ in range(_BUFFERS)]
+            self._open = stack.pop_all()
         self._early = EarlyFlush(self._file) if self._direct is None else None
-        self._buffers = [mmap.mmap(-1, _BUFFER_BYTES) for _ in range(_BUFFERS)]
         self._writing: list[Future[None] | None] = [None] * _BUFFERS
         self._current = 0
         self._filled = 0
@@ -55,18 +60,14 @@ class OutputFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if error is None:
-                self._finish()
-        finally:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-            if self._early is not None:
-                self._early.__exit__(kind, error, trace)
-            if self._direct is not None:
-                os.close(self._direct)
-            self._file.close()
-            for buffer in self._buffers:
-                buffer.close()
+        with self._open:
+            try:
+                if error is None:
+                    self._finish()
+            finally:
+                self._pool.shutdown(wait=True, cancel_futures=True)
+                if self._early is not None:
+                    self._early.__exit__(kind, error, trace)
 
     def write(self, data: memoryview) -> None:
         """Takes a copy of `data`, whose elements are bytes."""
@@ -107,7 +108,9 @@ class OutputFile:
             self._file.seek(offset + done)
             while done < size:
                 with data[done : done + _CACHED_BYTES] as piece:
-                    count = self._file.write(piece) or 0
+                    count = self._file.write(piece)
+                if not count:  # or it would be tried for ever
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
                 done += count
                 if self._early is not None:
                     self._early.wrote(count)
@@ -119,11 +122,14 @@ class OutputFile:
         while done < len(data) and done % _ALIGNMENT == 0:
             try:
                 with data[done:] as rest:
-                    done += os.pwrite(self._direct, rest, offset + done)
+                    count = os.pwrite(self._direct, rest, offset + done)
             except OSError as error:
                 if error.errno not in _UNSUPPORTED:
                     raise
                 break
+            if not count:
+                break
+            done += count
         return done
 
 

@@ -243,7 +243,9 @@ def _lazy(name: str, view: View, record: Record, path: Path, stamp: FileStamp) -
     if _is_contiguous(view):
         return begin, name, FileTensor(path, begin, info, stamp)
     base = FileTensor(path, begin, TensorInfo(info.dtype, (view.extent,)), stamp)
-    return begin, name, StridedTensor(base, info.shape, view.strides)
+    # A dimension of one element may state any stride; numpy takes none that leaves its numbers.
+    strides = (0 if side == 1 else stride for side, stride in zip(info.shape, view.strides, strict=True))
+    return begin, name, StridedTensor(base, info.shape, tuple(strides))
 
 
 def _checked(name: str, view: View, path: Path) -> TensorInfo:

@@ -1,0 +1,190 @@
+"""What only a release has that is published for several shapes of video and is one full model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from avatarctl.errors import UnusableWeights, WeightsMissing
+from avatarctl.events import Notice
+from avatarctl.pipelines.infer import load
+from tests.pipelines import tiny_stable_release as stable
+from tests.pipelines.test_release import StablePlace, state
+from tests.weights import release
+
+NAME = "blocks.0.attn2.vocal_k.weight"
+OBLONG = ("output.width=64", "output.height=32")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> StablePlace:
+    return StablePlace(tmp_path_factory.mktemp("stable"))
+
+
+def loaded(place: StablePlace, model: str, *assignments: str) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Tensors of the transformer and what was said."""
+    row, _, plan, events = place.plan(model, *assignments)
+    held = state(load(row, plan, emit=events.append))
+    return held, [event.text for event in events if isinstance(event, Notice)]
+
+
+def test_the_size_of_the_video_chooses_the_file(place: StablePlace) -> None:
+    original = "blocks.0.cross_attn.k_vocal.weight"
+    held, said = loaded(place, place.model)
+    assert torch.equal(held[NAME], place.stable.square[original])
+    assert "transformer3d-square.pt is used, of several, as the video is 32x32" in said
+    held, said = loaded(place, place.model, *OBLONG)
+    assert torch.equal(held[NAME], place.stable.rec_vec[original])
+    assert "transformer3d-rec-vec.pt is used, of several, as the video is 64x32" in said
+    assert not any("was trained for" in line for line in said)
+
+
+def test_weights_of_the_other_shape_run_with_one_line(place: StablePlace, tmp_path: Path) -> None:
+    """Alone on the disk, named by a path, and converted under another name."""
+    root = tmp_path / "weights"
+    shutil.copytree(place.root, root)
+    (root / stable.TRANSFORMERS / "transformer3d-rec-vec.pt").unlink()
+    converted = tmp_path / "mine.safetensors"
+    result = place.cli("convert-ckpt", place.published, "--out", converted)
+    assert result.exit_code == 0, result.stderr
+    for model in (place.model, str(place.published), str(converted)):
+        _, said = loaded(place, model, f"model.weights_root={root}", *OBLONG)
+        (line,) = [line for line in said if "was trained for" in line]
+        assert line.endswith("was trained for square videos, and this one is 64x32")
+        _, said = loaded(place, model, f"model.weights_root={root}")
+        assert not any("was trained for" in line or "of several" in line for line in said)
+
+
+def test_what_is_missing_is_named_with_the_folder_it_goes_to(place: StablePlace, tmp_path: Path) -> None:
+    with pytest.raises(WeightsMissing) as told:
+        loaded(place, place.model, f"model.weights_root={tmp_path}")
+    for part in (
+        "transformer3d-square.pt or StableAvatar-1.3B/transformer3d-rec-vec.pt",
+        "from FrancisRing/StableAvatar", "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
+        "preprocessor_config.json",
+    ):  # fmt: skip
+        assert part in str(told.value)
+    assert "diffusion_pytorch_model" not in str(told.value), "the base is in the file"
+
+
+def test_a_release_folder_as_weights_root_and_a_sound_encoder_of_its_own(
+    place: StablePlace, tmp_path: Path
+) -> None:
+    """As the instructions leave it (`--local-dir checkpoints`), and wav2vec2 in its own repository."""
+    expected, _ = loaded(place, place.model)
+    flat = tmp_path / "checkpoints"
+    shutil.copytree(place.root / stable.FOLDER, flat)
+    held, _ = loaded(place, place.model, f"model.weights_root={flat}")
+    assert torch.equal(held[NAME], expected[NAME])
+    apart = tmp_path / "apart"
+    shutil.copytree(place.root, apart)
+    shutil.move(apart / stable.FOLDER / "wav2vec2-base-960h", apart / "wav2vec2-base-960h")
+    held, _ = loaded(place, place.model, f"model.weights_root={apart}")
+    assert torch.equal(held[NAME], expected[NAME])
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_a_lora_of_the_published_trainer(strength: float, place: StablePlace, tmp_path: Path) -> None:
+    """Its names (spec i.4): two underscores behind the prefix, alpha in the file; layers for pictures too."""
+    generator = torch.Generator().manual_seed(4)
+    path, width, pair = tmp_path / "lora-checkpoint-1.pt", stable.DIMS.width, {}
+    targets = {"blocks_1_cross_attn_k_img": (width, width), "img_emb_proj_3": (width, stable.CLIP_WIDTH),
+               "head_head": (64, width)}  # fmt: skip
+    for module, (outputs, inputs) in targets.items():
+        pair[f"lora_transformer__{module}.lora_down.weight"] = torch.randn(4, inputs, generator=generator)
+        pair[f"lora_transformer__{module}.lora_up.weight"] = torch.randn(outputs, 4, generator=generator)
+        pair[f"lora_transformer__{module}.alpha"] = torch.tensor(2.0)
+    torch.save(pair, path)
+    before, _ = loaded(place, place.model)
+    after, said = loaded(place, place.model, f"model.lora={path}:{strength}")
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    names = {
+        "blocks.1.attn2.add_k_proj.weight": "blocks_1_cross_attn_k_img",
+        "condition_embedder.image_embedder.ff.net.2.weight": "img_emb_proj_3",
+        "proj_out.weight": "head_head",
+    }
+    assert changed == names.keys()
+    for name, module in names.items():
+        up, down = (pair[f"lora_transformer__{module}.lora_{side}.weight"] for side in ("up", "down"))
+        torch.testing.assert_close(after[name], before[name] + strength * 2 / 4 * (up @ down))
+    assert any(f"lora {path}: 3 targets at scale" in line for line in said)
+
+
+def test_inspect_knows_its_files(place: StablePlace) -> None:
+    facts = json.loads(place.cli("convert-ckpt", place.published, "--inspect", "--json").stdout)
+    assert (facts["family"], facts["kind"], facts["channels"], facts["layers"]) == (
+        "stableavatar", "model", 36, 2,
+    )  # fmt: skip
+    assert facts["variant"] == "StableAvatar of width 128, 2 layers, 36 channels"
+    assert (facts["missing"], facts["unknown"], facts["audio_offset"]) == ([], [], 0)
+    answers = {each["loader"]: each["answer"] for each in facts["loaders"]}
+    assert answers["avatarctl infer --model"] == answers["StableAvatar scripts, as transformer_path"] == "yes"
+    assert answers["OmniAvatar scripts, as exp_path"] == "no"
+    assert answers["ComfyUI diffusion model"] == answers["diffusers from_single_file"] == "wrong"
+    clip = place.root / stable.BASE / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+    assert "CLIP vision encoder" in place.cli("convert-ckpt", clip, "--inspect").stdout
+    assert "as clip=PATH" in place.cli("convert-ckpt", clip, "--inspect").stdout
+
+
+def test_names_of_diffusers_and_back_are_the_same_bytes(place: StablePlace, tmp_path: Path) -> None:
+    there, back = tmp_path / "there", tmp_path / "back.safetensors"
+    assert place.cli("convert-ckpt", place.published, "--out", there, "--to", "diffusers").exit_code == 0
+    config = json.loads((there / "config.json").read_text())
+    assert (config["_class_name"], config["vocal_dim"]) == ("StableAvatarTransformer", 16)
+    assert place.cli("convert-ckpt", there, "--out", back).exit_code == 0
+    held = load_file(back)
+    assert held.keys() == place.stable.square.keys()
+    assert all(torch.equal(held[name], tensor) for name, tensor in place.stable.square.items())
+
+
+def test_bfloat16_keeps_what_is_computed_in_float32(place: StablePlace, tmp_path: Path) -> None:
+    out = tmp_path / "x.safetensors"
+    assert place.cli("convert-ckpt", place.published, "--out", out, "--dtype", "bf16").exit_code == 0
+    kept = {name for name, tensor in load_file(out).items() if tensor.dtype == torch.float32}
+    for name in place.stable.square:
+        words = name.split(".")
+        inside = {"time_embedding", "time_projection", "modulation", "norm3", "norm"} & set(words)
+        assert (name in kept) == bool(inside or name.startswith(("img_emb.proj.0", "img_emb.proj.4"))), name
+
+
+def test_what_conversions_refuse(place: StablePlace, tmp_path: Path) -> None:
+    """Channels that mean other things, and merges across families, which name both sides."""
+    out = tmp_path / "x"
+    widened = place.cli("convert-ckpt", place.published, "--out", out, "--channels", "49")
+    assert widened.exit_code == 3 and "36 input channels mean other things" in widened.stderr
+    other = release.write_release(tmp_path / "omni")
+    crossed = place.cli("convert-ckpt", other, "--out", out, "--merge-lora", "--base", place.published)
+    assert crossed.exit_code == 3
+    assert "OmniAvatar" in crossed.stderr and "is StableAvatar" in crossed.stderr
+    fun = tmp_path / "fun.safetensors"
+    save_file({name: tensor for name, tensor in place.stable.square.items() if "vocal" not in name}, fun)
+    shown = place.cli("convert-ckpt", fun, "--inspect").stdout
+    assert "Wan 2.1 I2V of width 128" in shown and "no audio layers" in shown
+    on_pictures = place.cli("convert-ckpt", other, "--out", out, "--merge-lora", "--base", fun)
+    assert on_pictures.exit_code == 3 and "made for a text-to-video model" in on_pictures.stderr
+    assert not out.exists()
+
+
+def test_half_a_file_is_refused_by_what_it_lacks(place: StablePlace, tmp_path: Path) -> None:
+    path = tmp_path / "half.pt"
+    held = dict(place.stable.square)
+    del held["vocal_projector.final_head.final_proj.bias"]
+    torch.save(held, path)
+    with pytest.raises(UnusableWeights, match=r"1 tensor is missing, vocal_projector\.final_head"):
+        loaded(place, str(path))
+
+
+def test_an_image_encoder_of_another_width(place: StablePlace, tmp_path: Path) -> None:
+    path = tmp_path / "clip.pth"
+    held = {
+        name: torch.zeros([16 * (side // 32) if side in (32, 96) else side for side in tensor.shape])
+        for name, tensor in place.stable.clip.items()
+    }
+    torch.save(held, path)
+    with pytest.raises(UnusableWeights, match=r"gives picture features of width 16, and .* takes 32"):
+        loaded(place, place.model, f"model.weights.clip={path}")
