@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import random
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from avatarctl.weights.files import output_file
+from avatarctl.weights.files.flushing import EarlyFlush
 from avatarctl.weights.files.output_file import OutputFile
 
 MIB = 1 << 20
@@ -67,6 +69,53 @@ def test_an_error_of_the_thread_is_raised(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(OSError, match="no space"), OutputFile(tmp_path / "out") as file:
         for _ in range(5):
             file.write(memoryview(bytes(4 * MIB)))
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_file_system_that_takes_nothing_is_not_asked_for_ever(
+    tmp_path: Path, direct: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A direct write of no byte gives way to an ordinary one; one of these is an error of the device."""
+    monkeypatch.setattr(os, "pwrite", lambda *_: 0)
+    if not direct:
+        monkeypatch.setattr(output_file, "_DIRECT", 0)
+    data = os.urandom(5 * MIB)
+    with OutputFile(tmp_path / "out") as file:
+        file.write(memoryview(data))
+    assert (tmp_path / "out").read_bytes() == data
+    full = OutputFile(tmp_path / "full")
+    with pytest.raises(OSError, match="Input/output"), full:
+        monkeypatch.setattr(full, "_file", _TakesNothing(full._file.name, "wb"))
+        full.write(memoryview(data))
+
+
+class _TakesNothing(io.FileIO):
+    def write(self, data: object) -> int:
+        return 0
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_nothing_stays_open_after_an_error(
+    tmp_path: Path, direct: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither of the flush, nor of the memory that is wanted."""
+    if not direct:
+        monkeypatch.setattr(output_file, "_DIRECT", 0)
+
+    def failing(*_: object) -> None:
+        raise OSError(errno.EIO, "failed")
+
+    before = set(Path("/proc/self/fd").iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(output_file.mmap, "mmap", failing)
+        with pytest.raises(OSError, match="failed"):
+            OutputFile(tmp_path / "memory")
+    broken = OutputFile(tmp_path / "flush")
+    with pytest.raises(OSError, match="failed"), broken:
+        monkeypatch.setattr(EarlyFlush, "__exit__", failing)
+        monkeypatch.setattr(os, "fsync", failing)
+        broken.write(memoryview(b"some"))
+    assert set(Path("/proc/self/fd").iterdir()) == before
 
 
 def test_an_existing_file_is_left_alone(tmp_path: Path) -> None:

@@ -144,6 +144,19 @@ def test_any_range_of_a_strided_tensor_can_be_read(tmp_path: Path) -> None:
     assert isinstance(raw.tensors["view"], FileTensor)
 
 
+@pytest.mark.parametrize(
+    "size, stride",
+    [((1, 3), (1 << 62, 2)), ((3, 1, 2), (4, (1 << 63) - 1, 1)), ((3, 1), (2, (1 << 63) - 1))],
+)
+def test_a_dimension_of_one_may_have_any_stride(
+    tmp_path: Path, size: tuple[int, ...], stride: tuple[int, ...]
+) -> None:
+    made = torch.arange(12.0).as_strided(size, stride)
+    found = open_weights(saved(tmp_path / "a.pt", {"w": made})).tensors["w"]
+    assert isinstance(found, StridedTensor)
+    assert read_whole(found).tolist() == made.tolist()
+
+
 def test_a_zip_stays_on_the_disk_and_in_its_order(tmp_path: Path) -> None:
     state = {name: torch.full((1 << 20,), float(at)) for at, name in enumerate("dcba")}
     path = saved(tmp_path / "a.pt", state)
