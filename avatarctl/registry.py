@@ -237,6 +237,9 @@ _OMNIAVATAR_TRAINED: Final = TrainedFor(
     overlap_frames=(1, 13),
 )
 
+_STABLEAVATAR_COMPAT: Final[Mapping[str, Mapping[str, Any]]] = {"reference": {"input.fit": "stretch"}}
+"""All other differences are in numbers. The rounding of latents is a setting of its own."""
+
 _STABLEAVATAR_DEFAULTS: Final[Mapping[str, Any]] = {
     "model.channels": 36,
     "model.audio_offset": 0,
@@ -338,7 +341,7 @@ _MODELS: Final = (
         family="stableavatar",
         network=_STABLEAVATAR_NETWORK,
         defaults=_STABLEAVATAR_DEFAULTS,
-        compat={},  # the differences are in numbers, none in settings
+        compat=_STABLEAVATAR_COMPAT,
         trained_for=TrainedFor(sizes=((512, 512), (480, 832), (832, 480)), num_frames=(81,)),
         needs=("wan2.1-fun-1.3b-inp-encoders", "wav2vec2-base-960h"),
     ),
@@ -358,7 +361,7 @@ _MODELS: Final = (
             "data.height": 64,
             "runtime.dtype": "float32",
         },
-        compat={},
+        compat=_STABLEAVATAR_COMPAT,
         trained=False,
     ),
     Row(
