@@ -167,6 +167,10 @@ def test_what_conversions_refuse(place: StablePlace, tmp_path: Path) -> None:
     assert "Wan 2.1 I2V of width 128" in shown and "no audio layers" in shown
     on_pictures = place.cli("convert-ckpt", other, "--out", out, "--merge-lora", "--base", fun)
     assert on_pictures.exit_code == 3 and "made for a text-to-video model" in on_pictures.stderr
+    difference = place.cli("convert-ckpt", place.published, "--out", out, "--extract", "lora", "--base", fun)
+    assert (
+        difference.exit_code == 3 and "fun.safetensors" in difference.stderr and "vocal" in difference.stderr
+    )
     assert not out.exists()
 
 
