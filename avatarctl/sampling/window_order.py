@@ -28,9 +28,9 @@ def last_overlapping(spans: Sequence[Span]) -> list[int]:
 
 
 def pass_order(spans: Sequence[Span], steps: int, schedule: Schedule) -> Iterator[tuple[int, int]]:
-    """Every (window, step) once. auto: wavefront where it keeps fewer windows alive than there are."""
+    """Every (window, step) once. auto: wavefront where there are more windows than it keeps alive."""
     last = last_overlapping(spans)
-    later = max(index - window for window, index in enumerate(last))
+    later = last[0]  # of the others none has more, but for a last one moved back, which keeps one more alive
     if schedule == "wavefront" or (schedule == "auto" and len(spans) > later * (steps - 1) + 1):
         return _wavefront(last, steps)
     return ((window, step) for step in range(steps) for window in range(len(spans)))

@@ -182,12 +182,15 @@ def test_passes_before_the_first_frames_and_windows_alive(overlap: int) -> None:
                 assert family.most_alive == alive[schedule]
 
 
+@pytest.mark.parametrize("last", ["full", "short", "moved back"])
 @pytest.mark.parametrize("overlap", range(F))
-def test_auto_takes_wavefront_where_it_keeps_fewer_windows_alive(overlap: int) -> None:
+def test_auto_takes_wavefront_where_it_keeps_fewer_windows_alive(overlap: int, last: Last) -> None:
+    """Wherever the last window falls: one that was moved back overlaps more, and only at the end."""
     for count in range(1, 25):
         for steps in range(1, 7):
-            spans = windows(count, overlap, "full")
-            assert spans is not None
+            spans = windows(count, overlap, last)
+            if spans is None:
+                continue
             wanted: Schedule = "wavefront" if count > later(overlap) * (steps - 1) + 1 else "step"
             assert list(pass_order(spans, steps, "auto")) == list(pass_order(spans, steps, wanted))
 
@@ -206,6 +209,24 @@ def test_no_pass_runs_before_what_it_reads(overlap: int, last: Last) -> None:
             assert window == 0 or (window - 1, step) in done
             done.add((window, step))
         assert len(done) == 30 * 7
+
+
+@pytest.mark.parametrize("overlap", [0, 2, 5, 10])
+def test_a_last_window_that_was_moved_back_keeps_at_most_one_more_alive(overlap: int) -> None:
+    m = later(overlap, 21)
+    for steps in (1, 2, 6):
+        count = m * (steps - 1) + 4
+        spans = windows(count, overlap, "moved back", 21)
+        assert spans is not None
+        finished: list[Event] = []
+        family = Blended(spans)
+        frames = run(family, steps, "auto", latent_noise, emit=finished.append)
+        next(frames)
+        passes = sum(isinstance(event, StepFinished) for event in finished)
+        assert passes == steps + m * steps * (steps - 1) // 2
+        for _ in frames:
+            pass
+        assert family.most_alive <= m * (steps - 1) + 2
 
 
 def test_overlap_of_a_last_window_that_was_moved_back() -> None:
