@@ -125,7 +125,11 @@ class OmniAvatar:
         require_offered(
             cfg,
             self.name,
-            choices={"long_video.strategy": ("off", "chunks"), "long_video.carry": (None, "pixels")},
+            choices={
+                "long_video.strategy": ("off", "chunks"),
+                "long_video.carry": (None, "pixels"),
+                "model.channels": (33,),
+            },
             without=(
                 "long_video.schedule", "long_video.blend", "sampling.guidance_rule", "sampling.null_audio",
                 "sampling.batch_passes", "sampling.latents_dtype",

@@ -337,10 +337,11 @@ def _length(cfg: RunConfig) -> int:
 
 
 def _windows(samples: int, cfg: RunConfig) -> WindowPlan:
-    assert cfg.long_video.overlap_frames is not None
+    overlap = 0 if cfg.long_video.strategy == "off" else cfg.long_video.overlap_frames  # one window has none
+    assert overlap is not None
     return plan_windows(
         samples,
         length=_length(cfg),
-        overlap=cfg.long_video.overlap_frames,
+        overlap=overlap,
         published=cfg.model.compat == "reference",
     )
