@@ -62,7 +62,7 @@ def _cases(reader: Reader) -> list[str]:
 def _config(reader: Reader, case: str) -> RunConfig:
     """A run under `compat reference`: offset 1, and the published frame count with its float rounding."""
     cfg = RunConfig(
-        model=Model(audio_offset=1, compat="reference"),
+        model=Model(channels=33, audio_offset=1, compat="reference"),
         sampling=Sampling(guidance_scale=1.0),
         long_video=LongVideo(
             max_tokens=reader.take(f"{case}.max_tokens"),
