@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -84,7 +85,8 @@ def transformer(held: Checkpoint, dtype: torch.dtype, device: torch.device) -> n
 def video_codec(path: Path, dtype: torch.dtype, device: torch.device) -> WanVae:
     """The VAE of `Wan2.1_VAE.pth`."""
     held = _component(path, "Wan VAE")
-    sizes = read_vae_sizes(_shapes(held))
+    with _names(path):
+        sizes = read_vae_sizes(_shapes(held))
     if sizes.z_dim != _LATENT_CHANNELS or sizes.temporal != _DOWN:
         raise UnusableWeights(
             f"is a VAE with {sizes.z_dim} channels, halving time in steps {sizes.temporal}; Wan 2.1 has "
@@ -140,7 +142,8 @@ def image_encoder(path: Path, device: torch.device, emit: Emit) -> ClipImageEnco
     held = _component(path, "CLIP vision encoder")
     if any(name.startswith("textual.") for name in held.tensors):
         emit(Notice(f"{path.name}: its text tower is not read"))
-    sizes = read_clip_sizes(held.tensors)
+    with _names(path):
+        sizes = read_clip_sizes(held.tensors)
     with on_meta():
         network = ClipImageEncoder(clip_config(**dataclasses.asdict(sizes)))
     tensors = internal_tensors(held.tensors)
@@ -305,6 +308,16 @@ def _component(path: Path, title: str) -> Checkpoint:
     if held.layout.title != title:
         raise UnusableWeights(f"is {held.variant}, and the {title} was looked for", where=path)
     return held
+
+
+@contextmanager
+def _names(path: Path) -> Iterator[None]:
+    """Says which file what is raised within is about."""
+    try:
+        yield
+    except UnusableWeights as error:
+        error.where = path
+        raise
 
 
 def _shapes(held: Checkpoint) -> dict[str, Shape]:

@@ -89,6 +89,10 @@ def _network(checkpoint: Checkpoint) -> dict[str, Any]:
         "image_dim": sizes.image_dim,
         "audio_hidden_size": sizes.audio_hidden_size,
         "audio_input_dim": sizes.audio_input_dim,
+        "vocal_dim": sizes.vocal_dim,
+        "vocal_hidden_dim": sizes.vocal_hidden_dim,
+        "vocal_layers": sizes.vocal_layers,
+        "vocal_ffn": sizes.vocal_ffn,
     }
     return {name: value or None for name, value in facts.items()}
 
@@ -201,6 +205,7 @@ def _sizes(facts: Mapping[str, Any]) -> str:
     told = (
         ("channels", "{} input channels"), ("layers", "layers {}"), ("width", "width {}"), ("ffn", "ffn {}"),
         ("audio_hidden_size", "audio {}"), ("image_dim", "CLIP {}"),
+        ("vocal_dim", "sound tokens {}"), ("vocal_layers", "layers of their projector {}"),
     )  # fmt: skip
     return ", ".join(form.format(facts[name]) for name, form in told if facts[name])
 

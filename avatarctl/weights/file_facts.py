@@ -12,7 +12,7 @@ from avatarctl.weights.layouts import LAYOUTS
 
 __all__ = [
     "alphas",
-    "as_base",
+    "as_dit",
     "avatars_on",
     "cannot_be_converted",
     "first_half",
@@ -162,7 +162,10 @@ def avatars_on(checkpoint: Checkpoint) -> list[WeightLayout]:
     ]
 
 
-def as_base(checkpoint: Checkpoint) -> str:
+def as_dit(checkpoint: Checkpoint) -> str:
+    """What it is as `dit` of `model.weights`."""
+    if has_own_layers(checkpoint):
+        return "as dit=PATH, with its adapter in it" if checkpoint.layout.bases else "as dit=PATH"
     titles = " or ".join(layout.title for layout in avatars_on(checkpoint))
     return f"as dit=PATH, the base of an adapter of {titles}"
 

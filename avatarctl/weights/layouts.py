@@ -30,6 +30,9 @@ _FRAMES_PER_LATENT: Final = 4
 CLIP_WIDTH: Final = 1280
 """Width of the CLIP features of every published image-to-video model; an adapter does not tell."""
 
+_VOCAL_LAYERS: Final = 2
+"""Blocks of the published projector of sound tokens (stableavatar.md b.2)."""
+
 _FLOAT32: Final = ("time_embedding", "modulation", "norm3")
 """Original names of what stays float32 under any run dtype (spec/building-blocks.md 1, trap d)."""
 
@@ -107,7 +110,8 @@ def stableavatar_shapes(sizes: Sizes) -> Shapes:
         shapes |= _norm(f"{inner}.norm_1", hidden) | _norm(f"{inner}.norm_2", d)
     else:
         shapes |= {f"{inner}.proj.weight": (d, sizes.vocal_dim), **_norm(f"{inner}.norm", d)}
-    for index in range(sizes.vocal_layers):
+    # Without any block the others would look complete.
+    for index in range(sizes.vocal_layers or _VOCAL_LAYERS):
         shapes |= _projector_block(f"vocal_projector.blocks.{index}", sizes)
     head = "vocal_projector.final_head"
     return shapes | {f"{head}.modulation": (1, 2, d), **_linear(f"{head}.final_proj", d, d)}

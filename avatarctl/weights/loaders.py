@@ -18,7 +18,7 @@ from typing import Final, Literal
 from avatarctl.weights.checkpoint import Checkpoint
 from avatarctl.weights.file_facts import (
     alphas,
-    as_base,
+    as_dit,
     avatars_on,
     cannot_be_converted,
     first_half,
@@ -240,9 +240,7 @@ LOADERS: Final = (
         "avatarctl infer -o model.weights",
         ("model",),
         (_UNSUPPORTED, _NO_AVATAR_BASE, _INCOMPLETE, _CHANNELS_OF_AVATAR),
-        remark=lambda checkpoint: (
-            "as dit=PATH, with its adapter in it" if has_own_layers(checkpoint) else as_base(checkpoint)
-        ),
+        remark=as_dit,
     ),
     Loader("avatarctl convert-ckpt --base", ("model",), (_UNSUPPORTED, _INCOMPLETE)),
     Loader(

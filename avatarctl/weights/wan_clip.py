@@ -64,7 +64,7 @@ def read_clip_sizes(tensors: Mapping[str, Tensor]) -> ClipSizes:
 
     def shape(name: str, dimensions: int) -> tuple[int, ...]:
         tensor = tensors.get(name)
-        if tensor is None or len(tensor.info.shape) != dimensions:
+        if tensor is None or len(tensor.info.shape) != dimensions or 0 in tensor.info.shape:
             raise UnusableWeights(f"{name} is missing or has no size: this is no image tower of CLIP")
         return tensor.info.shape
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from avatarctl.errors import UnusableWeights, WeightsMissing
 from avatarctl.events import Notice
+from avatarctl.models.parts import image_encoder
 from avatarctl.pipelines.infer import load
 from tests.pipelines import tiny_stable_release as stable
 from tests.pipelines.test_release import StablePlace, state
@@ -181,6 +182,17 @@ def test_half_a_file_is_refused_by_what_it_lacks(place: StablePlace, tmp_path: P
     torch.save(held, path)
     with pytest.raises(UnusableWeights, match=r"1 tensor is missing, vocal_projector\.final_head"):
         loaded(place, str(path))
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 14, 14), (32, 3, 0, 0), (32, 3), (24, 3, 14, 14)])
+def test_an_image_encoder_of_no_size_is_refused_by_its_name(
+    shape: tuple[int, ...], place: StablePlace, tmp_path: Path
+) -> None:
+    path = tmp_path / "clip.pth"
+    torch.save(place.stable.clip | {"visual.patch_embedding.weight": torch.zeros(shape)}, path)
+    with pytest.raises(UnusableWeights, match="image tower") as told:
+        image_encoder(path, torch.device("cpu"), lambda _: None)
+    assert told.value.where == path
 
 
 def test_an_image_encoder_of_another_width(place: StablePlace, tmp_path: Path) -> None:

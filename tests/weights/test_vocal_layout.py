@@ -10,6 +10,7 @@ import pytest
 
 from avatarctl.errors import UnusableWeights
 from avatarctl.weights.checkpoint import Checkpoint
+from avatarctl.weights.describe import describe, lines
 from avatarctl.weights.files.source import RawWeights
 from avatarctl.weights.recognise import recognise, require_complete
 from avatarctl.weights.tensors import ArrayTensor
@@ -106,6 +107,23 @@ def test_each_tensor_is_needed_and_no_other(name: str) -> None:
         require_complete(read(shapes))
     with pytest.raises(UnusableWeights, match="unknown tensor has no place"):
         require_complete(read(published() | {"vocal_projector.text_embedding.weight": shape}))
+
+
+def test_a_projector_without_its_blocks_is_not_complete() -> None:
+    """No other tensor says that there are any."""
+    shapes = {name: shape for name, shape in published().items() if ".blocks." not in name}
+    shapes |= {name: shape for name, shape in published().items() if not name.startswith("vocal_projector.")}
+    with pytest.raises(UnusableWeights, match=r"34 tensors are missing, vocal_projector\.blocks\.0"):
+        require_complete(read(shapes))
+
+
+def test_inspection_shows_what_hears() -> None:
+    facts = describe(read(published()))
+    assert facts["vocal_layers"] == 2 and facts["vocal_hidden_dim"] is None
+    (network,) = [line for line in lines(facts) if line.startswith("network")]
+    assert "sound tokens 768, layers of their projector 2" in network
+    as_part = [each for each in facts["loaders"] if each["loader"] == "avatarctl infer -o model.weights"]
+    assert [each["reason"] for each in as_part] == ["as dit=PATH"], "there are no adapters of this family"
 
 
 def test_a_projector_of_another_width_is_refused() -> None:
