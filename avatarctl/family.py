@@ -235,9 +235,6 @@ class Family(Protocol):
     def frame_size(self, picture: tuple[int, int], cfg: RunConfig) -> tuple[int, int]:
         """Height and width of the video for a picture of (height, width)."""
 
-    def picture(self, pixels: np.ndarray, cfg: RunConfig) -> Tensor:
-        """uint8 [h, w, 3] -> float32 [1, 3, H, W] in [-1, 1], at the size of the video."""
-
     def guidance(self, cfg: RunConfig) -> Guidance:
         """The guidance scales of a run."""
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -34,7 +33,7 @@ from avatarctl.family import (
     Span,
 )
 from avatarctl.flow_matching import shifted_sigmas
-from avatarctl.models.encode import AudioFeatures, encode_prompt, picture_tensor
+from avatarctl.models.encode import AudioFeatures, encode_prompt
 from avatarctl.models.omniavatar import PreparedTensors
 from avatarctl.sampling.guidance import combine, text_first
 from avatarctl.timeline import FPS, SAMPLES_PER_FRAME, frames_of_samples, reference_frames_of_samples
@@ -101,12 +100,6 @@ class OmniAvatar:
         if height is not None and width is not None:
             return height, width
         return choose_bucket(*picture, cfg.long_video.max_size or 720)
-
-    def picture(self, pixels: np.ndarray, cfg: RunConfig) -> Tensor:
-        """Scaled to cover the frame and cropped, or stretched."""
-        height, width = cfg.output.height, cfg.output.width
-        assert height is not None and width is not None
-        return picture_tensor(pixels, (height, width), cfg.input.fit)
 
     def notices(self, cfg: RunConfig) -> tuple[str, ...]:
         """Where a run differs from what its settings suggest."""

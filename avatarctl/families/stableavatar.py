@@ -34,13 +34,11 @@ from avatarctl.family import (
     Span,
 )
 from avatarctl.flow_matching import double_shifted_sigmas
-from avatarctl.models.encode import encode_prompt, picture_tensor, window_tokens
+from avatarctl.models.encode import encode_prompt, window_tokens
 from avatarctl.sampling.guidance import audio_first, combine, native
 from avatarctl.timeline import FPS, SAMPLES_PER_FRAME, latent_frames, pixel_frames
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from avatarctl.models.stableavatar import PreparedStable
 
 __all__ = ["StableAvatar"]
@@ -110,12 +108,6 @@ class StableAvatar:
         if height is not None and width is not None:
             return height, width
         return nearest_shape(picture, _PUBLISHED_SIZES)
-
-    def picture(self, pixels: np.ndarray, cfg: RunConfig) -> Tensor:
-        """Cropped, or stretched as the published script does."""
-        height, width = cfg.output.height, cfg.output.width
-        assert height is not None and width is not None
-        return picture_tensor(pixels, (height, width), cfg.input.fit)
 
     def notices(self, cfg: RunConfig) -> tuple[str, ...]:
         """Where a run differs from what its settings suggest."""

@@ -16,6 +16,7 @@ from avatarctl.events import ChunkFinished, Emit, Notice, OutputFinished, Planne
 from avatarctl.family import Inputs, Modules
 from avatarctl.media import BackgroundWriter, Soundtrack, VideoWriter, Waveform, partial_path
 from avatarctl.models.attention import choose_attention
+from avatarctl.models.encode import picture_tensor
 from avatarctl.models.loading import load_modules, resolve_device
 from avatarctl.pipelines.job import Job, JobPlan
 from avatarctl.registry import Row
@@ -102,7 +103,9 @@ def generate(
     )
     with Waveform(job.sound, lead_samples=plan.lead_samples) as waveform:
         inputs = Inputs(
-            picture=family.picture(job.picture.pixels, cfg).to(device),
+            picture=picture_tensor(
+                job.picture.pixels, (cfg.output.height, cfg.output.width), cfg.input.fit
+            ).to(device),
             waveform=waveform,
             samples=plan.samples,
             mean=plan.mean,

@@ -39,7 +39,6 @@ from avatarctl.family import (
 )
 from avatarctl.flow_matching import shifted_sigmas
 from avatarctl.models import loading
-from avatarctl.models.encode import picture_tensor
 from avatarctl.timeline import FPS, SAMPLES_PER_FRAME, frames_of_samples, latent_frames
 
 WINDOW, OVERLAP = 4, 2  # latent frames
@@ -70,10 +69,6 @@ class ThirdFamily:
 
     def frame_size(self, picture: tuple[int, int], cfg: RunConfig) -> tuple[int, int]:
         return cfg.output.height or 16, cfg.output.width or 16
-
-    def picture(self, pixels: np.ndarray, cfg: RunConfig) -> Tensor:
-        assert cfg.output.height is not None and cfg.output.width is not None
-        return picture_tensor(pixels, (cfg.output.height, cfg.output.width))
 
     def guidance(self, cfg: RunConfig) -> Guidance:
         assert cfg.sampling.guidance_scale is not None

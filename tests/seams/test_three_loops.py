@@ -97,9 +97,6 @@ class Toy:
     def frame_size(self, picture: tuple[int, int], cfg: RunConfig) -> tuple[int, int]:
         return 2, 2
 
-    def picture(self, pixels: np.ndarray, cfg: RunConfig) -> Tensor:
-        return torch.zeros(1, 3, 2, 2)
-
     def guidance(self, cfg: RunConfig) -> Guidance:
         return Guidance(2.0)
 

@@ -25,6 +25,7 @@ from avatarctl.events import Event, StepFinished, silent
 from avatarctl.families.stableavatar import StableAvatar
 from avatarctl.family import Guidance, Modules
 from avatarctl.media import load_picture, open_sound
+from avatarctl.models.encode import picture_tensor
 from avatarctl.models.wav2vec import FrameWav2Vec2
 from avatarctl.pipelines.infer import generate
 from avatarctl.pipelines.job import Job, check_job
@@ -33,7 +34,7 @@ from avatarctl.timeline import SAMPLE_RATE, pixel_frames
 
 from ..golden import Checks, Reader
 from .building import padded_text, run_setting, transformer
-from .stand_ins import BRANCHES, Codec, Image, Text, reference_config
+from .stand_ins import BRANCHES, Codec, Image, Text
 
 checks = Checks()
 
@@ -84,7 +85,6 @@ def _config(reader: Reader, run: str, *further: str) -> RunConfig:
     return configure(
         "model.name=stableavatar-1.3b",
         "model.compat=reference",
-        "input.fit=stretch",
         f"sampling.steps={run_setting(reader, 'steps')}",
         f"sampling.guidance_scale={run_setting(reader, f'{run}.text_guide_scale')}",
         f"sampling.audio_guidance_scale={run_setting(reader, f'{run}.audio_guide_scale')}",
@@ -209,13 +209,12 @@ def video_for_the_vae(reader: Reader) -> None:
 
 
 def _picture(reader: Reader) -> Tensor:
-    """[1, 3, H, W] by the family, from a file."""
+    """[1, 3, H, W] from a file, as `generate` makes it."""
     height, width = (reader.take("clip_input").shape[i] for i in (2, 3))
-    cfg = reference_config(clip_frames=5, overlap=0, text=1.0, audio=1.0, size=(height, width))
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "picture.png"
         PIL.Image.fromarray(reader.take("cond_image_rgb_uint8").numpy()).save(path)
-        return StableAvatar().picture(load_picture(path).pixels, cfg)
+        return picture_tensor(load_picture(path).pixels, (height, width), "stretch")
 
 
 @checks(ENCODER, compares=("*",))
