@@ -35,6 +35,7 @@ from avatarctl.family import (
 from avatarctl.flow_matching import shifted_sigmas
 from avatarctl.models.encode import AudioFeatures, encode_prompt
 from avatarctl.models.omniavatar import PreparedTensors
+from avatarctl.models.text import clean_prompt
 from avatarctl.sampling.guidance import combine, text_first
 from avatarctl.timeline import FPS, SAMPLES_PER_FRAME, frames_of_samples, reference_frames_of_samples
 from avatarctl.weights.key_map import KeyMap
@@ -183,9 +184,10 @@ class OmniAvatar:
 
     def open(self, modules: Modules, inputs: Inputs, cfg: RunConfig) -> _State:
         chunks = self._chunks(inputs.samples, cfg)
-        text = {"prompt": encode_prompt(modules.text, inputs.prompt, inputs.emit)}
+        text = {"prompt": encode_prompt(modules.text, clean_prompt(inputs.prompt), inputs.emit)}
         if any(_BRANCH_TEXT[name] == "negative" for name in text_first(self.guidance(cfg))):
-            text["negative"] = encode_prompt(modules.text, inputs.negative_prompt, inputs.emit)
+            negative = clean_prompt(inputs.negative_prompt)
+            text["negative"] = encode_prompt(modules.text, negative, inputs.emit)
         whole = cfg.model.compat == "reference"
         state = _State(
             reference=modules.vae.encode(inputs.picture.unsqueeze(2)),

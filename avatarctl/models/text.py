@@ -14,7 +14,10 @@ __all__ = ["PromptEncoder", "clean_prompt", "zero_padding"]
 
 
 def clean_prompt(text: str) -> str:
-    """Mended Unicode, HTML entities resolved twice, every run of white space one blank. Case is kept."""
+    """Mended Unicode, HTML entities resolved twice, every run of white space one blank. Case is kept.
+
+    For families whose published scripts do it: full-width commas become ASCII, which are other tokens.
+    """
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     return re.sub(r"\s+", " ", text).strip()
 
@@ -28,7 +31,7 @@ def zero_padding(states: Tensor, mask: Tensor) -> Tensor:
 
 
 class PromptEncoder(nn.Module):
-    """A tokenizer and `UMT5EncoderModel` behind the `TextEncoder` protocol."""
+    """A tokenizer and `UMT5EncoderModel` behind the `TextEncoder` protocol; prompts are read as they are."""
 
     def __init__(self, encoder: nn.Module, tokenizer: Any, text_len: int = 512) -> None:
         super().__init__()
@@ -43,8 +46,8 @@ class PromptEncoder(nn.Module):
         return width
 
     def tokens(self, prompt: str) -> int:
-        """Tokens of the cleaned prompt, end token included, before it is cut to text_len."""
-        return len(self.tokenizer(clean_prompt(prompt), add_special_tokens=True).input_ids)
+        """Tokens of a prompt, end token included, before it is cut to text_len."""
+        return len(self.tokenizer(prompt, add_special_tokens=True).input_ids)
 
     @torch.no_grad()
     def encode(self, prompt: str) -> Tensor:
@@ -53,7 +56,7 @@ class PromptEncoder(nn.Module):
         The end token is real: the empty prompt keeps one row.
         """
         batch = self.tokenizer(
-            clean_prompt(prompt),
+            prompt,
             padding="max_length",
             truncation=True,
             max_length=self.text_len,
