@@ -120,7 +120,7 @@ class PublishedOrder:
     def _encode_inputs(self) -> None:
         height, width = self.plan.cfg.output.height, self.plan.cfg.output.width
         assert height is not None and width is not None and self.modules.image is not None
-        picture = picture_tensor(self.job.picture.pixels, (height, width))
+        picture = picture_tensor(self.job.picture.pixels, (height, width), self.plan.cfg.input.fit)
         video = torch.zeros(1, 3, 4 * WINDOW - 3, height, width)
         video[:, :, 0] = picture
         self.channels = first_frame_channels(self.modules.vae.encode(video))
