@@ -8,6 +8,7 @@ from typing import Any, Final
 from avatarctl.errors import PathNotFound, UnusableWeights
 from avatarctl.registry import NEEDS_WEIGHTS, ROWS, Row, encoder_part, find_model
 from avatarctl.weights.checkpoint import Checkpoint
+from avatarctl.weights.file_facts import avatars_on
 from avatarctl.weights.files.named_path import expanded
 from avatarctl.weights.whole import open_model
 
@@ -95,11 +96,11 @@ def _like(held: Checkpoint) -> Row:
             fix="name the model by --model and this file by --lora",
         )
     if held.layout.family == "wan":
+        place = "; this file is found, or named by -o model.weights.dit=PATH" if avatars_on(held) else ""
         raise UnusableWeights(
             f"is {held.variant}, which hears nothing: it has no audio layers",
             where=held.path,
-            fix="name an avatar model or its adapter by --model; this file is found, or named by "
-            "-o model.weights.dit=PATH",
+            fix=f"name an avatar model or its adapter by --model{place}",
         )
     raise UnusableWeights(f"is {held.variant}, which this version does not run", where=held.path)
 

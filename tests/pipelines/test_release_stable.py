@@ -184,6 +184,14 @@ def test_half_a_file_is_refused_by_what_it_lacks(place: StablePlace, tmp_path: P
         loaded(place, str(path))
 
 
+def test_the_base_alone_is_no_model_nor_the_base_of_an_adapter(place: StablePlace, tmp_path: Path) -> None:
+    path = tmp_path / "base.pt"
+    torch.save({name: held for name, held in place.stable.square.items() if "vocal" not in name}, path)
+    with pytest.raises(UnusableWeights, match="hears nothing") as told:
+        loaded(place, str(path))
+    assert "model.weights.dit" not in str(told.value), "no adapter is made for it"
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 14, 14), (32, 3, 0, 0), (32, 3), (24, 3, 14, 14)])
 def test_an_image_encoder_of_no_size_is_refused_by_its_name(
     shape: tuple[int, ...], place: StablePlace, tmp_path: Path
