@@ -493,12 +493,12 @@ def outside_training(
     None for an overlap that is not used."""
     known = row.trained_for
     checks = (
-        ("size", f"{width}x{height}", (width, height), known.sizes),
-        ("frames per chunk", str(num_frames), num_frames, known.num_frames),
-        ("overlap", str(overlap_frames), overlap_frames, known.overlap_frames),
+        (f"size {width}x{height}", (width, height), known.sizes),
+        (f"{num_frames} frames at a time", num_frames, known.num_frames),
+        (f"overlap {overlap_frames}", overlap_frames, known.overlap_frames),
     )
     return tuple(
-        f"{row.name} was not trained for {what} {shown}"
-        for what, shown, value, seen in checks
+        f"{row.name} was not trained for {what}"
+        for what, value, seen in checks
         if seen and value is not None and value not in seen
     )

@@ -62,7 +62,7 @@ class Screen:
             case Planned():
                 self._plan = event
                 self.line(
-                    f"{event.frames} frames of {event.width}x{event.height} at {event.fps} fps, "
+                    f"{_count(event.frames, 'frame')} of {event.width}x{event.height} at {event.fps} fps, "
                     f"{_count(event.spans, event.unit)} of {_count(event.steps, 'step')}"
                 )
                 self._start_progress(event)
@@ -72,14 +72,14 @@ class Screen:
                 if self._progress is None and self._plan is not None:
                     self.line(
                         f"{self._plan.unit} {span + 1} of {self._plan.spans}: "
-                        f"{frames} of {self._plan.frames} frames"
+                        f"{frames} of {_count(self._plan.frames, 'frame')}"
                     )
             case BytesMoved():
                 self._move(event)
             case OutputFinished():
                 self._end_progress()
                 self.line(
-                    f"{event.frames} frames, the first after {event.seconds_to_first_frame:.1f} s, "
+                    f"{_count(event.frames, 'frame')}, the first after {event.seconds_to_first_frame:.1f} s, "
                     f"{event.frames_per_second:.1f} frames per second"
                 )
 

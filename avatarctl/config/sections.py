@@ -143,11 +143,12 @@ class LongVideo:
         "are blended in every step; stream: blocks that attend to what came before; a model offers some",
     )
     num_frames: int | None = key(
-        None, "pixel frames of a chunk; wins over max_tokens", low=5, high=MAX_FRAMES, rule=rules.FRAMES_4K1
-    )
+        None, "pixel frames of a chunk or window; wins over max_tokens", low=5, high=MAX_FRAMES,
+        rule=rules.FRAMES_4K1,
+    )  # fmt: skip
     overlap_frames: int | None = key(
-        None, "pixel frames that a chunk repeats from the one before", low=0, high=MAX_FRAMES,
-        rule=rules.OVERLAP, from_row=True,
+        None, "pixel frames that a chunk repeats from the one before, or that two windows share", low=0,
+        high=MAX_FRAMES, rule=rules.OVERLAP, from_row=True,
     )  # fmt: skip
     schedule: Literal["auto", "step", "wavefront"] = key(
         "auto",

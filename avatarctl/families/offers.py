@@ -22,12 +22,16 @@ def require_offered(
                 where=dotted,
                 fix=f"it offers {' and '.join(map(str, offered))}",
             )
+    strategies = choices.get("long_video.strategy", ())
     for dotted in without:
         default = keys()[dotted].default
         if (value := value_of(cfg, dotted)) != default:
             means = "" if default is None else f", which means {str(default).lower()}"
+            # A word of another way to make a long video: say which ways there are.
+            about_length = strategies and dotted.startswith("long_video.")
+            offers = f"; long_video.strategy is {' or '.join(map(str, strategies))}" if about_length else ""
             raise UsageError(
                 f"{family} does not know this setting, {str(value).lower()} was asked",
                 where=dotted,
-                fix=f"leave it out{means}",
+                fix=f"leave it out{means}{offers}",
             )

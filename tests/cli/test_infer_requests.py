@@ -196,7 +196,7 @@ def test_a_named_model_is_not_called_built_in(run: Run, voice: Path) -> None:
 def test_values_outside_training_get_one_line_each(run: Run, voice: Path) -> None:
     words = ("--size", "96x64", "--num-frames", "9", "--overlap", "5")
     stderr = run("infer", "--dry-run", "--audio", str(voice), *words).stderr
-    for said in ("size 96x64", "frames per chunk 9", "overlap 5"):
+    for said in ("size 96x64", "9 frames at a time", "overlap 5"):
         assert stderr.count(f"warning: cartoon-i2v was not trained for {said}\n") == 1
     assert "not trained" not in run("infer", "--dry-run", "--audio", str(voice)).stderr
 

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import soundfile
@@ -64,7 +65,7 @@ OFFERS = {CHUNKS: "it offers off and chunks", FUSED: "it offers off and fused"}
         (CHUNKS, "--long-video fused", ("long_video.strategy", "no fused", OFFERS[CHUNKS])),
         (CHUNKS, "--long-video fused --overlap 0", ("long_video.strategy", OFFERS[CHUNKS])),
         (CHUNKS, "-o long_video.schedule=wavefront", ("long_video.schedule", "leave it out")),
-        (CHUNKS, "-o long_video.blend=log", ("long_video.blend", "leave it out")),
+        (CHUNKS, "-o long_video.blend=log", ("long_video.blend", "leave it out", "is off or chunks")),
         (CHUNKS, "-o sampling.null_audio=projected_silence", ("sampling.null_audio", "leave it out")),
         (CHUNKS, "--guidance-rule native", ("sampling.guidance_rule", "leave it out")),
         (CHUNKS, "--overlap 0", ("--overlap", "fused only", "at least 1")),
@@ -72,12 +73,12 @@ OFFERS = {CHUNKS: "it offers off and chunks", FUSED: "it offers off and fused"}
         (CHUNKS, "--channels 36", ("model.channels", "it offers 33")),
         (CHUNKS, "--carry latents", ("long_video.carry", "no latents", "pixels")),
         (FUSED, "--long-video stream", ("long_video.strategy", "no stream", OFFERS[FUSED])),
-        (FUSED, "--carry latents", ("long_video.carry", "leave it out")),
+        (FUSED, "--carry latents", ("long_video.carry", "leave it out", "is off or fused")),
         (FUSED, "--chunked", ("long_video.strategy", "no chunks", OFFERS[FUSED])),
         (FUSED, "--long-video chunks", ("long_video.strategy", "no chunks", OFFERS[FUSED])),
         (FUSED, "-o long_video.strategy=chunks --overlap 0", ("chunks",)),
         (FUSED, "--carry pixels", ("long_video.carry", "leave it out")),
-        (FUSED, "--carry pixels --long-video fused", ("long_video.carry", "leave it out")),
+        (FUSED, "--carry pixels --long-video fused", ("long_video.carry", "leave it out", "is off or fused")),
         (FUSED, "--overlap 1", ("long_video.overlap_frames", "one latent frame", "0 for no cross-fade")),
         (FUSED, "--overlap 3", ("--overlap", "4n + 1", "got 3")),
         (FUSED, "--overlap 17", ("--overlap", "must be below long_video.num_frames 17")),
@@ -134,6 +135,18 @@ def test_sound_shorter_than_a_frame(
     else:
         assert "frames: " + ("1" if samples == 640 or compat == "reference" else "2") in result.stdout
     assert not list(here.iterdir())
+
+
+def test_one_frame_of_sound_is_a_video_of_one_frame(run: Run, here: Path, tmp_path: Path) -> None:
+    sound = tmp_path / "blip.wav"
+    soundfile.write(sound, np.full(640, 0.1, np.float32), 16_000)
+    words = ("infer", "--model", FUSED, "--audio", str(sound), "--steps", "1", "--size", "16x16")
+    result = run(*words, "--out", "one.mp4")
+    assert result.exit_code == 0, result.stderr
+    assert "1 frame of 16x16" in result.stderr and "1 of 1 frame\n" in result.stderr
+    assert "1 frames" not in result.stderr
+    with av.open(str(here / "one.mp4")) as video:
+        assert sum(1 for _ in video.decode(video=0)) == 1
 
 
 @pytest.mark.parametrize("word", ["overlap_frames", "num_frames"])
