@@ -140,12 +140,14 @@ class HearingBlock(AvatarBlock):
         text_key_value: KeyValue | None = None,
         image_key_value: KeyValue | None = None,
         only: str | None = None,
+        is_mixed: bool = False,
     ) -> Tensor | tuple[KeyValue | None, KeyValue | None]:
         """hidden_states [B, S, D]; encoder_hidden_states [B, S_text, D]; temb [B, 6, D]; image [B, 257, D];
         vocal [B', G, n, D], see `ThreefoldAttnProcessor`.
 
         only="kv" returns the keys and values of this block for the given of text and image, and nothing
-        else: under FSDP2 a block's parameters exist only inside its own forward.
+        else, only="mixed" the tokens behind its self-attention, with which is_mixed goes on: under FSDP2 a
+        block's parameters exist only inside its own forward.
         """
         if only == "kv":
             text = encoder_hidden_states
@@ -154,10 +156,13 @@ class HearingBlock(AvatarBlock):
                 None if image is None else ThreefoldAttnProcessor.image_key_value(self.attn2, image),
             )
         assert temb is not None and rotary_emb is not None
-        return self.modulated(
+        if not is_mixed:
+            hidden_states = self.mixed(hidden_states, temb, rotary_emb)
+        if only == "mixed":
+            return hidden_states
+        return self.conditioned(
             hidden_states,
             temb,
-            rotary_emb,
             encoder_hidden_states,
             key_value=text_key_value,
             image=image,
@@ -308,32 +313,49 @@ class StableAvatarTransformer(AvatarTransformer):
         padded_frames: int | None = None,
         batched: bool = False,
     ) -> dict[str, Tensor]:
-        """As `_raw`, from prepared tensors, for every guidance branch: they share latents and timestep, so
-        these are embedded once, and the projector runs once for each prepared `vocal` tensor.
+        """As `_raw`, from prepared tensors, for every guidance branch: they share latents, timestep and grid,
+        so these are embedded once, the projector runs once for each prepared `vocal` tensor, and the
+        self-attention of the first block, before which nothing is read or heard, runs once.
 
         batched: one pass for all branches, stacked along the batch.
         """
+        parts = [part for ready in prepared.values() for part in (ready.text, ready.image, ready.rotary)]
+        if any(part is None for part in parts):
+            raise ValueError("denoise needs prepared text, image and rotary tensors")
         embedded = _padded(self._embed(hidden_states, timestep), padded_frames)
         contexts: dict[int, Tensor] = {}
         for ready in prepared.values():
             if ready.vocal is not None and id(ready.vocal) not in contexts:
                 contexts[id(ready.vocal)] = self._project(embedded, ready.vocal)
         heard = {name: contexts.get(id(ready.vocal)) for name, ready in prepared.items()}
+        table = next(iter(prepared.values())).rotary
+        assert table is not None  # checked above
+        rotary = _padded_rotary(table, embedded)
+        mixed = self.blocks[0](embedded.tokens, None, embedded.modulation, rotary, only="mixed")
+        embedded = replace(embedded, tokens=mixed)
+
+        def run(names: Sequence[str]) -> Tensor:
+            return self._branches(
+                embedded, rotary, [prepared[name] for name in names], [heard[name] for name in names]
+            )
+
         if not batched:
-            return {name: self._branches(embedded, [prepared[name]], [heard[name]]) for name in prepared}
+            return {name: run([name]) for name in prepared}
         # Those with sound first: blocks let the rest of a batch hear none.
         order = sorted(prepared, key=lambda name: heard[name] is None)
-        stacked = self._branches(embedded, [prepared[n] for n in order], [heard[n] for n in order])
+        stacked = run(order)
         velocities = dict(zip(order, stacked.chunk(len(order)), strict=True))
         return {name: velocities[name] for name in prepared}
 
     def _branches(
-        self, embedded: Embedded, readies: Sequence[PreparedStable], heard: Sequence[Tensor | None]
+        self,
+        embedded: Embedded,
+        rotary: Tensor,
+        readies: Sequence[PreparedStable],
+        heard: Sequence[Tensor | None],
     ) -> Tensor:
-        """One pass for branches that are stacked along the batch, those without sound last."""
-        rotary = readies[0].rotary
-        if rotary is None or any(ready.text is None or ready.image is None for ready in readies):
-            raise ValueError("denoise needs prepared text, image and rotary tensors")
+        """One pass for branches that are stacked along the batch, those without sound last, from the tokens
+        behind the first self-attention."""
         if (times := len(readies)) > 1:
             embedded = replace(
                 embedded,
@@ -342,7 +364,8 @@ class StableAvatarTransformer(AvatarTransformer):
                 modulation=embedded.modulation.repeat(times, 1, 1),
             )
         sounds = [context for context in heard if context is not None]
-        return self._run(embedded, rotary, torch.cat(sounds) if sounds else None, readies=readies)
+        vocal = torch.cat(sounds) if sounds else None
+        return self._run(embedded, rotary, vocal, readies=readies, is_mixed=True)
 
     def _text(self, text: Tensor) -> Tensor:
         return self.condition_embedder.text_embedder(text.to(self._compute_dtype))
@@ -369,12 +392,12 @@ class StableAvatarTransformer(AvatarTransformer):
         text: Tensor | None = None,
         image: Tensor | None = None,
         readies: Sequence[PreparedStable] = (),
+        is_mixed: bool = False,
     ) -> Tensor:
-        """Blocks and head: [B, 16, T, h, w]. Text and image come as tokens, or ready for every block."""
+        """Blocks and head: [B, 16, T, h, w]. Text and image come as tokens, or ready for every block.
+        is_mixed: the tokens are behind the first block's self-attention."""
         tokens = embedded.tokens
-        if missing := tokens.shape[1] - rotary.shape[1]:
-            # Tokens of the published padding are not rotated: they are turned by nothing.
-            rotary = torch.cat([rotary, rotary.new_ones(1, missing, *rotary.shape[2:])], dim=1)
+        rotary = _padded_rotary(rotary, embedded)
         for index, block in enumerate(self.blocks):
             tokens = self._checkpointed(
                 block,
@@ -386,6 +409,8 @@ class StableAvatarTransformer(AvatarTransformer):
                 vocal,
                 _stacked([ready.text[index] for ready in readies if ready.text]),
                 _stacked([ready.image[index] for ready in readies if ready.image]),
+                None,
+                is_mixed and index == 0,
             )
         return self._unembed(tokens, embedded)
 
@@ -400,9 +425,20 @@ def _padded(embedded: Embedded, frames: int | None) -> Embedded:
     return replace(embedded, tokens=F.pad(embedded.tokens, (0, 0, 0, (frames - first) * rows * columns)))
 
 
+def _padded_rotary(rotary: Tensor, embedded: Embedded) -> Tensor:
+    """Tokens of the published padding are not rotated: they are turned by nothing."""
+    missing = embedded.tokens.shape[1] - rotary.shape[1]
+    if not missing:
+        return rotary
+    return torch.cat([rotary, rotary.new_ones(1, missing, *rotary.shape[2:])], dim=1)
+
+
 def _stacked(pairs: Sequence[KeyValue]) -> KeyValue | None:
     """Keys and values of several branches as one batch."""
     if len(pairs) < 2:
         return pairs[0] if pairs else None
+    if all(pair is pairs[0] for pair in pairs) and len(pairs[0][0]) == 1:
+        key, value = pairs[0]  # the same in every branch: seen several times, stored once
+        return key.expand(len(pairs), -1, -1, -1), value.expand(len(pairs), -1, -1, -1)
     keys, values = zip(*pairs, strict=True)
     return torch.cat(keys), torch.cat(values)

@@ -122,12 +122,21 @@ class AvatarBlock(WanTransformerBlock):
         """Self-attention, cross-attention, feed-forward: hidden_states [B, S, D], temb [B, 6, D],
         encoder_hidden_states [B, S_text, D]; `cross` goes to the processor of the cross-attention.
         Modulation and norms are float32."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + temb.float()).chunk(6, dim=1)
+        mixed = self.mixed(hidden_states, temb, rotary_emb)
+        return self.conditioned(mixed, temb, encoder_hidden_states, **cross)
 
-        normed = (self.norm1(hidden_states.float()) * (1 + scale1) + shift1).type_as(hidden_states)
+    def mixed(self, hidden_states: Tensor, temb: Tensor, rotary_emb: Tensor) -> Tensor:
+        """Self-attention: no text, picture or sound has a part in it."""
+        shift, scale, gate, *_ = (self.scale_shift_table + temb.float()).chunk(6, dim=1)
+        normed = (self.norm1(hidden_states.float()) * (1 + scale) + shift).type_as(hidden_states)
         attended = self.attn1(normed, None, None, rotary_emb)
-        hidden_states = (hidden_states.float() + attended * gate1).type_as(hidden_states)
+        return (hidden_states.float() + attended * gate).type_as(hidden_states)
 
+    def conditioned(
+        self, hidden_states: Tensor, temb: Tensor, encoder_hidden_states: Tensor | None, **cross: Any
+    ) -> Tensor:
+        """Cross-attention and feed-forward, behind `mixed`."""
+        *_, shift2, scale2, gate2 = (self.scale_shift_table + temb.float()).chunk(6, dim=1)
         normed = self.norm2(hidden_states.float()).type_as(hidden_states)
         hidden_states = hidden_states + self.attn2(normed, encoder_hidden_states, None, None, **cross)
 

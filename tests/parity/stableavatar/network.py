@@ -198,6 +198,8 @@ def _compare_triple(reader: Reader, *, batched: bool) -> None:
     compare_output(reader, "cfg3.out", torch.cat([velocities[name] for name in BRANCHES]))
     assert len(contexts) == 1, "the projector runs once for the three"
     compare_output(reader, "cfg3.vocal_context", contexts[0])
+    mixed, *blocks = blocks
+    assert len(mixed) == 1, "the first self-attention runs once for the three"
     if batched:
         # The branch without sound stands last.
         compare_output(reader, "cfg3.block0", blocks[0].roll(1, dims=0))
