@@ -43,12 +43,7 @@ def check_together(cfg: RunConfig, origins: Mapping[str, str], own: Container[st
     own: the keys that a person or a file sets; half a size of theirs is never completed by the model row.
     """
     overlap, frames = cfg.long_video.overlap_frames, cfg.long_video.num_frames
-    if (
-        overlap is not None
-        and frames is not None
-        and cfg.long_video.strategy != "off"
-        and overlap >= frames
-    ):
+    if overlap is not None and frames is not None and cfg.long_video.strategy != "off" and overlap >= frames:
         raise ConfigError(
             f"long_video.overlap_frames {overlap} must be below long_video.num_frames {frames}"
             f"{_from(origins, 'long_video.num_frames')}",
