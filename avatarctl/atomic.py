@@ -11,7 +11,7 @@ import contextlib
 import errno
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from avatarctl.errors import OutputRefused, WriteFailed
@@ -24,6 +24,7 @@ __all__ = [
     "ensure_writable_folder",
     "flush_file",
     "flush_folder",
+    "removed_after_failure",
 ]
 
 _FAILED = {
@@ -111,6 +112,19 @@ def _name_new(temporary: Path, final: Path) -> None:
         temporary.rename(final)
     else:
         temporary.unlink()
+
+
+@contextlib.contextmanager
+def removed_after_failure(files: Sequence[Path]) -> Iterator[None]:
+    """Removes `files`, as far as they are there, after any exception: all of a set or none of it.
+    The sequence may grow within the block."""
+    try:
+        yield
+    except BaseException:
+        for path in files:
+            with contextlib.suppress(OSError):  # the first error is the one to tell
+                path.unlink(missing_ok=True)
+        raise
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:

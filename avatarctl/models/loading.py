@@ -13,12 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from diffusers import AutoencoderKLWan
 from torch import nn
-from transformers import (
-    ByT5Tokenizer,
-    UMT5Config,
-    UMT5EncoderModel,
-    Wav2Vec2Config,
-)
+from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel, Wav2Vec2Config
 
 from avatarctl.errors import EnvironmentMissing, UnusableWeights, WeightsMissing
 from avatarctl.events import Notice, Stage

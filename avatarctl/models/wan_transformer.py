@@ -63,6 +63,7 @@ class AvatarTransformer(WanTransformer3DModel):
         return modes[mode](*args, **kwargs)
 
     def _raw(self, *args: Any, **kwargs: Any) -> Tensor:
+        """A family's network defines this mode and the next two: what they take differs."""
         raise NotImplementedError
 
     def _prepare(self, *args: Any, **kwargs: Any) -> Any:

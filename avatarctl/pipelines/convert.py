@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from avatarctl.atomic import atomic_path, atomic_write_text, disk_errors
+from avatarctl.atomic import atomic_path, atomic_write_text, disk_errors, removed_after_failure
 from avatarctl.errors import AvatarctlError, UnusableWeights, UsageError
 from avatarctl.events import BytesMoved, Emit, Notice, Stage
 from avatarctl.pipelines.convert_request import (
@@ -292,7 +292,7 @@ def _write_file(plan: ConvertPlan, hashes: FileHashes, emit: Emit) -> list[str]:
     named: list[Path] = []
     with ExitStack() as stack:
         # The stack unwinds backwards: what is entered last is renamed first.
-        stack.enter_context(_removed_after_failure(named))
+        stack.enter_context(removed_after_failure(named))
         places = [stack.enter_context(atomic_path(main, replace=replaces))]
         if plan.companion:
             half = main.with_name(plan.companion)
@@ -303,17 +303,6 @@ def _write_file(plan: ConvertPlan, hashes: FileHashes, emit: Emit) -> list[str]:
             with _told_as(main.with_name(name), place):
                 _write_tensors(plan, place, name == plan.companion, hashes, emit)
     return names
-
-
-@contextmanager
-def _removed_after_failure(files: Sequence[Path]) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        for path in files:
-            with suppress(OSError):  # the first error is the one to tell
-                path.unlink(missing_ok=True)
-        raise
 
 
 @contextmanager

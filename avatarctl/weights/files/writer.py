@@ -16,14 +16,14 @@ import shutil
 import stat
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from avatarctl.atomic import atomic_path, disk_errors
+from avatarctl.atomic import atomic_path, disk_errors, removed_after_failure
 from avatarctl.errors import OutputRefused, UnusableWeights, WriteFailed
 from avatarctl.weights.files.hashes import FileDigest, FileHashes
 from avatarctl.weights.files.output_file import OutputFile
@@ -129,7 +129,7 @@ def write_sharded(
     for path in finals:
         _refuse_place(path, sources)
     meter = _Meter(progress)
-    with _begun(hashes, sources) as begun, _all_or_none(finals), ExitStack() as stack:
+    with _begun(hashes, sources) as begun, removed_after_failure(finals), ExitStack() as stack:
         headers = sum(len(shard.header(begun.placeholders(sources))) for shard in shards)
         require_space(finals[0], total + headers)
         # The stack unwinds backwards: what is entered first is renamed last.
@@ -283,18 +283,6 @@ def _index(shards: Sequence[_Shard], total: int) -> bytes:
     return (
         json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
     ).encode()
-
-
-@contextmanager
-def _all_or_none(finals: Sequence[Path]) -> Iterator[None]:
-    """Removes files that already have their names when others could not get theirs."""
-    try:
-        yield
-    except BaseException:
-        for path in finals:
-            with suppress(OSError):  # the first error is the one to tell
-                path.unlink(missing_ok=True)
-        raise
 
 
 def _refuse_place(path: Path, sources: Sequence[Path]) -> None:
