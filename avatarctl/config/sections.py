@@ -112,7 +112,11 @@ class Sampling:
     null_audio: Literal["zero_context", "projected_silence"] = key(
         "zero_context", "what a pass without sound hears: nothing at all, or silence as the model hears it"
     )
-    batch_passes: bool = key(False, "run the passes of a step as one batch: faster, and needs more memory")
+    batch_passes: bool | None = key(
+        None,
+        "run the passes of a step as one batch, which needs more memory; unless given, where a pass looks at "
+        "512 video tokens or fewer, as only then it is faster",
+    )
     latents_dtype: Literal["float32", "bfloat16"] = key(
         "float32", "how latents are kept between the steps of windows that are blended"
     )

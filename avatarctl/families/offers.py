@@ -18,20 +18,25 @@ def require_offered(
     for dotted, offered in choices.items():
         if (value := value_of(cfg, dotted)) not in offered:
             raise UsageError(
-                f"{family} has no {value} here",
+                f"{family} has no {_word(value)} here",
                 where=dotted,
-                fix=f"it offers {' and '.join(map(str, offered))}",
+                fix=f"it offers {' and '.join(_word(each) for each in offered if each is not None)}",
             )
     strategies = choices.get("long_video.strategy", ())
     for dotted in without:
         default = keys()[dotted].default
         if (value := value_of(cfg, dotted)) != default:
-            means = "" if default is None else f", which means {str(default).lower()}"
+            means = "" if default is None else f", which means {_word(default)}"
             # A word of another way to make a long video: say which ways there are.
             about_length = strategies and dotted.startswith("long_video.")
             offers = f"; long_video.strategy is {' or '.join(map(str, strategies))}" if about_length else ""
             raise UsageError(
-                f"{family} does not know this setting, {str(value).lower()} was asked",
+                f"{family} does not know this setting, {_word(value)} was asked",
                 where=dotted,
                 fix=f"leave it out{means}{offers}",
             )
+
+
+def _word(value: object) -> str:
+    """As people write it in a file."""
+    return str(value).lower() if isinstance(value, bool) else str(value)

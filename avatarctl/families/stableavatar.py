@@ -45,6 +45,11 @@ __all__ = ["StableAvatar"]
 
 _LATENT_CHANNELS = 16
 _PIXELS_PER_LATENT = 8
+_PIXELS_PER_TOKEN = 16
+
+# Video tokens up to which a step is faster as one batch; beyond, memory is all that changes. Measured on a
+# CPU, see docs/benchmarks.md.
+_BATCHED_TOKENS = 512
 
 # (height, width) of the published checkpoints (spec f).
 _PUBLISHED_SIZES = ((512, 512), (480, 832), (832, 480))
@@ -200,7 +205,7 @@ class StableAvatar:
             overlap=windows.overlap,
             blend=cfg.long_video.blend,
             null_audio="silence" if cfg.sampling.null_audio == "projected_silence" else "nothing",
-            batched=cfg.sampling.batch_passes,
+            batched=_batched(windows.window, (height, width), cfg),
             padded=full if published else None,
         )
 
@@ -320,6 +325,14 @@ class StableAvatar:
 
 def _weights(guidance: Guidance) -> dict[str, float]:
     return native(guidance) if guidance.rule == "native" else audio_first(guidance)
+
+
+def _batched(frames: int, size: tuple[int, int], cfg: RunConfig) -> bool:
+    """Whether the passes of a step run as one batch; frames: latent, of a window; size: height, width."""
+    if cfg.sampling.batch_passes is not None:
+        return cfg.sampling.batch_passes
+    rows, columns = (length // _PIXELS_PER_TOKEN for length in size)
+    return frames * rows * columns <= _BATCHED_TOKENS
 
 
 def _length(cfg: RunConfig) -> int:

@@ -15,6 +15,7 @@ from avatarctl.family import Family, Plan
 from avatarctl.media import Picture, Sound, SoundSurvey, survey
 from avatarctl.registry import Row, outside_training
 from avatarctl.rng import stable_hash
+from avatarctl.sampling.window_order import chosen_order
 from avatarctl.timeline import FPS, SAMPLE_RATE, pixel_frames
 
 __all__ = ["Job", "JobPlan", "check_job"]
@@ -65,6 +66,7 @@ class JobPlan:
     def summary(self) -> dict[str, Any]:
         """What `--dry-run` and `--json` show."""
         cfg = self.cfg
+        order = {"schedule": self._order()} if self.plan.kind == "fused" else {}
         return {
             "model": cfg.model.name,
             "width": cfg.output.width,
@@ -75,12 +77,18 @@ class JobPlan:
             "strategy": self.plan.kind,
             "spans": self.plan.count,
             "latent_frames_per_span": next(self.plan.spans()).frames,
+            **order,
             "steps": cfg.sampling.steps,
             "branches": list(self.family.branches(self.family.guidance(cfg), 0)),
             "audio_offset": cfg.model.audio_offset,
             "sound_delay_seconds": float(self.sound_delay),
             "seed": cfg.runtime.seed,
         }
+
+    def _order(self) -> str:
+        steps = self.cfg.sampling.steps
+        assert steps is not None
+        return chosen_order(list(self.plan.spans()), steps, self.cfg.long_video.schedule)
 
 
 def check_job(cfg: RunConfig, row: Row, job: Job, emit: Emit) -> JobPlan:

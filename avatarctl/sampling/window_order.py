@@ -16,9 +16,9 @@ from typing import Literal
 
 from avatarctl.family import Span
 
-__all__ = ["last_overlapping", "pass_order"]
+__all__ = ["chosen_order", "last_overlapping", "pass_order"]
 
-Schedule = Literal["auto", "step", "wavefront"]
+Order = Literal["step", "wavefront"]
 
 
 def last_overlapping(spans: Sequence[Span]) -> list[int]:
@@ -27,12 +27,20 @@ def last_overlapping(spans: Sequence[Span]) -> list[int]:
     return [bisect_left(starts, span.start + span.frames) - 1 for span in spans]
 
 
-def pass_order(spans: Sequence[Span], steps: int, schedule: Schedule) -> Iterator[tuple[int, int]]:
-    """Every (window, step) once. auto: wavefront where there are more windows than it keeps alive."""
-    last = last_overlapping(spans)
-    later = last[0]  # of the others none has more, but for a last one moved back, which keeps one more alive
-    if schedule == "wavefront" or (schedule == "auto" and len(spans) > later * (steps - 1) + 1):
-        return _wavefront(last, steps)
+def chosen_order(spans: Sequence[Span], steps: int, schedule: Literal["auto"] | Order) -> Order:
+    """auto: wavefront where there are more windows than it keeps alive."""
+    if schedule != "auto":
+        return schedule
+    later = last_overlapping(spans)[0]  # none has more, but for a last one moved back: it keeps one more alive
+    return "wavefront" if len(spans) > later * (steps - 1) + 1 else "step"
+
+
+def pass_order(
+    spans: Sequence[Span], steps: int, schedule: Literal["auto"] | Order
+) -> Iterator[tuple[int, int]]:
+    """Every (window, step) once."""
+    if chosen_order(spans, steps, schedule) == "wavefront":
+        return _wavefront(last_overlapping(spans), steps)
     return ((window, step) for step in range(steps) for window in range(len(spans)))
 
 

@@ -57,6 +57,26 @@ def test_accepted(model: str, words: str, kind: str, run: Run, voice: Path, here
     assert not list(here.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("model", "words", "order"),
+    [
+        (FUSED, "--steps 2", "wavefront"),  # three windows, of which it keeps two
+        (FUSED, "--steps 9", "step"),
+        (FUSED, "--steps 2 --schedule step", "step"),
+        (FUSED, "--steps 9 --schedule wavefront", "wavefront"),
+        (CHUNKS, "--steps 2", None),
+    ],
+)
+def test_a_dry_run_says_the_order_of_the_windows(
+    model: str, words: str, order: str | None, run: Run, here: Path, tmp_path: Path
+) -> None:
+    soundfile.write(tmp_path / "long.wav", np.full(640 * 41, 0.1, np.float32), 16_000)
+    result = run(*dry(model, tmp_path / "long.wav", f"{words} -o long_video.num_frames=17"))
+    assert result.exit_code == 0, result.stderr
+    lines = [line for line in result.stdout.splitlines() if line.startswith("schedule: ")]
+    assert lines == ([f"schedule: {order}"] if order else [])
+
+
 OFFERS = {CHUNKS: "it offers off and chunks", FUSED: "it offers off and fused"}
 
 
@@ -69,6 +89,7 @@ OFFERS = {CHUNKS: "it offers off and chunks", FUSED: "it offers off and fused"}
         (CHUNKS, "-o long_video.blend=log", ("long_video.blend", "leave it out", "is off or chunks")),
         (CHUNKS, "-o sampling.null_audio=projected_silence", ("sampling.null_audio", "leave it out")),
         (CHUNKS, "--guidance-rule native", ("sampling.guidance_rule", "leave it out")),
+        (CHUNKS, "--batch-passes", ("sampling.batch_passes", "no true here", "it offers false")),
         (CHUNKS, "--overlap 0", ("--overlap", "fused only", "at least 1")),
         (CHUNKS, "--long-video stream", ("long_video.strategy", "no stream", OFFERS[CHUNKS])),
         (CHUNKS, "--channels 36", ("model.channels", "it offers 33")),

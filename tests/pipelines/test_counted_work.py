@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -55,9 +56,10 @@ def count_calls(modules: Modules) -> Counter[str]:
     return calls
 
 
-def work(cfg: RunConfig, samples: int) -> tuple[Plan, Mapping[str, int]]:
-    """The plan of a run over silence, and the calls that it made."""
+def work(cfg: RunConfig, samples: int, **parts: Mapping[str, object]) -> tuple[Plan, Mapping[str, int]]:
+    """The plan of a run over silence, and the calls that it made. parts: networks unlike the row's."""
     row = find_model(cfg.model.name or "")
+    row = replace(row, network={**row.network, **parts})
     picture = picture_from_array(np.zeros((16, 16, 3), np.uint8), "black")
     job = Job(picture, sound_from_array(np.zeros(samples, np.float32), 16_000, "silence"), "a", "b")
     plan = check_job(cfg, row, job, silent)
@@ -138,7 +140,9 @@ def test_every_call_of_windows_is_needed(branches: str, batched: bool, order: st
 
 
 def test_silence_as_the_model_hears_it_is_projected_once_per_job() -> None:
-    small = ("long_video.num_frames=9", "long_video.overlap_frames=5", *guided("3"))
+    small = (
+        "long_video.num_frames=9", "long_video.overlap_frames=5", "sampling.batch_passes=false", *guided("3")
+    )  # fmt: skip
     _, nothing = work(settings(WINDOWS, *small), 640 * 21)
     _, silence = work(settings(WINDOWS, *small, "sampling.null_audio=projected_silence"), 640 * 21)
     more = Counter(silence) - Counter(nothing)
@@ -160,3 +164,13 @@ def test_long_sound_is_encoded_once_per_piece() -> None:
     padded = 33 + 32 * (plan.count - 1)
     # Pieces of 150 frames that share 50.
     assert calls["feature extractions"] == 1 + -(-(padded - 150) // 100)
+
+
+@pytest.mark.parametrize(("width", "passes"), [(256, 1), (272, 3)])
+def test_small_passes_are_one_batch(width: int, passes: int) -> None:
+    """Five frames of sound are one window of 2 latent frames, each of 256 or 272 video tokens."""
+    small = {**find_model(WINDOWS).network["vae"], "base_dim": 4}  # it is not what is looked at
+    cfg = settings(WINDOWS, "output.height=256", f"output.width={width}", "sampling.steps=1", *guided("3"))
+    plan, calls = work(cfg, 640 * 5, vae=small)
+    assert next(plan.spans()).frames == 2
+    assert calls["transformer passes"] == passes
