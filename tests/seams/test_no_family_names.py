@@ -21,7 +21,9 @@ WORDS = re.compile("|".join(name.replace("avatar", "[-_ ]?avatar") for name in F
 
 OWN_ROOMS = ("families", "models", "configs")
 OWN_FILES = (
-    "registry.py",
+    "registry/rows.py",
+    "registry/networks.py",
+    "registry/defaults.py",
     # Names, shapes and fingerprints of one network's files.
     "weights/layouts.py",
     "weights/wan_vae.py",

@@ -1,0 +1,43 @@
+"""Which models, encoders and other published files exist: rows of data, no classes of networks.
+
+row.py      what a row says        networks.py  sizes of the networks
+rows.py     every row              defaults.py  what a run of a model starts from
+choose.py   a name to its row
+"""
+
+from avatarctl.registry.choose import configure, find, find_model, outside_training
+from avatarctl.registry.defaults import COMPAT
+from avatarctl.registry.row import (
+    ENCODER_FILES,
+    NEEDS_WEIGHTS,
+    NOT_YET,
+    WORKS,
+    Kind,
+    Row,
+    Status,
+    TrainedFor,
+    VideoShape,
+    Wanted,
+    encoder_part,
+)
+from avatarctl.registry.rows import ROWS
+
+__all__ = [
+    "COMPAT",
+    "ENCODER_FILES",
+    "NEEDS_WEIGHTS",
+    "NOT_YET",
+    "ROWS",
+    "WORKS",
+    "Kind",
+    "Row",
+    "Status",
+    "TrainedFor",
+    "VideoShape",
+    "Wanted",
+    "configure",
+    "encoder_part",
+    "find",
+    "find_model",
+    "outside_training",
+]

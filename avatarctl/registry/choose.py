@@ -1,0 +1,73 @@
+"""A name -> its row, and what a person should know of a run of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from avatarctl.config import RunConfig, Setting, nearest, read_assignment, resolve
+from avatarctl.errors import ConfigError
+from avatarctl.registry.defaults import COMPAT
+from avatarctl.registry.row import Row
+from avatarctl.registry.rows import MODELS, ROWS
+
+__all__ = ["configure", "find", "find_model", "outside_training"]
+
+
+def find(name: str) -> Row:
+    """The row of this name. Raises ConfigError with the nearest name."""
+    if name in ROWS:
+        return ROWS[name]
+    like = nearest(name, ROWS)
+    raise ConfigError(
+        f"there is no model {name[:100]!r}",
+        fix=f"did you mean {like}?" if like else "`avatarctl models list` shows all",
+    )
+
+
+def find_model(name: str) -> Row:
+    """The row of a registry name that can run; weights/model_row.py reads paths as well.
+
+    Raises ConfigError for unknown names and for rows that are no models.
+    """
+    row = find(name)
+    if row.kind != "model":
+        users = [model.name for model in MODELS if name in model.needs]
+        raise ConfigError(
+            f"model.name {name} is a row of kind {row.kind}, which cannot run alone",
+            fix=f"did you mean {users[0]}?" if users else None,
+        )
+    return row
+
+
+def configure(
+    *assignments: str, origin: str = "configure", row_named: Callable[[str], Row] = find_model
+) -> RunConfig:
+    """The resolved configuration of a run from `section.key=value` texts; the library's short way.
+
+    row_named: finds the row of `model.name`; `weights.model_row.row_named` takes files and folders as well.
+    Raises ConfigError for unknown keys, wrong types and impossible values.
+    """
+    asked: dict[str, Setting] = {}
+    for dotted, setting in (read_assignment(text, origin) for text in assignments):
+        if isinstance(setting.value, Mapping) and dotted in asked:  # one part of `model.weights` at a time
+            setting = Setting({**asked[dotted].value, **setting.value}, origin)
+        asked[dotted] = setting
+    return resolve(lambda name: row_named(name).for_config, COMPAT, None, asked).cfg
+
+
+def outside_training(
+    row: Row, *, width: int, height: int, num_frames: int, overlap_frames: int | None
+) -> tuple[str, ...]:
+    """One line for each value that the row's model was not trained for; sizes in pixels and pixel frames,
+    None for an overlap that is not used."""
+    known = row.trained_for
+    checks = (
+        (f"size {width}x{height}", (width, height), known.sizes),
+        (f"{num_frames} frames at a time", num_frames, known.num_frames),
+        (f"overlap {overlap_frames}", overlap_frames, known.overlap_frames),
+    )
+    return tuple(
+        f"{row.name} was not trained for {what}"
+        for what, value, seen in checks
+        if seen and value is not None and value not in seen
+    )

@@ -1,0 +1,129 @@
+"""What a row of the registry says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+from avatarctl.config import ModelRowDefaults
+
+__all__ = [
+    "ENCODER_FILES",
+    "NEEDS_WEIGHTS",
+    "NOT_YET",
+    "WORKS",
+    "Kind",
+    "Row",
+    "Status",
+    "TrainedFor",
+    "VideoShape",
+    "Wanted",
+    "encoder_part",
+]
+
+Kind = Literal["model", "base", "adapter", "encoder", "loss", "metric", "detector", "separator"]
+Status = Literal["works", "needs weights", "not yet supported"]
+VideoShape = Literal["square", "landscape or portrait"]
+
+WORKS: Final[Status] = "works"
+NEEDS_WEIGHTS: Final[Status] = "needs weights"
+NOT_YET: Final[Status] = "not yet supported"
+
+ENCODER_FILES: Final[Mapping[str, str]] = {
+    "text": "models_t5_umt5-xxl-enc-bf16.pth",
+    "vae": "Wan2.1_VAE.pth",
+    "tokenizer": "google/umt5-xxl/",
+    "clip": "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
+}
+"""What stands beside the transformer in Wan releases, by part; "clip" in those that look at a picture."""
+
+
+@dataclass(frozen=True)
+class TrainedFor:
+    """What a model saw in training or is published with; other values run, with a notice.
+
+    sizes: (width, height) in pixels; num_frames, overlap_frames: pixel frames. Empty means unknown.
+    """
+
+    sizes: tuple[tuple[int, int], ...] = ()
+    num_frames: tuple[int, ...] = ()
+    overlap_frames: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing that can be named.
+
+    source:  "package" needs no file; "hub" is a repository; "other" is described by `obtained`; "path" is a
+             file or folder that a person named, see `path`; only rows of weights/model_row.py have it.
+    files:   names relative to the repository; "a|b" is satisfied by either, a trailing "/" is a folder.
+    stand_ins: names in `files` -> the name under which `avatarctl convert-ckpt` may have written the same.
+    network: constructor arguments by part: "dit" (the family's transformer), "vae" (`AutoencoderKLWan`),
+             "text" (`UMT5Config`), "audio" (`Wav2Vec2Config`), "clip" (`clip_config`), if there is one.
+    defaults: RunConfig values by dotted key.
+    audio_offset_stated: the weights themselves say which audio offset they were made with.
+    compat:  what each `model.compat` sets for this model; None for `COMPAT`.
+    needs:   names of the rows whose files it needs as well.
+    part:    the part of a run that the folder of an encoder is, empty where each file is a part of its own.
+    made_for: ends of file names -> the shape of the videos that these weights were trained for.
+    copies:  (repository, folder in it) that hold the same files.
+    path:    of the transformer's file, absolute, where the source is "path".
+    """
+
+    name: str
+    kind: Kind
+    title: str
+    status: Status
+    source: Literal["package", "hub", "other", "path"] = "hub"
+    hub_id: str = ""
+    files: tuple[str, ...] = ()
+    stand_ins: Mapping[str, str] = field(default_factory=dict)
+    obtained: str = ""
+    license: str = ""
+    family: str = ""
+    network: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    audio_offset_stated: bool = False
+    compat: Mapping[str, Mapping[str, Any]] | None = None
+    trained: bool = True
+    trained_for: TrainedFor = TrainedFor()
+    needs: tuple[str, ...] = ()
+    part: str = ""
+    made_for: Mapping[str, VideoShape] = field(default_factory=dict)
+    copies: tuple[tuple[str, str], ...] = ()
+    path: str = ""
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder that holds its files below a weights root."""
+        return self.hub_id.rpartition("/")[2] or self.name
+
+    def accepted(self, names: str) -> str:
+        """A name of `files` with what may stand in for it on a disk, as "a|b"; a hub has the former only."""
+        return f"{names}|{self.stand_ins[names]}" if names in self.stand_ins else names
+
+    @property
+    def width(self) -> int:
+        """Width of the transformer, 0 for rows that do not state it."""
+        dit = self.network.get("dit", {})
+        return int(dit.get("num_attention_heads", 0)) * int(dit.get("attention_head_dim", 0))
+
+    @property
+    def for_config(self) -> ModelRowDefaults:
+        """What `avatarctl.config.resolve` needs of it."""
+        return ModelRowDefaults(self.name, self.defaults, self.audio_offset_stated, self.compat)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A file that is not there: its name in the repository, the folder it goes to, the repository."""
+
+    file: str
+    folder: str
+    hub_id: str
+
+
+def encoder_part(name: str) -> str:
+    """The part of a run that a file of a release is, in whatever folder of it; empty for none."""
+    return next((part for part, file in ENCODER_FILES.items() if f"/{name}".endswith(f"/{file}")), "")

@@ -1,0 +1,159 @@
+"""Every row, as data. Sources: spec/weight-sources.md for the files; an empty hub id means that nobody
+confirmed one. spec/omniavatar.md c, spec/stableavatar.md e, f, k for what the models were trained for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from avatarctl.registry import defaults, networks
+from avatarctl.registry.row import ENCODER_FILES, NEEDS_WEIGHTS, NOT_YET, WORKS, Row, TrainedFor
+
+__all__ = ["MODELS", "ROWS"]
+
+_OMNIAVATAR_TRAINED: Final = TrainedFor(
+    sizes=((720, 400), (720, 720), (400, 720), (960, 528), (528, 960), (1280, 720), (720, 1280)),
+    overlap_frames=(1, 13),
+)
+
+_WAN21_ENCODERS: Final = tuple(name for part, name in ENCODER_FILES.items() if part != "clip")
+
+
+def _shards(count: int) -> tuple[str, ...]:
+    names = (f"diffusion_pytorch_model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1))
+    return (*names, "diffusion_pytorch_model.safetensors.index.json")
+
+
+_WHOLE: Final = "diffusion_pytorch_model.safetensors"
+_WHOLE_ADAPTER: Final = {"pytorch_model.pt": "pytorch_model.safetensors"}
+
+_STABLEAVATAR_FILE: Final = (
+    "StableAvatar-1.3B/transformer3d-square.pt|StableAvatar-1.3B/transformer3d-rec-vec.pt"
+)
+_FUN: Final = "Wan2.1-Fun-V1.1-1.3B-InP/"
+
+MODELS: Final = (
+    Row(
+        "cartoon-i2v", "model", "built-in cartoon model, picture and voice to video", WORKS, "package",
+        family="omniavatar",
+        network=networks.CARTOON,
+        defaults=defaults.CARTOON,
+        audio_offset_stated=True,
+        trained=False,
+        trained_for=TrainedFor(sizes=((64, 64),), num_frames=(33,), overlap_frames=(1,)),
+    ),
+    Row(
+        "omniavatar-14b", "model", "OmniAvatar on Wan 2.1 T2V 14B", NEEDS_WEIGHTS,
+        family="omniavatar",
+        network=networks.OMNIAVATAR_14B,
+        defaults=defaults.OMNIAVATAR,
+        trained_for=_OMNIAVATAR_TRAINED,
+        needs=("wan2.1-t2v-14b", "omniavatar-14b-adapter", "wav2vec2-base-960h"),
+    ),
+    Row(
+        "omniavatar-1.3b", "model", "OmniAvatar on Wan 2.1 T2V 1.3B", NEEDS_WEIGHTS,
+        family="omniavatar",
+        network=networks.OMNIAVATAR_1_3B,
+        defaults=defaults.OMNIAVATAR,
+        trained_for=_OMNIAVATAR_TRAINED,
+        needs=("wan2.1-t2v-1.3b", "omniavatar-1.3b-adapter", "wav2vec2-base-960h"),
+    ),
+    Row(
+        "stableavatar-1.3b", "model", "StableAvatar on Wan 2.1 Fun InP 1.3B", NEEDS_WEIGHTS,
+        hub_id="FrancisRing/StableAvatar",
+        files=(_STABLEAVATAR_FILE,),
+        stand_ins={_STABLEAVATAR_FILE: _STABLEAVATAR_FILE.replace(".pt", ".safetensors")},
+        made_for={"transformer3d-square": "square", "transformer3d-rec-vec": "landscape or portrait"},
+        family="stableavatar",
+        network=networks.STABLEAVATAR_1_3B,
+        defaults=defaults.STABLEAVATAR,
+        compat=defaults.STABLEAVATAR_COMPAT,
+        trained_for=TrainedFor(sizes=((512, 512), (480, 832), (832, 480)), num_frames=(81,)),
+        needs=("wan2.1-fun-1.3b-inp-encoders", "wav2vec2-base-960h"),
+    ),
+    Row(
+        "stableavatar-tiny", "model", "untrained miniature of StableAvatar, for tests", WORKS, "package",
+        family="stableavatar",
+        network=networks.STABLEAVATAR_TINY,
+        defaults=defaults.STABLEAVATAR_TINY,
+        compat=defaults.STABLEAVATAR_COMPAT,
+        trained=False,
+    ),
+    Row(
+        "liveavatar-14b", "model", "LiveAvatar on Wan 2.2 S2V 14B", NOT_YET,
+        family="liveavatar",
+        needs=("wan2.2-s2v-14b", "liveavatar-adapter"),
+    ),
+)  # fmt: skip
+
+_FILES: Final = (
+    Row(
+        "wan2.1-t2v-14b", "base", "Wan 2.1 text to video 14B, with text encoder and VAE", NEEDS_WEIGHTS,
+        hub_id="Wan-AI/Wan2.1-T2V-14B", files=(*_shards(6), *_WAN21_ENCODERS),
+        stand_ins=dict.fromkeys(_shards(6), _WHOLE),
+    ),
+    Row(
+        "wan2.1-t2v-1.3b", "base", "Wan 2.1 text to video 1.3B, with text encoder and VAE", NEEDS_WEIGHTS,
+        hub_id="Wan-AI/Wan2.1-T2V-1.3B", files=(_WHOLE, *_WAN21_ENCODERS),
+        stand_ins={_WHOLE: f"{_WHOLE}.index.json"},
+    ),
+    Row(
+        "wan2.1-fun-1.3b-inp", "base", "Wan 2.1 Fun InP 1.3B, with its encoders and VAE", NEEDS_WEIGHTS,
+        hub_id="FrancisRing/StableAvatar", files=(_FUN,),
+    ),
+    Row(
+        "wan2.1-fun-1.3b-inp-encoders", "encoder", "text encoder, image encoder and VAE of Wan 2.1 Fun InP",
+        NEEDS_WEIGHTS, hub_id="FrancisRing/StableAvatar",
+        files=tuple(f"{_FUN}{name}" for name in ENCODER_FILES.values()),
+    ),
+    Row(
+        "wan2.2-s2v-14b", "base", "Wan 2.2 speech to video 14B", NOT_YET,
+        hub_id="Wan-AI/Wan2.2-S2V-14B",
+        files=(*_shards(4), *_WAN21_ENCODERS, "wav2vec2-large-xlsr-53-english/"),
+    ),
+    Row(
+        "omniavatar-14b-adapter", "adapter", "LoRA, audio layers and patch embedding of OmniAvatar 14B",
+        NEEDS_WEIGHTS, hub_id="OmniAvatar/OmniAvatar-14B", files=("config.json", "pytorch_model.pt"),
+        stand_ins=_WHOLE_ADAPTER,
+    ),
+    Row(
+        "omniavatar-1.3b-adapter", "adapter", "LoRA, audio layers and patch embedding of OmniAvatar 1.3B",
+        NEEDS_WEIGHTS, hub_id="OmniAvatar/OmniAvatar-1.3B", files=("config.json", "pytorch_model.pt"),
+        stand_ins=_WHOLE_ADAPTER,
+    ),
+    Row(
+        "liveavatar-adapter", "adapter", "LoRA of LiveAvatar", NOT_YET,
+        hub_id="Quark-Vision/Live-Avatar", files=("liveavatar.safetensors",),
+    ),
+    Row(
+        "wav2vec2-base-960h", "encoder", "wav2vec 2.0 base", NEEDS_WEIGHTS,
+        hub_id="facebook/wav2vec2-base-960h",
+        files=("config.json", "model.safetensors|pytorch_model.bin", "preprocessor_config.json"),
+        part="audio", copies=(("FrancisRing/StableAvatar", "wav2vec2-base-960h"),),
+    ),
+    Row(
+        "stable-syncnet", "loss", "StableSyncNet, judge of the sync loss", NOT_YET,
+        hub_id="ByteDance/LatentSync-1.6", files=("stable_syncnet.pt",),
+    ),
+    Row(
+        "videomae-v2-g", "loss", "VideoMAE v2 ViT-g, features of TREPA", NOT_YET,
+        files=("vit_g_hybrid_pt_1200e_ssv2_ft.pth",),
+    ),
+    Row(
+        "lpips-vgg16", "loss", "VGG-16 trunk of LPIPS", NOT_YET, "other",
+        files=("vgg16-397923af.pth",), obtained="torchvision's published file",
+    ),
+    Row("syncnet-v2", "metric", "SyncNet v2, for Sync-C and Sync-D", NOT_YET, files=("syncnet_v2.model",)),
+    Row("yunet", "detector", "YuNet face detector", NOT_YET, files=("face_detection_yunet_2023mar.onnx",)),
+    Row(
+        "buffalo-l", "detector", "insightface buffalo_l face detector", NOT_YET, "other",
+        files=("models/buffalo_l/",), obtained="the insightface package", license="non-commercial",
+    ),
+    Row(
+        "kim-vocal-2", "separator", "MDX vocal separator", NOT_YET,
+        hub_id="FrancisRing/StableAvatar", files=("Kim_Vocal_2.onnx",),
+    ),
+)  # fmt: skip
+
+ROWS: Final[Mapping[str, Row]] = {row.name: row for row in (*MODELS, *_FILES)}
+"""Every row by name, models first."""
