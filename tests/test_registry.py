@@ -8,7 +8,7 @@ import pytest
 
 from avatarctl.config import ModelRowDefaults, Setting, keys, resolve, value_of
 from avatarctl.errors import ConfigError
-from avatarctl.registry import ROWS, Kind, Row, Status, configure, find, find_model
+from avatarctl.registry import ROWS, Kind, Row, Status, configure, find, find_model, fitting
 
 ALL = [pytest.param(row, id=row.name) for row in ROWS.values()]
 RUNNING = [row.name for row in ROWS.values() if row.kind == "model" and row.status != "not yet supported"]
@@ -56,12 +56,35 @@ def test_every_kind_is_there() -> None:
 def test_the_models() -> None:
     status = {row.name: row.status for row in ROWS.values() if row.kind == "model"}
     assert status.keys() == {
-        "cartoon-i2v", "omniavatar-14b", "omniavatar-1.3b", "stableavatar-1.3b", "stableavatar-tiny",
-        "liveavatar-14b",
+        "cartoon-i2v", "omniavatar-14b", "omniavatar-1.3b", "stableavatar-1.3b", "stableavatar-1.3b-rec-vec",
+        "stableavatar-tiny", "liveavatar-14b",
     }  # fmt: skip
     assert status["cartoon-i2v"] == "works"
     assert status["stableavatar-tiny"] == "works" and status["liveavatar-14b"] == "not yet supported"
     assert status["omniavatar-14b"] == status["stableavatar-1.3b"] == "needs weights"
+
+
+@pytest.mark.parametrize("row", ALL)
+def test_what_runs_instead_is_the_same_network_for_another_shape(row: Row) -> None:
+    for other in map(find, row.instead):
+        assert (other.family, other.network, other.needs) == (row.family, row.network, row.needs)
+        assert other.made_for and row.made_for and other.made_for != row.made_for
+        assert not other.instead, "one step leads to it"
+
+
+@pytest.mark.parametrize(
+    ("asked", "size", "runs"),
+    [
+        ("stableavatar-1.3b", (512, 512), "stableavatar-1.3b"),
+        ("stableavatar-1.3b", (832, 480), "stableavatar-1.3b-rec-vec"),
+        ("stableavatar-1.3b", (480, 832), "stableavatar-1.3b-rec-vec"),
+        ("stableavatar-1.3b-rec-vec", (512, 512), "stableavatar-1.3b-rec-vec"),
+        ("omniavatar-14b", (512, 512), "omniavatar-14b"),
+        ("stableavatar-tiny", (64, 32), "stableavatar-tiny"),
+    ],
+)
+def test_the_size_chooses(asked: str, size: tuple[int, int], runs: str) -> None:
+    assert fitting(find(asked), *size).name == runs
 
 
 def test_find() -> None:

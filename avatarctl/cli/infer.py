@@ -18,9 +18,9 @@ import click
 from avatarctl.cli.options import EXAMPLE_MODEL, ConfigCommand, Request, config_options, read_request
 from avatarctl.cli.screen import Screen
 from avatarctl.config import Resolved, RunConfig, dump_run, require_supported, value_of
-from avatarctl.errors import NotYetSupported, OutputRefused, UsageError, WeightsMissing, printable
+from avatarctl.errors import NotYetSupported, OutputRefused, UsageError, printable
 from avatarctl.events import Notice
-from avatarctl.registry import COMPAT, NOT_YET, ROWS, Row, Wanted, find_model
+from avatarctl.registry import COMPAT, NOT_YET, ROWS, Row, find_model
 
 # The weights room imports numpy, which `--help` need not wait for: its names come where they are used.
 if TYPE_CHECKING:
@@ -64,17 +64,17 @@ def infer(**params: Any) -> None:
         raise NotYetSupported(f"{row.name} is not yet supported", where="model.name")
     _refuse_existing(cfg)
 
-    from avatarctl.weights.sources import find_sources
+    from avatarctl.weights.sources import asked_size, find_sources
 
     with Screen(cfg.runtime.log_level) as screen:
         for notice in _introduction(request, row):
             screen(Notice(notice))
-        sources = find_sources(row, cfg.model)
-        job = _job(request, row, sources.missing, screen)
+        sources = find_sources(row, cfg.model, asked_size(cfg))
+        job = _job(request, row, sources, screen)
         if request.dry_run:
             _dry_run(request, row, job, sources, screen)
         else:
-            _run(request, row, job, sources.missing, screen)
+            _run(request, row, job, sources, screen)
 
 
 def _row(name: str) -> Row:
@@ -93,14 +93,16 @@ def _introduction(request: Request, row: Row) -> list[str]:
     return [f"model: {row.name}{title}{asked}{untrained}", *request.resolved.notices]
 
 
-def _job(request: Request, row: Row, weights: tuple[Wanted, ...], screen: Screen) -> Job:
+def _job(request: Request, row: Row, sources: Sources, screen: Screen) -> Job:
     """The inputs, opened. For the built-in model, and for a dry run, the built-in sample stands in for
     what is not given."""
     cfg = request.resolved.cfg
     missing = [key for key in ("image", "audio") if getattr(cfg.input, key) is None]
     if missing and row.source != "package" and not request.dry_run:
-        if weights:  # the larger obstacle first
-            raise _weights_missing(row, weights)
+        if sources.missing:  # the larger obstacle first
+            from avatarctl.weights.sources import weights_missing
+
+            raise weights_missing(row, sources)
         raise UsageError(f"{row.name} needs --{missing[0]}")
 
     from avatarctl.demo.sample import sample_picture, sample_sound
@@ -148,11 +150,13 @@ def _dry_run(request: Request, row: Row, job: Job, sources: Sources, screen: Scr
             click.echo(f"{name}: {printable(', '.join(value) if isinstance(value, list) else value)}")
 
 
-def _run(request: Request, row: Row, job: Job, missing: tuple[Wanted, ...], screen: Screen) -> None:
+def _run(request: Request, row: Row, job: Job, sources: Sources, screen: Screen) -> None:
     cfg = request.resolved.cfg
     path = Path(cfg.output.path) if cfg.output.path else _fresh_path(row)
-    if missing:
-        raise _weights_missing(row, missing)
+    if sources.missing:
+        from avatarctl.weights.sources import weights_missing
+
+        raise weights_missing(row, sources)
 
     from avatarctl.atomic import atomic_write_text
     from avatarctl.cli.signals import stop_on_signals
@@ -245,10 +249,3 @@ def _fresh_path(row: Row) -> Path:
     stamp = Path("runs") / f"infer-{row.name}" / time.strftime("%Y%m%d-%H%M%S")
     names = (stamp.name if attempt == 1 else f"{stamp.name}-{attempt}" for attempt in itertools.count(1))
     return next(folder for name in names if not (folder := stamp.with_name(name)).exists()) / "video.mp4"
-
-
-def _weights_missing(row: Row, missing: tuple[Wanted, ...]) -> WeightsMissing:
-    from avatarctl.weights.sources import missing_line
-
-    pull = None if row.source == "path" else f"`avatarctl models pull {row.name}` fetches them"
-    return WeightsMissing(missing_line(missing), where=row.name, fix=pull)

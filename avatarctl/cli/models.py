@@ -19,7 +19,7 @@ from avatarctl.cli.options import EXAMPLE_MODEL, WEIGHTS_VARIABLE
 from avatarctl.cli.screen import Screen
 from avatarctl.errors import Interrupted, UnusableWeights, UsageError, WeightsMissing, printable
 from avatarctl.registry import ROWS, Row, find
-from avatarctl.weights.hub.locate import Located, hub_constants, locate, with_needs
+from avatarctl.weights.hub.locate import Located, hub_constants, locate, missing_files, with_needs
 
 if TYPE_CHECKING:
     from avatarctl.weights.hub.client import HubFile
@@ -90,6 +90,10 @@ def show_model(name: str, weights_root: str | None, as_json: bool) -> None:
         click.echo(f"missing    {item.file}  ({origin}; by hand: {printable(item.folder)}/{item.file})")
     if any(item.hub_id for item in missing):
         click.echo(f"fetch      {_pull_words([name], weights_root)}")
+    for other in row.instead:
+        lacking = missing_files(find(other), root)
+        state = _pull_words([other], weights_root) if lacking else "here"
+        click.echo(f"{'other':<10} {other}, for {find(other).made_for} videos: {state}")
 
 
 def _pull_words(names: Iterable[str], weights_root: str | None) -> str:

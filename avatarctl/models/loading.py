@@ -15,7 +15,7 @@ from diffusers import AutoencoderKLWan
 from torch import nn
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel, Wav2Vec2Config
 
-from avatarctl.errors import EnvironmentMissing, UnusableWeights, WeightsMissing
+from avatarctl.errors import EnvironmentMissing, UnusableWeights
 from avatarctl.events import Notice, Stage
 from avatarctl.family import Modules
 from avatarctl.models.attention import choose_attention, use_attention
@@ -35,7 +35,7 @@ from avatarctl.models.wav2vec import FrameWav2Vec2
 from avatarctl.rng import stable_hash
 from avatarctl.weights.assemble import assemble, built_in, with_loras
 from avatarctl.weights.checkpoint import Checkpoint
-from avatarctl.weights.sources import Sources, find_sources, made_for_others, missing_line
+from avatarctl.weights.sources import Sources, asked_size, find_sources, made_for_others, weights_missing
 from avatarctl.weights.tensors import ArrayTensor
 
 if TYPE_CHECKING:
@@ -69,10 +69,10 @@ def load_modules(row: Row, cfg: RunConfig, device: torch.device, emit: Emit) -> 
     Raises WeightsMissing (exit 4) naming every file that is not here, before any is read; UnusableWeights for
     files that do not fit; ExtraMissing for an attention kernel that does not run here.
     """
-    size = (cfg.output.width, cfg.output.height) if cfg.output.width and cfg.output.height else None
+    size = asked_size(cfg)
     sources = find_sources(row, cfg.model, size)
     if sources.missing:
-        raise WeightsMissing(missing_line(sources.missing), where=row.name)
+        raise weights_missing(row, sources)
     for note in sources.notes:
         emit(Notice(note))
     dtype = getattr(torch, cfg.runtime.dtype or "float32")
@@ -82,7 +82,7 @@ def load_modules(row: Row, cfg: RunConfig, device: torch.device, emit: Emit) -> 
         modules = _built_in(row, sources, dtype, device, emit)
     else:
         held = assemble(row, sources, cfg.model, emit)
-        if size and (line := made_for_others(row, held, size)):
+        if size and (line := made_for_others(held, size)):
             emit(Notice(line, "warning"))
         kernel = choose_attention(cfg.runtime.attention, device, dtype, held.sizes.width // held.heads)
         modules = _from_files(held, sources.encoders, dtype, device, emit)

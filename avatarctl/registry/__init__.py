@@ -5,7 +5,14 @@ rows.py     every row              defaults.py  what a run of a model starts fro
 choose.py   a name to its row
 """
 
-from avatarctl.registry.choose import configure, find, find_model, outside_training
+from avatarctl.registry.choose import (
+    configure,
+    find,
+    find_model,
+    fitting,
+    outside_training,
+    video_shape,
+)
 from avatarctl.registry.defaults import COMPAT
 from avatarctl.registry.row import (
     ENCODER_FILES,
@@ -39,5 +46,7 @@ __all__ = [
     "encoder_part",
     "find",
     "find_model",
+    "fitting",
     "outside_training",
+    "video_shape",
 ]

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from avatarctl.config import RunConfig, Setting, nearest, read_assignment, resolve
 from avatarctl.errors import ConfigError
 from avatarctl.registry.defaults import COMPAT
-from avatarctl.registry.row import Row
+from avatarctl.registry.row import Row, VideoShape
 from avatarctl.registry.rows import MODELS, ROWS
 
-__all__ = ["configure", "find", "find_model", "outside_training"]
+__all__ = ["configure", "find", "find_model", "fitting", "outside_training", "video_shape"]
 
 
 def find(name: str) -> Row:
@@ -37,6 +37,17 @@ def find_model(name: str) -> Row:
             fix=f"did you mean {users[0]}?" if users else None,
         )
     return row
+
+
+def video_shape(width: int, height: int) -> VideoShape:
+    """The word of `Row.made_for` for a video of this size."""
+    return "square" if width == height else "landscape or portrait"
+
+
+def fitting(row: Row, width: int, height: int) -> Row:
+    """Of `row` and those that run in its place the one that is made for videos of this size, else `row`."""
+    shape = video_shape(width, height)
+    return next((each for each in (row, *map(find, row.instead)) if each.made_for == shape), row)
 
 
 def configure(

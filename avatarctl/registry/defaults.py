@@ -8,7 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-__all__ = ["CARTOON", "COMPAT", "OMNIAVATAR", "STABLEAVATAR", "STABLEAVATAR_COMPAT", "STABLEAVATAR_TINY"]
+__all__ = [
+    "CARTOON",
+    "COMPAT",
+    "OMNIAVATAR",
+    "STABLEAVATAR",
+    "STABLEAVATAR_COMPAT",
+    "STABLEAVATAR_OBLONG",
+    "STABLEAVATAR_TINY",
+]
 
 Defaults = Mapping[str, Any]
 
@@ -90,6 +98,14 @@ STABLEAVATAR: Final[Defaults] = {
     "data.width": 512,
     "data.height": 512,
     "runtime.dtype": "bfloat16",
+}
+
+STABLEAVATAR_OBLONG: Final[Defaults] = {
+    **STABLEAVATAR,
+    "output.width": 832,
+    "output.height": 480,
+    "data.width": 832,
+    "data.height": 480,
 }
 
 STABLEAVATAR_TINY: Final[Defaults] = {

@@ -66,7 +66,9 @@ class Row:
     compat:  what each `model.compat` sets for this model; None for `COMPAT`.
     needs:   names of the rows whose files it needs as well.
     part:    the part of a run that the folder of an encoder is, empty where each file is a part of its own.
-    made_for: ends of file names -> the shape of the videos that these weights were trained for.
+    made_for: the shape of the videos that these weights were trained for, None where that is one.
+    instead: names of the rows that run in its place where the video has the shape that they are made for, or
+             where they are here and it is not.
     copies:  (repository, folder in it) that hold the same files.
     path:    of the transformer's file, absolute, where the source is "path".
     """
@@ -90,7 +92,8 @@ class Row:
     trained_for: TrainedFor = TrainedFor()
     needs: tuple[str, ...] = ()
     part: str = ""
-    made_for: Mapping[str, VideoShape] = field(default_factory=dict)
+    made_for: VideoShape | None = None
+    instead: tuple[str, ...] = ()
     copies: tuple[tuple[str, str], ...] = ()
     path: str = ""
 

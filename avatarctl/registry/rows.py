@@ -4,10 +4,10 @@ confirmed one. spec/omniavatar.md c, spec/stableavatar.md e, f, k for what the m
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
 from avatarctl.registry import defaults, networks
-from avatarctl.registry.row import ENCODER_FILES, NEEDS_WEIGHTS, NOT_YET, WORKS, Row, TrainedFor
+from avatarctl.registry.row import ENCODER_FILES, NEEDS_WEIGHTS, NOT_YET, WORKS, Row, TrainedFor, VideoShape
 
 __all__ = ["MODELS", "ROWS"]
 
@@ -27,10 +27,29 @@ def _shards(count: int) -> tuple[str, ...]:
 _WHOLE: Final = "diffusion_pytorch_model.safetensors"
 _WHOLE_ADAPTER: Final = {"pytorch_model.pt": "pytorch_model.safetensors"}
 
-_STABLEAVATAR_FILE: Final = (
-    "StableAvatar-1.3B/transformer3d-square.pt|StableAvatar-1.3B/transformer3d-rec-vec.pt"
-)
 _FUN: Final = "Wan2.1-Fun-V1.1-1.3B-InP/"
+
+
+def _stableavatar(
+    name: str, file: str, made_for: VideoShape, values: Mapping[str, Any], instead: tuple[str, ...] = ()
+) -> Row:
+    """The model as it is published for one shape of video."""
+    path = f"StableAvatar-1.3B/{file}"
+    return Row(
+        name, "model", f"StableAvatar on Wan 2.1 Fun InP 1.3B, for {made_for} videos", NEEDS_WEIGHTS,
+        hub_id="FrancisRing/StableAvatar",
+        files=(f"{path}.pt",),
+        stand_ins={f"{path}.pt": f"{path}.safetensors"},
+        made_for=made_for,
+        instead=instead,
+        family="stableavatar",
+        network=networks.STABLEAVATAR_1_3B,
+        defaults=values,
+        compat=defaults.STABLEAVATAR_COMPAT,
+        trained_for=TrainedFor(sizes=((512, 512), (480, 832), (832, 480)), num_frames=(81,)),
+        needs=("wan2.1-fun-1.3b-inp-encoders", "wav2vec2-base-960h"),
+    )  # fmt: skip
+
 
 MODELS: Final = (
     Row(
@@ -58,18 +77,13 @@ MODELS: Final = (
         trained_for=_OMNIAVATAR_TRAINED,
         needs=("wan2.1-t2v-1.3b", "omniavatar-1.3b-adapter", "wav2vec2-base-960h"),
     ),
-    Row(
-        "stableavatar-1.3b", "model", "StableAvatar on Wan 2.1 Fun InP 1.3B", NEEDS_WEIGHTS,
-        hub_id="FrancisRing/StableAvatar",
-        files=(_STABLEAVATAR_FILE,),
-        stand_ins={_STABLEAVATAR_FILE: _STABLEAVATAR_FILE.replace(".pt", ".safetensors")},
-        made_for={"transformer3d-square": "square", "transformer3d-rec-vec": "landscape or portrait"},
-        family="stableavatar",
-        network=networks.STABLEAVATAR_1_3B,
-        defaults=defaults.STABLEAVATAR,
-        compat=defaults.STABLEAVATAR_COMPAT,
-        trained_for=TrainedFor(sizes=((512, 512), (480, 832), (832, 480)), num_frames=(81,)),
-        needs=("wan2.1-fun-1.3b-inp-encoders", "wav2vec2-base-960h"),
+    _stableavatar(
+        "stableavatar-1.3b", "transformer3d-square", "square", defaults.STABLEAVATAR,
+        instead=("stableavatar-1.3b-rec-vec",),
+    ),
+    _stableavatar(
+        "stableavatar-1.3b-rec-vec", "transformer3d-rec-vec", "landscape or portrait",
+        defaults.STABLEAVATAR_OBLONG,
     ),
     Row(
         "stableavatar-tiny", "model", "untrained miniature of StableAvatar, for tests", WORKS, "package",

@@ -10,9 +10,10 @@ from avatarctl.registry import NEEDS_WEIGHTS, ROWS, Row, encoder_part, find_mode
 from avatarctl.weights.checkpoint import Checkpoint
 from avatarctl.weights.file_facts import avatars_on
 from avatarctl.weights.files.named_path import expanded
+from avatarctl.weights.sources import trained_shape
 from avatarctl.weights.whole import open_model
 
-__all__ = ["published_row", "row_named"]
+__all__ = ["row_named"]
 
 _UNKNOWN_HEAD_WIDTH: Final = 128
 """Where only the base of an adapter can tell: that of every published Wan transformer."""
@@ -70,7 +71,6 @@ def _row_of(path: Path, held: Checkpoint) -> Row:
         defaults={**published.defaults, **stated},
         audio_offset_stated=held.audio_offset is not None and not held.audio_offset_assumed,
         trained_for=published.trained_for,
-        made_for=published.made_for,
         compat=published.compat,
         needs=tuple(name for name in published.needs if ROWS[name].kind in kinds),
         path=str(path),
@@ -79,16 +79,19 @@ def _row_of(path: Path, held: Checkpoint) -> Row:
 
 
 def _like(held: Checkpoint) -> Row:
-    """The published model whose defaults and encoders `held` takes: the one of its width, else the smallest.
+    """The published model whose defaults and encoders `held` takes: the one of its width, else the smallest;
+    of several, the one that is made for the same shape of video.
 
     Raises UnusableWeights for everything that cannot be a model.
     """
     published = [row for row in ROWS.values() if _is_published(row, held.layout.family)]
     bases = any(ROWS[name].kind == "base" for row in published for name in row.needs)
     if held.layout.supported and published and (bases or held.kind == "model"):
-        return published_row(held.layout.family, held.sizes.width) or min(
-            published, key=lambda row: row.width
-        )
+        widths = {row.width for row in published}
+        width = held.sizes.width if held.sizes.width in widths else min(widths)
+        alike = [row for row in published if row.width == width]
+        shape = trained_shape(held)
+        return next((row for row in alike if shape and row.made_for == shape), alike[0])
     if held.kind == "adapter":
         raise UnusableWeights(
             f"is a {held.variant}: it changes a model and is none",
@@ -103,11 +106,6 @@ def _like(held: Checkpoint) -> Row:
             fix=f"name an avatar model or its adapter by --model{place}",
         )
     raise UnusableWeights(f"is {held.variant}, which this version does not run", where=held.path)
-
-
-def published_row(family: str, width: int) -> Row | None:
-    """The published model of a family and width."""
-    return next((row for row in ROWS.values() if _is_published(row, family) and row.width == width), None)
 
 
 def _is_published(row: Row, family: str) -> bool:

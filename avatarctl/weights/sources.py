@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from avatarctl.config import Model
-from avatarctl.errors import ConfigError, PathNotFound, UnusableWeights
-from avatarctl.registry import ENCODER_FILES, ROWS, Row, VideoShape, Wanted, encoder_part
+from avatarctl.config import Model, RunConfig
+from avatarctl.errors import ConfigError, PathNotFound, UnusableWeights, WeightsMissing
+from avatarctl.registry import (
+    ENCODER_FILES,
+    ROWS,
+    Row,
+    VideoShape,
+    Wanted,
+    encoder_part,
+    fitting,
+    video_shape,
+)
 from avatarctl.weights.checkpoint import Checkpoint
 from avatarctl.weights.files.named_path import expanded
 from avatarctl.weights.hub.locate import Located, locate, with_needs
@@ -18,7 +27,15 @@ from avatarctl.weights.loras import Lora, find_lora
 from avatarctl.weights.metadata import read_own
 from avatarctl.weights.recognise import read_checkpoint
 
-__all__ = ["Sources", "find_sources", "made_for_others", "missing_line", "video_shape"]
+__all__ = [
+    "Sources",
+    "asked_size",
+    "find_sources",
+    "made_for_others",
+    "missing_line",
+    "trained_shape",
+    "weights_missing",
+]
 
 _SHARD: Final = re.compile(r"(?P<stem>.*-)(?P<number>\d{5})(?P<rest>-of-\d{5}\..*)")
 
@@ -27,21 +44,23 @@ _SHARD: Final = re.compile(r"(?P<stem>.*-)(?P<number>\d{5})(?P<rest>-of-\d{5}\..
 class Sources:
     """dit: a full model, or a base and the adapters that make it the model, in order; empty where built in.
     encoders: "vae", "text", "tokenizer" (a folder), "audio" (a folder), "clip", as far as found.
-    notes: one line each, for people.
+    row:    name of the row whose own files these are: the one that was asked for, or one of its `instead`.
+    notes:  one line each, for people.
     """
 
     dit: tuple[Path, ...] = ()
     encoders: Mapping[str, Path] = field(default_factory=dict)
     loras: tuple[Lora, ...] = ()
     missing: tuple[Wanted, ...] = ()
+    row: str = ""
     notes: tuple[str, ...] = ()
 
 
 def find_sources(row: Row, model: Model, size: tuple[int, int] | None = None) -> Sources:
     """The files of a run of `row`; `model.weights` wins over what the row's repositories hold.
 
-    size: (width, height) of the video. Of weights that are published for several shapes it chooses; without
-    it they are the first that are here.
+    size: (width, height) of the video. Of weights that are published for several shapes it chooses; where
+    those are not here, others are taken.
 
     Raises PathNotFound for a path that was named and is not there, WeightsMissing for a LoRA that was not
     fetched, UnusableWeights for an adapter without a base.
@@ -51,63 +70,53 @@ def find_sources(row: Row, model: Model, size: tuple[int, int] | None = None) ->
     if row.source == "package":
         return Sources(loras=loras)
     needed = [locate(each, model.weights_root) for each in with_needs(row) if each is not row]
-    own, notes = _made_for(row, model.weights_root, size)
+    own, notes = _own(row, model.weights_root, size)
     places = [own, *needed]
     encoders, missing = _encoders(places, named, model.weights_root)
     dit, wanted = _transformer(row, places, named.get("dit"))
-    return Sources(dit, encoders, loras, (*wanted, *missing), () if "dit" in named else notes)
+    return Sources(dit, encoders, loras, (*wanted, *missing), own.row.name, () if "dit" in named else notes)
 
 
-def video_shape(width: int, height: int) -> VideoShape:
-    """The word of `Row.made_for` for a video of this size."""
-    return "square" if width == height else "landscape or portrait"
+def asked_size(cfg: RunConfig) -> tuple[int, int] | None:
+    """(width, height) of the video, None where the picture decides."""
+    width, height = cfg.output.width, cfg.output.height
+    return (width, height) if width and height else None
 
 
-def made_for_others(row: Row, held: Checkpoint, size: tuple[int, int]) -> str:
-    """What to say of weights that were trained for videos of another shape than (width, height), empty for
-    nothing. No tensor tells: it is known by the name of the file, or of the file it was converted from."""
+def trained_shape(held: Checkpoint) -> VideoShape | None:
+    """The shape of the videos that weights were trained for, as far as it is known. No tensor tells: the name
+    of the file does, or of the file that it was converted from."""
     origins = (str(step.get("source")) for step in read_own(held.metadata).operations)
     names = [held.path.name, *(file.name for file in held.files), *origins]
-    for end, shape in row.made_for.items():
-        if shape != video_shape(*size) and any(Path(name).stem == end for name in names):
-            return f"{held.path} was trained for {shape} videos, and this one is {size[0]}x{size[1]}"
-    return ""
+    stems = {Path(name).stem for name in names}
+    of_family = [row for row in ROWS.values() if row.family == held.layout.family]
+    published = {Path(name).stem: row.made_for for row in of_family for name in row.files}
+    return next((shape for stem, shape in published.items() if stem in stems), None)
 
 
-def _made_for(
-    row: Row, weights_root: str | None, size: tuple[int, int] | None
-) -> tuple[Located, tuple[str, ...]]:
-    """What is here of the row's own files, of several published sets the one made for videos of `size`."""
-    if size is None or not row.made_for:
-        return locate(row, weights_root), ()
-    fitting, others = _split(row, video_shape(*size))
-    chosen = locate(fitting, weights_root)
-    if chosen.missing or not chosen.files:
-        return locate(row, weights_root), ()
-    if locate(others, weights_root).missing:
+def made_for_others(held: Checkpoint, size: tuple[int, int]) -> str:
+    """What to say of weights that were trained for videos of another shape than (width, height), empty for
+    nothing."""
+    shape, asked = trained_shape(held), video_shape(*size)
+    if shape in (None, asked):
+        return ""
+    of_family = [row for row in ROWS.values() if row.family == held.layout.family]
+    fits = next((f"; {row.name} is made for such" for row in of_family if row.made_for == asked), "")
+    return f"{held.path} was trained for {shape} videos, and this one is {size[0]}x{size[1]}{fits}"
+
+
+def _own(row: Row, weights_root: str | None, size: tuple[int, int] | None) -> tuple[Located, tuple[str, ...]]:
+    """What is here of the row's own files or of those that run in their place: first what is made for videos
+    of `size`, then what is here."""
+    fits = fitting(row, *size) if size else row
+    others = [each for each in (row, *(ROWS[name] for name in row.instead)) if each is not fits]
+    places = [locate(each, weights_root) for each in (fits, *others)]
+    chosen = next((place for place in places if not place.missing), places[0])
+    several = sum(not place.missing for place in places) > 1
+    if size is None or not several:
         return chosen, ()
     file = next(iter(chosen.files.values()))
     return chosen, (f"{file.name} is used, of several, as the video is {size[0]}x{size[1]}",)
-
-
-def _split(row: Row, shape: VideoShape) -> tuple[Row, Row]:
-    """The row with the alternatives that are made for `shape` alone, and with the others alone."""
-    fitting = tuple(end for end, made_for in row.made_for.items() if made_for == shape)
-
-    def only(fits: bool) -> Row:
-        files: list[str] = []
-        stand_ins: dict[str, str] = {}
-        for names in row.files:
-            kept = [_chosen(each, fitting, fits) for each in (names, row.stand_ins.get(names, ""))]
-            files.append(kept[0])
-            stand_ins |= {kept[0]: kept[1]} if kept[1] else {}
-        return replace(row, files=tuple(files), stand_ins=stand_ins)
-
-    return only(True), only(False)
-
-
-def _chosen(names: str, ends: tuple[str, ...], fits: bool) -> str:
-    return "|".join(name for name in names.split("|") if Path(name).stem.endswith(ends) == fits)
 
 
 def _named(row: Row, model: Model) -> dict[str, Path]:
@@ -228,6 +237,12 @@ def _on_named_base(
 def _transformer_of(place: Located) -> Path:
     """The only weight file of a base, or the index of its shards, which a row names last."""
     return [path for name, path in place.files.items() if not encoder_part(name)][-1]
+
+
+def weights_missing(row: Row, sources: Sources) -> WeightsMissing:
+    """The error of a run of `row` without `sources.missing`."""
+    pull = None if row.source == "path" else f"`avatarctl models pull {sources.row}` fetches them"
+    return WeightsMissing(missing_line(sources.missing), where=row.name, fix=pull)
 
 
 def missing_line(missing: tuple[Wanted, ...]) -> str:

@@ -14,6 +14,8 @@ from avatarctl.errors import UnusableWeights, WeightsMissing
 from avatarctl.events import Notice
 from avatarctl.models.parts import image_encoder
 from avatarctl.pipelines.infer import load
+from avatarctl.registry import configure
+from avatarctl.weights.model_row import row_named
 from tests.pipelines import tiny_stable_release as stable
 from tests.pipelines.test_release import StablePlace, state
 from tests.weights import release
@@ -56,20 +58,42 @@ def test_weights_of_the_other_shape_run_with_one_line(place: StablePlace, tmp_pa
     for model in (place.model, str(place.published), str(converted)):
         _, said = loaded(place, model, f"model.weights_root={root}", *OBLONG)
         (line,) = [line for line in said if "was trained for" in line]
-        assert line.endswith("was trained for square videos, and this one is 64x32")
+        assert line.endswith(
+            "was trained for square videos, and this one is 64x32; stableavatar-1.3b-rec-vec is made for such"
+        )
         _, said = loaded(place, model, f"model.weights_root={root}")
         assert not any("was trained for" in line or "of several" in line for line in said)
 
 
-def test_what_is_missing_is_named_with_the_folder_it_goes_to(place: StablePlace, tmp_path: Path) -> None:
+def test_a_file_of_ones_own_brings_the_size_that_it_was_trained_for(
+    place: StablePlace, tmp_path: Path
+) -> None:
+    """By its name; after a conversion by that of its source."""
+    oblong = place.root / stable.TRANSFORMERS / "transformer3d-rec-vec.pt"
+    converted = tmp_path / "mine.safetensors"
+    assert place.cli("convert-ckpt", oblong, "--out", converted).exit_code == 0
+    renamed = shutil.copy(oblong, tmp_path / "unknown.pt")
+    sizes = {oblong: (832, 480), converted: (832, 480), renamed: (512, 512), place.published: (512, 512)}
+    for path, size in sizes.items():
+        cfg = configure(f"model.name={path}", row_named=row_named)
+        assert (cfg.output.width, cfg.output.height) == size, path
+
+
+@pytest.mark.parametrize(
+    ("size", "file", "other"),
+    [((), "transformer3d-square.pt", "rec-vec"), (OBLONG, "transformer3d-rec-vec.pt", "square")],
+)
+def test_what_is_missing_is_named_with_the_folder_it_goes_to(
+    size: tuple[str, ...], file: str, other: str, place: StablePlace, tmp_path: Path
+) -> None:
     with pytest.raises(WeightsMissing) as told:
-        loaded(place, place.model, f"model.weights_root={tmp_path}")
+        loaded(place, place.model, f"model.weights_root={tmp_path}", *size)
     for part in (
-        "transformer3d-square.pt or StableAvatar-1.3B/transformer3d-rec-vec.pt",
-        "from FrancisRing/StableAvatar", "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
+        file, "from FrancisRing/StableAvatar", "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
         "preprocessor_config.json",
     ):  # fmt: skip
         assert part in str(told.value)
+    assert other not in told.value.what
     assert "diffusion_pytorch_model" not in str(told.value), "the base is in the file"
 
 

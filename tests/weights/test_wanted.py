@@ -16,6 +16,7 @@ from avatarctl.weights.hub.wanted import AUX_ROWS, wanted_by_names, wanted_for
 from tests.weights.release import write_release
 
 BASE_14B = ["omniavatar-14b", "wan2.1-t2v-14b", "omniavatar-14b-adapter", "wav2vec2-base-960h"]
+STABLE = ["stableavatar-1.3b", "wan2.1-fun-1.3b-inp-encoders", "wav2vec2-base-960h"]
 
 
 def names(text: str) -> list[str]:
@@ -35,6 +36,9 @@ def test_every_loss_of_the_configuration_has_a_row() -> None:
         ("avatarctl train i2v --aux=trepa --model=omniavatar-14b", ["videomae-v2-g", *BASE_14B]),
         ("train v2v --aux sync", ["stable-syncnet"]),
         ("infer --model omniavatar-14b", BASE_14B),
+        ("infer --model stableavatar-1.3b", STABLE),
+        ("infer --model stableavatar-1.3b --size 512x512", STABLE),
+        ("infer --model stableavatar-1.3b --size 832X480", [f"{STABLE[0]}-rec-vec", *STABLE[1:]]),
         ("infer", []),
         ("infer --model cartoon-i2v", ["cartoon-i2v"]),
         ("vram-profile", []),
@@ -59,6 +63,7 @@ def test_commands(text: str, rows: list[str]) -> None:
         ("infer --model omniavatar-14", ConfigError, "did you mean omniavatar-14b?"),
         ("infer --model wan2.1-t2v-14b", ConfigError, "kind base.*did you mean omniavatar-14b?"),
         ("train v2v --aux synk", UsageError, "did you mean sync?"),
+        ("infer --model stableavatar-1.3b --size 832", UsageError, "expected WIDTHxHEIGHT"),
         ("infer --model 'omni", UsageError, "quotation mark is open"),
         ("infer --lora ./absent.safetensors", PathNotFound, "does not exist"),
     ],

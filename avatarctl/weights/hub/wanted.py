@@ -14,7 +14,7 @@ from typing import Final
 
 from avatarctl.config import Setting, find_config, nearest, read_assignment, read_config
 from avatarctl.errors import ConfigError, PathNotFound, UsageError
-from avatarctl.registry import ROWS, Row, find
+from avatarctl.registry import ROWS, Row, find, fitting
 from avatarctl.weights.files.named_path import expanded
 from avatarctl.weights.hub.locate import HubName, read_hub_name, with_needs
 
@@ -30,7 +30,7 @@ AUX_ROWS: Final[Mapping[str, str]] = {
 _PROFILE: Final = ("--model", "--size", "--frames", "--aux", "--fit")
 
 JOBS: Final[Mapping[str, tuple[str, ...]]] = {
-    "infer": ("--model", "--lora"),
+    "infer": ("--model", "--lora", "--size"),
     "train i2v": ("--model", "--aux"),
     "train v2v": ("--model", "--aux"),
     "vram-profile": _PROFILE,
@@ -40,6 +40,7 @@ JOBS: Final[Mapping[str, tuple[str, ...]]] = {
 }
 """Commands, and their options that say something about weights. `vram-profile` predicts without any."""
 
+_SIZE: Final = re.compile(r"(\d{1,5})x(\d{1,5})", re.IGNORECASE | re.ASCII)
 _SCALE: Final = re.compile(r":[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\Z", re.IGNORECASE | re.ASCII)
 
 
@@ -76,6 +77,7 @@ def wanted_for(text: str, others_of: Callable[[str], Mapping[str, bool]] = _no_o
 
     others_of: of a command, its other options -> whether a value follows; they are passed over, but for
     `-o model.name=...` and the like, and for `--config`, whose file counts where the command line is silent.
+    `--size` chooses among the files of a model that is published for several shapes of video.
     Without `--model` it is the built-in one, which needs nothing. Raises UsageError for words that are
     unknown here, with the nearest known one; ConfigError and PathNotFound for `-o` and `--config`.
     """
@@ -94,7 +96,20 @@ def wanted_for(text: str, others_of: Callable[[str], Mapping[str, bool]] = _no_o
     in_files = [pair for option, value in given if option == "--config" for pair in _of_file(job, value)]
     for option, value in (*asked, *(pair for pair in in_files if pair[0] in silent)):
         wants += _READERS[option](value)
-    return wants
+    sizes = [_size(value) for option, value in given if option == "--size"]
+    return _for_size(wants, *sizes[-1]) if sizes else wants
+
+
+def _for_size(wants: Wants, width: int, height: int) -> Wants:
+    """Of models that are published for several shapes of video, the files that a run of this size takes."""
+    return Wants(tuple(fitting(row, width, height) for row in wants.rows), wants.hub_names)
+
+
+def _size(value: str) -> tuple[int, int]:
+    match = _SIZE.fullmatch(value)
+    if match is None:
+        raise UsageError(f"expected WIDTHxHEIGHT such as 720x400, got {value[:60]!r}", where="--for")
+    return int(match[1]), int(match[2])
 
 
 def _of_option(option: str, value: str) -> list[tuple[str, str]]:
