@@ -31,11 +31,12 @@ from avatarctl.config import (
     value_of,
 )
 from avatarctl.errors import PathNotFound
-from avatarctl.registry import COMPAT, find_model
+from avatarctl.registry import COMPAT, ROWS, find_model
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = preset_names()
 FOR_A_MODEL = [name for name in NAMES if name.startswith("infer/")]
+RUNNABLE = [row.name for row in ROWS.values() if row.kind == "model" and row.status != "not yet supported"]
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +128,18 @@ def test_reference_does_what_the_published_script_does(model: str, material: tup
     plan = json.loads(result.stdout)
     assert (plan["width"], plan["height"], plan["latent_frames_per_span"]) == (720, 400, 27)
     assert plan["sound_delay_seconds"] == pytest.approx(0.34)
+
+
+@pytest.mark.parametrize("model", RUNNABLE)
+def test_reference_is_for_every_model(model: str, material: tuple[str, ...], tmp_path: Path) -> None:
+    """Of the file only the wish is kept: what a model's own script does stands in its row."""
+    (tmp_path / "bare.yaml").write_text(f"model:\n  name: {model}\n  compat: reference\n")
+    words = ("--config", "compat/reference", "--model", model, *material, "--dry-run", "--json")
+    cfg = resolved(find_config("compat/reference", "infer"), f"model.name={model}").cfg
+    assert cfg == resolved(tmp_path / "bare.yaml").cfg
+    result = run(*words)
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["model"] == model
 
 
 def test_options_win(material: tuple[str, ...]) -> None:

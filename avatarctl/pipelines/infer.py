@@ -87,6 +87,7 @@ def generate(
         guidance=family.guidance(cfg),
         sigmas=family.sigmas(cfg.sampling.steps, cfg.sampling.shift),
         noise=noise,
+        unit=_UNITS[plan.plan.kind],
         emit=emit,
         should_stop=should_stop,
     )

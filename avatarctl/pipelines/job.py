@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-from avatarctl.conditioning.geometry import distortion
+from avatarctl.conditioning.geometry import distortion, nearest_shape
 from avatarctl.config import RunConfig, require_supported
 from avatarctl.errors import UnusableAudio
 from avatarctl.events import Emit, Notice, Stage
@@ -16,11 +16,13 @@ from avatarctl.media import Picture, Sound, SoundSurvey, survey
 from avatarctl.registry import Row, outside_training
 from avatarctl.rng import stable_hash
 from avatarctl.sampling.window_order import chosen_order
-from avatarctl.timeline import FPS, SAMPLE_RATE, pixel_frames
+from avatarctl.timeline import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, pixel_frames
 
 __all__ = ["Job", "JobPlan", "check_job"]
 
 _STRETCHED = 2.0  # a face that is this much too wide or too narrow is worth a word
+_WHOLE = 0.8  # of a picture: a crop that keeps less is worth a word, as a head may be outside
+_MORE = 0.05  # of a picture: what another size must keep besides to be named
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,8 @@ class JobPlan:
 def check_job(cfg: RunConfig, row: Row, job: Job, emit: Emit) -> JobPlan:
     """Read the sound once, choose the size, plan the spans.
 
-    Raises UnusableAudio for a sound without usable samples, UsageError for impossible requests,
-    NotYetSupported for settings without code.
+    Raises UnusableAudio for a sound without usable samples or shorter than a frame, UsageError for
+    impossible requests, NotYetSupported for settings without code.
     """
     require_supported(cfg, "infer")
     family = family_named(row.family)
@@ -106,8 +108,8 @@ def check_job(cfg: RunConfig, row: Row, job: Job, emit: Emit) -> JobPlan:
             emit(Notice(f"{material.name}: {warning}", "warning"))
     picture = job.picture.pixels.shape[:2]
     height, width = family.frame_size(picture, cfg)
-    if cfg.input.fit == "stretch" and (factor := distortion(picture, (height, width))) > _STRETCHED:
-        emit(Notice(f"{job.picture.name}: is stretched {factor:.1f} times out of shape", "warning"))
+    if doubt := _misfit(picture, (height, width), cfg, row):
+        emit(Notice(f"{job.picture.name}: {doubt}", "warning"))
     cfg = replace(cfg, output=replace(cfg.output, width=width, height=height))
     stated = row.defaults.get("model.audio_offset")
     if row.audio_offset_stated and cfg.model.audio_offset != stated:
@@ -115,11 +117,8 @@ def check_job(cfg: RunConfig, row: Row, job: Job, emit: Emit) -> JobPlan:
         emit(Notice(f"{row.name} was made with audio offset {stated}; {asked} moves the lips", "warning"))
     lead = round(cfg.output.lead_silence * SAMPLE_RATE)
     mean, variance = _with_silence(heard, lead)
-    try:
-        plan = family.plan(lead + heard.samples, cfg)
-    except UnusableAudio as error:  # a plan knows no names
-        error.where = error.where or job.sound.name
-        raise
+    _require_a_frame(lead + heard.samples, job.sound.name)
+    plan = family.plan(lead + heard.samples, cfg)
     for notice in family.notices(cfg):
         emit(Notice(notice))
     for notice in outside_training(
@@ -139,6 +138,30 @@ def check_job(cfg: RunConfig, row: Row, job: Job, emit: Emit) -> JobPlan:
         mean=mean,
         variance=variance,
     )
+
+
+def _misfit(picture: tuple[int, int], frame: tuple[int, int], cfg: RunConfig, row: Row) -> str:
+    """What a person should know of a picture in a frame, both (height, width); empty for nothing."""
+    factor = distortion(picture, frame)
+    if cfg.input.fit == "stretch":
+        return f"is stretched {factor:.1f} times out of shape" if factor > _STRETCHED else ""
+    if (kept := 1 / factor) >= _WHOLE:
+        return ""
+    cut = f"{1 - kept:.0%} of the picture is cut off to fill {frame[1]}x{frame[0]}"
+    height, width = nearest_shape(picture, (frame, *((high, wide) for wide, high in row.trained_for.sizes)))
+    better = 1 / distortion(picture, (height, width))
+    return f"{cut} (--size {width}x{height} keeps {better:.0%})" if better > kept + _MORE else cut
+
+
+def _require_a_frame(samples: int, name: str) -> None:
+    if samples < SAMPLES_PER_FRAME:
+        milliseconds = 1000 / SAMPLE_RATE
+        raise UnusableAudio(
+            f"too short: {samples} of {SAMPLES_PER_FRAME} samples at 16 kHz, {samples * milliseconds:.3g} of "
+            f"the {SAMPLES_PER_FRAME * milliseconds:g} ms that one frame of video lasts",
+            where=name,
+            fix="give longer sound",
+        )
 
 
 def _with_silence(heard: SoundSurvey, lead: int) -> tuple[float, float]:

@@ -24,7 +24,8 @@ NoiseSource = Callable[[int, Sequence[int | str], int, int, tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Denoiser:
-    """Steps of one job: noise levels [steps + 1], float32, and the guidance."""
+    """Steps of one job: noise levels [steps + 1], float32, and the guidance. unit: what people call a span
+    (`events.Planned`)."""
 
     family: Family
     dit: nn.Module
@@ -33,6 +34,7 @@ class Denoiser:
     noise: NoiseSource = latent_noise
     emit: Emit = silent
     should_stop: Callable[[], bool] = lambda: False
+    unit: str = "span"
 
     @property
     def steps(self) -> int:
@@ -82,7 +84,7 @@ class Denoiser:
         """Raises UnusableWeights for finished latents that are not finite."""
         if not bool(torch.isfinite(x).all()):
             raise UnusableWeights(
-                f"the network gave values that are not finite in span {span.index + 1}",
+                f"the network gave values that are not finite in {self.unit} {span.index + 1}",
                 fix="try --dtype float32; if that does not help the weights are damaged",
             )
 

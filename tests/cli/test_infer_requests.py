@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import soundfile
 from click.testing import Result
+from PIL import Image
 
 from avatarctl.weights.sources import Sources
 
+CHUNKS, WINDOWS = "omniavatar-14b", "stableavatar-1.3b"
 Run = Callable[..., Result]
 Refused = Callable[..., str]
 
@@ -199,6 +201,35 @@ def test_values_outside_training_get_one_line_each(run: Run, voice: Path) -> Non
     for said in ("size 96x64", "9 frames at a time", "overlap 5"):
         assert stderr.count(f"warning: cartoon-i2v was not trained for {said}\n") == 1
     assert "not trained" not in run("infer", "--dry-run", "--audio", str(voice)).stderr
+
+
+@pytest.mark.parametrize(
+    ("model", "picture", "words", "says"),
+    [
+        (WINDOWS, "720x400", "", "44% of the picture is cut off to fill 512x512 (--size 832x480 keeps 96%)"),
+        (WINDOWS, "400x720", "", "44% of the picture is cut off to fill 512x512 (--size 480x832 keeps 96%)"),
+        (WINDOWS, "768x576", "", "25% of the picture is cut off to fill 512x512"),
+        (WINDOWS, "400x720", "--size 832x480", "68% of the picture is cut off to fill 832x480 (--size 480"),
+        (CHUNKS, "640x400", "", ""),
+        (CHUNKS, "640x480", "", "26% of the picture is cut off to fill 720x400"),
+        (WINDOWS, "640x512", "", ""),
+        (WINDOWS, "720x400", "--size 832x480", ""),
+        (WINDOWS, "720x400", "--fit stretch", ""),
+        (WINDOWS, "1200x400", "--fit stretch", "is stretched 3.0 times out of shape"),
+    ],
+)
+def test_what_a_frame_leaves_of_a_picture(
+    model: str, picture: str, words: str, says: str, run: Run, voice: Path, tmp_path: Path
+) -> None:
+    width, height = map(int, picture.split("x"))
+    Image.new("RGB", (width, height)).save(tmp_path / "me.png")
+    words = f"--model {model} --audio {voice} --image {tmp_path / 'me.png'} {words}"
+    stderr = run("infer", "--dry-run", *words.split()).stderr
+    lines = [line.partition("me.png: ")[2] for line in stderr.splitlines() if "me.png" in line]
+    if says.endswith("(--size 480"):
+        assert len(lines) == 1 and lines[0].startswith(says)
+    else:
+        assert lines == ([says] if says else [])
 
 
 def test_one_window_refuses_longer_sound_and_names_the_way(run: Run, refused: Refused, here: Path) -> None:

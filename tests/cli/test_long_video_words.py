@@ -143,20 +143,31 @@ def test_one_window_refuses_longer_sound_and_names_the_way(run: Run, refused: Re
 
 
 @pytest.mark.parametrize(("samples", "code"), [(1, 3), (639, 3), (640, 0), (641, 0)])
-@pytest.mark.parametrize("compat", ["none", "reference"])
+@pytest.mark.parametrize("model", [CHUNKS, FUSED, f"{FUSED} --compat reference"])
 def test_sound_shorter_than_a_frame(
-    samples: int, code: int, compat: str, run: Run, here: Path, tmp_path: Path
+    samples: int, code: int, model: str, run: Run, here: Path, tmp_path: Path
 ) -> None:
     sound = tmp_path / "blip.wav"
     soundfile.write(sound, np.full(samples, 0.1, np.float32), 16_000)
-    result = run(*dry(FUSED, sound, f"--compat {compat}"))
+    name, _, words = model.partition(" ")
+    result = run(*dry(name, sound, words))
     assert result.exit_code == code, result.stderr
     if code:
         (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-        assert f"too short: {samples} samples" in error and "blip.wav" in error
+        assert f"blip.wav: too short: {samples} of 640 samples at 16 kHz" in error
+        assert "of the 40 ms" in error and error.endswith("(give longer sound)")
     else:
-        assert "frames: " + ("1" if samples == 640 or compat == "reference" else "2") in result.stdout
+        assert "frames: " + ("1" if samples == 640 or "reference" in words else "2") in result.stdout
     assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize("model", [CHUNKS, FUSED])
+def test_silence_in_front_counts_as_sound(model: str, run: Run, tmp_path: Path) -> None:
+    """So that the 0.3 s of `compat reference` keep what the published script makes of a single sample."""
+    sound = tmp_path / "blip.wav"
+    soundfile.write(sound, np.full(1, 0.1, np.float32), 16_000)
+    result = run(*dry(model, sound, "-o output.lead_silence=0.04"))
+    assert result.exit_code == 0 and "frames: 2\n" in result.stdout
 
 
 def test_one_frame_of_sound_is_a_video_of_one_frame(run: Run, here: Path, tmp_path: Path) -> None:

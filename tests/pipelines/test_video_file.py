@@ -20,7 +20,7 @@ from avatarctl.errors import (
     UnusableWeights,
     UsageError,
 )
-from avatarctl.events import ChunkFinished, Event, Notice, StepFinished
+from avatarctl.events import ChunkFinished, Event, Notice, Planned, StepFinished
 from avatarctl.family import Modules
 from avatarctl.media import picture_from_array, sound_from_array
 from avatarctl.pipelines.infer import generate, load, write_video
@@ -100,7 +100,7 @@ def test_frames_sound_length_and_sound_delay(
     assert abs(late - delay * rate) <= rate // 1000, "sound is off by more than a millisecond"
 
 
-@pytest.mark.parametrize("seconds", [1 / 16_000, 0.02, 0.04, 0.0401, 0.36, 0.3601, 1.48])
+@pytest.mark.parametrize("seconds", [0.04, 0.0401, 0.36, 0.3601, 1.48])
 def test_every_length_gives_its_own_number_of_frames(seconds: float) -> None:
     work = job(seconds)
     plan = planned(work)
@@ -224,7 +224,11 @@ def test_an_output_that_would_destroy_an_input_is_refused(tmp_path: Path) -> Non
     assert kept.read_bytes() == before
 
 
-def test_values_that_are_not_finite_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("model", "unit"), [("cartoon-i2v", "chunk"), ("stableavatar-tiny", "window")])
+def test_values_that_are_not_finite_end_the_run(
+    model: str, unit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said with the word of the screen."""
     from avatarctl.pipelines import infer
 
     def damaged(*args: object, **kwargs: object) -> Modules:
@@ -233,8 +237,13 @@ def test_values_that_are_not_finite_end_the_run(tmp_path: Path, monkeypatch: pyt
         return modules
 
     monkeypatch.setattr(infer, "load", damaged)
-    with pytest.raises(UnusableWeights, match="not finite in span 1"):
-        write_video(ROW, job(), planned(job()), tmp_path / "a.mp4")
+    row = find_model(model)
+    heard: list[Event] = []
+    words = (*TINY, f"model.name={model}", "long_video.overlap_frames=5")
+    plan = check_job(configure(*words), row, job(), lambda event: None)
+    with pytest.raises(UnusableWeights, match=f"not finite in {unit} 1"):
+        write_video(row, job(), plan, tmp_path / "a.mp4", emit=heard.append)
+    assert [event.unit for event in heard if isinstance(event, Planned)] == [unit]
     assert list(tmp_path.iterdir()) == []
 
 
