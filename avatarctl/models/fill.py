@@ -10,7 +10,7 @@ tensor is in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -62,22 +62,28 @@ def fill(
     dtype_of: final dtype of a floating-point tensor, by that name.
     where, likely: what to name, and what the probable cause is, when names do not fit.
     unused:   parameters that no forward pass in evaluation mode reads; zero where the file lacks them.
-    told_as:  a name as people know it from the file, where it is another than the network's.
+    told_as:  a name of the network as it is in the file, where it is another; several may be one there.
 
     Raises UnusableWeights for a missing, left-over, misshapen or integer tensor, for NaN and infinity, and
     for values that the final dtype does not hold.
     """
+
+    def told(name: str) -> str:
+        return told_as(name) or name
+
     slots = _slots(network)
-    _check_names(slots, tensors, where, likely, unused)
+    missing = dict.fromkeys(map(told, sorted(slots.keys() - tensors.keys() - set(unused))))
+    over = dict.fromkeys(map(told, sorted(tensors.keys() - slots.keys())))
+    _refuse_names(list(missing), list(over), where, likely)
     for name, slot in slots.items():
         if name in tensors:
-            _check(name, slot.shape, tensors[name], where, likely)
+            _check(told(name), slot.shape, tensors[name], where, likely)
     holders = _holders(network)
     for name in (*tensors, *(slots.keys() - tensors.keys())):  # in the order of the file
         slot = slots[name]
         if name in tensors:
             value = torch.empty(slot.shape, dtype=dtype_of(name), device=device)
-            _stream(told_as(name) or name, tensors[name], value, where)
+            _stream(told(name), tensors[name], value, where)
         else:
             value = torch.zeros(slot.shape, dtype=dtype_of(name), device=device)
         if isinstance(slot, nn.Parameter):
@@ -96,16 +102,7 @@ def _slots(network: nn.Module) -> dict[str, torch.Tensor]:
     return slots
 
 
-def _check_names(
-    slots: Iterable[str],
-    tensors: Mapping[str, Tensor],
-    where: Path,
-    likely: Callable[[], str | None],
-    unused: Collection[str],
-) -> None:
-    names = set(slots)
-    missing = sorted(names - tensors.keys() - set(unused))
-    over = sorted(tensors.keys() - names)
+def _refuse_names(missing: list[str], over: list[str], where: Path, likely: Callable[[], str | None]) -> None:
     if not missing and not over:
         return
     are, have = ("s are" if len(missing) > 1 else " is"), ("have" if len(over) > 1 else "has")

@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,7 +39,9 @@ from avatarctl.weights.recognise import read_checkpoint
 from avatarctl.weights.tensors import Tensor
 from avatarctl.weights.wan import UMT5_ENCODER
 from avatarctl.weights.wan_clip import internal_tensors, read_clip_sizes
+from avatarctl.weights.wan_clip import original_name as original_clip_name
 from avatarctl.weights.wan_vae import internal_name, read_vae_sizes
+from avatarctl.weights.wan_vae import original_name as original_vae_name
 
 __all__ = [
     "TRANSFORMERS",
@@ -104,7 +107,8 @@ def video_codec(path: Path, dtype: torch.dtype, device: torch.device) -> WanVae:
     tensors = {
         internal_name(name, sizes.num_res_blocks) or name: tensor for name, tensor in held.tensors.items()
     }
-    fill(network, tensors, dtype_of=_always(dtype), device=device, where=path)
+    told_as = partial(original_vae_name, num_res_blocks=sizes.num_res_blocks)
+    fill(network, tensors, dtype_of=_always(dtype), device=device, where=path, told_as=told_as)
     return WanVae(network.eval())
 
 
@@ -132,7 +136,8 @@ def text_encoder(path: Path, tokenizer: Path, dtype: torch.dtype, device: torch.
     with on_meta():
         network = UMT5EncoderModel(config)
     tensors = {UMT5_ENCODER.to_internal(name) or name: tensor for name, tensor in held.tensors.items()}
-    fill(network, tensors, dtype_of=_always(dtype), device=device, where=path)
+    told_as = UMT5_ENCODER.to_original
+    fill(network, tensors, dtype_of=_always(dtype), device=device, where=path, told_as=told_as)
     return PromptEncoder(network.eval(), words)
 
 
@@ -144,10 +149,11 @@ def image_encoder(path: Path, device: torch.device, emit: Emit) -> ClipImageEnco
         emit(Notice(f"{path.name}: its text tower is not read"))
     with _names(path):
         sizes = read_clip_sizes(held.tensors)
+        tensors = internal_tensors(held.tensors, sizes)
     with on_meta():
         network = ClipImageEncoder(clip_config(**dataclasses.asdict(sizes)))
-    tensors = internal_tensors(held.tensors)
-    fill(network, tensors, dtype_of=_always(torch.float32), device=device, where=path)
+    told_as = original_clip_name
+    fill(network, tensors, dtype_of=_always(torch.float32), device=device, where=path, told_as=told_as)
     return network.eval()
 
 
@@ -163,9 +169,8 @@ def audio_encoder(folder: Path, device: torch.device, emit: Emit) -> FrameWav2Ve
         raise UnusableWeights("has neither model.safetensors nor pytorch_model.bin", where=folder)
     held = _component(file, "wav2vec 2.0 encoder")
     _warn_of_pretraining(folder / "config.json", held, emit)
-    tensors = {
-        _wav2vec_name(name): tensor for name, tensor in held.tensors.items() if not name.startswith(_HEADS)
-    }
+    in_file = {_wav2vec_name(name): name for name in held.tensors if not name.startswith(_HEADS)}
+    tensors = {internal: held.tensors[name] for internal, name in in_file.items()}
     if config["num_hidden_layers"] > len(tensors):
         raise UnusableWeights(
             f"{config['num_hidden_layers']} layers are stated, and there are {len(tensors)} tensors",
@@ -186,6 +191,7 @@ def audio_encoder(folder: Path, device: torch.device, emit: Emit) -> FrameWav2Ve
         where=file,
         likely=lambda: "config.json and the weights are of two models",
         unused=_UNUSED,
+        told_as=in_file.get,
     )
     return network.eval()
 

@@ -8,8 +8,8 @@ that this is no `KeyMap`. Names: modules/clip.py of Wan 2.1.
 
 from __future__ import annotations
 
-import itertools
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -19,7 +19,7 @@ from avatarctl.weights.key_map import KeyMap
 from avatarctl.weights.tensors import Tensor
 from avatarctl.weights.transforms import part_of
 
-__all__ = ["ClipSizes", "internal_tensors", "read_clip_sizes"]
+__all__ = ["ClipSizes", "internal_tensors", "original_name", "read_clip_sizes"]
 
 HEADS: Final = 16
 """Of ViT-H/14; no tensor tells."""
@@ -42,6 +42,9 @@ _EMBEDDINGS: Final = {
 }
 """Both have a leading dimension of 1 in the file."""
 _FUSED: Final = ".attn.to_qkv."
+_UNFUSED: Final = re.compile(r"encoder\.layers\.(\d+)\.self_attn\.[qkv]_proj\.(weight|bias)")
+_LAYER_NUMBER: Final = re.compile(r"visual\.transformer\.(\d+)\.", re.ASCII)
+_MOST_LAYERS: Final = 1000
 _UNREAD: Final = ("visual.head", "visual.post_norm.weight", "visual.post_norm.bias")
 """What makes of the last layer a point in the space that images and texts share."""
 
@@ -78,27 +81,50 @@ def read_clip_sizes(tensors: Mapping[str, Tensor]) -> ClipSizes:
 
 
 def _last_layer(tensors: Mapping[str, Tensor]) -> int:
-    """Number of the last layer, which is not read."""
-    count = next(n for n in itertools.count() if f"visual.transformer.{n}.norm1.weight" not in tensors)
-    return max(count - 1, 0)
+    """Number of the last layer, which is not read. Raises UnusableWeights for one that would make the
+    network endless."""
+    found = [match[1] for name in tensors if (match := _LAYER_NUMBER.match(name))]
+    last = max(found, key=lambda number: (len(number), number), default="0")
+    if len(last) > len(str(_MOST_LAYERS)) or int(last) >= _MOST_LAYERS:
+        raise UnusableWeights(f"visual.transformer has a layer {last[:20]}; no image tower has that many")
+    return int(last)
 
 
-def internal_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What is read of the image tower, by the names of transformers."""
+def internal_tensors(tensors: Mapping[str, Tensor], sizes: ClipSizes) -> dict[str, Tensor]:
+    """What is read of the image tower, by the names of transformers. Raises UnusableWeights for tensors that
+    are divided or joined there and have another shape than these sizes need."""
     named: dict[str, Tensor] = {}
-    last = f"visual.transformer.{_last_layer(tensors)}."
+    width, places = sizes.hidden_size, (sizes.image_size // sizes.patch_size) ** 2 + 1
+    joined = {"visual.cls_embedding": (1, 1, width), "visual.pos_embedding": (1, places, width)}
+    last = f"visual.transformer.{sizes.num_hidden_layers}."
     for name, tensor in tensors.items():
-        shape = tensor.info.shape
         if not name.startswith("visual.") or name.startswith(last) or name in _UNREAD:
             continue
-        if name in _EMBEDDINGS and shape[:1] == (1,):
-            kept = tuple(side for side in shape if side != 1)
+        if name in _EMBEDDINGS:
+            _require_shape(name, tensor, joined[name])
+            kept = tuple(side for side in tensor.info.shape if side != 1)
             named[_EMBEDDINGS[name]] = part_of(tensor, 0, kept)
-        elif _FUSED in name and shape and shape[0] % 3 == 0:
+        elif _FUSED in name:
+            _require_shape(name, tensor, (3 * width, width) if name.endswith("weight") else (3 * width,))
             named |= _unfused(name, tensor)
         else:
             named[_CLIP_VISION.to_internal(name) or name] = tensor
     return named
+
+
+def original_name(name: str) -> str | None:
+    """The name in the file of what transformers calls `name`, None where it has none."""
+    if match := _UNFUSED.fullmatch(name):
+        return f"visual.transformer.{match[1]}{_FUSED}{match[2]}"
+    originals = (original for original, internal in _EMBEDDINGS.items() if internal == name)
+    return next(originals, None) or _CLIP_VISION.to_original(name)
+
+
+def _require_shape(name: str, tensor: Tensor, wanted: tuple[int, ...]) -> None:
+    if tensor.info.shape != wanted:
+        raise UnusableWeights(
+            f"{name} has shape {list(tensor.info.shape)}; the rest of the file needs {list(wanted)}"
+        )
 
 
 def _unfused(name: str, tensor: Tensor) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from typing import Final
 
 from avatarctl.errors import UnusableWeights
 
-__all__ = ["VaeSizes", "internal_name", "read_vae_sizes"]
+__all__ = ["VaeSizes", "internal_name", "original_name", "read_vae_sizes"]
 
 Shape = tuple[int, ...]
 
@@ -98,3 +98,28 @@ def internal_name(name: str, num_res_blocks: int) -> str | None:
         which = f"resnets.{place}" if place <= num_res_blocks else "upsamplers.0"
         return f"decoder.up_blocks.{level}.{which}.{block}.{leaf}"
     return None
+
+
+def original_name(name: str, num_res_blocks: int) -> str | None:
+    """The release's name of one of diffusers', None where there is none: the other way of `internal_name`."""
+    if match := re.fullmatch(r"(quant_conv|post_quant_conv)\.(\w+)", name):
+        return f"{_key(_OUTSIDE, match[1])}.{match[2]}"
+    if not (match := re.fullmatch(r"(encoder|decoder)\.(.+)\.(\w+)", name)):
+        return None
+    coder, inner, leaf = match.groups()
+    if inner in _IN_CODER.values():
+        return f"{coder}.{_key(_IN_CODER, inner)}.{leaf}"
+    if match := re.fullmatch(r"mid_block\.(resnets\.[01]|attentions\.0)\.(.+)", inner):
+        return f"{coder}.middle.{_key(_MIDDLE, match[1])}.{_key(_IN_BLOCK, match[2])}.{leaf}"
+    if match := re.fullmatch(r"down_blocks\.(\d+)\.(.+)", inner):
+        return f"{coder}.downsamples.{match[1]}.{_key(_IN_BLOCK, match[2])}.{leaf}"
+    if match := re.fullmatch(r"up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.(.+)", inner):
+        place = int(match[3]) if match[2] == "resnets" else num_res_blocks + 1
+        row = int(match[1]) * (num_res_blocks + 2) + place
+        return f"{coder}.upsamples.{row}.{_key(_IN_BLOCK, match[4])}.{leaf}"
+    return None
+
+
+def _key(names: Mapping[str, str], value: str) -> str:
+    """Of the name that stands for `value`; `value` itself where none does."""
+    return next((key for key, each in names.items() if each == value), value)

@@ -216,6 +216,59 @@ def test_the_base_alone_is_no_model_nor_the_base_of_an_adapter(place: StablePlac
     assert "model.weights.dit" not in str(told.value), "no adapter is made for it"
 
 
+LAYER = "visual.transformer.1"
+CLIP_DAMAGES: dict[str, tuple[dict[str, torch.Tensor | None], str]] = {
+    "lacks one": ({f"{LAYER}.mlp.0.bias": None}, f"1 tensor is missing: {LAYER}.mlp.0.bias"),
+    "lacks what is divided": (
+        {f"{LAYER}.attn.to_qkv.weight": None}, f"1 tensor is missing: {LAYER}.attn.to_qkv.weight",
+    ),
+    "lacks what layers are counted by": (
+        {f"{LAYER}.norm1.weight": None}, f"1 tensor is missing: {LAYER}.norm1.weight",
+    ),
+    "lacks an embedding": ({"visual.cls_embedding": None}, "1 tensor is missing: visual.cls_embedding"),
+    "has one more": ({f"{LAYER}.attn.x": torch.ones(3)}, f"1 has no place in the network: {LAYER}.attn.x"),
+    "has another shape": (
+        {f"{LAYER}.mlp.2.bias": torch.ones(31)}, f"{LAYER}.mlp.2.bias has shape [31], the network needs [32]",
+    ),
+    "divides into other parts": (
+        {f"{LAYER}.attn.to_qkv.weight": torch.ones(99, 32)},
+        f"{LAYER}.attn.to_qkv.weight has shape [99, 32]; the rest of the file needs [96, 32]",
+    ),
+    "divides into no parts": (
+        {f"{LAYER}.attn.to_qkv.bias": torch.ones(97)},
+        f"{LAYER}.attn.to_qkv.bias has shape [97]; the rest of the file needs [96]",
+    ),
+    "has no square of places": (
+        {"visual.pos_embedding": torch.ones(1, 200, 32)},
+        "visual.pos_embedding has shape [1, 200, 32]; the rest of the file needs [1, 197, 32]",
+    ),
+    "has a bare embedding": (
+        {"visual.cls_embedding": torch.ones(32)},
+        "visual.cls_embedding has shape [32]; the rest of the file needs [1, 1, 32]",
+    ),
+    "holds NaN": (
+        {f"{LAYER}.attn.to_qkv.weight": torch.full((96, 32), float("nan"))},
+        f"{LAYER}.attn.to_qkv.weight holds NaN",
+    ),
+    "holds integers": (
+        {"visual.pre_norm.weight": torch.ones(32, dtype=torch.int8)}, "visual.pre_norm.weight has dtype I8",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", CLIP_DAMAGES)
+def test_a_damaged_image_encoder_is_told_by_the_names_of_its_file(
+    what: str, place: StablePlace, tmp_path: Path
+) -> None:
+    changes, says = CLIP_DAMAGES[what]
+    held = {**place.stable.clip, **changes}
+    path = tmp_path / "clip.pth"
+    torch.save({name: tensor for name, tensor in held.items() if tensor is not None}, path)
+    with pytest.raises(UnusableWeights) as told:
+        image_encoder(path, torch.device("cpu"), lambda _: None)
+    assert says in told.value.what and told.value.where == path
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 14, 14), (32, 3, 0, 0), (32, 3), (24, 3, 14, 14)])
 def test_an_image_encoder_of_no_size_is_refused_by_its_name(
     shape: tuple[int, ...], place: StablePlace, tmp_path: Path
