@@ -92,10 +92,13 @@ DAMAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
         ("OmniAvatar-14B/pytorch_model.pt", "blocks.1.ffn.0.weight holds NaN"),
     ),
     "adapter states no alpha": (lambda r: r.config.pop("lora_alpha"), ("alpha",)),
-    "text lacks one": (lambda r: drop(r.text, "blocks.1.attn.k.weight"), ("1 tensor is missing: blocks.1.attn.k.weight",)),
+    "text lacks one": (
+        lambda r: drop(r.text, "blocks.1.attn.k.weight"), ("1 tensor is missing: blocks.1.attn.k.weight",),
+    ),
     "text has one more": (lambda r: r.text.update(x=torch.ones(2)), ("x", "no place")),
     "text has another shape": (
-        lambda r: reshape(r.text, "blocks.1.ffn.fc1.weight"), ("blocks.1.ffn.fc1.weight has shape [128, 32]",),
+        lambda r: reshape(r.text, "blocks.1.ffn.fc1.weight"),
+        ("blocks.1.ffn.fc1.weight has shape [128, 32]",),
     ),
     "text holds NaN": (lambda r: spoil(r.text, "norm.weight"), (": norm.weight holds NaN",)),
     "vae lacks one": (lambda r: drop(r.vae, "conv2.bias"), ("1 tensor is missing: conv2.bias",)),
@@ -109,7 +112,10 @@ DAMAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     ),
     "sound has another shape": (
         lambda r: reshape(r.sound, "wav2vec2.encoder.layers.0.layer_norm.weight"),
-        ("wav2vec2.encoder.layers.0.layer_norm.weight has shape [32]", "config.json and the weights are of two models"),
+        (
+            "wav2vec2.encoder.layers.0.layer_norm.weight has shape [32]",
+            "config.json and the weights are of two models",
+        ),
     ),
 }  # fmt: skip
 
