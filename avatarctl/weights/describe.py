@@ -92,6 +92,7 @@ def _network(checkpoint: Checkpoint) -> dict[str, Any]:
         "vocal_dim": sizes.vocal_dim,
         "vocal_hidden_dim": sizes.vocal_hidden_dim,
         "vocal_layers": sizes.vocal_layers,
+        "vocal_heads": sizes.vocal_heads,
         "vocal_ffn": sizes.vocal_ffn,
     }
     return {name: value or None for name, value in facts.items()}
@@ -206,6 +207,7 @@ def _sizes(facts: Mapping[str, Any]) -> str:
         ("channels", "{} input channels"), ("layers", "layers {}"), ("width", "width {}"), ("ffn", "ffn {}"),
         ("audio_hidden_size", "audio {}"), ("image_dim", "CLIP {}"),
         ("vocal_dim", "sound tokens {}"), ("vocal_layers", "layers of their projector {}"),
+        ("vocal_heads", "its heads {}"),
     )  # fmt: skip
     return ", ".join(form.format(facts[name]) for name, form in told if facts[name])
 

@@ -23,7 +23,8 @@ class Sizes:
 
     layers: blocks; image_dim: width of the CLIP features of image-to-video models;
     audio_input_dim: width of one audio feature frame; vocal_dim: of one sound token; vocal_hidden_dim:
-    between the two layers that project it, 0 for one layer; vocal_layers, vocal_ffn: of what follows them.
+    between the two layers that project it, 0 for one layer; vocal_layers, vocal_heads, vocal_ffn: of what
+    follows them.
     """
 
     width: int = 0
@@ -39,6 +40,7 @@ class Sizes:
     vocal_dim: int = 0
     vocal_hidden_dim: int = 0
     vocal_layers: int = 0
+    vocal_heads: int = 0
     vocal_ffn: int = 0
 
 
@@ -119,6 +121,8 @@ class WeightLayout:
     channels: input channels that this network may have.
     shapes:   sizes -> every tensor of a complete model, by original name.
     arguments: of the network's constructor -> field of `Sizes`; left out where that is 0.
+    assumed:  of these arguments those that no tensor tells for sure -> their value in every published file;
+              a config or our metadata may state another, by the argument's name.
     float32:  parts of original names, whole segments, that stay float32 under any dtype.
     supported: whether this version loads and converts such files, or only names them.
     class_name: of the network in diffusers or in avatarctl/models.
@@ -139,6 +143,7 @@ class WeightLayout:
     channels: tuple[int, ...]
     shapes: Callable[[Sizes], Mapping[str, tuple[int, ...]]]
     arguments: Mapping[str, str] = field(default_factory=dict)
+    assumed: Mapping[str, int] = field(default_factory=dict)
     float32: tuple[str, ...] = ()
     supported: bool = True
     class_name: str = "WanTransformer3DModel"

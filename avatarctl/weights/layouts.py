@@ -30,9 +30,6 @@ _FRAMES_PER_LATENT: Final = 4
 CLIP_WIDTH: Final = 1280
 """Width of the CLIP features of every published image-to-video model; an adapter does not tell."""
 
-_VOCAL_LAYERS: Final = 2
-"""Blocks of the published projector of sound tokens (stableavatar.md b.2)."""
-
 _FLOAT32: Final = ("time_embedding", "modulation", "norm3")
 """Original names of what stays float32 under any run dtype (spec/building-blocks.md 1, trap d)."""
 
@@ -110,8 +107,7 @@ def stableavatar_shapes(sizes: Sizes) -> Shapes:
         shapes |= _norm(f"{inner}.norm_1", hidden) | _norm(f"{inner}.norm_2", d)
     else:
         shapes |= {f"{inner}.proj.weight": (d, sizes.vocal_dim), **_norm(f"{inner}.norm", d)}
-    # Without any block the others would look complete.
-    for index in range(sizes.vocal_layers or _VOCAL_LAYERS):
+    for index in range(sizes.vocal_layers):
         shapes |= _projector_block(f"vocal_projector.blocks.{index}", sizes)
     head = "vocal_projector.final_head"
     return shapes | {f"{head}.modulation": (1, 2, d), **_linear(f"{head}.final_proj", d, d)}
@@ -231,8 +227,10 @@ STABLEAVATAR: Final = WeightLayout(
     shapes=stableavatar_shapes,
     arguments=_WAN_ARGUMENTS | {
         "image_dim": "image_dim", "vocal_dim": "vocal_dim", "vocal_hidden_dim": "vocal_hidden_dim",
-        "vocal_layers": "vocal_layers", "vocal_ffn_dim": "vocal_ffn",
+        "vocal_layers": "vocal_layers", "vocal_heads": "vocal_heads", "vocal_ffn_dim": "vocal_ffn",
     },
+    # Of the projector of sound tokens (b.2): without its last block the others would look complete.
+    assumed={"vocal_layers": 2, "vocal_heads": 8},
     float32=(*_FLOAT32, "time_projection", "norm", "norm_1", "norm_2", "img_emb.proj.0", "img_emb.proj.4"),
 )  # fmt: skip
 

@@ -54,13 +54,14 @@ def merge_adapter(
     _check_complete(base, adapter, layout, sizes, tensors)
     own = adapter.layout is layout
     network = _network(base, adapter)
+    stated = {layout.arguments[name]: int(network[name]) for name in layout.assumed if name in network}
     return replace(
         base,
         path=adapter.path,
         naming="original",
         layout=layout,
         variant=variant_of("model", layout, sizes),
-        sizes=sizes,
+        sizes=replace(sizes, **stated),
         tensors=tensors,
         heads=int(network.get("num_attention_heads", base.heads or adapter.heads)),
         heads_stated="num_attention_heads" in network,
@@ -221,8 +222,8 @@ def _config(base: Checkpoint, adapter: Checkpoint) -> Mapping[str, Any]:
 def _network(base: Checkpoint, adapter: Checkpoint) -> dict[str, float]:
     """What either side states that no shape tells. Raises UnusableWeights where they differ."""
     ours, theirs = stated_network(adapter), stated_network(base)
-    for name in ("num_attention_heads", "eps"):
-        if name in ours and name in theirs and ours[name] != theirs[name]:
+    for name in ours:
+        if name in theirs and ours[name] != theirs[name] and name != "attention_head_dim":  # said by heads
             raise UnusableWeights(
                 f"was made for {name} {ours[name]:g}, and the base {base.path} has {theirs[name]:g}",
                 where=adapter.path,

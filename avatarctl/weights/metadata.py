@@ -46,9 +46,9 @@ class OwnMetadata:
     """What `avatarctl.*` of a header says; empty where it says nothing.
 
     kind: "model" or "adapter"; channels: input channels, 0 unknown; conventions: `Conventions` by field name,
-    as far as known; network: num_attention_heads, attention_head_dim, eps; config: the source's
-    configuration; operations: one entry for each conversion step, oldest first; sources: hashes of the files
-    that the last one read; companion, companion_of: plain file names.
+    as far as known; network: see `stated_network`; config: the source's configuration; operations: one entry
+    for each conversion step, oldest first; sources: hashes of the files that the last one read; companion,
+    companion_of: plain file names.
     """
 
     version: str = ""
@@ -214,7 +214,8 @@ def _architecture(checkpoint: Checkpoint) -> str:
 
 def stated_network(checkpoint: Checkpoint) -> dict[str, float]:
     """What shapes do not tell, as far as the file or its configuration states it: num_attention_heads,
-    attention_head_dim, eps. A guess would outrank, once written, what another file states.
+    attention_head_dim, eps, and what a layout assumes. A guess would outrank, once written, what another file
+    states.
 
     Raises UnusableWeights for an eps that is none.
     """
@@ -224,6 +225,9 @@ def stated_network(checkpoint: Checkpoint) -> dict[str, float]:
         if checkpoint.sizes.width:
             found["attention_head_dim"] = checkpoint.sizes.width // checkpoint.heads
     for fields in (checkpoint.config, read_own(checkpoint.metadata).network):  # the metadata's word counts
+        for argument in checkpoint.layout.assumed:
+            held = getattr(checkpoint.sizes, checkpoint.layout.arguments[argument])
+            found |= {argument: held} if fields.get(argument) == held else {}
         if "eps" not in fields:
             continue
         eps = fields["eps"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,7 +15,7 @@ from avatarctl.weights.files.strict_json import parse_json
 from avatarctl.weights.layout import Sizes, WeightLayout
 from avatarctl.weights.layouts import COMPONENTS, LAYOUTS, PATCHED_ADAPTERS, WAN
 from avatarctl.weights.naming import Names, Placed, place_names, plain_name
-from avatarctl.weights.sizes import read_sizes, variant_of
+from avatarctl.weights.sizes import MOST_LAYERS, read_sizes, variant_of
 from avatarctl.weights.tensors import DTYPES, Tensor
 
 __all__ = ["read_checkpoint", "recognise", "require_complete"]
@@ -78,7 +79,7 @@ def recognise(raw: RawWeights) -> Checkpoint:
     whole, added = names.of("tensor"), names.of("diff")
     shapes = {name: raw.tensors[key].info.shape for name, key in whole.items()}
     shapes |= {f"{module}.weight": pair.shape for module, pair in pairs.low_rank.items()}
-    sizes = read_sizes(shapes, [*shapes, *added])
+    sizes = _with_assumed(raw, layout, read_sizes(shapes, [*shapes, *added]))
     in_blocks = any(name.startswith("blocks.") for name in shapes)
     changes = pairs.low_rank or added or names.replaces
     kind: Kind = "adapter" if changes or not in_blocks else "model"
@@ -257,14 +258,41 @@ def _check_config(
 def _heads(raw: RawWeights, sizes: Sizes) -> tuple[int, bool]:
     """Attention heads, and whether they are stated: no tensor tells them, as queries and keys are normalised
     over the full width."""
-    for fields in (_json(raw.metadata, "avatarctl.network"), raw.config, raw.config.get("model_config")):
-        for name in ("num_attention_heads", "num_heads"):
-            heads = fields.get(name) if isinstance(fields, Mapping) else None
-            if isinstance(heads, int) and not isinstance(heads, bool) and heads > 0:
-                if sizes.width % heads:
-                    raise UnusableWeights(f"{name} {heads} does not divide the width {sizes.width}")
-                return heads, True
+    name, heads = _stated(raw, "num_attention_heads", "num_heads")
+    if heads:
+        _require_divisor(name, heads, sizes.width)
+        return heads, True
     return (sizes.width // HEAD_WIDTH if sizes.width % HEAD_WIDTH == 0 else 0), False
+
+
+def _require_divisor(name: str, heads: int, width: int) -> None:
+    if width % heads:
+        raise UnusableWeights(f"{name} {heads} does not divide the width {width}")
+
+
+def _with_assumed(raw: RawWeights, layout: WeightLayout, sizes: Sizes) -> Sizes:
+    """`sizes` with what no tensor tells for sure: as it is stated, else as published, or as many as there are
+    if that is more."""
+    found: dict[str, int] = {}
+    for argument, published in layout.assumed.items():
+        size = layout.arguments[argument]
+        _, stated = _stated(raw, argument)
+        if stated > MOST_LAYERS:
+            raise UnusableWeights(f"{argument} is stated as {stated}; no model has that many")
+        found[size] = stated or max(getattr(sizes, size), published)
+        if argument.endswith("_heads"):
+            _require_divisor(argument, found[size], sizes.width)
+    return replace(sizes, **found)
+
+
+def _stated(raw: RawWeights, *names: str) -> tuple[str, int]:
+    """The first of these numbers that our metadata or the config states, with its name; 0 for none."""
+    for fields in (_json(raw.metadata, "avatarctl.network"), raw.config, raw.config.get("model_config")):
+        for name in names:
+            value = fields.get(name) if isinstance(fields, Mapping) else None
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                return name, value
+    return "", 0
 
 
 def _json(metadata: Mapping[str, str], key: str) -> Mapping[str, Any]:

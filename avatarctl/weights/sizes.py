@@ -11,9 +11,10 @@ from avatarctl.weights.checkpoint import Kind
 from avatarctl.weights.layout import Sizes, WeightLayout
 from avatarctl.weights.layouts import CLIP_WIDTH, WAN
 
-__all__ = ["read_sizes", "variant_of"]
+__all__ = ["MOST_LAYERS", "read_sizes", "variant_of"]
 
-_MOST_LAYERS: Final = 1000
+MOST_LAYERS: Final = 1000
+"""More blocks, or heads, than any network has."""
 
 _BLOCK: Final = re.compile(r"blocks\.(\d+)\..*")
 _HEARING: Final = re.compile(r"audio_cond_projs\.(\d+)\..*")
@@ -78,7 +79,7 @@ def _count(pattern: re.Pattern[str], names: list[str]) -> int:
     """One more than the highest number. Raises UnusableWeights for one that would make the table of
     expected tensors endless."""
     found = [match[1] for name in names if (match := pattern.fullmatch(name))]
-    if any(len(number) > len(str(_MOST_LAYERS)) or int(number) >= _MOST_LAYERS for number in found):
+    if any(len(number) > len(str(MOST_LAYERS)) or int(number) >= MOST_LAYERS for number in found):
         raise UnusableWeights(f"a block has number {max(found, key=len)[:20]}; no model has that many")
     return 1 + max(map(int, found), default=-1)
 

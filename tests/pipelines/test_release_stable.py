@@ -208,6 +208,20 @@ def test_half_a_file_is_refused_by_what_it_lacks(place: StablePlace, tmp_path: P
         loaded(place, str(path))
 
 
+def test_a_projector_without_its_last_block_is_refused(place: StablePlace, tmp_path: Path) -> None:
+    """The first block alone looks whole: that there are two is published, and no tensor tells it."""
+    path = tmp_path / "half.pt"
+    held = place.stable.square
+    torch.save({name: held[name] for name in held if "vocal_projector.blocks.1." not in name}, path)
+    shown = place.cli("convert-ckpt", path, "--inspect")
+    assert shown.exit_code == 3 and "vocal_projector.blocks.1.modulation" in shown.stdout
+    words = ("--model", path, "--image", place.face, "--audio", place.voice, "--weights-root", place.root)
+    refused = place.cli("infer", *words, "--out", tmp_path / "x.mp4")
+    assert refused.exit_code == 3 and not (tmp_path / "x.mp4").exists()
+    said = " ".join(refused.stderr.split())
+    assert "17 tensors are missing, vocal_projector.blocks.1.modulation" in said and str(path) in said
+
+
 def test_the_base_alone_is_no_model_nor_the_base_of_an_adapter(place: StablePlace, tmp_path: Path) -> None:
     path = tmp_path / "base.pt"
     torch.save({name: held for name, held in place.stable.square.items() if "vocal" not in name}, path)

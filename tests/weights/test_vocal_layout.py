@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,8 @@ from avatarctl.errors import UnusableWeights
 from avatarctl.weights.checkpoint import Checkpoint
 from avatarctl.weights.describe import describe, lines
 from avatarctl.weights.files.source import RawWeights
+from avatarctl.weights.merge import merge_adapter
+from avatarctl.weights.metadata import file_metadata, stated_network
 from avatarctl.weights.recognise import recognise, require_complete
 from avatarctl.weights.tensors import ArrayTensor
 from tests.weights.published_tables import Shapes, linear, wan
@@ -54,11 +58,15 @@ def published() -> Shapes:
     return wan(1536, 8960, 30, 36, image=1280) | vocal(1536, 30)
 
 
-def read(shapes: Shapes) -> Checkpoint:
+def read(shapes: Shapes, where: str = "", stated: Mapping[str, int] | None = None) -> Checkpoint:
+    """stated: what the file's metadata or a config beside it says, or the part of that for the network."""
     zero = np.zeros((), np.float32)
     tensors = {name: ArrayTensor(np.broadcast_to(zero, shape), "F32") for name, shape in shapes.items()}
     path = Path("x.safetensors")
-    return recognise(RawWeights(path, (path,), "safetensors", tensors))
+    fields = dict(stated or {})
+    config = {"config": fields, "model_config": {"model_config": fields}}.get(where, {})
+    metadata = {"avatarctl.network": json.dumps(fields)} if where == "metadata" else {}
+    return recognise(RawWeights(path, (path,), "safetensors", tensors, metadata, config))
 
 
 def test_the_published_model() -> None:
@@ -117,11 +125,75 @@ def test_a_projector_without_its_blocks_is_not_complete() -> None:
         require_complete(read(shapes))
 
 
+def without_last_block() -> Shapes:
+    return {name: shape for name, shape in published().items() if ".blocks.1." not in name[15:]}
+
+
+def test_a_projector_without_its_last_block_is_not_complete() -> None:
+    """Every published network has two, and the tensors of the first do not say so."""
+    held = read(without_last_block())
+    with pytest.raises(UnusableWeights, match=r"17 tensors are missing, vocal_projector\.blocks\.1"):
+        require_complete(held)
+    shown = lines(describe(held))
+    assert any("17 tensors missing" in line for line in shown)
+    assert any(line.startswith("missing") and "vocal_projector.blocks.1.modulation" in line for line in shown)
+
+
+BLOCKS = [(1, 1, True), (2, 2, True), (2, 1, False), (1, 2, False), (3, 3, True), (0, 3, True), (3, 2, False)]
+
+
+@pytest.mark.parametrize("where", ["config", "model_config", "metadata"])
+@pytest.mark.parametrize(("stated", "there", "fits"), BLOCKS)
+def test_another_number_of_blocks_is_believed_where_it_is_stated(
+    stated: int, there: int, fits: bool, where: str
+) -> None:
+    """0: nothing is stated; more than published may be there then."""
+    shapes = without_last_block()
+    block = {name: shape for name, shape in shapes.items() if name.startswith("vocal_projector.blocks.0")}
+    for number in range(1, there):
+        shapes |= {name.replace("blocks.0", f"blocks.{number}"): shape for name, shape in block.items()}
+    held = read(shapes, where, {"vocal_layers": stated} if stated else {})
+    assert (not held.missing and not held.unknown) == fits
+    assert held.layout.constructor(held.sizes)["vocal_layers"] == (stated or there)
+
+
+@pytest.mark.parametrize("where", ["config", "model_config", "metadata"])
+def test_heads_of_the_projector_are_those_that_are_stated(where: str) -> None:
+    """No tensor tells them."""
+    assert read(published()).layout.constructor(read(published()).sizes)["vocal_heads"] == 8
+    held = read(published(), where, {"vocal_heads": 12})
+    assert held.layout.constructor(held.sizes)["vocal_heads"] == 12
+    for value in (7, 10**9):
+        with pytest.raises(UnusableWeights, match="vocal_heads"):
+            read(published(), where, {"vocal_heads": value})
+    with pytest.raises(UnusableWeights, match="vocal_layers is stated as 1000000"):
+        read(published(), where, {"vocal_layers": 10**6})
+
+
+def test_what_is_stated_goes_with_the_weights_and_what_is_assumed_does_not() -> None:
+    """A guess would outrank, once written, what another file states."""
+    assert stated_network(read(published())) == {}
+    for where in ("config", "metadata"):
+        held = read(published(), where, {"vocal_heads": 12, "vocal_layers": 2})
+        assert stated_network(held) == {"vocal_heads": 12, "vocal_layers": 2}
+        assert json.loads(file_metadata(held, (), {})["avatarctl.network"]) == stated_network(held)
+
+
+def test_a_lora_that_was_made_for_other_heads() -> None:
+    target = "vocal_projector.blocks.0.cross_attn.q"
+    pair: Shapes = {f"{target}.lora_A.weight": (4, 1536), f"{target}.lora_B.weight": (1536, 4)}
+    lora = read(pair, "metadata", {"vocal_heads": 12})
+    merged = merge_adapter(read(published()), lora)
+    assert merged.sizes.vocal_heads == 12 and stated_network(merged) == {"vocal_heads": 12}
+    with pytest.raises(UnusableWeights, match=r"made for vocal_heads 12, and the base .* has 8"):
+        merge_adapter(read(published(), "config", {"vocal_heads": 8}), lora)
+
+
 def test_inspection_shows_what_hears() -> None:
     facts = describe(read(published()))
-    assert facts["vocal_layers"] == 2 and facts["vocal_hidden_dim"] is None
+    assert (facts["vocal_layers"], facts["vocal_heads"], facts["vocal_hidden_dim"]) == (2, 8, None)
     (network,) = [line for line in lines(facts) if line.startswith("network")]
-    assert "sound tokens 768, layers of their projector 2" in network
+    assert "sound tokens 768, layers of their projector 2, its heads 8" in network
     as_part = [each for each in facts["loaders"] if each["loader"] == "avatarctl infer -o model.weights"]
     assert [each["reason"] for each in as_part] == ["as dit=PATH"], "there are no adapters of this family"
 
