@@ -211,7 +211,21 @@ class _Stopped(BaseException):
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, _interrupt_again)
     raise _Stopped
+
+
+def _interrupt_again(number: int, frame: FrameType | None) -> None:
+    """Lets a command that ends remove what it began; a third signal ends the process at once.
+
+    Terminals and the programs that start others often send the same one twice, and an exception here would
+    come in the middle of the removal.
+    """
+    with contextlib.suppress(OSError):  # nobody reads it
+        os.write(2, b"cleaning up; once more to stop at once\n")
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_DFL)
 
 
 def _open_closed_streams() -> None:

@@ -34,4 +34,5 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
         yield lambda: asked
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is note:  # a second signal may have left a handler for a third
+                signal.signal(number, handler)
