@@ -1,16 +1,15 @@
 """`avatarctl` as a process of its own: imports, signals, limits, pipes, privileges, memory.
 
-Each start costs seconds of imports, so there are few, and each looks at several things.
+Each start costs seconds of imports. So there are few, and those that are about what comes later are forks of
+one process that has the imports behind it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import re
-import resource
 import shlex
 import shutil
 import signal
@@ -24,6 +23,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from tests.cli.forks import Fork, Forks
 from tests.helpers_video import count_frames, probe_video
 
 SMALL = ("-o", "output.width=16", "-o", "output.height=16", "--num-frames", "9")
@@ -77,31 +77,33 @@ def speech(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    with Forks() as made:
+        yield made
+
+
 @contextlib.contextmanager
-def started(words: list[str], folder: Path, wait_for: str) -> Iterator[subprocess.Popen[str]]:
-    """A process that has just said `wait_for` on stderr."""
-    process = subprocess.Popen(
-        words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
-    )
-    assert process.stderr is not None
+def said(process: Fork, wait_for: str) -> Iterator[None]:
+    """While a process is alive that has just said `wait_for` on stderr."""
     try:
         for line in process.stderr:
             if re.search(wait_for, line):
                 break
         else:
             pytest.fail(f"ended with {process.wait()} before it said {wait_for!r}")
-        yield process
+        yield
     finally:
         process.kill()
         process.wait()
 
 
-def stopped(words: list[str], folder: Path, wait_for: str, number: signal.Signals) -> tuple[int, str, str]:
+def stopped(process: Fork, wait_for: str, number: signal.Signals) -> tuple[int | None, str, str]:
     """Exit code, stdout and the rest of stderr after a signal sent at `wait_for`."""
-    with started(words, folder, wait_for) as process:
+    with said(process, wait_for):
         process.send_signal(number)
-        stdout, stderr = process.communicate(timeout=60)
-        return process.returncode, stdout, stderr
+        stdout, stderr = process.communicate()
+    return process.returncode, stdout, stderr
 
 
 HELP = """
@@ -157,10 +159,10 @@ def test_as_typed_on_a_fresh_machine(here: Path) -> None:
     ids=["chunks-INT", "chunks-TERM", "windows-TERM"],
 )
 def test_signal_in_the_middle_keeps_the_playable_part(
-    model: tuple[str, ...], number: signal.Signals, finished: int, here: Path, speech: Path
+    model: tuple[str, ...], number: signal.Signals, finished: int, here: Path, speech: Path, forks: Forks
 ) -> None:
-    words = command("infer", *model, "--steps", "2", "--audio", str(speech), "--out", "ein Clip ü.mp4")
-    code, stdout, stderr = stopped(words, here, "^(chunk|window) 3 of", number)
+    words = ("infer", *model, "--steps", "2", "--audio", str(speech), "--out", "ein Clip ü.mp4")
+    code, stdout, stderr = stopped(forks.start(*words, folder=here), "^(chunk|window) 3 of", number)
     assert code == 6 and stdout == ""
     error = error_of(stderr)
     match = re.search(r"the finished part, (\d+) frames, is kept as (ein Clip ü\.partial\.mp4)", error)
@@ -173,11 +175,12 @@ def test_signal_in_the_middle_keeps_the_playable_part(
 
 @pytest.mark.parametrize("model", [CHUNKS, WINDOWS], ids=["chunks", "windows"])
 def test_signal_before_the_first_frame_leaves_nothing(
-    model: tuple[str, ...], here: Path, speech: Path
+    model: tuple[str, ...], here: Path, speech: Path, forks: Forks
 ) -> None:
     # With so many steps the first frame takes its time.
-    words = command("infer", *model, "--steps", "1000", "--audio", str(speech), "--out", "new/deep/a.mp4")
-    code, stdout, stderr = stopped(words, here, "frames of 16x16 at 25 fps", signal.SIGTERM)
+    words = ("infer", *model, "--steps", "1000", "--audio", str(speech), "--out", "new/deep/a.mp4")
+    process = forks.start(*words, folder=here)
+    code, stdout, stderr = stopped(process, "frames of 16x16 at 25 fps", signal.SIGTERM)
     assert code == 6 and stdout == ""
     assert "kept" not in error_of(stderr)
     assert names(here) == []
@@ -207,22 +210,22 @@ def test_terminated_while_no_job_runs(here: Path) -> None:
     ids=["chunks", "windows"],
 )
 def test_killed_process_leaves_no_final_name(
-    model: tuple[str, ...], finished: int, here: Path, speech: Path
+    model: tuple[str, ...], finished: int, here: Path, speech: Path, forks: Forks
 ) -> None:
-    words = command("infer", *model, "--steps", "2", "--audio", str(speech), "--out", "a.mp4")
-    with started(words, here, "^(chunk|window) 6 of") as process:
+    words = ("infer", *model, "--steps", "2", "--audio", str(speech), "--out", "a.mp4")
+    process = forks.start(*words, folder=here)
+    with said(process, "^(chunk|window) 6 of"):
         process.kill()
-        process.wait()
+        assert process.wait() == -signal.SIGKILL
     assert names(here) == ["a.partial.mp4"]
     assert count_frames(here / "a.partial.mp4") >= finished
 
 
-def test_full_disk_is_one_line(here: Path, speech: Path) -> None:
-    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (20_000, 20_000))
-    words = command("infer", *TINY, "--audio", str(speech), "--out", "a.mp4")
-    found = run(words, here, preexec_fn=limit)
-    assert found.returncode == 3 and found.stdout == ""
-    assert "a.partial.mp4: no space left" in error_of(found.stderr)
+def test_full_disk_is_one_line(here: Path, speech: Path, forks: Forks) -> None:
+    words = ("infer", *TINY, "--audio", str(speech), "--out", "a.mp4")
+    process, stdout, stderr = forks.run(*words, folder=here, file_bytes=20_000)
+    assert process.returncode == 3 and stdout == ""
+    assert "a.partial.mp4: no space left" in error_of(stderr)
     assert names(here) == ["a.partial.mp4"]
     assert count_frames(here / "a.partial.mp4") > 0
 
@@ -239,23 +242,12 @@ def sealed(speech: Path) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-UNPRIVILEGED = f"""
-import os
-import avatarctl.cli.infer, avatarctl.demo.sample, avatarctl.pipelines.infer
-if os.geteuid() == 0:  # only now: an unprivileged user may not be able to read these packages
-    os.setgroups([])
-    os.setgid({NOBODY})
-    os.setuid({NOBODY})
-from avatarctl.cli import main
-main()
-"""
-
-
-def test_read_only_folder(sealed: Path) -> None:
-    words = ["infer", *TINY, "--audio", "speech.wav", "--out", "a.mp4"]
-    found = run([sys.executable, "-c", UNPRIVILEGED, *words], sealed)
-    assert found.returncode == 2 and found.stdout == "", found.stderr
-    assert "no permission to write" in error_of(found.stderr)
+def test_read_only_folder(sealed: Path, forks: Forks) -> None:
+    """An unprivileged user may not be able to read our packages: a fork has them."""
+    words = ("infer", *TINY, "--audio", "speech.wav", "--out", "a.mp4")
+    process, stdout, stderr = forks.run(*words, folder=sealed, user=NOBODY)
+    assert process.returncode == 2 and stdout == "", stderr
+    assert "no permission to write" in error_of(stderr)
     assert names(sealed) == ["speech.wav"]
 
 
@@ -270,7 +262,7 @@ def test_hostile_picture_with_a_hostile_name(here: Path) -> None:
     assert names(here) == [picture.name]
 
 
-def test_long_compressed_silence_in_little_memory(here: Path) -> None:
+def test_long_compressed_silence_in_little_memory(here: Path, forks: Forks) -> None:
     """25 minutes of 8 channels: 1.1 GB as samples, a few kilobytes as FLAC."""
     sound = HOSTILE / "audio" / "flac_bomb_25min_8ch.flac"
     if not sound.is_file():
@@ -278,17 +270,11 @@ def test_long_compressed_silence_in_little_memory(here: Path) -> None:
         with soundfile.SoundFile(sound, "w", 48_000, 8, "PCM_16") as file:
             for _ in range(25 * 60):
                 file.write(np.zeros((48_000, 8), np.int16))
-    peak = (
-        "import resource, runpy, sys\n"
-        "sys.argv[0] = 'avatarctl'\n"
-        "try:\n    runpy.run_module('avatarctl', run_name='__main__')\n"
-        "finally:\n    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)\n"
-    )
-    found = run([sys.executable, "-c", peak, "infer", "--dry-run", "--json", "--audio", str(sound)], here)
-    assert found.returncode == 0, found.stderr
-    assert json.loads(found.stdout)["frames"] == 25 * 60 * 25
-    peak_bytes = int(found.stderr.splitlines()[-1]) * (1 if sys.platform == "darwin" else 1024)
-    assert peak_bytes < 1.5 * 2**30
+    words = ("infer", "--dry-run", "--json", "--audio", str(sound))
+    process, stdout, stderr = forks.run(*words, folder=here)
+    assert process.returncode == 0, stderr
+    assert json.loads(stdout)["frames"] == 25 * 60 * 25
+    assert 0 < process.peak_bytes < 1.5 * 2**30
     assert names(here) == []
 
 
