@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,20 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from avatarctl.cli import app
+from avatarctl.demo import sample
 
 Run = Callable[..., Result]
+
+DRAWN = {name: functools.cache(getattr(sample, name)) for name in ("face_pixels", "voice_samples")}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sample_made_once() -> Iterator[None]:
+    """The built-in sample is the same in every run (tests/demo), and half a second of work."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, drawn in DRAWN.items():
+            patch.setattr(sample, name, lambda *size, drawn=drawn, **seed: drawn(*size, **seed).copy())
+        yield
 
 
 @pytest.fixture
