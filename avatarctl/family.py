@@ -245,7 +245,8 @@ class Family(Protocol):
         """Lines that a person should read before this run."""
 
     def plan(self, samples: int, cfg: RunConfig) -> Plan:
-        """Spans for a sound of `samples` at 16 kHz. Raises UsageError for impossible requests."""
+        """Spans for a sound of `samples` at 16 kHz, at least one frame. Raises UsageError for impossible
+        requests."""
 
     def open(self, modules: Modules, inputs: Inputs, cfg: RunConfig) -> Any:
         """Once per job: text, reference, KV caches, prefill."""

@@ -123,11 +123,10 @@ class OmniAvatar:
                 "long_video.strategy": ("off", "chunks"),
                 "long_video.carry": (None, "pixels"),
                 "model.channels": (33,),
-                "sampling.batch_passes": (None, False),
             },
             without=(
                 "long_video.schedule", "long_video.blend", "sampling.guidance_rule", "sampling.null_audio",
-                "sampling.latents_dtype",
+                "sampling.batch_passes", "sampling.latents_dtype",
             ),
         )  # fmt: skip
         chunks = self._chunks(samples, cfg)

@@ -18,7 +18,7 @@ from avatarctl.conditioning.channels import MASK4_KEEP, first_frame_channels
 from avatarctl.conditioning.geometry import nearest_shape
 from avatarctl.conditioning.windows import WindowPlan, blend_weights, plan_windows
 from avatarctl.config import RunConfig
-from avatarctl.errors import UnusableAudio, UsageError
+from avatarctl.errors import UsageError
 from avatarctl.events import Notice
 from avatarctl.families.offers import require_offered
 from avatarctl.family import (
@@ -36,7 +36,7 @@ from avatarctl.family import (
 from avatarctl.flow_matching import double_shifted_sigmas
 from avatarctl.models.encode import encode_prompt, window_tokens
 from avatarctl.sampling.guidance import audio_first, combine, native
-from avatarctl.timeline import FPS, SAMPLES_PER_FRAME, latent_frames, pixel_frames
+from avatarctl.timeline import FPS, latent_frames, pixel_frames
 
 if TYPE_CHECKING:
     from avatarctl.models.stableavatar import PreparedStable
@@ -120,21 +120,17 @@ class StableAvatar:
         if cfg.sampling.guidance_rule == "native":
             lines.append("guidance native is our reading of the paper, unverified against unpublished code")
         if cfg.model.compat == "reference":
-            lines.append("compat reference: the last sound, less than four frames, has no picture")
+            lines.append("compat reference: up to four frames of sound at the end have no picture")
             if cfg.sampling.latents_dtype != "bfloat16":
                 lines.append(
-                    "compat reference: latents are rounded with sampling.latents_dtype bfloat16 only"
+                    "compat reference: latents are float32; --latents-dtype bfloat16 rounds them as published"
                 )
         return tuple(lines)
 
     def plan(self, samples: int, cfg: RunConfig) -> Plan:
-        """Windows for `samples` at 16 kHz; needs output.width and output.height. Raises UnusableAudio for
-        less than a frame, UsageError for settings that this family has not."""
+        """Windows for `samples` at 16 kHz; needs output.width and output.height. Raises UsageError for
+        settings that this family has not."""
         self._require_offered(cfg)
-        if samples < SAMPLES_PER_FRAME:
-            raise UnusableAudio(
-                f"too short: {samples} samples at 16 kHz, and one frame of video lasts {SAMPLES_PER_FRAME}"
-            )
         windows = _windows(samples, cfg)
         if cfg.long_video.strategy == "off" and windows.count > 1:
             frames = pixel_frames(windows.window)

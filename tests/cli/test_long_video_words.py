@@ -35,6 +35,7 @@ def dry(model: str, voice: Path, words: str) -> tuple[str, ...]:
         (CHUNKS, "--chunked", "chunks"),
         (CHUNKS, "--long-video chunks --carry pixels", "chunks"),
         (CHUNKS, "--long-video off", "chunks"),
+        (CHUNKS, "--no-batch-passes", "chunks"),
         (FUSED, "", "fused"),
         (FUSED, "--long-video fused", "fused"),
         (FUSED, "--long-video off", "fused"),
@@ -77,7 +78,7 @@ def test_a_dry_run_says_the_order_of_the_windows(
     assert lines == ([f"schedule: {order}"] if order else [])
 
 
-OFFERS = {CHUNKS: "it offers off and chunks", FUSED: "it offers off and fused"}
+OFFERS = {CHUNKS: "omniavatar offers off and chunks", FUSED: "stableavatar offers off and fused"}
 
 
 @pytest.mark.parametrize(
@@ -89,10 +90,10 @@ OFFERS = {CHUNKS: "it offers off and chunks", FUSED: "it offers off and fused"}
         (CHUNKS, "-o long_video.blend=log", ("long_video.blend", "leave it out", "is off or chunks")),
         (CHUNKS, "-o sampling.null_audio=projected_silence", ("sampling.null_audio", "leave it out")),
         (CHUNKS, "--guidance-rule native", ("sampling.guidance_rule", "leave it out")),
-        (CHUNKS, "--batch-passes", ("sampling.batch_passes", "no true here", "it offers false")),
+        (CHUNKS, "--batch-passes", ("sampling.batch_passes", "true was asked", "leave it out")),
         (CHUNKS, "--overlap 0", ("--overlap", "fused only", "at least 1")),
         (CHUNKS, "--long-video stream", ("long_video.strategy", "no stream", OFFERS[CHUNKS])),
-        (CHUNKS, "--channels 36", ("model.channels", "it offers 33")),
+        (CHUNKS, "--channels 36", ("model.channels", "offers 33")),
         (CHUNKS, "--carry latents", ("long_video.carry", "no latents", "pixels")),
         (FUSED, "--long-video stream", ("long_video.strategy", "no stream", OFFERS[FUSED])),
         (FUSED, "--carry latents", ("long_video.carry", "leave it out", "is off or fused")),
@@ -115,13 +116,13 @@ OFFERS = {CHUNKS: "it offers off and chunks", FUSED: "it offers off and fused"}
         (FUSED, "--fit letterbox", ("--fit", "crop, stretch", "'letterbox'")),
         (FUSED, "--prompt a --prompt b", ("input.prompt is asked for twice", "--prompt")),
         (FUSED, "--max-tokens 30000", ("long_video.max_tokens", "leave it out")),
-        (FUSED, "--channels 33", ("model.channels", "it offers 36")),
-        (FUSED, "--audio-offset 1", ("model.audio_offset", "it offers 0")),
-        (FUSED, "--compat fork", ("model.compat", "it offers none and reference")),
+        (FUSED, "--channels 33", ("model.channels", "offers 36")),
+        (FUSED, "--audio-offset 1", ("model.audio_offset", "offers 0")),
+        (FUSED, "--compat fork", ("model.compat", "offers none and reference")),
         (
             FUSED,
             "--compat reference -o sampling.null_audio=projected_silence",
-            ("sampling.null_audio", "compat reference", "it offers zero_context"),
+            ("sampling.null_audio", "compat reference", "offers zero_context"),
         ),
     ],
 )  # fmt: skip

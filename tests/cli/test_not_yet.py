@@ -92,7 +92,7 @@ def test_supported_choices_pass_where_a_family_offers_them(
         if result.exit_code != 0:
             line = result.stderr.splitlines()[-1]
             assert result.exit_code == 2 and dotted in line, line
-            assert "it offers" in line or "leave it out" in line or "--long-video" in line, line
+            assert " offers " in line or "leave it out" in line or "--long-video" in line, line
     assert offered != ((dotted, text) in NOBODY_OFFERS)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from avatarctl.config import RunConfig
-from avatarctl.errors import UnusableAudio, UsageError
+from avatarctl.errors import UsageError
 from avatarctl.events import Event, Notice, silent
 from avatarctl.families import StableAvatar
 from avatarctl.family import Inputs, Modules
@@ -249,13 +249,6 @@ def lines_of(run: Callable[[Callable[[Event], None]], Any]) -> list[str]:
     lines: list[str] = []
     run(lambda event: lines.append(event.text) if isinstance(event, Notice) else None)
     return lines
-
-
-@pytest.mark.parametrize("samples", [1, 639])
-def test_less_than_a_frame_is_refused(samples: int) -> None:
-    with pytest.raises(UnusableAudio, match="too short"):
-        FAMILY.plan(samples, settings(10))
-    assert FAMILY.plan(640, settings(10)).frames == 1
 
 
 def test_one_window_names_the_way_to_more() -> None:
