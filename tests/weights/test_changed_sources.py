@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from avatarctl.errors import UnusableWeights
+from avatarctl.weights.files import hashes as hashes_module
 from avatarctl.weights.files.hashes import FileHashes
 from avatarctl.weights.files.source import open_weights
 from avatarctl.weights.files.writer import write_safetensors
@@ -46,15 +50,22 @@ def test_no_tensor_of_another_file(name: str, change: str, tmp_path: Path) -> No
     assert not (tmp_path / "out.safetensors").exists()
 
 
-def test_no_hash_of_another_file(tmp_path: Path) -> None:
+def test_no_hash_of_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second source is replaced when writing has begun, and the first is still being hashed."""
     first, second, other = (tmp_path / name for name in ("first", "second", "other"))
-    with first.open("wb") as file:
-        file.truncate(400_000_000)  # sparse
-    second.write_bytes(b"1" * 100)
-    other.write_bytes(b"2" * 100)
+    for path, content in ((first, b"0"), (second, b"1"), (other, b"2")):
+        path.write_bytes(content * 100)
+    replaced = threading.Event()
+    blocks = hashes_module._blocks
+
+    def waiting(file: BinaryIO) -> Iterator[memoryview]:
+        assert replaced.wait(60)
+        yield from blocks(file)
+
+    monkeypatch.setattr(hashes_module, "_blocks", waiting)
     with FileHashes() as hashes:
         hashes.start([first, second])
         other.replace(second)
+        replaced.set()
         with pytest.raises(UnusableWeights, match="second: changed while it was read"):
             hashes.digests([first, second])

@@ -289,7 +289,7 @@ def test_space_that_is_not_there_is_missed_before_anything_is_read(tmp_path: Pat
         lambda: write_safetensors(tmp_path / "a", vast, {}),
         lambda: write_sharded(tmp_path, "model", vast, {}, 1 << 40),
     ):
-        with pytest.raises(WriteFailed, match=r"needs 4\.5 PB, [0-9.]+ [GT]B free"):
+        with pytest.raises(WriteFailed, match=r"needs 4\.5 PB, [0-9.]+ ([kMGTP]B|bytes) free"):
             attempt()
     assert names(tmp_path) == []
 
@@ -301,7 +301,7 @@ def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"old")
     tensors = {"a": Made(TensorInfo("F32", (10_000_000,)))}
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    threads = threading.active_count()
+    threads = set(threading.enumerate())
     resource.setrlimit(resource.RLIMIT_FSIZE, (12_000_000, before[1]))
     try:
         with pytest.raises(WriteFailed, match="no space left"):
@@ -311,7 +311,7 @@ def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert names(tmp_path) == ["a"] and (tmp_path / "a").read_bytes() == b"old"
-    assert threading.active_count() == threads
+    assert set(threading.enumerate()) <= threads, "one goes on"
 
 
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt, SystemExit, UnusableWeights])
@@ -329,13 +329,13 @@ def test_any_failure_ends_the_threads_and_leaves_the_old_file(
             raise failure("now")
 
     tensors = {"a": Made(TensorInfo("F32", (8_000_000,)), fail_later if where == "read" else lambda at: None)}
-    threads = threading.active_count()
+    threads = set(threading.enumerate())
     with pytest.raises(failure):
         write_safetensors(
             tmp_path / "a", tensors, {}, sources=[source],
             progress=fail_later if where == "progress" else None,
         )  # fmt: skip
-    assert threading.active_count() == threads
+    assert set(threading.enumerate()) <= threads, "one goes on"
     assert names(tmp_path) == ["a", "source"] and (tmp_path / "a").read_bytes() == b"old"
 
 
