@@ -17,6 +17,7 @@ from avatarctl.cli.command import Command
 from avatarctl.cli.screen import Screen
 from avatarctl.errors import UsageError, printable
 from avatarctl.events import Notice
+from avatarctl.weights.files.named_path import expanded
 
 if TYPE_CHECKING:
     from avatarctl.pipelines.convert import ConvertRequest
@@ -80,7 +81,7 @@ def convert_ckpt(**params: Any) -> None:
     configuration beside it where DST is a folder. The path of DST is printed on standard output.
     """
     _check_combination(params)
-    source = Path(params["source"])
+    source = expanded(params["source"])
     if params["inspect"]:
         _inspect(source, params["as_json"])
         return
@@ -137,11 +138,11 @@ def _request(source: Path, params: dict[str, Any]) -> ConvertRequest:
 
     return ConvertRequest(
         source=source,
-        out=Path(params["out"]),
+        out=expanded(params["out"]),
         to=params["to"] or "original",
         channels=None if params["channels"] is None else int(params["channels"]),
         drop_channels=params["drop_channels"],
-        base=None if params["base"] is None else Path(params["base"]),
+        base=None if params["base"] is None else expanded(params["base"]),
         merge=params["merge_lora"],
         strength=1.0 if params["lora_scale"] is None else params["lora_scale"],
         extract=params["extract"] is not None,

@@ -85,9 +85,11 @@ def require_place(differences: Sequence[str], target: Target, where: Path, *, fi
     """Raise UnusableWeights where there are differences (tensor names) that `target` cannot hold."""
     if not differences or target == "comfyui":
         return
-    count = f"{len(differences)} difference{'s have' if len(differences) > 1 else ' has'}"
+    count = f"{len(differences)} difference{'s' if len(differences) > 1 else ''} (.diff)"
     raise UnusableWeights(
-        f"{count} (.diff) no place in {target} adapters, first: {differences[0][:100]}", where=where, fix=fix
+        f"has {count}, which {target} adapters have no place for; the first: {differences[0][:100]}",
+        where=where,
+        fix=fix,
     )
 
 
@@ -337,7 +339,7 @@ def with_release_config(checkpoint: Checkpoint) -> Checkpoint:
     """`checkpoint` with a config.json in the release's terms (`train_architecture`, `lora_rank`, ...).
 
     Fields that the source has beside those are kept; a config of diffusers or peft is replaced as a whole.
-    Empty for plain Wan models that came without one.
+    Full models whose published scripts read no such config have the one that they came with, or none.
     """
     source = checkpoint.config
     foreign = "peft_type" in source or source.get("_class_name") in _DIFFUSERS_CLASSES
@@ -346,7 +348,8 @@ def with_release_config(checkpoint: Checkpoint) -> Checkpoint:
         "in_dim": checkpoint.sizes.in_channels,
         "audio_hidden_size": checkpoint.sizes.audio_hidden_size,
     }
-    if checkpoint.kind == "model" and checkpoint.layout.family == "wan":
+    scripts = checkpoint.layout.scripts
+    if checkpoint.kind == "model" and not (scripts and scripts.config_field):
         config |= {"in_dim": known["in_dim"]} if "in_dim" in config else {}
         return replace(checkpoint, config=config)
     stated = config.get("model_config")

@@ -21,6 +21,7 @@ from avatarctl.weights.file_facts import (
     as_dit,
     avatars_on,
     cannot_be_converted,
+    changes_own_layers,
     first_half,
     has_channels_without_code,
     has_foreign_prefix,
@@ -29,12 +30,13 @@ from avatarctl.weights.file_facts import (
     is_incomplete,
     is_named,
     is_named_otherwise,
+    is_no_models_adapter,
     is_of,
     is_pickle,
-    is_plain_lora,
     is_release,
     is_second_half,
     leaves_out,
+    leaves_out_targets,
     loses_alpha,
     loses_header_alpha,
     negated,
@@ -132,8 +134,11 @@ _NO_AVATAR_BASE = Objection(
     "no",
     f"it has no audio layers, and adapters of avatars are made for {_BASES} models only",
 )
+_HAS_KOHYA_PREFIX: Final = starts_with("lora_unet_")
+"""Other trainers of kohya's layout write another: lora_transformer_."""
 _SHARDED = Objection(lambda checkpoint: len(checkpoint.files) > 1, "no", "reads one file, not shards")
 _WHOLE_TENSORS = Objection(lambda checkpoint: bool(checkpoint.tensors), "wrong", leaves_out)
+_OWN_TARGETS = Objection(changes_own_layers, "wrong", leaves_out_targets)
 _NO_PAIRS = Objection(lambda checkpoint: not checkpoint.low_rank, "no", "there are no LoRA tensors in it")
 
 _SEEING: Final = ", ".join(
@@ -202,7 +207,9 @@ LOADERS: Final = (
             _UNSUPPORTED,
             _SECOND_HALF,
             Objection(
-                is_plain_lora, "no", "it changes a model and is none: name it by --lora, beside a --model"
+                is_no_models_adapter,
+                "no",
+                "it changes a model and is none: name it by --lora, beside a --model",
             ),
             _NO_AVATAR_BASE,
             Objection(
@@ -237,14 +244,14 @@ LOADERS: Final = (
         ),
     ),
     Loader(
-        "avatarctl infer -o model.weights",
+        "avatarctl infer --weights",
         ("model",),
         (_UNSUPPORTED, _NO_AVATAR_BASE, _INCOMPLETE, _CHANNELS_OF_AVATAR),
         remark=as_dit,
     ),
     Loader("avatarctl convert-ckpt --base", ("model",), (_UNSUPPORTED, _INCOMPLETE)),
     Loader(
-        "avatarctl infer -o model.weights",
+        "avatarctl infer --weights",
         ("component",),
         (Objection(lambda checkpoint: not part(checkpoint), "no", "no part of a supported model"),),
         remark=lambda checkpoint: f"as {part(checkpoint)}=PATH",
@@ -295,6 +302,13 @@ LOADERS: Final = (
             Objection(is_pickle, "no", "reads safetensors only"),
             Objection(loses_header_alpha, "wrong", without_alpha),
             _WHOLE_TENSORS,
+            Objection(
+                changes_own_layers,
+                "wrong",
+                lambda checkpoint: (
+                    f"{leaves_out_targets(checkpoint)}; {checkpoint.layout.class_name} takes them all"
+                ),
+            ),
         ),
         remark='with use_safetensors=True, else alpha is lost; prefix="transformer" or None, as names begin',
     ),
@@ -336,6 +350,7 @@ LOADERS: Final = (
                 "wrong",
                 without_alpha,
             ),
+            _OWN_TARGETS,
         ),
     ),
     Loader(
@@ -371,12 +386,13 @@ LOADERS: Final = (
         (
             _NOT_CHECKED,
             Objection(
-                is_named_otherwise("comfyui", "kohya"),
+                lambda checkpoint: checkpoint.naming != "comfyui" and not _HAS_KOHYA_PREFIX(checkpoint),
                 "no",
                 "none of its names is known there: it would warn and change nothing",
             ),
             Objection(loses_alpha, "wrong", without_alpha),
             Objection(holds_unmarked_tensors, "wrong", leaves_out),
+            _OWN_TARGETS,
         ),
     ),
     Loader(
@@ -384,7 +400,7 @@ LOADERS: Final = (
         ("adapter",),
         (
             _NOT_CHECKED,
-            Objection(is_named_otherwise("kohya"), "no", "names must begin with lora_unet_"),
+            Objection(negated(_HAS_KOHYA_PREFIX), "no", "names must begin with lora_unet_"),
             Objection(loses_alpha, "wrong", without_alpha),
         ),
     ),

@@ -10,7 +10,7 @@ from avatarctl.registry import NEEDS_WEIGHTS, ROWS, Row, encoder_part, find_mode
 from avatarctl.weights.checkpoint import Checkpoint
 from avatarctl.weights.file_facts import avatars_on
 from avatarctl.weights.files.named_path import expanded
-from avatarctl.weights.sources import trained_shape
+from avatarctl.weights.made_for import trained_shape
 from avatarctl.weights.whole import open_model
 
 __all__ = ["row_named"]
@@ -94,18 +94,22 @@ def _like(held: Checkpoint) -> Row:
         return next((row for row in alike if shape and row.made_for == shape), alike[0])
     if held.kind == "adapter":
         raise UnusableWeights(
-            f"is a {held.variant}: it changes a model and is none",
+            f"is {_article(held.variant)} {held.variant}: it changes a model and is none",
             where=held.path,
             fix="name the model by --model and this file by --lora",
         )
     if held.layout.family == "wan":
-        place = "; this file is found, or named by -o model.weights.dit=PATH" if avatars_on(held) else ""
+        place = "; this file is found, or named by --weights dit=PATH" if avatars_on(held) else ""
         raise UnusableWeights(
             f"is {held.variant}, which hears nothing: it has no audio layers",
             where=held.path,
             fix=f"name an avatar model or its adapter by --model{place}",
         )
     raise UnusableWeights(f"is {held.variant}, which this version does not run", where=held.path)
+
+
+def _article(what: str) -> str:
+    return "an" if what[0] in "aeiou" else "a"
 
 
 def _is_published(row: Row, family: str) -> bool:

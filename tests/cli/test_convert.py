@@ -58,6 +58,18 @@ def test_a_conversion_prints_its_path_and_tells_the_steps(omni: str, base: str, 
     assert quiet.stdout == "again\n" and quiet.stderr == ""
 
 
+def test_paths_in_the_home_folder(
+    omni: str, base: str, here: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell leaves the ~ of `--base=~/wan` as it is."""
+    monkeypatch.setenv("HOME", str(here))
+    result = run("convert-ckpt", f"~/{omni}", "--out=~/merged", "--merge-lora", f"--base=~/{base}")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == f"{here}/merged\n"
+    assert "adapter of OmniAvatar" in run("convert-ckpt", f"~/{omni}", "--inspect").stdout
+    assert sorted(path.name for path in here.iterdir()) == ["merged", "omni", "wan"]
+
+
 def test_json_of_a_conversion(omni: str, run: Run) -> None:
     document = json.loads(
         run("convert-ckpt", omni, "--out", "l.safetensors", "--to", "comfyui", "--json").stdout

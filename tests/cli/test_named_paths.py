@@ -17,6 +17,9 @@ WORDS = {
     "root of a model": ("models", "show", "omniavatar-14b", "--weights-root", "{}"),
     "root of a check": ("models", "verify", "omniavatar-14b", "--weights-root", "{}"),
     "root of a pull": ("models", "pull", "omniavatar-14b", "--dry-run", "--weights-root", "{}"),
+    "SRC": ("convert-ckpt", "{}", "--inspect"),
+    "--base": ("convert-ckpt", "a.pt", "--out", "b", "--merge-lora", "--base", "{}"),
+    "--out": ("convert-ckpt", "a.pt", "--out", "{}"),
     "pull for a file": ("models", "pull", "--dry-run", "--for", "infer --model {}"),
 }
 

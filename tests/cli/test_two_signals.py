@@ -44,7 +44,8 @@ A_JOB = f"""
 
 def interrupted(folder: Path, work: str, later: str) -> subprocess.CompletedProcess[str]:
     script = INTERRUPTED.format(work=work, later=later)
-    return subprocess.run([sys.executable, "-c", script], cwd=folder, text=True, capture_output=True, timeout=60)
+    words = [sys.executable, "-c", script]
+    return subprocess.run(words, cwd=folder, text=True, capture_output=True, timeout=60)
 
 
 @pytest.mark.parametrize("work", [FIRST, A_JOB], ids=["command", "job"])

@@ -167,15 +167,15 @@ def test_an_encoder_is_named_and_only_offered_as_one() -> None:
     facts = about(umt5(), file="models_t5_umt5-xxl-enc-bf16.pth")
     assert facts["kind"] == "component" and "UMT5" in facts["variant"]
     assert facts["published_as"].startswith("models_t5")
-    assert answers(facts) == {"avatarctl infer -o model.weights": "yes", "OmniAvatar scripts, as base": "yes"}
-    assert "text=PATH" in reason(facts, "avatarctl infer -o model.weights")
+    assert answers(facts) == {"avatarctl infer --weights": "yes", "OmniAvatar scripts, as base": "yes"}
+    assert "text=PATH" in reason(facts, "avatarctl infer --weights")
     assert not any(line.startswith(("heads", "network")) for line in lines(facts))
 
 
 @pytest.mark.parametrize("channels", [49, 65])
 def test_channels_that_infer_refuses_are_not_said_to_load(channels: int) -> None:
     whole = about(wan(1536, 8960, 30, channels) | audio(1536, 30))
-    for loader in ("avatarctl infer --model", "avatarctl infer -o model.weights"):
+    for loader in ("avatarctl infer --model", "avatarctl infer --weights"):
         assert answers(whole)[loader] == "no" and str(channels) in reason(whole, loader)
     assert answers(whole)["avatarctl convert-ckpt --base"] == "yes"
     patch = {"patch_embedding.weight": (5120, channels, 1, 2, 2)}
@@ -214,7 +214,7 @@ def test_a_base_of_avatars_is_what_a_merge_takes(shapes: Shapes, config: dict[st
         assert "text-to-video" in str(error)
         taken = False
     facts = about(shapes, config=config)
-    assert answers(facts)["avatarctl infer -o model.weights"] == ("yes" if taken else "no")
+    assert answers(facts)["avatarctl infer --weights"] == ("yes" if taken else "no")
     assert answers(facts)["avatarctl convert-ckpt --base"] == "yes"
     told = reason(facts, "avatarctl infer --model")
     assert ("it is the base" in told) == taken and ("text-to-video models only" in told) != taken

@@ -18,7 +18,7 @@ from avatarctl.weights.merge import merge_adapter
 from avatarctl.weights.metadata import file_metadata, stated_network
 from avatarctl.weights.recognise import recognise, require_complete
 from avatarctl.weights.tensors import ArrayTensor
-from tests.weights.published_tables import Shapes, linear, wan
+from tests.weights.published_tables import Shapes, stableavatar, vocal, wan
 
 EXAMPLES = {
     "blocks.0.cross_attn.k_vocal.weight": "blocks.0.attn2.vocal_k.weight",
@@ -27,35 +27,6 @@ EXAMPLES = {
     "img_emb.proj.4.bias": "condition_embedder.image_embedder.norm2.bias",
     "vocal_projector.blocks.0.norm3.weight": "vocal_projector.blocks.0.norm3.weight",
 }
-
-
-def vocal(width: int, layers: int, hidden: int = 0) -> Shapes:
-    """What the family adds; hidden: between the two layers of the 14B projection."""
-    shapes: Shapes = {}
-    for i in range(layers):
-        for name in ("k_vocal", "v_vocal"):
-            shapes |= linear(f"blocks.{i}.cross_attn.{name}", width, width)
-    projector = "vocal_projector.proj_model"
-    steps = (("proj_1", "norm_1", hidden, 768), ("proj_2", "norm_2", width, hidden))
-    for proj, norm, outputs, inputs in steps if hidden else (("proj", "norm", width, 768),):
-        shapes[f"{projector}.{proj}.weight"] = (outputs, inputs)
-        shapes[f"{projector}.{norm}.weight"] = shapes[f"{projector}.{norm}.bias"] = (outputs,)
-    for j in range(2):
-        block = f"vocal_projector.blocks.{j}"
-        shapes[f"{block}.modulation"] = (1, 6, width)
-        shapes[f"{block}.norm3.weight"] = shapes[f"{block}.norm3.bias"] = (width,)
-        for letter in "qkvo":
-            shapes |= linear(f"{block}.cross_attn.{letter}", width, width)
-        for letter in "qk":
-            shapes[f"{block}.cross_attn.norm_{letter}.weight"] = (width,)
-        shapes |= linear(f"{block}.ffn.0", 2 * width, width) | linear(f"{block}.ffn.2", width, 2 * width)
-    shapes["vocal_projector.final_head.modulation"] = (1, 2, width)
-    return shapes | linear("vocal_projector.final_head.final_proj", width, width)
-
-
-def published() -> Shapes:
-    """transformer3d-square.pt and its twin."""
-    return wan(1536, 8960, 30, 36, image=1280) | vocal(1536, 30)
 
 
 def read(shapes: Shapes, where: str = "", stated: Mapping[str, int] | None = None) -> Checkpoint:
@@ -70,7 +41,7 @@ def read(shapes: Shapes, where: str = "", stated: Mapping[str, int] | None = Non
 
 
 def test_the_published_model() -> None:
-    shapes = published()
+    shapes = stableavatar()
     assert (len(shapes), sum(map(math.prod, shapes.values()))) == (1143, 1_747_426_112)  # spec 0
     held = read(shapes)
     require_complete(held)
@@ -87,18 +58,18 @@ def test_the_14b_layout_is_told_from_its_tensors() -> None:
     require_complete(held)
     assert held.sizes.vocal_hidden_dim == 2048
     assert held.layout.constructor(held.sizes)["vocal_hidden_dim"] == 2048
-    assert "vocal_hidden_dim" not in held.layout.constructor(read(published()).sizes)
+    assert "vocal_hidden_dim" not in held.layout.constructor(read(stableavatar()).sizes)
 
 
 def test_names_of_the_network_and_back() -> None:
-    key_map = read(published()).layout.key_map
-    internal = key_map.rename_to_internal(published())
-    assert key_map.rename_to_original(internal) == published()
+    key_map = read(stableavatar()).layout.key_map
+    internal = key_map.rename_to_internal(stableavatar())
+    assert key_map.rename_to_original(internal) == stableavatar()
     for original, name in EXAMPLES.items():
         assert key_map.to_internal(original) == name
     renamed = read(internal)
     require_complete(renamed)
-    assert renamed.naming == "diffusers" and renamed.tensors.keys() == published().keys()
+    assert renamed.naming == "diffusers" and renamed.tensors.keys() == stableavatar().keys()
 
 
 @pytest.mark.parametrize(
@@ -109,24 +80,24 @@ def test_names_of_the_network_and_back() -> None:
     ],
 )  # fmt: skip
 def test_each_tensor_is_needed_and_no_other(name: str) -> None:
-    shapes = published()
+    shapes = stableavatar()
     shape = shapes.pop(name)
     with pytest.raises(UnusableWeights, match="1 tensor is missing"):
         require_complete(read(shapes))
     with pytest.raises(UnusableWeights, match="unknown tensor has no place"):
-        require_complete(read(published() | {"vocal_projector.text_embedding.weight": shape}))
+        require_complete(read(stableavatar() | {"vocal_projector.text_embedding.weight": shape}))
 
 
 def test_a_projector_without_its_blocks_is_not_complete() -> None:
     """No other tensor says that there are any."""
-    shapes = {name: shape for name, shape in published().items() if ".blocks." not in name}
-    shapes |= {name: shape for name, shape in published().items() if not name.startswith("vocal_projector.")}
+    shapes = {name: shape for name, shape in stableavatar().items() if ".blocks." not in name}
+    shapes |= {name: shape for name, shape in stableavatar().items() if not name.startswith("vocal_projector.")}
     with pytest.raises(UnusableWeights, match=r"34 tensors are missing, vocal_projector\.blocks\.0"):
         require_complete(read(shapes))
 
 
 def without_last_block() -> Shapes:
-    return {name: shape for name, shape in published().items() if ".blocks.1." not in name[15:]}
+    return {name: shape for name, shape in stableavatar().items() if ".blocks.1." not in name[15:]}
 
 
 def test_a_projector_without_its_last_block_is_not_complete() -> None:
@@ -160,21 +131,21 @@ def test_another_number_of_blocks_is_believed_where_it_is_stated(
 @pytest.mark.parametrize("where", ["config", "model_config", "metadata"])
 def test_heads_of_the_projector_are_those_that_are_stated(where: str) -> None:
     """No tensor tells them."""
-    assert read(published()).layout.constructor(read(published()).sizes)["vocal_heads"] == 8
-    held = read(published(), where, {"vocal_heads": 12})
+    assert read(stableavatar()).layout.constructor(read(stableavatar()).sizes)["vocal_heads"] == 8
+    held = read(stableavatar(), where, {"vocal_heads": 12})
     assert held.layout.constructor(held.sizes)["vocal_heads"] == 12
     for value in (7, 10**9):
         with pytest.raises(UnusableWeights, match="vocal_heads"):
-            read(published(), where, {"vocal_heads": value})
+            read(stableavatar(), where, {"vocal_heads": value})
     with pytest.raises(UnusableWeights, match="vocal_layers is stated as 1000000"):
-        read(published(), where, {"vocal_layers": 10**6})
+        read(stableavatar(), where, {"vocal_layers": 10**6})
 
 
 def test_what_is_stated_goes_with_the_weights_and_what_is_assumed_does_not() -> None:
     """A guess would outrank, once written, what another file states."""
-    assert stated_network(read(published())) == {}
+    assert stated_network(read(stableavatar())) == {}
     for where in ("config", "metadata"):
-        held = read(published(), where, {"vocal_heads": 12, "vocal_layers": 2})
+        held = read(stableavatar(), where, {"vocal_heads": 12, "vocal_layers": 2})
         assert stated_network(held) == {"vocal_heads": 12, "vocal_layers": 2}
         assert json.loads(file_metadata(held, (), {})["avatarctl.network"]) == stated_network(held)
 
@@ -183,22 +154,22 @@ def test_a_lora_that_was_made_for_other_heads() -> None:
     target = "vocal_projector.blocks.0.cross_attn.q"
     pair: Shapes = {f"{target}.lora_A.weight": (4, 1536), f"{target}.lora_B.weight": (1536, 4)}
     lora = read(pair, "metadata", {"vocal_heads": 12})
-    merged = merge_adapter(read(published()), lora)
+    merged = merge_adapter(read(stableavatar()), lora)
     assert merged.sizes.vocal_heads == 12 and stated_network(merged) == {"vocal_heads": 12}
     with pytest.raises(UnusableWeights, match=r"made for vocal_heads 12, and the base .* has 8"):
-        merge_adapter(read(published(), "config", {"vocal_heads": 8}), lora)
+        merge_adapter(read(stableavatar(), "config", {"vocal_heads": 8}), lora)
 
 
 def test_inspection_shows_what_hears() -> None:
-    facts = describe(read(published()))
+    facts = describe(read(stableavatar()))
     assert (facts["vocal_layers"], facts["vocal_heads"], facts["vocal_hidden_dim"]) == (2, 8, None)
     (network,) = [line for line in lines(facts) if line.startswith("network")]
     assert "sound tokens 768, layers of their projector 2, its heads 8" in network
-    as_part = [each for each in facts["loaders"] if each["loader"] == "avatarctl infer -o model.weights"]
+    as_part = [each for each in facts["loaders"] if each["loader"] == "avatarctl infer --weights"]
     assert [each["reason"] for each in as_part] == ["as dit=PATH"], "there are no adapters of this family"
 
 
 def test_a_projector_of_another_width_is_refused() -> None:
     """Its modulation is the transformer's own (a.1): widths are equal."""
     with pytest.raises(UnusableWeights, match=r"final_proj\.weight has shape"):
-        read(published() | {"vocal_projector.final_head.final_proj.weight": (768, 768)})
+        read(stableavatar() | {"vocal_projector.final_head.final_proj.weight": (768, 768)})
