@@ -35,7 +35,8 @@ from avatarctl.models.wav2vec import FrameWav2Vec2
 from avatarctl.rng import stable_hash
 from avatarctl.weights.assemble import assemble, built_in, with_loras
 from avatarctl.weights.checkpoint import Checkpoint
-from avatarctl.weights.sources import Sources, asked_size, find_sources, made_for_others, weights_missing
+from avatarctl.weights.made_for import made_for_others
+from avatarctl.weights.sources import Sources, asked_size, find_sources, weights_missing
 from avatarctl.weights.tensors import ArrayTensor
 
 if TYPE_CHECKING:

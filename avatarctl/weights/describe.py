@@ -14,6 +14,7 @@ from typing import Any, Final
 from avatarctl.errors import UnusableWeights, printable
 from avatarctl.weights.checkpoint import Checkpoint, LowRank
 from avatarctl.weights.loaders import verdicts
+from avatarctl.weights.made_for import trained_shape
 from avatarctl.weights.metadata import OwnMetadata, read_own
 from avatarctl.weights.published import PUBLISHED, hash_of
 from avatarctl.weights.tensors import Tensor, size_text
@@ -122,6 +123,7 @@ def _training(checkpoint: Checkpoint, own: OwnMetadata) -> dict[str, Any]:
     return {
         "train_architecture": config.get("train_architecture"),
         "random_prefix_frames": config.get("random_prefix_frames"),
+        "made_for": trained_shape(checkpoint),
         "audio_offset": checkpoint.audio_offset,
         "audio_offset_rule": checkpoint.audio_offset_rule or None,
         "conventions": dict(own.conventions),
@@ -171,6 +173,8 @@ def _rows(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "heads", str(facts["heads"] or ("not stated" if facts["kind"] == "model" else ""))
     yield from _update_rows(facts)
     yield "trained as", _text(facts["train_architecture"])
+    if facts["made_for"]:
+        yield "trained for", f"{facts['made_for']} videos (by its name, or that of its source)"
     yield "random prefix", _text(facts["random_prefix_frames"])
     if facts["audio_offset"] is not None:
         yield "audio offset", f"{_frames(facts['audio_offset'])} ({facts['audio_offset_rule']})"

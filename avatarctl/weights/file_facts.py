@@ -15,6 +15,7 @@ __all__ = [
     "as_dit",
     "avatars_on",
     "cannot_be_converted",
+    "changes_own_layers",
     "first_half",
     "has_channels_without_code",
     "has_foreign_prefix",
@@ -23,12 +24,13 @@ __all__ = [
     "is_incomplete",
     "is_named",
     "is_named_otherwise",
+    "is_no_models_adapter",
     "is_of",
     "is_pickle",
-    "is_plain_lora",
     "is_release",
     "is_second_half",
     "leaves_out",
+    "leaves_out_targets",
     "loses_alpha",
     "loses_header_alpha",
     "negated",
@@ -45,8 +47,23 @@ def has_own_layers(checkpoint: Checkpoint) -> bool:
     return checkpoint.layout.family not in ("wan", "component")
 
 
-def is_plain_lora(checkpoint: Checkpoint) -> bool:
-    return checkpoint.kind == "adapter" and not has_own_layers(checkpoint)
+def is_no_models_adapter(checkpoint: Checkpoint) -> bool:
+    """Whether an adapter makes no model of a plain one, so that it has no base to be run with."""
+    return checkpoint.kind == "adapter" and checkpoint.layout.bases is None
+
+
+def _own_targets(checkpoint: Checkpoint) -> int:
+    """LoRA pairs in layers that plain Wan has not."""
+    return sum(checkpoint.layout.owns(f"{module}.weight") for module in checkpoint.low_rank)
+
+
+def changes_own_layers(checkpoint: Checkpoint) -> bool:
+    return _own_targets(checkpoint) > 0
+
+
+def leaves_out_targets(checkpoint: Checkpoint) -> str:
+    own, targets = _own_targets(checkpoint), len(checkpoint.low_rank)
+    return f"{own} of {targets} targets are audio layers, which plain Wan has not"
 
 
 def part(checkpoint: Checkpoint) -> str:

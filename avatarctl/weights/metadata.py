@@ -199,7 +199,7 @@ def _architecture(checkpoint: Checkpoint) -> str:
     """ModelSpec's architecture id, such as "wan2.1-t2v-14b/FAMILY/lora"."""
     sizes = checkpoint.sizes
     base = "wan2.1-t2v"
-    if sizes.in_channels == 36:
+    if sizes.in_channels == 36 or (sizes.image_dim and not sizes.in_channels):  # a LoRA has no channels
         base = "wan2.1-i2v" if sizes.image_dim else "wan2.2-i2v"
     elif sizes.in_channels == 48:
         base = "wan2.2-ti2v"

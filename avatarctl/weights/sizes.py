@@ -55,6 +55,8 @@ def read_sizes(shapes: Mapping[str, Shape], names: Iterable[str]) -> Sizes:
         "blocks.{}.cross_attn.k.weight", "blocks.{}.cross_attn.v.weight", "blocks.{}.cross_attn.o.weight",
         "blocks.{}.ffn.2.weight", "audio_cond_projs.0.weight", "blocks.{}.norm3.weight",
         "blocks.{}.self_attn.norm_q.weight", "blocks.{}.cross_attn.norm_q.weight",
+        "blocks.{}.cross_attn.k_vocal.weight", "blocks.{}.cross_attn.v_vocal.weight",
+        "vocal_projector.final_head.final_proj.weight",
     ) or dimension(1, "blocks.{}.ffn.0.weight")  # fmt: skip
     return Sizes(
         width=width,

@@ -14,26 +14,20 @@ from avatarctl.registry import (
     ENCODER_FILES,
     ROWS,
     Row,
-    VideoShape,
     Wanted,
     encoder_part,
     fitting,
-    video_shape,
 )
-from avatarctl.weights.checkpoint import Checkpoint
 from avatarctl.weights.files.named_path import expanded
 from avatarctl.weights.hub.locate import Located, locate, with_needs
 from avatarctl.weights.loras import Lora, find_lora
-from avatarctl.weights.metadata import read_own
 from avatarctl.weights.recognise import read_checkpoint
 
 __all__ = [
     "Sources",
     "asked_size",
     "find_sources",
-    "made_for_others",
     "missing_line",
-    "trained_shape",
     "weights_missing",
 ]
 
@@ -81,28 +75,6 @@ def asked_size(cfg: RunConfig) -> tuple[int, int] | None:
     """(width, height) of the video, None where the picture decides."""
     width, height = cfg.output.width, cfg.output.height
     return (width, height) if width and height else None
-
-
-def trained_shape(held: Checkpoint) -> VideoShape | None:
-    """The shape of the videos that weights were trained for, as far as it is known. No tensor tells: the name
-    of the file does, or of the file that it was converted from."""
-    origins = (str(step.get("source")) for step in read_own(held.metadata).operations)
-    names = [held.path.name, *(file.name for file in held.files), *origins]
-    stems = {Path(name).stem for name in names}
-    of_family = [row for row in ROWS.values() if row.family == held.layout.family]
-    published = {Path(name).stem: row.made_for for row in of_family for name in row.files}
-    return next((shape for stem, shape in published.items() if stem in stems), None)
-
-
-def made_for_others(held: Checkpoint, size: tuple[int, int]) -> str:
-    """What to say of weights that were trained for videos of another shape than (width, height), empty for
-    nothing."""
-    shape, asked = trained_shape(held), video_shape(*size)
-    if shape in (None, asked):
-        return ""
-    of_family = [row for row in ROWS.values() if row.family == held.layout.family]
-    fits = next((f"; {row.name} is made for such" for row in of_family if row.made_for == asked), "")
-    return f"{held.path} was trained for {shape} videos, and this one is {size[0]}x{size[1]}{fits}"
 
 
 def _own(row: Row, weights_root: str | None, size: tuple[int, int] | None) -> tuple[Located, tuple[str, ...]]:

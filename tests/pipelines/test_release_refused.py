@@ -231,7 +231,7 @@ def test_what_is_no_model_is_named_as_what_it_is(release: tiny.Release, tmp_path
     stable = tmp_path / "stable.safetensors"
     save_file({"vocal_projector.proj.weight": torch.ones(2, 2)} | release.base, stable)
     for path, says in (
-        (base, ("Wan 2.1 T2V", "no audio layers", "model.weights.dit")),
+        (base, ("Wan 2.1 T2V", "no audio layers", "--weights dit=")),
         (base / "Wan2.1_VAE.pth", ("Wan VAE",)),
         (base / "models_t5_umt5-xxl-enc-bf16.pth", ("UMT5 text encoder",)),
         (tmp_path / "wav2vec2-base-960h", ("wav2vec 2.0 encoder",)),

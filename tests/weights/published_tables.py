@@ -86,3 +86,32 @@ def umt5() -> Shapes:
         shapes[f"{block}.ffn.fc2.weight"] = (4096, 10_240)
         shapes[f"{block}.pos_embedding.embedding.weight"] = (32, 64)
     return shapes
+
+
+def vocal(width: int, layers: int, hidden: int = 0) -> Shapes:
+    """What the family adds; hidden: between the two layers of the 14B projection."""
+    shapes: Shapes = {}
+    for i in range(layers):
+        for name in ("k_vocal", "v_vocal"):
+            shapes |= linear(f"blocks.{i}.cross_attn.{name}", width, width)
+    projector = "vocal_projector.proj_model"
+    steps = (("proj_1", "norm_1", hidden, 768), ("proj_2", "norm_2", width, hidden))
+    for proj, norm, outputs, inputs in steps if hidden else (("proj", "norm", width, 768),):
+        shapes[f"{projector}.{proj}.weight"] = (outputs, inputs)
+        shapes[f"{projector}.{norm}.weight"] = shapes[f"{projector}.{norm}.bias"] = (outputs,)
+    for j in range(2):
+        block = f"vocal_projector.blocks.{j}"
+        shapes[f"{block}.modulation"] = (1, 6, width)
+        shapes[f"{block}.norm3.weight"] = shapes[f"{block}.norm3.bias"] = (width,)
+        for letter in "qkvo":
+            shapes |= linear(f"{block}.cross_attn.{letter}", width, width)
+        for letter in "qk":
+            shapes[f"{block}.cross_attn.norm_{letter}.weight"] = (width,)
+        shapes |= linear(f"{block}.ffn.0", 2 * width, width) | linear(f"{block}.ffn.2", width, 2 * width)
+    shapes["vocal_projector.final_head.modulation"] = (1, 2, width)
+    return shapes | linear("vocal_projector.final_head.final_proj", width, width)
+
+
+def stableavatar() -> Shapes:
+    """transformer3d-square.pt and its twin."""
+    return wan(1536, 8960, 30, 36, image=1280) | vocal(1536, 30)

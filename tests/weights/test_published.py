@@ -13,7 +13,7 @@ from avatarctl.weights.layouts import OMNIAVATAR, WAN
 from avatarctl.weights.published import PUBLISHED, hash_of, published_hash
 from avatarctl.weights.tensors import TensorInfo
 from avatarctl.weights.wan import WAN_TRANSFORMER
-from tests.weights.published_tables import Shapes, umt5, wan
+from tests.weights.published_tables import Shapes, stableavatar, umt5, wan
 
 SPECIFIED = {
     "Wan2.1-T2V-1.3B": (wan(1536, 8960, 30), "9269f8db9040a9d860eaca435be61814"),
@@ -25,6 +25,7 @@ COMPUTED = {
     "Wan2.1-Fun-1.3B-InP": wan(1536, 8960, 30, 36, image=1280),
     "Wan2.2-I2V-A14B": wan(5120, 13_824, 40, 36),
     "Wan2.2-TI2V-5B": wan(3072, 14_336, 30, 48, out=48),
+    "StableAvatar-1.3B": stableavatar(),
 }
 """Not in the specification: sizes of the releases; what is tested is that the table holds their hashes."""
 
