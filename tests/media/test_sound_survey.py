@@ -34,9 +34,10 @@ def test_variance_survives_a_large_offset() -> None:
     """A running sum of squares would lose all digits of the small part."""
     small = noise(200_000, level=1e-3)[:, 0]
     samples = (small + np.float32(900.0)).astype(np.float32)
-    values = [Fraction(float(value)) for value in samples]
-    mean = sum(values) / len(values)
-    exact = float(sum((value - mean) ** 2 for value in values) / len(values))
+    steps = [int(value) for value in samples * np.float32(2**14)]  # what float32 tells apart at 900
+    assert [step / 2**14 for step in steps[:100]] == samples[:100].tolist()
+    count = len(steps)
+    exact = float(Fraction(count * sum(step**2 for step in steps) - sum(steps) ** 2, (count * 2**14) ** 2))
     found = survey(sound_from_array(samples, 16_000, "offset"))
     assert found.variance == pytest.approx(exact, rel=1e-9)
 
