@@ -45,7 +45,7 @@ def test_addresses_are_named_as_such() -> None:
 def test_what_is_there_but_no_file(tmp_path: Path, kind_error: type) -> None:
     (tmp_path / "empty").touch()
     os.mkfifo(tmp_path / "pipe")
-    cases = {tmp_path: "directory", tmp_path / "empty": "0 bytes", tmp_path / "pipe": "pipe"}
+    cases = {tmp_path: "directory", tmp_path / "empty": "0 bytes", tmp_path / "pipe": "pipe or socket"}
     for path, cause in (cases | {Path("/dev/zero"): "device"}).items():
         with pytest.raises(kind_error, match=cause) as caught:
             check_regular_file(path, kind_error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -83,7 +84,7 @@ def test_nothing_that_is_read_is_written_over(target: str, omni: Path, base: Pat
     link = tmp_path / "link.safetensors"
     link.hardlink_to(base / "diffusion_pytorch_model.safetensors")
     if target != "diffusers":
-        with pytest.raises(OutputRefused, match="read"):
+        with pytest.raises(OutputRefused, match="one of the files that are read"):
             convert(omni, link, target, base=base, merge=True, overwrite=True)
     link.unlink()
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
@@ -276,7 +277,7 @@ def test_a_second_file_in_the_way_is_told_before_an_extraction(
 
 def test_a_loop_of_links_is_no_source(base: Path, tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
-    with pytest.raises(AvatarctlError, match="loop"):
+    with pytest.raises(AvatarctlError, match=os.strerror(errno.ELOOP)):
         convert(tmp_path / "loop", tmp_path / "out")
-    with pytest.raises(AvatarctlError, match="loop"):
+    with pytest.raises(AvatarctlError, match=os.strerror(errno.ELOOP)):
         convert(base, tmp_path / "out", base=tmp_path / "loop", merge=True)

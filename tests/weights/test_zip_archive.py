@@ -25,11 +25,12 @@ def archive(tmp_path: Path) -> bytearray:
 
 
 def refused(data: bytes, tmp_path: Path) -> str:
+    """Why; without the path, in which words of the test stand."""
     path = tmp_path / "weights.pt"
     path.write_bytes(data)
     with pytest.raises(UnusableWeights) as caught:
         read_pickle(path)
-    return str(caught.value)
+    return str(caught.value).removeprefix(str(path))
 
 
 def changed(data: bytearray, at: int, layout: str, *values: int) -> bytearray:
