@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 import threading
@@ -287,13 +288,17 @@ def test_results_are_those_without_the_tracker() -> None:
 
 
 def test_an_operation_costs_little() -> None:
+    """The least of three: other programs slow this one down, and nothing makes it faster than it is."""
     x = square()
-    with torch.no_grad():
+
+    def seconds(count: int) -> float:
         start = time.process_time()
-        with LiveBytes():
-            for _ in range(2000):
+        with torch.no_grad(), LiveBytes():
+            for _ in range(count):
                 x + x
-    assert (time.process_time() - start) / 2000 < 500e-6
+        return time.process_time() - start
+
+    assert min(seconds(500) for _ in range(3)) / 500 < 500e-6
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="peak process memory is not measured on Windows")
@@ -302,7 +307,10 @@ def test_process_peak_is_of_this_process_and_never_falls() -> None:
     before = process_peak_bytes()
     assert before > len(block)
     del block
-    assert process_peak_bytes() >= before - 2**20  # the kernel sums its counters lazily
+    # The kernel sums its counters lazily: each CPU may keep up to a batch of pages to itself.
+    cpus = os.cpu_count() or 1
+    kept = cpus * max(32, 2 * cpus) * os.sysconf("SC_PAGESIZE")
+    assert process_peak_bytes() >= before - max(2**20, kept)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="how a child inherits the peak is Linux's own affair")
