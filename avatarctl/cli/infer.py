@@ -124,13 +124,18 @@ def _dry_run(request: Request, row: Row, job: Job, sources: Sources, screen: Scr
     from avatarctl.pipelines.infer import environment_problems
     from avatarctl.pipelines.job import check_job
     from avatarctl.weights.assemble import assemble, built_in, with_loras
-    from avatarctl.weights.sources import missing_line
+    from avatarctl.weights.made_for import made_for_others
+    from avatarctl.weights.sources import asked_size, missing_line
     from avatarctl.weights.whole import open_model
 
     cfg, missing = request.resolved.cfg, sources.missing
     plan = check_job(cfg, row, job, screen)
+    for note in sources.notes:
+        screen(Notice(note))
     if sources.dit and not missing:
-        assemble(row, sources, cfg.model, screen)  # reads headers: do the files belong together?
+        held = assemble(row, sources, cfg.model, screen)  # reads headers: do the files belong together?
+        if (size := asked_size(plan.cfg)) and (line := made_for_others(held, size)):
+            screen(Notice(line, "warning"))
     elif row.source == "package" and sources.loras:
         with_loras(built_in(row), sources.loras, screen)
     else:
@@ -153,18 +158,17 @@ def _dry_run(request: Request, row: Row, job: Job, sources: Sources, screen: Scr
 def _run(request: Request, row: Row, job: Job, sources: Sources, screen: Screen) -> None:
     cfg = request.resolved.cfg
     path = Path(cfg.output.path) if cfg.output.path else _fresh_path(row)
-    if sources.missing:
-        from avatarctl.weights.sources import weights_missing
-
-        raise weights_missing(row, sources)
 
     from avatarctl.atomic import atomic_write_text
     from avatarctl.cli.signals import stop_on_signals
     from avatarctl.pipelines.infer import write_video
     from avatarctl.pipelines.job import check_job
+    from avatarctl.weights.sources import weights_missing
 
     with stop_on_signals() as should_stop, _leaving_no_empty_folder(path.parent):
         plan = check_job(cfg, row, job, screen)
+        if sources.missing:  # not before: who fetches gigabytes should know that the request is good
+            raise weights_missing(row, sources)
         finished = write_video(row, job, plan, path, emit=screen, should_stop=should_stop)
     if request.json:
         result = {

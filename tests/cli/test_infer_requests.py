@@ -133,6 +133,17 @@ def test_missing_weights(name: str, run: Run, refused: Refused, face: Path, voic
     assert not list(here.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("model", "words", "says"), [(CHUNKS, "--long-video fused", "chunks"), (WINDOWS, "--chunked", "fused")]
+)
+def test_what_a_model_has_not_is_said_before_its_weights_are_fetched(
+    model: str, words: str, says: str, refused: Refused, face: Path, voice: Path, here: Path
+) -> None:
+    line = refused(2, "infer", "--model", model, "--image", str(face), "--audio", str(voice), *words.split())
+    assert line.startswith(f"long_video.strategy: {model} has no") and f"offers off and {says}" in line
+    assert not list(here.iterdir())
+
+
 def test_missing_shards_are_one_range(refused: Refused, face: Path, voice: Path, here: Path) -> None:
     words = ("infer", "--model", "omniavatar-14b", "--image", str(face), "--audio", str(voice))
     whole = refused(4, *words)

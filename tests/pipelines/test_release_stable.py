@@ -63,6 +63,10 @@ def test_weights_of_the_other_shape_run_with_one_line(place: StablePlace, tmp_pa
         )
         _, said = loaded(place, model, f"model.weights_root={root}")
         assert not any("was trained for" in line or "of several" in line for line in said)
+        words = ("--dry-run", "--model", model, "--weights-root", root, "--size", "64x32")
+        dry = place.cli("infer", *words)
+        assert dry.exit_code == 0, dry.stderr
+        assert dry.stderr.count("trained for square videos, and this one is 64x32") == 1
 
 
 def test_a_file_of_ones_own_brings_the_size_that_it_was_trained_for(
