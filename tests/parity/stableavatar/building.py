@@ -43,7 +43,8 @@ def transformer(reader: Reader) -> StableAvatarTransformer:
     width, channels = patch.shape[:2]
     heads = setting(reader, "num_heads")
     projector = {key: value for key, value in state.items() if key.startswith("vocal_projector.")}
-    entry = next(value for key, value in projector.items() if key.endswith(".proj.weight"))
+    # One projection of sound, or two with a width between them (b.3).
+    entries = [projector[key] for key in sorted(projector) if ".proj_model.proj" in key]
     model = StableAvatarTransformer(
         patch_size=tuple(patch.shape[2:]),
         num_attention_heads=heads,
@@ -58,7 +59,8 @@ def transformer(reader: Reader) -> StableAvatarTransformer:
         qk_norm="rms_norm_across_heads" if setting(reader, "qk_norm") else None,
         eps=setting(reader, "eps"),
         image_dim=state["img_emb.proj.0.weight"].shape[0],
-        vocal_dim=entry.shape[1],
+        vocal_dim=entries[0].shape[1],
+        vocal_hidden_dim=None if len(entries) == 1 else entries[0].shape[0],
         vocal_heads=setting(reader, "vocal_num_heads"),
         vocal_layers=_count(projector, "vocal_projector.blocks."),
         vocal_ffn_dim=projector["vocal_projector.blocks.0.ffn.0.weight"].shape[0],

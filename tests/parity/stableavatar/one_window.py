@@ -49,7 +49,7 @@ def _compare_run(reader: Reader, run: str, *, batched: bool) -> None:
         clean=None,
         fixed_mask=None,
         audio={"tokens": reader.take("vocal_embeddings")},
-        text=state.text,
+        text=_texts(reader),
         extra={"image": state.image},
     )
     steps = len(reader.keys(f"{run}.step*.latents"))
@@ -75,10 +75,14 @@ def _compare(reader: Reader, key: str, actual: Tensor) -> None:
     reader.compare(key, actual, relative_l2=_RELATIVE)
 
 
+def _texts(reader: Reader) -> dict[str, Tensor]:
+    """Both contexts, also where a run leaves one out."""
+    return {"prompt": padded_text(reader, "context_pos"), "negative": padded_text(reader, "context_neg")}
+
+
 def _opened(reader: Reader, dit: Any, frames: int, cfg: Any) -> tuple[Modules, Inputs]:
-    contexts = {"prompt": padded_text(reader, "context_pos"), "negative": padded_text(reader, "context_neg")}
     modules = Modules(
-        dit=dit, vae=Codec(), text=Text(contexts), audio=None, image=Image(reader.take("clip_fea"))
+        dit=dit, vae=Codec(), text=Text(_texts(reader)), audio=None, image=Image(reader.take("clip_fea"))
     )
     inputs = Inputs(
         picture=torch.zeros(1, 3, cfg.output.height, cfg.output.width),
