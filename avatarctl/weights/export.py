@@ -25,7 +25,7 @@ import numpy as np
 from avatarctl.errors import UnusableWeights, UsageError
 from avatarctl.weights.checkpoint import Checkpoint, LowRank
 from avatarctl.weights.layouts import LAYOUTS, WAN
-from avatarctl.weights.metadata import network_of
+from avatarctl.weights.metadata import network_of, stated_network
 from avatarctl.weights.padding import padded_pair
 from avatarctl.weights.tensors import ArrayTensor, Tensor
 
@@ -339,9 +339,13 @@ def with_release_config(checkpoint: Checkpoint) -> Checkpoint:
     """`checkpoint` with a config.json in the release's terms (`train_architecture`, `lora_rank`, ...).
 
     Fields that the source has beside those are kept; a config of diffusers or peft is replaced as a whole.
-    Full models whose published scripts read no such config have the one that they came with, or none.
+    Full models whose published scripts read no such config have the one that they came with, or none. What
+    the source's config says of the network that no shape tells goes on in the metadata.
     """
     source = checkpoint.config
+    if untold := stated_network(checkpoint):
+        metadata = {**checkpoint.metadata, "avatarctl.network": _document(untold)}
+        checkpoint = replace(checkpoint, metadata=metadata)
     foreign = "peft_type" in source or source.get("_class_name") in _DIFFUSERS_CLASSES
     config = {} if foreign else dict(source)
     known = {

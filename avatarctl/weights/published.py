@@ -26,7 +26,7 @@ PUBLISHED: Final[Mapping[str, str]] = {
     "1378ea763357eea97acdef78e65d6d96": "Wan2.1_VAE.pth",
     # Computed from the published sizes with the same tables of names.
     "6d6ccde6845b95ad9114ab993d917893": "Wan2.1-Fun-1.3B-InP",
-    "6c8b87e4702a5adaaf05392c3eb6e0cb": "StableAvatar-1.3B, transformer3d-square.pt and transformer3d-rec-vec.pt",
+    "6c8b87e4702a5adaaf05392c3eb6e0cb": "StableAvatar-1.3B, transformer3d-square.pt and its twin -rec-vec.pt",
     "5b013604280dd715f8457c6ed6d6a626": "Wan2.2-I2V-A14B, one of its two experts",
     "1f5ab7703c6fc803fdded85ff040c316": "Wan2.2-TI2V-5B",
 }

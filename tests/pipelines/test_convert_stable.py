@@ -148,11 +148,12 @@ def test_heads_that_a_config_states_are_those_that_are_built_and_stay(files: Fil
     cli("convert-ckpt", files.base, "--out", folder, "--to", "diffusers")
     config = json.loads((folder / "config.json").read_text())
     assert config["vocal_heads"] == 8
-    (folder / "config.json").write_text(json.dumps(config | {"vocal_heads": 4}))
+    (folder / "config.json").write_text(json.dumps(config | {"vocal_heads": 4, "eps": 1e-5}))
     cli("convert-ckpt", folder, "--out", again)
-    for path, heads in ((files.base, 8), (folder, 4), (again, 4)):
+    for path, heads, eps in ((files.base, 8, 1e-6), (folder, 4, 1e-5), (again, 4, 1e-5)):
         network = transformer(open_model(path), torch.float32, torch.device("cpu"))
         assert [block.cross_attn.heads for block in network.vocal_projector.blocks] == [heads, heads], path
+        assert network.config.eps == eps, path
         assert f"its heads {heads}" in cli("convert-ckpt", path, "--inspect").stdout
 
 
