@@ -93,9 +93,10 @@ class Checks:
         return iter(self._made)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Folder:
-    """One folder of one format. label: how test ids name it."""
+    """One folder of one format. label: how test ids name it. What was read of it stays: its files are read
+    for every check, key by key."""
 
     path: Path
     label: str
@@ -132,9 +133,13 @@ class Folder:
         if path.suffix == ".json":
             return dict(flatten(json.loads(path.read_text(encoding="utf-8"))))
         if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as opened:
-                return dict.fromkeys(opened.keys())
+            return dict.fromkeys(self.tensors(file).keys())
         return {}
+
+    @functools.cache  # noqa: B019
+    def tensors(self, file: str) -> Any:
+        """A safetensors file, open; tensors are its own memory."""
+        return safe_open(self.path / file, "pt")
 
 
 @dataclass
@@ -148,8 +153,7 @@ class Reader:
 
     @functools.cached_property
     def metadata(self) -> dict[str, str]:
-        with safe_open(self.folder.path / self.file, "pt") as opened:
-            return opened.metadata() or {}
+        return self.folder.tensors(self.file).metadata() or {}
 
     def keys(self, pattern: str) -> list[str]:
         return [key for key in self.folder.document(self.file) if fnmatchcase(key, pattern)]
@@ -162,8 +166,7 @@ class Reader:
         self.read.add(key)
         if self.file.endswith(".json"):
             return document[key]
-        with safe_open(self.folder.path / self.file, "pt") as opened:
-            return opened.get_tensor(key)
+        return self.folder.tensors(self.file).get_tensor(key).clone()
 
     def group(self, prefix: str) -> dict[str, Any]:
         """All keys under a prefix, without it."""

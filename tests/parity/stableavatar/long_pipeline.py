@@ -6,6 +6,7 @@ Text tokens, image tokens, the masked video's latents and the noise are the reco
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import tempfile
@@ -32,7 +33,7 @@ from avatarctl.pipelines.job import Job, check_job
 from avatarctl.registry import configure, find_model
 from avatarctl.timeline import SAMPLE_RATE, pixel_frames
 
-from ..golden import Checks, Reader
+from ..golden import Checks, Folder, Reader
 from .building import padded_text, run_setting, transformer
 from .stand_ins import BRANCHES, Codec, Image, Text
 
@@ -141,6 +142,19 @@ def _run(reader: Reader, cfg: RunConfig, family: StableAvatar | None = None) -> 
     return seen
 
 
+@functools.cache
+def _plain_run(folder: Folder, run: str) -> tuple[_Seen, set[str]]:
+    """A recorded run as a person asks for it, and the keys that it took; several checks look at one."""
+    reader = folder.open(FILE)
+    return _run(reader, _config(reader, run)), reader.read
+
+
+def _seen(reader: Reader, run: str) -> _Seen:
+    seen, taken = _plain_run(reader.folder, run)
+    reader.read |= taken
+    return seen
+
+
 def _job(reader: Reader, folder: Path) -> Job:
     """Picture and sound as files."""
     picture, sound = folder / "picture.png", folder / "voice.wav"
@@ -158,7 +172,7 @@ def results(reader: Reader) -> None:
     """wav2vec hears every window once, whatever the number of steps."""
     windows = len(reader.keys("window*.wav2vec"))
     for run in _runs(reader):
-        seen = _run(reader, _config(reader, run))
+        seen = _seen(reader, run)
         assert len(seen.tokens) == windows
         reader.compare(f"{run}.final", seen.final, relative_l2=_RELATIVE)
 
@@ -173,7 +187,7 @@ def results_in_wavefront_order(reader: Reader) -> None:
 
 @checks(FILE, compares=("window*.wav2vec", "y_window0"), needs=_NEEDS)
 def inputs_of_the_windows(reader: Reader) -> None:
-    seen = _run(reader, _config(reader, _runs(reader)[0]))
+    seen = _seen(reader, _runs(reader)[0])
     assert len(seen.tokens) == len(reader.keys("window*.wav2vec"))
     for index, tokens in enumerate(seen.tokens):
         reader.compare(f"window{index}.wav2vec", tokens, atol=1e-5)
@@ -201,7 +215,7 @@ def picture_for_the_image_encoder(reader: Reader) -> None:
 @checks(FILE, compares=("vae_input_frame0", "vae_input_frame1_absmax"), needs=_NEEDS)
 def video_for_the_vae(reader: Reader) -> None:
     """The picture, then grey; the image encoder sees the same picture."""
-    seen = _run(reader, _config(reader, _runs(reader)[0]))
+    seen = _seen(reader, _runs(reader)[0])
     assert seen.video is not None and seen.picture is not None
     reader.compare("vae_input_frame0", seen.video[:, :, 0], atol=_PICTURE)
     reader.compare("vae_input_frame1_absmax", seen.video[:, :, 1:].abs().max())
