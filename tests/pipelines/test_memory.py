@@ -12,12 +12,12 @@ from avatarctl.registry import configure, find_model
 
 PICTURE = picture_from_array(np.zeros((16, 16, 3), np.uint8), "black")
 FAMILIES = {
-    "cartoon-i2v": ("sampling.steps=1", "long_video.num_frames=33", "long_video.audio_window=6"),
+    "cartoon-i2v": ("sampling.steps=1", "long_video.num_frames=33", "long_video.audio_window=5"),
     "stableavatar-tiny": ("sampling.steps=2", "long_video.num_frames=17", "long_video.overlap_frames=5"),
 }
-SECONDS = {"cartoon-i2v": (8, 24), "stableavatar-tiny": (4, 12)}
+SECONDS = {"cartoon-i2v": (5, 14), "stableavatar-tiny": (2, 7)}
 # What is left after each block may differ by: one piece of features; nothing, until the last windows.
-LEFT = {"cartoon-i2v": (slice(5, None), 150 * 192 * 4), "stableavatar-tiny": (slice(5, -5), 0)}
+LEFT = {"cartoon-i2v": (slice(5, None), 125 * 192 * 4), "stableavatar-tiny": (slice(5, -5), 0)}
 
 
 def peak_and_rest(model: str, seconds: float) -> tuple[int, list[int]]:
