@@ -177,8 +177,23 @@ def built(kind: str, tree: Path) -> Path:
     return file
 
 
-def test_they_ship_in_the_wheel_and_are_found_there(tmp_path: Path, material: tuple[str, ...]) -> None:
-    """Checkout to source archive to wheel; unpacked, it runs from another folder.
+FROM_THE_WHEEL = """
+import sys
+import avatarctl
+from avatarctl.cli import main
+from avatarctl.config import find_config, read_config, resolve
+from avatarctl.registry import COMPAT, find_model
+
+path = find_config("compat/only-shipped", "infer")
+found = resolve(lambda name: find_model(name).for_config, COMPAT, read_config(path, command="infer"), {}).cfg
+print(avatarctl.__file__, path, found.model.name, found.output.lead_silence, sep="\\n")
+sys.argv[1:] = ["infer", "--config", "compat/only-shipped", "--audio", "absent.wav", "--dry-run"]
+main()
+"""
+
+
+def test_they_ship_in_the_wheel_and_are_found_there(tmp_path: Path) -> None:
+    """Checkout to source archive to wheel; unpacked, it is whole and runs from another folder.
 
     One more configuration goes along: the checkout does not have it, so that it cannot help out.
     """
@@ -192,13 +207,18 @@ def test_they_ship_in_the_wheel_and_are_found_there(tmp_path: Path, material: tu
     shutil.unpack_archive(built("sdist", tree), tmp_path / "source")
     (source,) = (tmp_path / "source").iterdir()
     shutil.unpack_archive(built("wheel", source), target, "zip")
-    inside = {path.relative_to(target / "avatarctl/configs").as_posix() for path in target.rglob("*.yaml")}
+    package = target / "avatarctl"
+    inside = {path.relative_to(package / "configs").as_posix() for path in target.rglob("*.yaml")}
     assert inside == {f"{name}.yaml" for name in (*NAMES, "compat/only-shipped")}
+    modules = {path.relative_to(tree) for path in (tree / "avatarctl").rglob("*.py")}
+    assert {path.relative_to(target) for path in package.rglob("*.py")} == modules
 
-    command = [sys.executable, "-m", "avatarctl", "infer", "--config", "compat/only-shipped"]
     environment = {**os.environ, "PYTHONPATH": str(target)}
     done = subprocess.run(
-        [*command, *material, "--dry-run"], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", FROM_THE_WHEEL], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
-    assert "model: omniavatar-14b\n" in done.stdout and "sound_delay_seconds: 0.34\n" in done.stdout
+    assert done.stdout.splitlines() == [
+        str(package / "__init__.py"), str(package / "configs/compat/only-shipped.yaml"), "omniavatar-14b",
+        "0.3",
+    ]  # fmt: skip
+    assert done.returncode == 2 and "absent.wav: no such file" in done.stderr, done.stderr

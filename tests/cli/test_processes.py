@@ -251,14 +251,14 @@ def test_read_only_folder(sealed: Path, forks: Forks) -> None:
     assert names(sealed) == ["speech.wav"]
 
 
-def test_hostile_picture_with_a_hostile_name(here: Path) -> None:
+def test_hostile_picture_with_a_hostile_name(here: Path, forks: Forks) -> None:
     picture = here / "a\x1b]0;b\x07\r\u202e.png"
     picture.write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 40)
-    found = run(command("infer", "--image", picture.name, "--out", "a.mp4"), here)
-    assert found.returncode == 3 and found.stdout == ""
-    error = error_of(found.stderr)
+    process, stdout, stderr = forks.run("infer", "--image", picture.name, "--out", "a.mp4", folder=here)
+    assert process.returncode == 3 and stdout == ""
+    error = error_of(stderr)
     assert error.startswith(r"a\x1b]0;b\x07\r\u202e.png: ")
-    assert found.stderr.replace("\n", "").isprintable()
+    assert stderr.replace("\n", "").isprintable()
     assert names(here) == [picture.name]
 
 

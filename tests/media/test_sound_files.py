@@ -436,20 +436,16 @@ def test_a_failing_source_leaves_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.wav", "a.flac"])
 def test_a_full_disk_is_an_error_that_leaves_nothing(tmp_path: Path, name: str) -> None:
-    script = (
-        "import resource, sys\nimport numpy as np\n"
-        "from avatarctl.errors import WriteFailed\nfrom avatarctl.media import write_sound\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "noise = np.random.default_rng(0).standard_normal((200_000, 1)).astype('f4') * 0.2\n"
-        "try:\n    write_sound(sys.argv[1], noise, 16000)\n"
-        "except WriteFailed as error:\n    print(error.exit_code, error)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, tmp_path / name], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.startswith(f"{WriteFailed.exit_code} ") and name in done.stdout
+    noise = np.random.default_rng(0).standard_normal((200_000, 1)).astype(np.float32) * 0.2
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(WriteFailed, match=name) as told:
+            write_sound(tmp_path / name, noise, RATE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert told.value.exit_code == 3
     assert list(tmp_path.iterdir()) == []
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 100_000
 
 
 def test_media_needs_no_torch() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -30,16 +31,6 @@ RED, GREEN, BLUE, GREY = (220, 30, 20), (20, 200, 40), (30, 40, 210), (128, 128,
 
 
 posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX locks, limits and signals")
-
-
-def run_python(code: str, *arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        **options,
-    )
 
 
 def test_an_existing_file_is_refused_before_anything_is_written(tmp_path: Path) -> None:
@@ -206,57 +197,51 @@ def test_a_leftover_link_is_not_followed(tmp_path: Path) -> None:
     assert (tmp_path / "other").read_bytes() == b"precious"
 
 
-LIMITED = """
-    import resource, sys
-    from pathlib import Path
-    import numpy as np
-    from avatarctl.errors import AvatarctlError
-    from avatarctl.media.video import VideoWriter
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """No file may grow beyond this many bytes, which looks like a full disk."""
+    import resource
 
-    limit = int(sys.argv[2])
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    generator = np.random.default_rng(0)
-    writer = VideoWriter(Path(sys.argv[1]), width=64, height=48, soundtrack=None)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
-        while True:
-            writer.write(generator.integers(0, 256, (5, 48, 64, 3), dtype=np.uint8))
-    except AvatarctlError as error:
-        print(type(error).__name__, error)
-    print(writer.frames_written)
-    print(writer.abandon())
-"""
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @posix
 @pytest.mark.parametrize("limit", [100_000, 60])
-def test_a_full_disk_is_told_and_the_playable_part_stays(tmp_path: Path, limit: int) -> None:
+def test_a_full_disk_is_told_and_the_playable_part_stays(
+    tmp_path: Path, limit: int, capfd: pytest.CaptureFixture[str]
+) -> None:
     part = tmp_path / "a.partial.mp4"
-    done = run_python(LIMITED, str(tmp_path / "a.mp4"), str(limit))
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    told, frames, kept = done.stdout.splitlines()
-    assert told.startswith(f"WriteFailed {part}: no space left")
+    generator = np.random.default_rng(0)
+    with largest_file(limit):
+        writer = VideoWriter(tmp_path / "a.mp4", width=64, height=48, soundtrack=None)
+        with pytest.raises(WriteFailed, match="no space left") as told:
+            while True:
+                writer.write(generator.integers(0, 256, (5, 48, 64, 3), dtype=np.uint8))
+        frames, kept = writer.frames_written, writer.abandon()
+    assert told.value.where == part and capfd.readouterr() == ("", ""), "encoders keep quiet"
     if limit == 60:
-        assert kept == "None" and names(tmp_path) == []
+        assert kept is None and names(tmp_path) == []
     else:
-        assert kept == str(part) and names(tmp_path) == ["a.partial.mp4"]
-        assert int(frames) - LATENCY_FRAMES <= count_frames(part) <= int(frames)
+        assert kept == part and names(tmp_path) == ["a.partial.mp4"]
+        assert frames - LATENCY_FRAMES <= count_frames(part) <= frames
 
 
 @posix
 def test_a_disk_that_fills_at_the_very_end(tmp_path: Path) -> None:
     """The encoders' last frames do not fit: no final name, the part stays."""
-    import resource
-
     frames = np.random.default_rng(0).integers(0, 256, (20, 48, 64, 3), dtype=np.uint8)
     writer = VideoWriter(tmp_path / "a.mp4", width=64, height=48, soundtrack=None)
     writer.write(frames)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (writer.partial_path.stat().st_size + 100, before[1]))
-    try:
-        with pytest.raises(WriteFailed, match="no space left"):
-            writer.finish()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with (
+        largest_file(writer.partial_path.stat().st_size + 100),
+        pytest.raises(WriteFailed, match="no space left"),
+    ):
+        writer.finish()
     assert writer.abandon() == tmp_path / "a.partial.mp4"
     assert names(tmp_path) == ["a.partial.mp4"]
     assert count_frames(tmp_path / "a.partial.mp4") >= 20 - LATENCY_FRAMES
