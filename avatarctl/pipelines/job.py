@@ -108,8 +108,6 @@ def check_job(cfg: RunConfig, row: Row, job: Job, emit: Emit) -> JobPlan:
             emit(Notice(f"{material.name}: {warning}", "warning"))
     picture = job.picture.pixels.shape[:2]
     height, width = family.frame_size(picture, cfg)
-    if doubt := _misfit(picture, (height, width), cfg, row):
-        emit(Notice(f"{job.picture.name}: {doubt}", "warning"))
     cfg = replace(cfg, output=replace(cfg.output, width=width, height=height))
     stated = row.defaults.get("model.audio_offset")
     if row.audio_offset_stated and cfg.model.audio_offset != stated:
@@ -119,6 +117,8 @@ def check_job(cfg: RunConfig, row: Row, job: Job, emit: Emit) -> JobPlan:
     mean, variance = _with_silence(heard, lead)
     _require_a_frame(lead + heard.samples, job.sound.name)
     plan = family.plan(lead + heard.samples, cfg)
+    if doubt := _misfit(picture, (height, width), cfg, row):
+        emit(Notice(f"{job.picture.name}: {doubt}", "warning"))
     for notice in family.notices(cfg):
         emit(Notice(notice))
     for notice in outside_training(

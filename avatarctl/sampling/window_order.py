@@ -31,7 +31,7 @@ def chosen_order(spans: Sequence[Span], steps: int, schedule: Literal["auto"] | 
     """auto: wavefront where there are more windows than it keeps alive."""
     if schedule != "auto":
         return schedule
-    later = last_overlapping(spans)[0]  # none has more, but for a last one moved back: it keeps one more alive
+    later = last_overlapping(spans)[0]  # none has more, but a last one moved back: it keeps one more alive
     return "wavefront" if len(spans) > later * (steps - 1) + 1 else "step"
 
 
