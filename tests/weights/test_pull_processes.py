@@ -25,7 +25,7 @@ def start(hub: HubServer, tmp_path: Path) -> Start:
     """`avatarctl models pull NAME` as people start it, with the variables of the hub set."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "AVATARCTL_"))}
     environment = kept | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0",
-                          "HF_TOKEN": "hf_right", "TERM": "xterm"}  # fmt: skip
+                          "HF_TOKEN": "hf_right", "TERM": "xterm", "COLUMNS": "200"}  # fmt: skip
 
     def run(terminal: int | None = None, **extra: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -38,7 +38,7 @@ def start(hub: HubServer, tmp_path: Path) -> Start:
 
 
 def wait_for_part(folder: Path, size: int) -> Path:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         for path in incomplete(folder):
             if path.stat().st_size > size:
@@ -56,9 +56,10 @@ def test_killed_in_the_middle_then_completed(hub: HubServer, start: Start, tmp_p
         time.sleep(0.3)
         process.send_signal(number)
         if number == signal.SIGINT:
-            time.sleep(0.2)  # or both would be one
+            assert process.stderr is not None
+            assert any("once more to stop at once" in line for line in process.stderr)  # or both would be one
             process.send_signal(number)  # nothing more comes: the second stops it at once
-        _, stderr = process.communicate(timeout=30)
+        _, stderr = process.communicate(timeout=60)
         assert process.returncode == code, stderr
         assert "Traceback" not in stderr and part.exists()
     kept = part.stat().st_size
