@@ -14,7 +14,6 @@ __all__ = [
     "alphas",
     "as_dit",
     "avatars_on",
-    "cannot_be_converted",
     "changes_own_layers",
     "first_half",
     "has_channels_without_code",
@@ -103,7 +102,11 @@ def alphas(checkpoint: Checkpoint) -> int:
 
 def loses_alpha(checkpoint: Checkpoint) -> bool:
     """Whether a reader that knows alpha from `.alpha` tensors alone would use another scale."""
-    return alphas(checkpoint) < len(checkpoint.low_rank) and scales(checkpoint) not in ([], [1.0])
+    pairs = list(checkpoint.low_rank.values())
+    without = [pair for pair in pairs if pair.alpha is None]
+    if len(pairs) - len(without) != alphas(checkpoint):
+        without = pairs if alphas(checkpoint) < len(pairs) else []  # alpha is stated elsewhere
+    return any(checkpoint.scale_of(pair) != 1 for pair in without)
 
 
 def loses_header_alpha(checkpoint: Checkpoint) -> bool:
@@ -125,12 +128,6 @@ def leaves_out(checkpoint: Checkpoint) -> str:
 def holds_unmarked_tensors(checkpoint: Checkpoint) -> bool:
     """Whether whole tensors are there that are not called `.set_weight`, as ComfyUI knows them."""
     return sum(name.endswith(".set_weight") for name in checkpoint.names) < len(checkpoint.tensors)
-
-
-def cannot_be_converted(checkpoint: Checkpoint) -> bool:
-    """Whether diffusers' converters would stop at targets that are in no block."""
-    outside = any(not module.startswith("blocks.") for module in checkpoint.low_rank)
-    return outside and (checkpoint.naming == "kohya" or alphas(checkpoint) > 0)
 
 
 def is_release(checkpoint: Checkpoint) -> bool:

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from avatarctl.weights.checkpoint import Checkpoint
+from avatarctl.weights.diffusers_loras import lets_differences_fall, what_stops_it
 from avatarctl.weights.file_facts import (
     alphas,
     as_dit,
     avatars_on,
-    cannot_be_converted,
     changes_own_layers,
     first_half,
     has_channels_without_code,
@@ -303,6 +303,9 @@ LOADERS: Final = (
             Objection(loses_header_alpha, "wrong", without_alpha),
             _WHOLE_TENSORS,
             Objection(
+                lambda checkpoint: bool(checkpoint.differences), "wrong", "the differences are left out"
+            ),
+            Objection(
                 changes_own_layers,
                 "wrong",
                 lambda checkpoint: (
@@ -331,13 +334,9 @@ LOADERS: Final = (
                 "no",
                 ".alpha tensors beside the names of diffusers are refused",
             ),
+            Objection(lambda checkpoint: bool(what_stops_it(checkpoint)), "no", what_stops_it),
             Objection(
-                cannot_be_converted,
-                "no",
-                "targets outside the blocks are not converted from kohya's names, nor with .alpha",
-            ),
-            Objection(
-                lambda checkpoint: bool(checkpoint.differences),
+                lets_differences_fall,
                 "wrong",
                 "of the differences only biases of linear layers are applied",
             ),

@@ -261,9 +261,7 @@ def test_an_extraction_that_fits_no_file_is_refused_before_it_is_computed(
 
     with monkeypatch.context() as patch:
         patch.setattr("avatarctl.weights.extract.factorise", fail)
-        with pytest.raises(
-            UnusableWeights, match=r"1 difference .*ffn\.0\.bias .--to comfyui holds them"
-        ):
+        with pytest.raises(UnusableWeights, match=r"1 difference .*ffn\.0\.bias .--to comfyui holds them"):
             convert(tmp_path / "trained.safetensors", tmp_path / "lora", "peft", **asked)
     done = convert(tmp_path / "trained.safetensors", tmp_path / "lora.safetensors", "comfyui", **asked)
     assert done.tensors == 4
