@@ -223,11 +223,11 @@ def test_it_plays_while_it_grows(tmp_path: Path, rate: int) -> None:
 def test_every_complete_frame_before_a_cut_is_readable(tmp_path: Path, rate: int) -> None:
     path, cut = tmp_path / "a.mp4", tmp_path / "cut.mp4"
     with VideoWriter(path, width=64, height=48, soundtrack=tone(rate, 1, 3.0) if rate else None) as writer:
-        writer.write(moving(75))
+        writer.write(moving(60))
     data, ends = path.read_bytes(), frame_ends(path)
     headers = fragment_headers(data)
-    assert len(ends) == 75 and ends == sorted(ends) and len(headers) >= 75 // 8
-    chosen = np.random.default_rng(5).integers(0, len(data), 80).tolist()
+    assert len(ends) == 60 and ends == sorted(ends) and len(headers) >= 60 // 8
+    chosen = np.random.default_rng(5).integers(0, len(data), 50).tolist()
     chosen += [inside for header in headers[3:7] for inside in header[::9]]
     by_path = 0
     for end in (*chosen, *ends[:3], *(end - 1 for end in ends[:3]), *ends[-2:], len(data) - 1):
@@ -237,7 +237,7 @@ def test_every_complete_frame_before_a_cut_is_readable(tmp_path: Path, rate: int
         if not any(end in header for header in headers):
             by_path += 1
             assert count_frames(cut) >= complete, f"cut at byte {end} of {len(data)}, opened by its path"
-    assert by_path > 40
+    assert by_path > 30
 
 
 def test_no_system_call_ends_inside_a_fragment_header(

@@ -158,12 +158,12 @@ def test_silence_as_the_model_hears_it_is_projected_once_per_job() -> None:
 
 def test_long_sound_is_encoded_once_per_piece() -> None:
     plan, calls = work(
-        configure("long_video.audio_window=6", "output.width=16", "output.height=16", "sampling.steps=1"),
-        640 * 450,
+        configure("long_video.audio_window=5", "output.width=16", "output.height=16", "sampling.steps=1"),
+        640 * 250,
     )
     padded = 33 + 32 * (plan.count - 1)
-    # Pieces of 150 frames that share 50.
-    assert calls["feature extractions"] == 1 + -(-(padded - 150) // 100)
+    # Pieces of 125 frames that share 50.
+    assert calls["feature extractions"] == 1 + -(-(padded - 125) // 75) == 3
 
 
 @pytest.mark.parametrize(("width", "passes"), [(256, 1), (272, 3)])
