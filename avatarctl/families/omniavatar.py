@@ -38,8 +38,6 @@ from avatarctl.models.omniavatar import PreparedTensors
 from avatarctl.models.text import clean_prompt
 from avatarctl.sampling.guidance import combine, text_first
 from avatarctl.timeline import FPS, SAMPLES_PER_FRAME, frames_of_samples, reference_frames_of_samples
-from avatarctl.weights.key_map import KeyMap
-from avatarctl.weights.wan import WAN_TRANSFORMER
 
 __all__ = ["OmniAvatar"]
 
@@ -77,12 +75,6 @@ class OmniAvatar:
     """The `Family` of all rows with `family: omniavatar`. Holds nothing."""
 
     name = "omniavatar"
-    key_map = WAN_TRANSFORMER + KeyMap(
-        (
-            ("audio_proj.{rest}", "audio_proj.{rest}"),
-            ("audio_cond_projs.{rest}", "audio_cond_projs.{rest}"),
-        )
-    )
 
     def conventions(self, cfg: RunConfig) -> Conventions:
         """What a file of this family must agree on."""

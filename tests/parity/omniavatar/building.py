@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-from avatarctl.families.omniavatar import OmniAvatar
 from avatarctl.models.omniavatar import OmniAvatarTransformer
+from avatarctl.weights.layouts import OMNIAVATAR
 
 from ..golden import Reader, shown
 
@@ -44,7 +44,7 @@ def transformer(reader: Reader) -> OmniAvatarTransformer:
         audio_input_dim=packed // 4,
         audio_hidden_size=hidden,
     )
-    load(model, OmniAvatar.key_map.rename_to_internal(state), reader, OmniAvatar.key_map.to_original)
+    load(model, OMNIAVATAR.key_map.rename_to_internal(state), reader, OMNIAVATAR.key_map.to_original)
     return model
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from avatarctl.families.omniavatar import OmniAvatar
 from avatarctl.models.omniavatar import AudioPack, OmniAvatarTransformer
 from avatarctl.models.precision import cast
+from avatarctl.weights.layouts import OMNIAVATAR
 
 from ..golden import Checks, Reader
 from .building import load, transformer
@@ -91,7 +91,7 @@ def _gradients(reader: Reader, *, checkpointing: bool) -> None:
         model.enable_gradient_checkpointing()
     (model(*_inputs(reader)) * reader.take("grad_seed_weights")).sum().backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    for name, gradient in OmniAvatar.key_map.rename_to_original(gradients).items():
+    for name, gradient in OMNIAVATAR.key_map.rename_to_original(gradients).items():
         if reader.keys(f"grad.{name}"):
             reader.compare(f"grad.{name}", gradient, relative_l2=_GRADIENT)
 
@@ -109,7 +109,7 @@ def gradients_with_checkpointing(reader: Reader) -> None:
 @checks(*SINGLE, BATCH, "denoise.safetensors", compares=("state.*",))
 def names_round_trip(reader: Reader) -> None:
     """Original names in, through the network, original names out: the same file."""
-    exported = OmniAvatar.key_map.rename_to_original(transformer(reader).state_dict())
+    exported = OMNIAVATAR.key_map.rename_to_original(transformer(reader).state_dict())
     assert {f"state.{key}" for key in exported} == set(reader.keys("state.*"))
     for key, value in exported.items():
         reader.compare(f"state.{key}", value)
