@@ -233,7 +233,7 @@ class Family(Protocol):
     name: str
 
     def frame_size(self, picture: tuple[int, int], cfg: RunConfig) -> tuple[int, int]:
-        """Height and width of the video for a picture of (height, width)."""
+        """Height and width of the video for a picture of (height, width), where neither is asked for."""
 
     def guidance(self, cfg: RunConfig) -> Guidance:
         """The guidance scales of a run."""

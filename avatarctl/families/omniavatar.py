@@ -88,10 +88,7 @@ class OmniAvatar:
         )
 
     def frame_size(self, picture: tuple[int, int], cfg: RunConfig) -> tuple[int, int]:
-        """Height and width of the video for a picture of (height, width)."""
-        height, width = cfg.output.height, cfg.output.width
-        if height is not None and width is not None:
-            return height, width
+        """Height and width of the video for a picture of (height, width), where neither is asked for."""
         return choose_bucket(*picture, cfg.long_video.max_size or 720)
 
     def notices(self, cfg: RunConfig) -> tuple[str, ...]:

@@ -108,10 +108,7 @@ class StableAvatar:
         )
 
     def frame_size(self, picture: tuple[int, int], cfg: RunConfig) -> tuple[int, int]:
-        """Height and width of the video for a picture of (height, width)."""
-        height, width = cfg.output.height, cfg.output.width
-        if height is not None and width is not None:
-            return height, width
+        """Height and width of the video for a picture of (height, width), where neither is asked for."""
         return nearest_shape(picture, _PUBLISHED_SIZES)
 
     def notices(self, cfg: RunConfig) -> tuple[str, ...]:

@@ -107,7 +107,9 @@ def check_job(cfg: RunConfig, row: Row, job: Job, emit: Emit) -> JobPlan:
         for warning in warnings:
             emit(Notice(f"{material.name}: {warning}", "warning"))
     picture = job.picture.pixels.shape[:2]
-    height, width = family.frame_size(picture, cfg)
+    height, width = cfg.output.height, cfg.output.width
+    if height is None or width is None:
+        height, width = family.frame_size(picture, cfg)
     cfg = replace(cfg, output=replace(cfg.output, width=width, height=height))
     stated = row.defaults.get("model.audio_offset")
     if row.audio_offset_stated and cfg.model.audio_offset != stated:

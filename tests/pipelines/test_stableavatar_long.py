@@ -7,7 +7,6 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -409,10 +408,7 @@ def test_native_guidance_says_what_it_is() -> None:
 def test_without_a_size_the_picture_chooses_a_published_one(
     picture: tuple[int, int], size: tuple[int, int]
 ) -> None:
-    cfg = settings(10)
-    assert FAMILY.frame_size(picture, cfg) == (16, 16)
-    cfg = replace(cfg, output=replace(cfg.output, width=None, height=None))
-    assert FAMILY.frame_size(picture, cfg) == size
+    assert FAMILY.frame_size(picture, settings(10)) == size
 
 
 def test_a_window_is_normalised_by_its_own_sound_and_padded_with_silence() -> None:

@@ -68,7 +68,7 @@ class ThirdFamily:
     name = "third"
 
     def frame_size(self, picture: tuple[int, int], cfg: RunConfig) -> tuple[int, int]:
-        return cfg.output.height or 16, cfg.output.width or 16
+        return 16, 16
 
     def guidance(self, cfg: RunConfig) -> Guidance:
         assert cfg.sampling.guidance_scale is not None
