@@ -105,7 +105,8 @@ def _pair(module: str, part: Mapping[str, str], tensors: Mapping[str, Tensor]) -
     down, up = tensors[part["down"]], tensors[part["up"]]
     for tensor, name in ((down, part["down"]), (up, part["up"])):
         if len(tensor.info.shape) != 2 or 0 in tensor.info.shape:
-            raise UnusableWeights(f"{name[:100]}: a LoRA matrix with shape {list(tensor.info.shape)}")
+            shape = list(tensor.info.shape)
+            raise UnusableWeights(f"{name[:100]}: shape {shape} is no LoRA matrix of a linear layer")
     if down.info.shape[0] != up.info.shape[1]:
         raise UnusableWeights(
             f"{module}: LoRA ranks disagree, lora_A has shape {list(down.info.shape)} and lora_B "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Final
 
@@ -19,6 +20,7 @@ __all__ = [
     "has_channels_without_code",
     "has_foreign_prefix",
     "has_own_layers",
+    "holds_release_modules",
     "holds_unmarked_tensors",
     "is_incomplete",
     "is_named",
@@ -117,8 +119,15 @@ def loses_header_alpha(checkpoint: Checkpoint) -> bool:
 
 def without_alpha(checkpoint: Checkpoint) -> str:
     found = scales(checkpoint)
-    span = " to ".join(f"{scale:g}" for scale in {found[0], found[-1]})
+    span = " to ".join(f"{scale:g}" for scale in dict.fromkeys((found[0], found[-1])))
     return f"finds no alpha in it and applies it with scale 1 instead of {span}"
+
+
+def holds_release_modules(checkpoint: Checkpoint) -> bool:
+    """Whether LoRA names hold the release's names of layers, whatever stands before them."""
+    layers = {module for module in checkpoint.low_rank if module.startswith("blocks.")}
+    plain = {re.sub(r"^.*?(?=\bblocks\.)", "", name.partition(".lora")[0]) for name in checkpoint.names}
+    return bool(layers & plain)
 
 
 def leaves_out(checkpoint: Checkpoint) -> str:

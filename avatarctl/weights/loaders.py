@@ -26,6 +26,7 @@ from avatarctl.weights.file_facts import (
     has_channels_without_code,
     has_foreign_prefix,
     has_own_layers,
+    holds_release_modules,
     holds_unmarked_tensors,
     is_incomplete,
     is_named,
@@ -136,6 +137,12 @@ _NO_AVATAR_BASE = Objection(
 )
 _HAS_KOHYA_PREFIX: Final = starts_with("lora_unet_")
 """Other trainers of kohya's layout write another: lora_transformer_."""
+_COMFYUI_PREFIXES: Final = ("diffusion_model.", "lora_unet_")
+_RELEASE_MODULES = Objection(
+    lambda checkpoint: checkpoint.naming == "diffusers" and holds_release_modules(checkpoint),
+    "no",
+    "behind the prefix of diffusers it has the release's names",
+)
 _SHARDED = Objection(lambda checkpoint: len(checkpoint.files) > 1, "no", "reads one file, not shards")
 _WHOLE_TENSORS = Objection(lambda checkpoint: bool(checkpoint.tensors), "wrong", leaves_out)
 _OWN_TARGETS = Objection(changes_own_layers, "wrong", leaves_out_targets)
@@ -299,6 +306,7 @@ LOADERS: Final = (
                 "no",
                 "reads the names of diffusers only; see load_lora_weights",
             ),
+            _RELEASE_MODULES,
             Objection(is_pickle, "no", "reads safetensors only"),
             Objection(loses_header_alpha, "wrong", without_alpha),
             _WHOLE_TENSORS,
@@ -334,6 +342,7 @@ LOADERS: Final = (
                 "no",
                 ".alpha tensors beside the names of diffusers are refused",
             ),
+            _RELEASE_MODULES,
             Objection(lambda checkpoint: bool(what_stops_it(checkpoint)), "no", what_stops_it),
             Objection(
                 lets_differences_fall,
@@ -385,7 +394,7 @@ LOADERS: Final = (
         (
             _NOT_CHECKED,
             Objection(
-                lambda checkpoint: checkpoint.naming != "comfyui" and not _HAS_KOHYA_PREFIX(checkpoint),
+                lambda checkpoint: not any(name.startswith(_COMFYUI_PREFIXES) for name in checkpoint.names),
                 "no",
                 "none of its names is known there: it would warn and change nothing",
             ),

@@ -131,7 +131,7 @@ def finite_number(value: object, what: str) -> float:
             return float(value)
     except OverflowError:  # an integer beyond every float
         pass
-    raise UnusableWeights(f"{what[:100]} is {str(value)[:40]}, not a finite number")
+    raise UnusableWeights(f"{what[:100]} is {repr(value)[:40]}, not a finite number")
 
 
 def stated_alpha(names: Names, config: Mapping[str, Any], metadata: Mapping[str, str]) -> StatedAlpha | None:

@@ -230,6 +230,15 @@ def test_a_lora_for_a_picture_encoder_needs_a_model_that_has_one() -> None:
     assert answers(facts)["ComfyUI LoRA"] == "yes"
 
 
+def test_comfyui_knows_no_lora_behind_the_prefix_of_its_models() -> None:
+    shapes = {f"blocks.0.self_attn.q.lora_{ab}.weight": (8, 8) for ab in "AB"}
+    prefixes = {"diffusion_model.": "yes", "model.diffusion_model.": "no", "pipe.dit.": "no"}
+    for prefix, answer in prefixes.items():
+        facts = about({f"{prefix}{name}": shape for name, shape in shapes.items()})
+        assert answers(facts)["ComfyUI LoRA"] == answer
+        assert answers(facts)["avatarctl infer --lora"] == "yes"
+
+
 def test_comfyui_takes_the_tensors_that_it_calls_set_weight() -> None:
     name = "diffusion_model.blocks.0.norm3.set_weight"
     assert answers(about({name: (1536,)}))["ComfyUI LoRA"] == "yes"

@@ -131,6 +131,9 @@ LORAS: dict[str, Callable[[], Lora]] = {
         .adds("diffusion_model.head.head.diff", "proj_out.weight", 64, WIDTH)
         .biases("head.head")
     ),
+    "diffusers before names of the release": lambda: Lora(lambda module: f"transformer.{module}").pairs(
+        *MODULES, alpha=False
+    ),
     "diffusers": lambda: in_diffusers().pairs(*MODULES, alpha=False),
     "diffusers with differences": lambda: (
         in_diffusers().pairs(*MODULES, alpha=False).norm("transformer.blocks.0.norm2")
