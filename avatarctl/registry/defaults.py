@@ -101,12 +101,11 @@ STABLEAVATAR: Final[Defaults] = {
 }
 
 STABLEAVATAR_OBLONG: Final[Defaults] = {
-    **STABLEAVATAR,
-    "output.width": 832,
-    "output.height": 480,
+    **{key: value for key, value in STABLEAVATAR.items() if not key.startswith("output.")},
     "data.width": 832,
     "data.height": 480,
 }
+"""Without a size of the video: landscape or portrait, the picture decides."""
 
 STABLEAVATAR_TINY: Final[Defaults] = {
     **STABLEAVATAR,
