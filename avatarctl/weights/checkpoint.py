@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from avatarctl.weights.files.state_dict import Wrapper
 from avatarctl.weights.layout import Sizes, WeightLayout
 from avatarctl.weights.tensors import Tensor
 
@@ -68,6 +69,7 @@ class Checkpoint:
     metadata:   of the safetensors header.
     unknown:    names, as in the file, that have no place in the layout.
     missing:    original names that a complete file of its kind would hold and this one lacks.
+    wrappers:   dictionaries around the tensors of a pickle, outermost first.
     notes:      what was done to read it, one line each (prefixes removed, wrappers opened).
     """
 
@@ -94,6 +96,7 @@ class Checkpoint:
     metadata: Mapping[str, str] = field(default_factory=dict)
     unknown: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
+    wrappers: tuple[Wrapper, ...] = ()
     notes: tuple[str, ...] = ()
 
     def scale_of(self, pair: LowRank) -> float:

@@ -16,6 +16,8 @@ __all__ = [
     "as_dit",
     "avatars_on",
     "changes_own_layers",
+    "comfyui_knows_prefix",
+    "comfyui_opens",
     "first_half",
     "has_channels_without_code",
     "has_foreign_prefix",
@@ -30,6 +32,7 @@ __all__ = [
     "is_pickle",
     "is_release",
     "is_second_half",
+    "is_wrapped",
     "leaves_out",
     "leaves_out_targets",
     "loses_alpha",
@@ -149,6 +152,26 @@ def is_release(checkpoint: Checkpoint) -> bool:
 
 def is_of(layout: WeightLayout) -> Callable[[Checkpoint], bool]:
     return lambda checkpoint: checkpoint.layout is layout
+
+
+def is_wrapped(*opened: str) -> Callable[[Checkpoint], bool]:
+    """Whether another dictionary is around the tensors than those of the names in `opened`."""
+    return lambda checkpoint: any(wrapper.name not in opened for wrapper in checkpoint.wrappers)
+
+
+def comfyui_opens(checkpoint: Checkpoint) -> bool:
+    """ComfyUI opens one dictionary: `state_dict`, or whatever stands alone."""
+    if len(checkpoint.wrappers) > 1:
+        return False
+    return all(wrapper.name == "state_dict" or wrapper.alone for wrapper in checkpoint.wrappers)
+
+
+def comfyui_knows_prefix(checkpoint: Checkpoint) -> bool:
+    """Whether the names of a model are the release's, or behind a prefix that ComfyUI takes off."""
+    return any(
+        {name.removeprefix(prefix) for name in checkpoint.names} == checkpoint.tensors.keys()
+        for prefix in (_COMFYUI_MODEL, "model.")
+    )
 
 
 def has_foreign_prefix(checkpoint: Checkpoint) -> bool:

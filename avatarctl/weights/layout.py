@@ -96,7 +96,8 @@ class Scripts:
     name: for people; argument: of the file; kinds: of checkpoints; release_names: whether LoRA names must be
     the release's own; file: the only name they read, empty for any torch file; config_field: what
     config.json beside it needs, empty for nothing; channels: input channels that they prepare; bases: hashes
-    (weights/published.py) by which they know a base; remark: what a file that they take still needs.
+    (weights/published.py) by which they know a base; opens: dictionaries around the tensors that they open;
+    remark: what a file that they take still needs.
     """
 
     name: str
@@ -106,6 +107,7 @@ class Scripts:
     config_field: str = ""
     channels: int = 0
     bases: tuple[str, ...] = ()
+    opens: tuple[str, ...] = ()
     remark: str = ""
 
 

@@ -222,7 +222,7 @@ STABLEAVATAR: Final = WeightLayout(
     class_name="StableAvatarTransformer",
     conventions={"mask_keep": 1, "hole": 0.0, "fps": FPS, "sigma_shift": 5.0},
     offsets=(OffsetRule(0, "that of every published file of this family"),),
-    scripts=Scripts("StableAvatar scripts", "transformer_path", ("model",)),
+    scripts=Scripts("StableAvatar scripts", "transformer_path", ("model",), opens=("state_dict",)),
     repository="https://github.com/Francis-Rings/StableAvatar",
     shapes=stableavatar_shapes,
     arguments=_WAN_ARGUMENTS | {

@@ -22,6 +22,8 @@ from avatarctl.weights.file_facts import (
     as_dit,
     avatars_on,
     changes_own_layers,
+    comfyui_knows_prefix,
+    comfyui_opens,
     first_half,
     has_channels_without_code,
     has_foreign_prefix,
@@ -36,6 +38,7 @@ from avatarctl.weights.file_facts import (
     is_pickle,
     is_release,
     is_second_half,
+    is_wrapped,
     leaves_out,
     leaves_out_targets,
     loses_alpha,
@@ -137,6 +140,12 @@ _NO_AVATAR_BASE = Objection(
 )
 _HAS_KOHYA_PREFIX: Final = starts_with("lora_unet_")
 """Other trainers of kohya's layout write another: lora_transformer_."""
+_WRAPPED = Objection(is_wrapped(), "no", "it opens no dictionary around the tensors")
+_WRAPPED_FOR_COMFYUI = Objection(
+    negated(comfyui_opens),
+    "no",
+    "of dictionaries around tensors it opens state_dict, or one that is alone",
+)
 _COMFYUI_PREFIXES: Final = ("diffusion_model.", "lora_unet_")
 _RELEASE_MODULES = Objection(
     lambda checkpoint: checkpoint.naming == "diffusers" and holds_release_modules(checkpoint),
@@ -160,6 +169,9 @@ def _scripts(layout: WeightLayout, scripts: Scripts) -> tuple[Loader, ...]:
         Objection(negated(has_own_layers), "no", "no audio layers in it"),
         Objection(negated(is_of(layout)), "no", "it is of another family"),
         _INCOMPLETE,
+        Objection(
+            is_wrapped(*scripts.opens), "no", "they pass over tensors inside of other dictionaries in silence"
+        ),
         Objection(
             negated(is_release),
             "no",
@@ -203,7 +215,13 @@ def _scripts(layout: WeightLayout, scripts: Scripts) -> tuple[Loader, ...]:
         "no",
         "they know base files by their published hash",
     )
-    return Loader(f"{scripts.name}, as base", ("model", "component"), (_NOT_CHECKED, unknown)), model
+    wrapped = Objection(
+        # The published VAE is one.
+        lambda checkpoint: checkpoint.kind == "model" and bool(checkpoint.wrappers),
+        "no",
+        "inside of another dictionary its hash is another",
+    )
+    return Loader(f"{scripts.name}, as base", ("model", "component"), (_NOT_CHECKED, wrapped, unknown)), model
 
 
 LOADERS: Final = (
@@ -271,6 +289,7 @@ LOADERS: Final = (
             _NOT_CHECKED,
             _SHARDED,
             _INCOMPLETE,
+            Objection(is_wrapped("state_dict"), "no", "of dictionaries around tensors it opens state_dict"),
             Objection(has_foreign_prefix, "no", "the prefix of its names is not known there"),
             Objection(
                 has_own_layers,
@@ -286,6 +305,7 @@ LOADERS: Final = (
         (
             _NOT_CHECKED,
             _INCOMPLETE,
+            _WRAPPED,
             Objection(is_named_otherwise("diffusers"), "no", "reads the names of diffusers only"),
             Objection(
                 lambda checkpoint: "_class_name" not in checkpoint.config,
@@ -329,6 +349,7 @@ LOADERS: Final = (
         (
             _NOT_CHECKED,
             _NO_PAIRS,
+            _WRAPPED,
             Objection(
                 negated(starts_with("transformer.", "diffusion_model.", "lora_unet_")),
                 "no",
@@ -366,6 +387,7 @@ LOADERS: Final = (
         ("adapter",),
         (
             _NOT_CHECKED,
+            _WRAPPED,
             Objection(is_named_otherwise("peft"), "no", "names must begin with base_model.model."),
             Objection(
                 lambda checkpoint: "peft_type" not in checkpoint.config,
@@ -382,9 +404,11 @@ LOADERS: Final = (
             _NOT_CHECKED,
             _SHARDED,
             _INCOMPLETE,
+            _WRAPPED_FOR_COMFYUI,
             Objection(
                 is_named("diffusers", "peft", "kohya"), "no", "Wan is known there by its original names"
             ),
+            Objection(negated(comfyui_knows_prefix), "no", "the prefix of its names is not known there"),
             Objection(has_own_layers, "wrong", "its Wan loader leaves out the audio layers"),
         ),
     ),
@@ -393,6 +417,7 @@ LOADERS: Final = (
         ("adapter",),
         (
             _NOT_CHECKED,
+            _WRAPPED_FOR_COMFYUI,
             Objection(
                 lambda checkpoint: not any(name.startswith(_COMFYUI_PREFIXES) for name in checkpoint.names),
                 "no",

@@ -117,6 +117,7 @@ def recognise(raw: RawWeights) -> Checkpoint:
         metadata=raw.metadata,
         unknown=tuple(key for key in raw.tensors if key in strange),
         missing=tuple(missing),
+        wrappers=raw.wrappers,
         notes=(*raw.notes, *names.notes, *pairs.notes),
     )
 
@@ -156,6 +157,7 @@ def _component(raw: RawWeights, layout: WeightLayout) -> Checkpoint:
         names=tuple(raw.tensors),
         config=raw.config,
         metadata=raw.metadata,
+        wrappers=raw.wrappers,
         notes=raw.notes,
     )
 

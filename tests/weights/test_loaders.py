@@ -198,3 +198,65 @@ def test_models_in_diffusers(prefix: str, parts: Shapes, answer: str, tmp_path: 
     assert torch.equal(model.patch_embedding.bias, state["patch_embedding.bias"])
     assert torch.equal(model.blocks[1].attn2.to_out[0].weight, state["blocks.1.cross_attn.o.weight"])
     assert not any("audio" in name for name in model.state_dict())
+
+
+WRAPPED: dict[str, tuple[Callable[[State], object], str, str]] = {
+    # What is saved, and what diffusers and ComfyUI do with it (load_torch_file of its utils.py: the entry
+    # state_dict, else the only one there is).
+    "bare": (lambda state: state, "yes", "yes"),
+    "state_dict": (lambda state: {"state_dict": state, "epoch": 3}, "yes", "yes"),
+    "model": (lambda state: {"model": state, "epoch": 3}, "no", "no"),
+    "model alone": (lambda state: {"model": state}, "no", "yes"),
+    "module in state_dict": (lambda state: {"state_dict": {"module": state}}, "no", "no"),
+    "twice": (lambda state: {"state_dict": {"state_dict": state}}, "yes", "no"),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_dictionaries_around_the_tensors(name: str, zipped: bool, tmp_path: Path) -> None:
+    around, diffusers, comfyui_takes = WRAPPED[name]
+    state = random(wan(WIDTH, FFN, LAYERS, 16, text=7, freq=10))
+    path = tmp_path / "model.pt"
+    torch.save(around(state), path, _use_new_zipfile_serialization=zipped)
+    checkpoint = read_checkpoint(path)
+    assert verdict(checkpoint, "diffusers from_single_file").answer == diffusers
+    assert verdict(checkpoint, "ComfyUI diffusion model").answer == comfyui_takes
+    (tmp_path / "config.json").write_text(json.dumps(dict(network().config)))
+    try:
+        model = WanTransformer3DModel.from_single_file(path, config=str(tmp_path))
+    except NotImplementedError:  # it found no tensor
+        assert diffusers == "no"
+    else:
+        assert diffusers == "yes" and torch.equal(model.proj_out.bias, state["head.head.bias"])
+
+
+@pytest.mark.parametrize(
+    ("prefix", "answer"),
+    # unet_prefix_from_state_dict of ComfyUI's model_detection.py
+    [("", "yes"), ("model.diffusion_model.", "yes"), ("model.", "yes"), ("diffusion_model.", "no"),
+     ("module.", "no"), ("pipe.dit.", "no")],
+)  # fmt: skip
+def test_prefixes_of_models_in_comfyui(prefix: str, answer: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    state = random(wan(WIDTH, FFN, LAYERS, 16, text=7, freq=10))
+    save_file({f"{prefix}{name}": tensor for name, tensor in state.items()}, path)
+    assert verdict(read_checkpoint(path), "ComfyUI diffusion model").answer == answer
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict", "model"])
+def test_dictionaries_around_an_adapter(wrapper: str, tmp_path: Path) -> None:
+    """The published script passes over all that it does not know: the adapter would do nothing."""
+    state = LORA | random(audio(WIDTH, LAYERS, 3, 5))
+    state["patch_embedding.weight"] = torch.zeros(WIDTH, 33, 1, 2, 2)
+    state["patch_embedding.bias"] = torch.zeros(WIDTH)
+    config = {"train_architecture": "lora", "lora_rank": RANK, "lora_alpha": RANK / 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for saved, answer in ((state, "yes"), ({wrapper: state}, "no")):
+        torch.save(saved, tmp_path / "pytorch_model.pt")
+        assert verdict(read_checkpoint(tmp_path), "OmniAvatar scripts, as exp_path").answer == answer
+    lora = {f"diffusion_model.{name.replace('.default', '')}": tensor for name, tensor in LORA.items()}
+    torch.save({wrapper: lora, "epoch": 3}, tmp_path / "lora.pt")
+    checkpoint = read_checkpoint(tmp_path / "lora.pt")
+    assert verdict(checkpoint, "diffusers load_lora_weights").answer == "no"
+    assert verdict(checkpoint, "ComfyUI LoRA").answer == ("yes" if wrapper == "state_dict" else "no")

@@ -35,7 +35,7 @@ from avatarctl.weights.files.pickle_reading import (
 from avatarctl.weights.files.pickle_scan import MAX_PICKLE, code_refused, is_plain_pickle, scan_pickle
 from avatarctl.weights.files.safetensors_file import is_possible_shape, refuse_placeholder
 from avatarctl.weights.files.stamp import FileStamp
-from avatarctl.weights.files.state_dict import TensorKind, open_wrappers, tensors_in
+from avatarctl.weights.files.state_dict import TensorKind, Wrapper, open_wrappers, tensors_in
 from avatarctl.weights.files.strict_json import clip, file_size
 from avatarctl.weights.files.zip_archive import Record, is_ordinary, read_records, storage_offsets
 from avatarctl.weights.tensors import DTYPES, Array, ArrayTensor, FileTensor, Tensor, TensorInfo
@@ -78,10 +78,11 @@ _PICKLED: Final = TensorKind(
 
 @dataclass(frozen=True)
 class PickleFile:
-    """tensors: by name as in the file, in the order of their bytes; notes: what was done to reach them."""
+    """tensors: by name as in the file, in the order of their bytes; wrappers, notes: as `Opened` has them."""
 
     format: Format
     tensors: Mapping[str, Tensor]
+    wrappers: tuple[Wrapper, ...]
     notes: tuple[str, ...]
 
 
@@ -166,19 +167,21 @@ def _read_zip(file: BinaryIO, size: int, path: Path) -> PickleFile:
     ordinary = is_ordinary(file, size, path)
     if ordinary and (plain := _read_without_torch(contents, records)) is not None:
         found, offsets = plain
-        stated, notes = open_wrappers(found.value, _PICKLED, path)
-        for name, one in stated.items():
+        stated = open_wrappers(found.value, _PICKLED, path)
+        wrappers, notes = stated.wrappers, stated.notes
+        for name, one in stated.tensors.items():
             record = _record_at(offsets[one.key], one.view.storage_bytes, storages, name, path)
             placed.append(_lazy(name, one.view, record, path, stamp))
     else:
         file.seek(0)
         loaded = _torch_load(file, path, map_location="meta")
-        tensors, notes = open_wrappers(loaded, _torch_kind(), path)
-        for name, tensor in tensors.items():
+        opened = open_wrappers(loaded, _torch_kind(), path)
+        wrappers, notes = opened.wrappers, opened.notes
+        for name, tensor in opened.tensors.items():
             record = _record_at(*_torch_storage(tensor, path), storages, name, path)
             placed.append(_lazy(name, _torch_view(name, tensor, path), record, path, stamp))
     placed.sort(key=lambda item: item[0])
-    return PickleFile("zip", {name: tensor for _, name, tensor in placed}, notes)
+    return PickleFile("zip", {name: tensor for _, name, tensor in placed}, wrappers, notes)
 
 
 def _read_without_torch(
@@ -326,10 +329,10 @@ def _read_legacy(file: BinaryIO, size: int, path: Path) -> PickleFile:
             f"corrupt or truncated: a storage of {declared} bytes in a file of {size}", where=path
         )
     file.seek(0)
-    found, notes = open_wrappers(_torch_load(file, path, map_location="cpu"), kind, path)
-    notes = (*notes, "a torch file in the format from before 1.6: read whole into memory")
-    tensors = {name: _in_memory(name, tensor, path) for name, tensor in found.items()}
-    return PickleFile("legacy", tensors, notes)
+    found = open_wrappers(_torch_load(file, path, map_location="cpu"), kind, path)
+    notes = (*found.notes, "a torch file in the format from before 1.6: read whole into memory")
+    tensors = {name: _in_memory(name, tensor, path) for name, tensor in found.tensors.items()}
+    return PickleFile("legacy", tensors, found.wrappers, notes)
 
 
 def _in_memory(name: str, tensor: torch.Tensor, path: Path) -> ArrayTensor:

@@ -18,6 +18,7 @@ from typing import Any, Final, Literal
 from avatarctl.errors import UnusableWeights, printable
 from avatarctl.weights.files.pickle_file import is_pickle, read_pickle
 from avatarctl.weights.files.safetensors_file import read_header
+from avatarctl.weights.files.state_dict import Wrapper
 from avatarctl.weights.files.strict_json import clip, file_size, read_object
 from avatarctl.weights.tensors import Tensor
 
@@ -65,6 +66,7 @@ class RawWeights:
     path:    what the user named; files: the weight files, in reading order.
     tensors: by name as in the file, after wrapper dictionaries were opened, in the order of their bytes.
     metadata: strings of the safetensors header; config: config.json or adapter_config.json, else empty.
+    wrappers: dictionaries that were opened in a pickle, outermost first.
     notes:   what was chosen, opened or left aside, one line each.
     """
 
@@ -75,6 +77,7 @@ class RawWeights:
     metadata: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     config_path: Path | None = None
+    wrappers: tuple[Wrapper, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -141,7 +144,7 @@ def _read_file(path: Path) -> RawWeights:
         header = read_header(path)
         return RawWeights(path, (path,), "safetensors", header.tensors, header.metadata)
     found = read_pickle(path)
-    return RawWeights(path, (path,), found.format, found.tensors, notes=found.notes)
+    return RawWeights(path, (path,), found.format, found.tensors, wrappers=found.wrappers, notes=found.notes)
 
 
 def _with_companion(raw: RawWeights) -> RawWeights:

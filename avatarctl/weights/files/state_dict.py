@@ -14,7 +14,7 @@ from typing import Any, Final, Generic, TypeVar
 from avatarctl.errors import UnusableWeights
 from avatarctl.weights.files.strict_json import clip
 
-__all__ = ["WRAPPERS", "TensorKind", "open_wrappers", "tensors_in"]
+__all__ = ["WRAPPERS", "Opened", "TensorKind", "Wrapper", "open_wrappers", "tensors_in"]
 
 T = TypeVar("T")
 
@@ -38,17 +38,37 @@ class TensorKind(Generic[T]):
     is_weight: Callable[[T], bool]
 
 
-def open_wrappers(loaded: object, kind: TensorKind[T], path: Path) -> tuple[dict[str, T], tuple[str, ...]]:
-    """(the tensors by name, notes on what was opened and left out).
+@dataclass(frozen=True)
+class Wrapper:
+    """A dictionary around the tensors: the name of its entry that holds them; alone: nothing is beside it."""
+
+    name: str
+    alone: bool
+
+
+@dataclass(frozen=True)
+class Opened(Generic[T]):
+    """tensors: by name; wrappers: what was opened to reach them, outermost first; notes: that, and what was
+    left out, for people."""
+
+    tensors: dict[str, T]
+    wrappers: tuple[Wrapper, ...]
+    notes: tuple[str, ...]
+
+
+def open_wrappers(loaded: object, kind: TensorKind[T], path: Path) -> Opened[T]:
+    """The tensors of what a pickle holds.
 
     Raises UnusableWeights where that is not a dictionary of tensors, or more than one.
     """
     notes: list[str] = []
+    wrappers: list[Wrapper] = []
     for _ in range(MAX_WRAPPERS):
         entries = _entries(loaded, kind, path)
         wrapper = _wrapper(entries, kind, path)
         if wrapper is None:
-            return _tensors(entries, kind, notes, path), tuple(notes)
+            return Opened(_tensors(entries, kind, notes, path), tuple(wrappers), tuple(notes))
+        wrappers.append(Wrapper(wrapper, alone=len(entries) == 1))
         notes.append(f"opened the wrapper {wrapper!r}")
         _note_left_out([name for name in entries if name != wrapper], notes)
         loaded = entries[wrapper]
