@@ -115,7 +115,7 @@ class Sampling:
     batch_passes: bool | None = key(
         None,
         "run the passes of a step as one batch, which needs more memory; unless given, where a pass looks at "
-        "512 video tokens or fewer, as only then it is faster",
+        "512 video tokens or fewer: only there small networks gain from it",
     )
     latents_dtype: Literal["float32", "bfloat16"] = key(
         "float32", "how latents are kept between the steps of windows that are blended"
