@@ -364,7 +364,7 @@ def test_a_pair_that_was_renamed_is_still_a_pair(tmp_path: Path, only_the_first:
         assert open_weights(tmp_path).files == (first, second)
         write_safetensors(second, "b", **of, **made | {"avatarctl.operations": "[3]"})
         said = refusal(first)
-        assert "its second file old.patch.safetensors is missing" in said and "new.patch" in said
+        assert "old.patch.safetensors is missing; new.patch.safetensors is of another conversion" in said
 
 
 def test_safetensors_count_before_a_pickle_of_the_same_name(tmp_path: Path) -> None:

@@ -156,9 +156,11 @@ def _with_companion(raw: RawWeights) -> RawWeights:
     second = _sibling(raw.path, name, "its second file")
     if not second.exists():
         renamed = raw.path.with_name(f"{raw.path.stem}{_SECOND}")
-        if not (renamed.is_file() and _belong(raw.metadata, read_header(renamed).metadata)):
+        there = renamed.is_file()
+        if not (there and _belong(raw.metadata, read_header(renamed).metadata)):
+            other = f"; {clip(renamed.name)} is of another conversion" if there else ""
             raise UnusableWeights(
-                f"its second file {clip(name)} is missing",
+                f"its second file {clip(name)} is missing{other}",
                 where=raw.path,
                 fix="put it beside this one"
                 + (f", under that name or as {clip(renamed.name)}" if renamed.name != name else ""),
