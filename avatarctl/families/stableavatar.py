@@ -47,8 +47,8 @@ _LATENT_CHANNELS = 16
 _PIXELS_PER_LATENT = 8
 _PIXELS_PER_TOKEN = 16
 
-# Video tokens up to which a step of a small network is faster as one batch; beyond, it only needs more memory.
-# Measured on a CPU, see docs/benchmarks.md.
+# Video tokens up to which a step of a small network is faster as one batch; beyond, it needs more memory and
+# nothing is gained. Measured on a CPU, see docs/benchmarks.md.
 _BATCHED_TOKENS = 512
 
 # (height, width) of the published checkpoints (spec f).
