@@ -45,7 +45,7 @@ __all__ = ["StableAvatar"]
 
 _LATENT_CHANNELS = 16
 _PIXELS_PER_LATENT = 8
-_PIXELS_PER_TOKEN = 16
+_PIXELS_PER_TOKEN = 2 * _PIXELS_PER_LATENT  # patches of 2 x 2
 
 # Video tokens up to which a step of a small network is faster as one batch; beyond, it needs more memory and
 # nothing is gained. Measured on a CPU, see docs/benchmarks.md.

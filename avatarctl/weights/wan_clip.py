@@ -16,6 +16,7 @@ from typing import Final
 
 from avatarctl.errors import UnusableWeights
 from avatarctl.weights.key_map import KeyMap
+from avatarctl.weights.sizes import MOST_LAYERS
 from avatarctl.weights.tensors import Tensor
 from avatarctl.weights.transforms import part_of
 
@@ -44,7 +45,6 @@ _EMBEDDINGS: Final = {
 _FUSED: Final = ".attn.to_qkv."
 _UNFUSED: Final = re.compile(r"encoder\.layers\.(\d+)\.self_attn\.[qkv]_proj\.(weight|bias)")
 _LAYER_NUMBER: Final = re.compile(r"visual\.transformer\.(\d+)\.", re.ASCII)
-_MOST_LAYERS: Final = 1000
 _UNREAD: Final = ("visual.head", "visual.post_norm.weight", "visual.post_norm.bias")
 """What makes of the last layer a point in the space that images and texts share."""
 
@@ -85,7 +85,7 @@ def _last_layer(tensors: Mapping[str, Tensor]) -> int:
     network endless."""
     found = [match[1] for name in tensors if (match := _LAYER_NUMBER.match(name))]
     last = max(found, key=lambda number: (len(number), number), default="0")
-    if len(last) > len(str(_MOST_LAYERS)) or int(last) >= _MOST_LAYERS:
+    if len(last) > len(str(MOST_LAYERS)) or int(last) >= MOST_LAYERS:
         raise UnusableWeights(f"visual.transformer has a layer {last[:20]}; no image tower has that many")
     return int(last)
 
