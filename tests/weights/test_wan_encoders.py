@@ -46,3 +46,21 @@ def test_a_layer_that_would_make_the_tower_endless(number: str) -> None:
     name = f"visual.transformer.{number}.norm1.weight"
     with pytest.raises(UnusableWeights, match="no image tower has that many"):
         wan_clip.read_clip_sizes(clip_tensors() | {name: ArrayTensor(np.zeros(1, np.float32), "F32")})
+
+
+@pytest.mark.parametrize(("last", "whole"), [(31, True), (30, False), (32, False)])
+def test_a_tower_of_the_published_width_has_its_layers(last: int, whole: bool) -> None:
+    """A file that lost its last layer has the names of a smaller tower, and would give other features."""
+    shapes = {
+        "visual.patch_embedding.weight": (1280, 3, 14, 14),
+        "visual.pos_embedding": (1, 257, 1280),
+        "visual.transformer.0.mlp.0.weight": (5120, 1280),
+        f"visual.transformer.{last}.norm1.weight": (1280,),
+    }
+    zero = np.zeros((), np.float32)
+    tensors = {name: ArrayTensor(np.broadcast_to(zero, shape), "F32") for name, shape in shapes.items()}
+    if whole:
+        assert wan_clip.read_clip_sizes(tensors).num_hidden_layers == 31
+    else:
+        with pytest.raises(UnusableWeights, match=f"has {last + 1} layers; .* has 32"):
+            wan_clip.read_clip_sizes(tensors)
