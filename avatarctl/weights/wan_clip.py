@@ -25,8 +25,8 @@ __all__ = ["ClipSizes", "internal_tensors", "original_name", "read_clip_sizes"]
 HEADS: Final = 16
 """Of ViT-H/14; no tensor tells."""
 _PUBLISHED: Final = (1280, 32)
-"""Width and layers of ViT-H/14 (spec/stableavatar.md f): a file that lost its last layer looks like a whole one
-of a smaller tower."""
+"""Width and layers of ViT-H/14 (spec/stableavatar.md f): a file that lost its last layer looks like a whole
+one of a smaller tower."""
 
 _LAYER: Final = "encoder.layers.{n}"
 _CLIP_VISION: Final = KeyMap(
@@ -80,7 +80,7 @@ def read_clip_sizes(tensors: Mapping[str, Tensor]) -> ClipSizes:
     layers = _last_layer(tensors)
     if width == _PUBLISHED[0] and layers + 1 != _PUBLISHED[1]:
         raise UnusableWeights(
-            f"visual.transformer has {layers + 1} layers; the image tower of width {width} has {_PUBLISHED[1]}"
+            f"visual.transformer has {layers + 1} layers; the image tower of this width has {_PUBLISHED[1]}"
         )
     if width % HEADS:
         raise UnusableWeights(f"{HEADS} heads do not divide the width {width} of the image tower")
