@@ -25,8 +25,8 @@ __all__ = ["ClipSizes", "internal_tensors", "original_name", "read_clip_sizes"]
 HEADS: Final = 16
 """Of ViT-H/14; no tensor tells."""
 _PUBLISHED: Final = (1280, 32)
-"""Width and layers of ViT-H/14 (spec/stableavatar.md f): a file that lost its last layer looks like a whole
-one of a smaller tower."""
+"""Width and layers of ViT-H/14 (modules/clip.py of Wan 2.1): a file that lost its last layer looks like a
+whole one of a smaller tower."""
 
 _LAYER: Final = "encoder.layers.{n}"
 _CLIP_VISION: Final = KeyMap(
