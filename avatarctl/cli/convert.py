@@ -17,7 +17,7 @@ from avatarctl.cli.command import Command
 from avatarctl.cli.screen import Screen
 from avatarctl.errors import UsageError, printable
 from avatarctl.events import Notice
-from avatarctl.weights.files.named_path import expanded
+from avatarctl.files.named_path import expanded
 
 if TYPE_CHECKING:
     from avatarctl.pipelines.convert import ConvertRequest

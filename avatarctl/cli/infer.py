@@ -24,8 +24,8 @@ from avatarctl.registry import COMPAT, NOT_YET, ROWS, Row, find_model
 
 # The weights room imports numpy, which `--help` need not wait for: its names come where they are used.
 if TYPE_CHECKING:
+    from avatarctl.loading.sources import Sources
     from avatarctl.pipelines.job import Job
-    from avatarctl.weights.sources import Sources
 
 __all__ = ["DEFAULT_MODEL", "infer"]
 
@@ -64,7 +64,7 @@ def infer(**params: Any) -> None:
         raise NotYetSupported(f"{row.name} is not yet supported", where="model.name")
     _refuse_existing(cfg)
 
-    from avatarctl.weights.sources import asked_size, find_sources
+    from avatarctl.loading.sources import asked_size, find_sources
 
     with Screen(cfg.runtime.log_level) as screen:
         for notice in _introduction(request, row):
@@ -81,7 +81,7 @@ def _row(name: str) -> Row:
     """The row of a registry name, which needs no weights room, or of a file."""
     if name in ROWS:
         return find_model(name)
-    from avatarctl.weights.model_row import row_named
+    from avatarctl.loading.model_row import row_named
 
     return row_named(name)
 
@@ -100,7 +100,7 @@ def _job(request: Request, row: Row, sources: Sources, screen: Screen) -> Job:
     missing = [key for key in ("image", "audio") if getattr(cfg.input, key) is None]
     if missing and row.source != "package" and not request.dry_run:
         if sources.missing:  # the larger obstacle first
-            from avatarctl.weights.sources import weights_missing
+            from avatarctl.loading.sources import weights_missing
 
             raise weights_missing(row, sources)
         raise UsageError(f"{row.name} needs --{missing[0]}")
@@ -121,11 +121,11 @@ def _job(request: Request, row: Row, sources: Sources, screen: Screen) -> Job:
 
 
 def _dry_run(request: Request, row: Row, job: Job, sources: Sources, screen: Screen) -> None:
+    from avatarctl.loading.assemble import assemble, built_in, with_loras
+    from avatarctl.loading.sources import asked_size, missing_line
     from avatarctl.pipelines.infer import environment_problems
     from avatarctl.pipelines.job import check_job
-    from avatarctl.weights.assemble import assemble, built_in, with_loras
     from avatarctl.weights.made_for import made_for_others
-    from avatarctl.weights.sources import asked_size, missing_line
     from avatarctl.weights.whole import open_model
 
     cfg, missing = request.resolved.cfg, sources.missing
@@ -161,9 +161,9 @@ def _run(request: Request, row: Row, job: Job, sources: Sources, screen: Screen)
 
     from avatarctl.atomic import atomic_write_text
     from avatarctl.cli.signals import stop_on_signals
+    from avatarctl.loading.sources import weights_missing
     from avatarctl.pipelines.infer import write_video
     from avatarctl.pipelines.job import check_job
-    from avatarctl.weights.sources import weights_missing
 
     with stop_on_signals() as should_stop, _leaving_no_empty_folder(path.parent):
         plan = check_job(cfg, row, job, screen)
@@ -192,7 +192,7 @@ def _from_anywhere(resolved: Resolved, cfg: RunConfig) -> Resolved:
 
     The output's path is in it only if it was asked for: otherwise a repeated run picks a fresh folder.
     """
-    from avatarctl.weights.loras import absolute_lora
+    from avatarctl.loading.loras import absolute_lora
 
     asked = dict(resolved.asked)
     sections: dict[str, Any] = {}
@@ -211,7 +211,7 @@ def _from_anywhere(resolved: Resolved, cfg: RunConfig) -> Resolved:
 
 
 def _absolute(path: str | None) -> str | None:
-    from avatarctl.weights.files.named_path import expanded
+    from avatarctl.files.named_path import expanded
 
     return str(expanded(path).absolute()) if path else None
 

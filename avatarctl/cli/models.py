@@ -18,13 +18,13 @@ from avatarctl.cli.app import CommandGroup
 from avatarctl.cli.options import EXAMPLE_MODEL, WEIGHTS_VARIABLE
 from avatarctl.cli.screen import Screen
 from avatarctl.errors import Interrupted, UnusableWeights, UsageError, WeightsMissing, printable
+from avatarctl.hub.locate import Located, hub_constants, locate, missing_files, with_needs
 from avatarctl.registry import ROWS, Row, find
-from avatarctl.weights.hub.locate import Located, hub_constants, locate, missing_files, with_needs
 
 if TYPE_CHECKING:
-    from avatarctl.weights.hub.client import HubFile
-    from avatarctl.weights.hub.pull import PullPlan
-    from avatarctl.weights.hub.verify import Checked
+    from avatarctl.hub.client import HubFile
+    from avatarctl.hub.pull import PullPlan
+    from avatarctl.hub.verify import Checked
 
 __all__ = ["models"]
 
@@ -62,7 +62,7 @@ def list_models(kind: str | None, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def show_model(name: str, weights_root: str | None, as_json: bool) -> None:
     """Show one model: where its files come from, where they are, what is missing here, its settings."""
-    from avatarctl.weights.hub.store import recorded_license
+    from avatarctl.hub.store import recorded_license
 
     row = find(name)
     root = _root(weights_root)
@@ -166,8 +166,8 @@ def pull_models(
     are shown first; every file is checked; what was interrupted goes on where it stopped.
     """
     from avatarctl.cli.options import words_of
-    from avatarctl.weights.hub.pull import plan_pull, run_pull
-    from avatarctl.weights.hub.wanted import Wants, wanted_by_names, wanted_for
+    from avatarctl.hub.pull import plan_pull, run_pull
+    from avatarctl.loading.needs import Wants, wanted_by_names, wanted_for
 
     if not names and command is None:
         raise UsageError("nothing is named", fix="give names, or a command with --for")
@@ -265,7 +265,7 @@ def verify_models(names: tuple[str, ...], weights_root: str | None, as_json: boo
     with 3 if a file is damaged, with 4 if one is missing or none could be checked.
     """
     from avatarctl.cli.signals import stop_on_signals
-    from avatarctl.weights.hub.verify import verify
+    from avatarctl.hub.verify import verify
 
     rows = {row.name: row for name in names for row in with_needs(find(name))}
     _quiet_hub()

@@ -18,6 +18,17 @@ from typing import Any
 from avatarctl.atomic import atomic_path, atomic_write_text, disk_errors, removed_after_failure
 from avatarctl.errors import AvatarctlError, UnusableWeights, UsageError
 from avatarctl.events import BytesMoved, Emit, Notice, Stage
+from avatarctl.files.hashes import FileHashes
+from avatarctl.files.safetensors_file import read_header
+from avatarctl.files.source import COMPANION_OF
+from avatarctl.files.tensors import Tensor
+from avatarctl.files.writer import (
+    require_space,
+    shard_names,
+    staged_folder,
+    write_safetensors,
+    write_sharded,
+)
 from avatarctl.pipelines.convert_request import (
     SUFFIX,
     ConvertRequest,
@@ -36,23 +47,12 @@ from avatarctl.pipelines.convert_steps import (
     plain_name,
     state_audio_offset,
 )
-from avatarctl.weights.checkpoint import Checkpoint
 from avatarctl.weights.describe import NAMINGS
 from avatarctl.weights.export import Export, export, with_release_config
-from avatarctl.weights.files.hashes import FileHashes
-from avatarctl.weights.files.safetensors_file import read_header
-from avatarctl.weights.files.source import COMPANION_OF
-from avatarctl.weights.files.writer import (
-    require_space,
-    shard_names,
-    staged_folder,
-    write_safetensors,
-    write_sharded,
-)
 from avatarctl.weights.layouts import LAYOUTS
 from avatarctl.weights.metadata import config_of, file_metadata, read_own
 from avatarctl.weights.recognise import read_checkpoint
-from avatarctl.weights.tensors import Tensor
+from avatarctl.weights.weight_file import Checkpoint
 from avatarctl.weights.whole import require_whole
 
 __all__ = [

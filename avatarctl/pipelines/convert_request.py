@@ -12,8 +12,8 @@ from typing import Final
 
 from avatarctl.atomic import disk_errors, ensure_writable_folder
 from avatarctl.errors import OutputRefused, UsageError
+from avatarctl.files.staging import refuse_folder
 from avatarctl.weights.export import Target
-from avatarctl.weights.files.staging import refuse_folder
 
 __all__ = [
     "SUFFIX",

@@ -11,13 +11,13 @@ from typing import Any, Final
 
 from avatarctl.errors import UnusableWeights, UsageError
 from avatarctl.events import Emit, Notice
-from avatarctl.weights.checkpoint import Checkpoint
 from avatarctl.weights.export import Target, require_place
 from avatarctl.weights.extract import extract_low_rank
 from avatarctl.weights.lineage import check_lineage
 from avatarctl.weights.merge import merge_adapter, refuse_other_conventions
 from avatarctl.weights.sizes import variant_of
 from avatarctl.weights.transforms import cast, drop_channels, widen_channels
+from avatarctl.weights.weight_file import Checkpoint
 
 __all__ = [
     "DTYPE_NAMES",

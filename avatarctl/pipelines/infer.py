@@ -14,10 +14,10 @@ from einops import rearrange
 from avatarctl.errors import AvatarctlError, EnvironmentMissing, NotYetSupported, OutputRefused
 from avatarctl.events import ChunkFinished, Emit, Notice, OutputFinished, Planned, Stage, silent
 from avatarctl.family import Inputs, Modules
+from avatarctl.loading.modules import load_modules, resolve_device
 from avatarctl.media import BackgroundWriter, Soundtrack, VideoWriter, Waveform, partial_path
 from avatarctl.models.attention import choose_attention
 from avatarctl.models.encode import picture_tensor
-from avatarctl.models.loading import load_modules, resolve_device
 from avatarctl.pipelines.job import Job, JobPlan
 from avatarctl.registry import Row
 from avatarctl.rng import latent_noise

@@ -25,7 +25,7 @@ def find(name: str) -> Row:
 
 
 def find_model(name: str) -> Row:
-    """The row of a registry name that can run; weights/model_row.py reads paths as well.
+    """The row of a registry name that can run; loading/model_row.py reads paths as well.
 
     Raises ConfigError for unknown names and for rows that are no models.
     """
@@ -55,7 +55,7 @@ def configure(
 ) -> RunConfig:
     """The resolved configuration of a run from `section.key=value` texts; the library's short way.
 
-    row_named: finds the row of `model.name`; `weights.model_row.row_named` takes files and folders as well.
+    row_named: finds the row of `model.name`; `loading.model_row.row_named` takes files and folders as well.
     Raises ConfigError for unknown keys, wrong types and impossible values.
     """
     asked: dict[str, Setting] = {}

@@ -56,7 +56,7 @@ class Row:
     """One thing that can be named.
 
     source:  "package" needs no file; "hub" is a repository; "other" is described by `obtained`; "path" is a
-             file or folder that a person named, see `path`; only rows of weights/model_row.py have it.
+             file or folder that a person named, see `path`; only rows of loading/model_row.py have it.
     files:   names relative to the repository; "a|b" is satisfied by either, a trailing "/" is a folder.
     stand_ins: names in `files` -> the name under which `avatarctl convert-ckpt` may have written the same.
     network: constructor arguments by part: "dit" (the family's transformer), "vae" (`AutoencoderKLWan`),

@@ -17,11 +17,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from avatarctl.errors import UnusableWeights, printable
-from avatarctl.weights.checkpoint import LowRank, Naming
+from avatarctl.files.tensors import DTYPES, Tensor, read_whole, to_float32
 from avatarctl.weights.layouts import UNSTATED_SCALES
 from avatarctl.weights.naming import Names
 from avatarctl.weights.stated_alpha import StatedAlpha, finite_number, stated_alpha
-from avatarctl.weights.tensors import DTYPES, Tensor, read_whole, to_float32
+from avatarctl.weights.weight_file import LowRank, Naming
 
 __all__ = ["Pairs", "read_pairs"]
 

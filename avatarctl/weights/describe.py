@@ -12,12 +12,12 @@ from dataclasses import asdict
 from typing import Any, Final
 
 from avatarctl.errors import UnusableWeights, printable
-from avatarctl.weights.checkpoint import Checkpoint, LowRank
+from avatarctl.files.tensors import Tensor, size_text
 from avatarctl.weights.loaders import verdicts
 from avatarctl.weights.made_for import trained_shape
 from avatarctl.weights.metadata import OwnMetadata, read_own
 from avatarctl.weights.published import PUBLISHED, hash_of
-from avatarctl.weights.tensors import Tensor, size_text
+from avatarctl.weights.weight_file import Checkpoint, LowRank
 
 __all__ = ["NAMINGS", "describe", "lines", "size_text"]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Final
 
-from avatarctl.weights.checkpoint import Checkpoint
+from avatarctl.weights.weight_file import Checkpoint
 
 __all__ = ["lets_differences_fall", "what_stops_it"]
 

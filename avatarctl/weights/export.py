@@ -23,11 +23,11 @@ from typing import Any, Final, Literal, get_args
 import numpy as np
 
 from avatarctl.errors import UnusableWeights, UsageError
-from avatarctl.weights.checkpoint import Checkpoint, LowRank
+from avatarctl.files.tensors import ArrayTensor, Tensor
 from avatarctl.weights.layouts import LAYOUTS, WAN
 from avatarctl.weights.metadata import network_of, stated_network
 from avatarctl.weights.padding import padded_pair
-from avatarctl.weights.tensors import ArrayTensor, Tensor
+from avatarctl.weights.weight_file import Checkpoint, LowRank
 
 __all__ = ["TARGETS", "Export", "Target", "export", "require_place", "with_release_config"]
 

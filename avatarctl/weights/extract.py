@@ -15,12 +15,12 @@ import numpy as np
 
 from avatarctl.errors import UnusableWeights
 from avatarctl.events import Emit, Notice, Stage
-from avatarctl.weights.checkpoint import Checkpoint, LowRank
+from avatarctl.files.tensors import DTYPES, ArrayTensor, Tensor, block_ranges, to_float32
 from avatarctl.weights.low_rank import Factors, factorise
 from avatarctl.weights.metadata import without_history
 from avatarctl.weights.recognise import require_complete
 from avatarctl.weights.sizes import variant_of
-from avatarctl.weights.tensors import DTYPES, ArrayTensor, Tensor, block_ranges, to_float32
+from avatarctl.weights.weight_file import Checkpoint, LowRank
 
 __all__ = ["PUBLISHED_RANK", "extract_low_rank"]
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Final
 
 from avatarctl.config import keys
-from avatarctl.weights.checkpoint import Checkpoint
 from avatarctl.weights.layout import WeightLayout
 from avatarctl.weights.layouts import LAYOUTS
+from avatarctl.weights.weight_file import Checkpoint
 
 __all__ = [
     "alphas",

@@ -6,9 +6,9 @@ No tensor tells, only what our headers record and which files were read.
 from __future__ import annotations
 
 from avatarctl.errors import UnusableWeights
-from avatarctl.weights.checkpoint import Checkpoint
-from avatarctl.weights.files.hashes import FileHashes
+from avatarctl.files.hashes import FileHashes
 from avatarctl.weights.metadata import OwnMetadata, read_own
+from avatarctl.weights.weight_file import Checkpoint
 
 __all__ = ["check_lineage"]
 

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from avatarctl.weights.checkpoint import Checkpoint
 from avatarctl.weights.diffusers_loras import lets_differences_fall, what_stops_it
 from avatarctl.weights.file_facts import (
     alphas,
@@ -52,6 +51,7 @@ from avatarctl.weights.file_facts import (
 from avatarctl.weights.layout import Scripts, WeightLayout
 from avatarctl.weights.layouts import LAYOUTS
 from avatarctl.weights.published import hash_of
+from avatarctl.weights.weight_file import Checkpoint
 
 __all__ = ["LOADERS", "Loader", "Verdict", "verdicts"]
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from avatarctl.registry import ROWS, Row, VideoShape, video_shape
-from avatarctl.weights.checkpoint import Checkpoint
 from avatarctl.weights.metadata import read_own
+from avatarctl.weights.weight_file import Checkpoint
 
 __all__ = ["made_for_others", "trained_shape"]
 

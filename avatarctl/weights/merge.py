@@ -12,13 +12,13 @@ from dataclasses import replace
 from typing import Any, Final
 
 from avatarctl.errors import UnusableWeights, printable
-from avatarctl.weights.checkpoint import Checkpoint
-from avatarctl.weights.files.strict_json import parse_json
+from avatarctl.files.strict_json import parse_json
+from avatarctl.files.tensors import Tensor
 from avatarctl.weights.layout import Sizes, WeightLayout
 from avatarctl.weights.metadata import config_of, mismatch, stated_network
 from avatarctl.weights.sizes import variant_of
-from avatarctl.weights.tensors import Tensor
 from avatarctl.weights.transforms import cast, plus_difference, plus_low_rank
+from avatarctl.weights.weight_file import Checkpoint
 
 __all__ = ["merge_adapter", "refuse_other_conventions"]
 

@@ -16,8 +16,8 @@ from typing import Any, Final
 
 import avatarctl
 from avatarctl.errors import UnusableWeights, printable
-from avatarctl.weights.checkpoint import Checkpoint
-from avatarctl.weights.files.strict_json import parse_json
+from avatarctl.files.strict_json import parse_json
+from avatarctl.weights.weight_file import Checkpoint
 
 __all__ = [
     "OwnMetadata",
@@ -95,7 +95,7 @@ def read_own(metadata: Mapping[str, str]) -> OwnMetadata:
 
 
 def _hashes(entry: Mapping[str, Any]) -> list[str]:
-    """Of a file as `weights.files.hashes` names it; empty where none is stated."""
+    """Of a file as `files.hashes` names it; empty where none is stated."""
     stated = (entry.get("sha256"), entry.get("sampled_sha256"))
     return [digest for digest in stated if isinstance(digest, str)]
 

@@ -21,8 +21,8 @@ from functools import cached_property
 from typing import Final, Literal
 
 from avatarctl.errors import UnusableWeights
-from avatarctl.weights.checkpoint import Naming
 from avatarctl.weights.layout import WeightLayout
+from avatarctl.weights.weight_file import Naming
 
 __all__ = ["Names", "Placed", "Role", "place_names", "plain_name"]
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from avatarctl.weights.checkpoint import LowRank
-from avatarctl.weights.tensors import DTYPES, Array, Tensor, TensorInfo
+from avatarctl.files.tensors import DTYPES, Array, Tensor, TensorInfo
+from avatarctl.weights.weight_file import LowRank
 
 __all__ = ["padded_pair"]
 

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from avatarctl.weights.checkpoint import Checkpoint
+from avatarctl.weights.weight_file import Checkpoint
 
 __all__ = ["PUBLISHED", "hash_of", "published_hash"]
 

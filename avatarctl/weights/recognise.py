@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from avatarctl.errors import UnusableWeights
+from avatarctl.files.source import RawWeights, open_weights
+from avatarctl.files.strict_json import parse_json
+from avatarctl.files.tensors import DTYPES, Tensor
 from avatarctl.weights.adapter import read_pairs
-from avatarctl.weights.checkpoint import Checkpoint, Kind, LowRank
-from avatarctl.weights.files.source import RawWeights, open_weights
-from avatarctl.weights.files.strict_json import parse_json
 from avatarctl.weights.layout import Sizes, WeightLayout
 from avatarctl.weights.layouts import COMPONENTS, LAYOUTS, PATCHED_ADAPTERS, WAN
 from avatarctl.weights.naming import Names, Placed, place_names, plain_name
 from avatarctl.weights.sizes import MOST_LAYERS, read_sizes, variant_of
-from avatarctl.weights.tensors import DTYPES, Tensor
+from avatarctl.weights.weight_file import Checkpoint, Kind, LowRank
 
 __all__ = ["read_checkpoint", "recognise", "require_complete"]
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from typing import Final
 
 from avatarctl.errors import UnusableWeights
-from avatarctl.weights.checkpoint import Kind
 from avatarctl.weights.layout import Sizes, WeightLayout
 from avatarctl.weights.layouts import CLIP_WIDTH, WAN
+from avatarctl.weights.weight_file import Kind
 
 __all__ = ["MOST_LAYERS", "read_sizes", "variant_of"]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from avatarctl.errors import UnusableWeights
-from avatarctl.weights.files.strict_json import parse_object
+from avatarctl.files.strict_json import parse_object
 from avatarctl.weights.naming import Names, plain_name
 
 __all__ = ["CHANGES_THE_UPDATE", "HARMLESS", "StatedAlpha", "finite_number", "stated_alpha"]

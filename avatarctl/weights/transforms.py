@@ -18,8 +18,8 @@ from typing import Any, Final
 import numpy as np
 
 from avatarctl.errors import UnusableWeights
-from avatarctl.weights.checkpoint import LowRank
-from avatarctl.weights.tensors import DTYPES, Tensor, TensorInfo, from_float32, to_float32
+from avatarctl.files.tensors import DTYPES, Tensor, TensorInfo, from_float32, to_float32
+from avatarctl.weights.weight_file import LowRank
 
 __all__ = ["cast", "drop_channels", "part_of", "plus_difference", "plus_low_rank", "widen_channels"]
 

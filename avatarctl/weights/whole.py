@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from avatarctl.errors import UnusableWeights
-from avatarctl.weights.checkpoint import Checkpoint
 from avatarctl.weights.metadata import read_own
 from avatarctl.weights.recognise import read_checkpoint, require_complete
+from avatarctl.weights.weight_file import Checkpoint
 
 __all__ = ["open_model", "require_whole"]
 

@@ -24,9 +24,9 @@ import torch
 from reporting import print_table, write_voice
 
 from avatarctl.family import AudioEncoder
+from avatarctl.loading.modules import build_random_modules
 from avatarctl.media import Waveform, open_sound, survey, write_sound
 from avatarctl.models.encode import PIECE_OVERLAP_SECONDS, AudioFeatures, pieces
-from avatarctl.models.loading import build_random_modules
 from avatarctl.registry import find_model
 from avatarctl.timeline import FPS, SAMPLE_RATE, frames_of_samples
 

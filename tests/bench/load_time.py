@@ -71,7 +71,7 @@ def read_and_copy(root: Path) -> dict[str, float]:
 def load_full(root: Path) -> dict[str, float]:
     import torch
 
-    from avatarctl.models.parts import transformer
+    from avatarctl.loading.parts import transformer
     from avatarctl.weights.whole import open_model
 
     started = time.perf_counter()
@@ -82,7 +82,7 @@ def load_full(root: Path) -> dict[str, float]:
 def load_merged(root: Path) -> dict[str, float]:
     import torch
 
-    from avatarctl.models.parts import transformer
+    from avatarctl.loading.parts import transformer
     from avatarctl.weights.merge import merge_adapter
     from avatarctl.weights.whole import open_model
 
@@ -167,7 +167,7 @@ def child(name: str, root: Path) -> None:
     if name != "write_release":
         import torch  # noqa: F401  (its own time and memory are no part of loading)
 
-        import avatarctl.models.loading  # noqa: F401
+        import avatarctl.loading.modules  # noqa: F401
     figures = CHILDREN[name](root) or {}
     print(json.dumps(figures | {"peak": process_peak_bytes()}))
 

@@ -44,9 +44,9 @@ from avatarctl.demo.sample import sample_picture
 from avatarctl.events import silent
 from avatarctl.family import Modules, Span
 from avatarctl.flow_matching import double_shifted_sigmas, euler_step, timesteps_of
+from avatarctl.loading.modules import build_random_modules
 from avatarctl.media import Waveform, open_sound
 from avatarctl.models.encode import picture_tensor
-from avatarctl.models.loading import build_random_modules
 from avatarctl.models.stableavatar import PreparedStable, StableAvatarTransformer
 from avatarctl.models.wav2vec import normalise_waveform
 from avatarctl.pipelines.infer import generate

@@ -236,7 +236,7 @@ def test_a_conversion_holds_a_few_blocks_and_no_torch(here: Path) -> None:
 STOPPED = """
 import os, sys
 from avatarctl.cli import main
-from avatarctl.weights.files.output_file import OutputFile
+from avatarctl.files.output_file import OutputFile
 write, blocks, number = OutputFile.write, [], int(sys.argv.pop(1))
 
 def stopping(self, data):

@@ -14,9 +14,9 @@ import pytest
 from click.testing import Result
 
 from avatarctl.config import RunConfig, read_config, resolve, value_of
+from avatarctl.files.source import open_weights
+from avatarctl.files.tensors import read_whole
 from avatarctl.registry import COMPAT, find_model
-from avatarctl.weights.files.source import open_weights
-from avatarctl.weights.tensors import read_whole
 
 HOSTILE = Path(__file__).resolve().parents[3] / "shared" / "hostile"
 MANIFEST = HOSTILE / "manifest.json"

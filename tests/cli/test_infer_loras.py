@@ -10,8 +10,8 @@ import pytest
 from click.testing import Result
 from safetensors.numpy import save_file
 
+from avatarctl.loading.assemble import built_in
 from avatarctl.registry import find_model
-from avatarctl.weights.assemble import built_in
 
 WIDTH = 96
 Shapes = Mapping[str, tuple[int, ...]]

@@ -12,7 +12,7 @@ import soundfile
 from click.testing import Result
 from PIL import Image
 
-from avatarctl.weights.sources import Sources
+from avatarctl.loading.sources import Sources
 
 CHUNKS, WINDOWS = "omniavatar-14b", "stableavatar-1.3b"
 Run = Callable[..., Result]
@@ -97,7 +97,7 @@ def test_missing_inputs_of_a_published_model(
     assert "weights are missing" in refused(4, "infer", "--model", name)
     planned = run("infer", "--model", name, "--dry-run")
     assert planned.exit_code == 0 and "the built-in face" in planned.stderr
-    monkeypatch.setattr("avatarctl.weights.sources.find_sources", lambda *_: Sources())
+    monkeypatch.setattr("avatarctl.loading.sources.find_sources", lambda *_: Sources())
     assert f"{name} needs --image" in refused(2, "infer", "--model", name)
     assert "needs --audio" in refused(2, "infer", "--model", name, "--image", str(face))
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from avatarctl.errors import ExtraMissing
+from avatarctl.loading.modules import build_random_modules
 from avatarctl.models.attention import choose_attention, use_attention
-from avatarctl.models.loading import build_random_modules
 from avatarctl.models.wan_blocks import AvatarAttnProcessor
 from avatarctl.registry import find_model
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionModel
 
+from avatarctl.loading.fill import on_meta
 from avatarctl.models.clip import ClipImageEncoder, clip_config
-from avatarctl.models.fill import on_meta
 from avatarctl.rng import generator
 
 WIDTH, HEADS, LAYERS, SIDE, PATCH = 24, 3, 3, 28, 14

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from avatarctl.loading.modules import build_random_modules
 from avatarctl.models.encode import AudioFeatures, pieces
-from avatarctl.models.loading import build_random_modules
 from avatarctl.registry import find_model
 
 

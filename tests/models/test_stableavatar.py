@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from avatarctl.models.fill import on_meta
+from avatarctl.loading.fill import on_meta
 from avatarctl.models.precision import cast
 from avatarctl.models.stableavatar import (
     ExactSinusoid,

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from avatarctl.events import Notice
+from avatarctl.loading.modules import build_random_modules
 from avatarctl.models.encode import encode_prompt
-from avatarctl.models.loading import build_random_modules
 from avatarctl.models.text import clean_prompt
 from avatarctl.registry import find_model
 

@@ -1,6 +1,6 @@
 import torch
 
-from avatarctl.models.loading import build_random_modules
+from avatarctl.loading.modules import build_random_modules
 from avatarctl.registry import find_model
 
 

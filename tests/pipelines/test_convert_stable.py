@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from avatarctl.cli import app
-from avatarctl.models.parts import transformer
+from avatarctl.loading.parts import transformer
 from avatarctl.models.stableavatar import StableAvatarTransformer
 from avatarctl.weights.whole import open_model
 from tests.pipelines import tiny_stable_release as stable

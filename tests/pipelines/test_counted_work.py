@@ -12,8 +12,8 @@ import pytest
 from avatarctl.config import RunConfig
 from avatarctl.events import silent
 from avatarctl.family import Modules, Plan
+from avatarctl.loading.modules import build_random_modules
 from avatarctl.media import picture_from_array, sound_from_array
-from avatarctl.models.loading import build_random_modules
 from avatarctl.pipelines.infer import generate
 from avatarctl.pipelines.job import Job, check_job
 from avatarctl.registry import configure, find_model

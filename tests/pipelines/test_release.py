@@ -20,11 +20,11 @@ from avatarctl.cli import app
 from avatarctl.errors import UnusableWeights
 from avatarctl.events import Event, Notice
 from avatarctl.family import Modules
+from avatarctl.loading.model_row import row_named
 from avatarctl.media import load_picture, open_sound
 from avatarctl.pipelines.infer import generate, load
 from avatarctl.pipelines.job import Job, JobPlan, check_job
 from avatarctl.registry import ROWS, Row, configure
-from avatarctl.weights.model_row import row_named
 from tests.helpers_video import count_frames
 from tests.pipelines import assembled_by_hand as by_hand
 from tests.pipelines import tiny_release as tiny

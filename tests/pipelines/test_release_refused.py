@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from avatarctl.errors import AvatarctlError, ConfigError, PathNotFound, UnusableWeights, WeightsMissing
 from avatarctl.events import Event, Notice
-from avatarctl.models.loading import load_modules
+from avatarctl.loading.model_row import row_named
+from avatarctl.loading.modules import load_modules
 from avatarctl.registry import ROWS, configure
-from avatarctl.weights.model_row import row_named
 from tests.pipelines import tiny_release as tiny
 from tests.weights import release as other
 

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from avatarctl.errors import UnusableWeights, WeightsMissing
 from avatarctl.events import Notice
-from avatarctl.models.parts import image_encoder
+from avatarctl.loading.model_row import row_named
+from avatarctl.loading.parts import image_encoder
 from avatarctl.pipelines.infer import load
 from avatarctl.registry import configure
-from avatarctl.weights.model_row import row_named
 from tests.pipelines import tiny_stable_release as stable
 from tests.pipelines.test_release import StablePlace, state
 from tests.weights import release

@@ -26,7 +26,8 @@ OWN_FILES = (
     "registry/defaults.py",
     # Names, shapes and fingerprints of one network's files.
     "weights/layouts.py",
-    "weights/wan_vae.py",
+    "loading/parts.py",
+    "loading/wan_vae.py",
     "weights/published.py",
 )
 

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from avatarctl.models.parts import transformer
-from avatarctl.weights.checkpoint import Checkpoint
+from avatarctl.loading.parts import transformer
 from avatarctl.weights.merge import merge_adapter
 from avatarctl.weights.recognise import read_checkpoint
+from avatarctl.weights.weight_file import Checkpoint
 from tests.weights.published_tables import LINEARS, Shapes, audio, lora, wan
 
 WIDTH, FFN, LAYERS, HEADS, RANK, ALPHA = 48, 64, 6, 2, 4, 2.0

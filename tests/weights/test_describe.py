@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from avatarctl.errors import UnusableWeights
-from avatarctl.weights.checkpoint import Checkpoint
+from avatarctl.files.source import RawWeights
+from avatarctl.files.tensors import TensorInfo
 from avatarctl.weights.describe import describe, lines
-from avatarctl.weights.files.source import RawWeights
 from avatarctl.weights.merge import merge_adapter
 from avatarctl.weights.recognise import recognise
-from avatarctl.weights.tensors import TensorInfo
+from avatarctl.weights.weight_file import Checkpoint
 from tests.weights.published_tables import Shapes, audio, lora, umt5, wan
 
 PATCH: Shapes = {"patch_embedding.weight": (5120, 33, 1, 2, 2), "patch_embedding.bias": (5120,)}

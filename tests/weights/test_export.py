@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 from avatarctl.errors import UnusableWeights, UsageError
 from avatarctl.events import silent
 from avatarctl.families import OmniAvatar
+from avatarctl.files.tensors import read_whole
 from avatarctl.pipelines.convert import ConvertRequest, plan_conversion, write
 from avatarctl.registry import configure
-from avatarctl.weights.checkpoint import Checkpoint
 from avatarctl.weights.export import TARGETS, export, with_release_config
 from avatarctl.weights.metadata import file_metadata, mismatch, read_own
 from avatarctl.weights.recognise import read_checkpoint
-from avatarctl.weights.tensors import read_whole
+from avatarctl.weights.weight_file import Checkpoint
 from tests.weights import release
 
 MODULES = [f"blocks.{i}.{target}" for i in range(release.LAYERS) for target in release.TARGETS]

@@ -12,14 +12,14 @@ import pytest
 
 from avatarctl.errors import UnusableWeights
 from avatarctl.events import Event, Notice, silent
-from avatarctl.weights.checkpoint import Checkpoint, LowRank
+from avatarctl.files.source import RawWeights
+from avatarctl.files.tensors import ArrayTensor, from_float32, read_whole, to_float32
 from avatarctl.weights.export import export
 from avatarctl.weights.extract import extract_low_rank
-from avatarctl.weights.files.source import RawWeights
 from avatarctl.weights.merge import merge_adapter
 from avatarctl.weights.recognise import recognise
-from avatarctl.weights.tensors import ArrayTensor, from_float32, read_whole, to_float32
 from avatarctl.weights.transforms import cast
+from avatarctl.weights.weight_file import Checkpoint, LowRank
 from tests.weights.published_tables import LINEARS, Shapes, audio, ends, lora, wan
 
 WIDTH, FFN, LAYERS, RANK = 32, 48, 6, 4

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 from avatarctl.errors import UnusableWeights
 from avatarctl.events import Event, Notice
+from avatarctl.loading.assemble import with_loras
+from avatarctl.loading.loras import Lora
 from avatarctl.pipelines.convert import ConvertRequest, plan_conversion, write
-from avatarctl.weights.assemble import with_loras
-from avatarctl.weights.loras import Lora
 from avatarctl.weights.recognise import read_checkpoint
 from tests.weights import release
 

@@ -12,9 +12,9 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from avatarctl.weights.checkpoint import Checkpoint
 from avatarctl.weights.loaders import Verdict, verdicts
 from avatarctl.weights.recognise import read_checkpoint
+from avatarctl.weights.weight_file import Checkpoint
 from tests.weights.published_tables import LINEARS, Shapes, audio, lora, wan
 
 WIDTH, FFN, LAYERS, RANK = 32, 48, 4, 4

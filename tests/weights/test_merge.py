@@ -11,12 +11,12 @@ from safetensors.torch import save_file
 
 from avatarctl.errors import UnusableWeights
 from avatarctl.events import silent
-from avatarctl.models.parts import transformer
+from avatarctl.loading.parts import transformer
 from avatarctl.pipelines.convert import ConvertRequest, plan_conversion, write
-from avatarctl.weights.checkpoint import Checkpoint
 from avatarctl.weights.merge import merge_adapter
 from avatarctl.weights.metadata import network_of
 from avatarctl.weights.recognise import read_checkpoint
+from avatarctl.weights.weight_file import Checkpoint
 from tests.weights import published_tables, release
 
 ADAPTER = release.adapter_state()

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from avatarctl.weights.checkpoint import Checkpoint, Naming
+from avatarctl.files.tensors import TensorInfo
 from avatarctl.weights.layout import Sizes
 from avatarctl.weights.layouts import OMNIAVATAR, WAN
 from avatarctl.weights.published import PUBLISHED, hash_of, published_hash
-from avatarctl.weights.tensors import TensorInfo
 from avatarctl.weights.wan import WAN_TRANSFORMER
+from avatarctl.weights.weight_file import Checkpoint, Naming
 from tests.weights.published_tables import Shapes, stableavatar, umt5, wan
 
 SPECIFIED = {

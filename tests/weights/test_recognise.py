@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from avatarctl.errors import UnusableWeights
-from avatarctl.weights.checkpoint import Checkpoint
-from avatarctl.weights.files.source import RawWeights
+from avatarctl.files.source import RawWeights
+from avatarctl.files.tensors import ArrayTensor
 from avatarctl.weights.recognise import recognise, require_complete
-from avatarctl.weights.tensors import ArrayTensor
+from avatarctl.weights.weight_file import Checkpoint
 
 LAYERS, D, FFN, RANK, HIDDEN, AUDIO = 6, 48, 80, 4, 3, 5
 

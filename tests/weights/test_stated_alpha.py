@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from avatarctl.errors import UnusableWeights
-from avatarctl.weights.checkpoint import Checkpoint
+from avatarctl.files.source import RawWeights
+from avatarctl.files.tensors import ArrayTensor
 from avatarctl.weights.describe import describe, lines
-from avatarctl.weights.files.source import RawWeights
 from avatarctl.weights.recognise import read_checkpoint, recognise
 from avatarctl.weights.stated_alpha import CHANGES_THE_UPDATE, HARMLESS
-from avatarctl.weights.tensors import ArrayTensor
+from avatarctl.weights.weight_file import Checkpoint
 
 WIDTH, RANK = 48, 4
 MODULES = [

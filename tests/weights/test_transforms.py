@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from avatarctl.errors import UnusableWeights
-from avatarctl.weights.checkpoint import LowRank
-from avatarctl.weights.tensors import ArrayTensor, Tensor, read_whole
+from avatarctl.files.tensors import ArrayTensor, Tensor, read_whole
 from avatarctl.weights.transforms import (
     cast,
     drop_channels,
@@ -18,6 +17,7 @@ from avatarctl.weights.transforms import (
     plus_low_rank,
     widen_channels,
 )
+from avatarctl.weights.weight_file import LowRank
 
 TORCH = {
     "F64": torch.float64,

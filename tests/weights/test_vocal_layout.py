@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from avatarctl.errors import UnusableWeights
-from avatarctl.weights.checkpoint import Checkpoint
+from avatarctl.files.source import RawWeights
+from avatarctl.files.tensors import ArrayTensor
 from avatarctl.weights.describe import describe, lines
-from avatarctl.weights.files.source import RawWeights
 from avatarctl.weights.merge import merge_adapter
 from avatarctl.weights.metadata import file_metadata, stated_network
 from avatarctl.weights.recognise import recognise, require_complete
-from avatarctl.weights.tensors import ArrayTensor
+from avatarctl.weights.weight_file import Checkpoint
 from tests.weights.published_tables import Shapes, stableavatar, vocal, wan
 
 EXAMPLES = {

@@ -14,14 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from avatarctl.events import silent
-from avatarctl.models.parts import transformer
-from avatarctl.weights.checkpoint import Checkpoint
+from avatarctl.files.source import open_weights
+from avatarctl.files.tensors import read_whole
+from avatarctl.loading.parts import transformer
 from avatarctl.weights.extract import extract_low_rank
-from avatarctl.weights.files.source import open_weights
 from avatarctl.weights.merge import merge_adapter
 from avatarctl.weights.recognise import read_checkpoint, require_complete
-from avatarctl.weights.tensors import read_whole
 from avatarctl.weights.transforms import drop_channels, widen_channels
+from avatarctl.weights.weight_file import Checkpoint
 
 from ..golden import Checks, Reader
 from .building import width_of_head

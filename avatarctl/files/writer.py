@@ -1,0 +1,326 @@
+"""Writing safetensors files of any size in a few blocks of memory, whole or not at all.
+
+The format (an 8-byte length, a JSON header, raw bytes; github.com/huggingface/safetensors, "Format") puts all
+names, dtypes and shapes first. A lazy `Tensor` knows those without being read, so the header is written
+before the first number, and then one block after another: read, checked, written.
+
+What the file was made from is written into it: `avatarctl.sources` in the metadata holds the name and a hash
+of every source file (`hashes.py` says which). Hashing runs beside the copy; its digits have a fixed number,
+so the header is written with zeros and once more, at the same length, before the file gets its name.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import stat
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from avatarctl.atomic import atomic_path, disk_errors, removed_after_failure
+from avatarctl.errors import OutputRefused, UnusableWeights, WriteFailed
+from avatarctl.files.finite import nonfinite, nonfinite_file
+from avatarctl.files.hashes import FileDigest, FileHashes
+from avatarctl.files.output_file import OutputFile
+from avatarctl.files.staging import staged_folder
+from avatarctl.files.tensors import (
+    BLOCK_BYTES,
+    DTYPES,
+    Array,
+    FileTensor,
+    Tensor,
+    TensorInfo,
+    block_ranges,
+    size_text,
+)
+
+__all__ = [
+    "SOURCES_KEY",
+    "require_space",
+    "shard_names",
+    "staged_folder",
+    "write_safetensors",
+    "write_sharded",
+]
+
+SOURCES_KEY: Final = "avatarctl.sources"
+"""Metadata key of the files that a file was made from: JSON [{"name": ..., "sha256": ...}], for large files
+`sampled_sha256` instead, or both."""
+
+_MAX_HEADER_BYTES: Final = 100_000_000
+"""Readers refuse longer headers (safetensors, MAX_HEADER_SIZE)."""
+_COPY_BYTES: Final = 1 << 20
+"""Blocks of tensors that stay as they are in their file: within the processor's cache. Measured: half the
+time of 8 MB, whose memory is given back and faulted in again for every block."""
+_NAME_CHARS: Final = 100
+
+
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    *,
+    allow_nonfinite: bool = False,
+    sources: Sequence[Path] = (),
+    hashes: FileHashes | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Writes `tensors`, in their order, as one safetensors file; the same input gives the same bytes.
+
+    metadata: without `avatarctl.sources`, which is made from `sources`, the files that were read.
+    hashes: of somebody who writes more than one file from these sources, or has begun with them already.
+    progress: called with the bytes of tensors written so far.
+
+    An older file of this name stays as it was until the new one is complete and on the disk.
+
+    Raises:
+        OutputRefused: the place cannot be written, is no file, or is one of the sources.
+        WriteFailed: not enough space.
+        UnusableWeights: a tensor holds NaN or infinity (unless allowed), cannot be read, or has a name
+            that the format cannot hold.
+    """
+    _refuse_place(path, sources)
+    shard = _Shard(path, tensors, metadata, sources)
+    with _begun(hashes, sources) as begun, atomic_path(path) as temporary:
+        require_space(path, len(shard.header(begun.placeholders(sources))) + shard.nbytes)
+        shard.write(temporary, begun, _Meter(progress), allow_nonfinite=allow_nonfinite)
+        shard.sign(temporary, begun.digests(sources))
+
+
+def write_sharded(
+    folder: Path,
+    stem: str,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    shard_bytes: int,
+    *,
+    allow_nonfinite: bool = False,
+    sources: Sequence[Path] = (),
+    hashes: FileHashes | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Path]:
+    """Writes `tensors` as shards of at most `shard_bytes` of numbers and an index that names them.
+
+    Tensors are packed in their order and never split, so one that is larger makes a larger shard. What
+    fits into one shard becomes `STEM.safetensors` without an index. `folder` exists. All files are
+    complete under temporary names before the first gets its own, and the index gets its name last: a
+    set cut short has no index. For the same reason a set is never written over another one; use
+    `staged_folder` to exchange whole folders.
+
+    Returns the files written, the index last. Raises as `write_safetensors`, and OutputRefused where
+    `folder` already holds weights of this stem.
+    """
+    packed = _pack(tensors, shard_bytes)
+    names = shard_names(stem, tensors, shard_bytes)[: len(packed)]
+    _refuse_older_set(folder, stem)
+    shards = [
+        _Shard(folder / name, part, metadata, sources) for name, part in zip(names, packed, strict=True)
+    ]
+    total = sum(shard.nbytes for shard in shards)
+    finals = [shard.path for shard in shards]
+    if len(shards) > 1:
+        finals.append(folder / f"{stem}.safetensors.index.json")
+    for path in finals:
+        _refuse_place(path, sources)
+    meter = _Meter(progress)
+    with _begun(hashes, sources) as begun, removed_after_failure(finals), ExitStack() as stack:
+        headers = sum(len(shard.header(begun.placeholders(sources))) for shard in shards)
+        require_space(finals[0], total + headers)
+        # The stack unwinds backwards: what is entered first is renamed last.
+        if len(shards) > 1:
+            index = stack.enter_context(atomic_path(finals[-1]))
+            with disk_errors(finals[-1]):
+                index.write_bytes(_index(shards, total))
+        temporary = [stack.enter_context(atomic_path(shard.path)) for shard in shards]
+        for shard, place in zip(shards, temporary, strict=True):
+            shard.write(place, begun, meter, allow_nonfinite=allow_nonfinite)
+        for shard, place in zip(shards, temporary, strict=True):
+            shard.sign(place, begun.digests(sources))
+    return finals
+
+
+def shard_names(stem: str, tensors: Mapping[str, Tensor], shard_bytes: int) -> list[str]:
+    """Plain names of what `write_sharded` writes: the shards, then the index if there are several."""
+    count = len(_pack(tensors, shard_bytes))
+    if count == 1:
+        return [f"{stem}.safetensors"]
+    shards = [f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    return [*shards, f"{stem}.safetensors.index.json"]
+
+
+@contextmanager
+def _begun(hashes: FileHashes | None, sources: Sequence[Path]) -> Iterator[FileHashes]:
+    with ExitStack() as stack:
+        begun = stack.enter_context(FileHashes()) if hashes is None else hashes
+        begun.start(sources)
+        yield begun
+
+
+class _Meter:
+    """Counts the bytes of one call over all its files."""
+
+    def __init__(self, progress: Callable[[int], None] | None) -> None:
+        self._progress = progress
+        self._done = 0
+
+    def add(self, count: int) -> None:
+        self._done += count
+        if self._progress is not None:
+            self._progress(self._done)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """One file to be written."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+    sources: Sequence[Path]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.info.nbytes for tensor in self.tensors.values())
+
+    def header(self, digests: Sequence[FileDigest]) -> bytes:
+        """Length and JSON, padded to a multiple of 8 bytes."""
+        metadata = dict(self.metadata)
+        if self.sources:
+            entries = zip(self.sources, digests, strict=True)
+            metadata[SOURCES_KEY] = json.dumps(
+                [{"name": path.name} | digest.entries() for path, digest in entries]
+            )
+        return _header({name: tensor.info for name, tensor in self.tensors.items()}, metadata, self.path)
+
+    def write(self, place: Path, hashes: FileHashes, meter: _Meter, *, allow_nonfinite: bool) -> None:
+        """Header and tensors; raises what `hashes` met as soon as it is known."""
+        with disk_errors(self.path):
+            out = OutputFile(place)
+        # Flushed at its end: the disk works while the hashes are finished, and `sign` leaves one page.
+        with disk_errors(self.path, refusals=False), out as file:
+            file.write(memoryview(self.header(hashes.placeholders(self.sources))))
+            for name, tensor in self.tensors.items():
+                for block in _blocks(tensor):
+                    if not allow_nonfinite and nonfinite(block, tensor.info.dtype):
+                        raise _not_finite(name, tensor, self)
+                    file.write(block.view(np.uint8).data)
+                    meter.add(block.nbytes)
+                    hashes.check()
+
+    def sign(self, place: Path, digests: Sequence[FileDigest]) -> None:
+        """Writes the header once more, now with the hashes of the sources."""
+        if self.sources:
+            with place.open("r+b") as file:
+                file.write(self.header(digests))
+
+
+def _header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], path: Path) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, info in infos.items():
+        if name == "__metadata__":
+            raise UnusableWeights("a tensor cannot be named __metadata__ in safetensors", where=path)
+        end = offset + info.nbytes
+        entries[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [offset, end]}
+        offset = end
+    try:
+        text = json.dumps(entries, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError as error:  # a lone surrogate, which no JSON reader takes
+        cut = error.object[max(error.start - 20, 0) : error.end + 20]
+        raise UnusableWeights(f"a name is not valid Unicode: {cut}", where=path) from error
+    text += b" " * (-len(text) % 8)
+    if len(text) > _MAX_HEADER_BYTES:
+        raise UnusableWeights(f"{len(infos)} tensors need a longer header than safetensors has", where=path)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _blocks(tensor: Tensor) -> Iterator[Array]:
+    # What is copied as it is travels best within the processor's cache; what is computed wants large blocks.
+    size = _COPY_BYTES if isinstance(tensor, FileTensor) else BLOCK_BYTES
+    for start, stop in block_ranges(tensor.info, size):
+        yield _read_block(tensor, start, stop)
+
+
+def _read_block(tensor: Tensor, start: int, stop: int) -> Array:
+    block = tensor.read(start, stop)
+    if block.shape != (stop - start,) or block.dtype != DTYPES[tensor.info.dtype].storage:
+        # One element too few would shift every tensor behind it.
+        raise RuntimeError(f"{tensor.info}: [{start}, {stop}) was read as {block.dtype} {block.shape}")
+    return np.ascontiguousarray(block)
+
+
+def _not_finite(name: str, tensor: Tensor, shard: _Shard) -> UnusableWeights:
+    """Names what is to blame: the file that was read, where there is one."""
+    cut = name if len(name) <= _NAME_CHARS else name[:_NAME_CHARS] + "…"
+    return UnusableWeights(
+        f"tensor {cut} ({tensor.info}) holds NaN or infinity; nothing is written",
+        where=nonfinite_file(tensor) or (shard.sources[0] if len(shard.sources) == 1 else shard.path),
+        fix="--allow-nonfinite writes it as it is",
+    )
+
+
+def _pack(tensors: Mapping[str, Tensor], shard_bytes: int) -> list[dict[str, Tensor]]:
+    packed: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        size = tensor.info.nbytes
+        if packed[-1] and filled + size > shard_bytes:
+            packed.append({})
+            filled = 0
+        packed[-1][name] = tensor
+        filled += size
+    return packed
+
+
+def _index(shards: Sequence[_Shard], total: int) -> bytes:
+    weight_map = {name: shard.path.name for shard in shards for name in shard.tensors}
+    return (
+        json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
+    ).encode()
+
+
+def _refuse_place(path: Path, sources: Sequence[Path]) -> None:
+    with disk_errors(path):
+        try:
+            mode = path.stat().st_mode
+        except FileNotFoundError:
+            return  # whether its folder is there is told by `require_space`
+        if not stat.S_ISREG(mode):
+            what = "is a folder, not a file" if stat.S_ISDIR(mode) else "is not a regular file"
+            raise OutputRefused(what, where=path, fix="choose another --out")
+        if any(source.exists() and path.samefile(source) for source in sources):
+            raise OutputRefused("is one of the files that are read", where=path, fix="choose another --out")
+
+
+def _refuse_older_set(folder: Path, stem: str) -> None:
+    with disk_errors(folder):
+        if not folder.is_dir():
+            what = "is a file, not a folder" if folder.exists() else "the folder does not exist"
+            raise OutputRefused(what, where=folder, fix="choose another --out")
+        names = {path.name for path in folder.iterdir()}
+    parts = (f"{stem}.safetensors", f"{stem}.safetensors.index.json")
+    for name in sorted(names):
+        shard = name.startswith(f"{stem}-") and "-of-" in name and name.endswith(".safetensors")
+        if name in parts or shard:
+            raise OutputRefused("exists", where=folder / name, fix="choose another --out")
+
+
+def require_space(path: Path, needed: int) -> None:
+    """Raises WriteFailed where the disk of the folder of `path` has less than `needed` bytes free.
+
+    An early word instead of a late one; what else is written meanwhile is told when it happens.
+    """
+    with disk_errors(path):
+        usage = shutil.disk_usage(path.parent)
+    if usage.total and usage.free < needed:  # some network file systems state nothing at all
+        raise WriteFailed(
+            f"needs {size_text(needed)}, {size_text(usage.free)} free",
+            where=path,
+            fix="free some space or choose another --out",
+        )

@@ -1,0 +1,167 @@
+"""The transformer of a run out of its files: base, adapters, LoRAs. Headers are read, no weight is.
+
+What comes out is a full model whose tensors are merged while somebody reads them, in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sized
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from avatarctl.config import Model
+from avatarctl.errors import UnusableWeights
+from avatarctl.events import Emit, Notice
+from avatarctl.files.tensors import ArrayTensor, Tensor
+from avatarctl.loading.loras import Lora
+from avatarctl.loading.sources import Sources
+from avatarctl.registry import ROWS, Row
+from avatarctl.weights.layout import Sizes
+from avatarctl.weights.layouts import LAYOUTS
+from avatarctl.weights.lineage import check_lineage
+from avatarctl.weights.merge import merge_adapter
+from avatarctl.weights.weight_file import Checkpoint
+from avatarctl.weights.whole import open_model
+
+__all__ = ["assemble", "built_in", "with_loras"]
+
+SUM_DTYPE = "F32"
+"""Of merged tensors: whoever loads them casts them once."""
+
+
+def assemble(row: Row, sources: Sources, model: Model, emit: Emit) -> Checkpoint:
+    """The full transformer that a run asks for: every tensor, complete, under original names.
+
+    Raises UnusableWeights, naming both sides, where files do not belong together or are not what was asked.
+    """
+    base, *adapters = sources.dit
+    held = open_model(base)
+    for path in adapters:
+        part = open_model(path)
+        held = _merged(held, part, 1.0, emit)
+        emit(Notice(f"adapter {_line(Lora(path, 1.0), part)}"))
+    if not adapters and not row.path and any(ROWS[name].kind == "adapter" for name in row.needs):
+        emit(Notice(f"{base} is {held.variant}, complete: the adapter of {row.name} is not added to it"))
+    if row.path and held.audio_offset is not None:
+        emit(Notice(f"audio offset {held.audio_offset}: {held.audio_offset_rule}"))
+    _check_asked(row, model, held, emit)
+    held = with_loras(held, sources.loras, emit)
+    _check_channels(row, model, held)
+    return held
+
+
+def built_in(row: Row, tensors: Mapping[str, Tensor] | None = None) -> Checkpoint:
+    """The transformer of a built-in row. Without `tensors`, under original names, zeros that take no memory
+    stand for them: they tell as well what fits it."""
+    network = row.network["dit"]
+    layout = next(each for each in LAYOUTS if each.family == row.family)
+    stated = {field: network[name] for name, field in layout.arguments.items() if network.get(name)}
+    sizes = Sizes(width=network["num_attention_heads"] * network["attention_head_dim"], **stated)
+    if tensors is None:
+        zero = np.zeros((), np.float32)
+        tensors = {
+            name: ArrayTensor(np.broadcast_to(zero, shape), "F32")
+            for name, shape in layout.shapes(sizes).items()
+        }
+    return Checkpoint(
+        path=Path(row.name),
+        kind="model",
+        naming="original",
+        layout=layout,
+        variant=row.title,
+        sizes=sizes,
+        tensors=tensors,
+        heads=network["num_attention_heads"],
+        heads_stated=True,
+        audio_offset=row.defaults["model.audio_offset"],
+    )
+
+
+def with_loras(held: Checkpoint, loras: tuple[Lora, ...], emit: Emit) -> Checkpoint:
+    """`held` with each LoRA merged in order; one line says what each is and where its scale comes from."""
+    for lora in loras:
+        part = open_model(lora.path)
+        # What is said of the sum later is said of the model, not of the last LoRA.
+        held = replace(_merged(held, part, lora.strength, emit), path=held.path)
+        emit(Notice(f"lora {_line(lora, part)}"))
+    return held
+
+
+def _merged(held: Checkpoint, part: Checkpoint, strength: float, emit: Emit) -> Checkpoint:
+    merged = merge_adapter(held, part, strength, SUM_DTYPE)
+    if warning := check_lineage(held, part):
+        emit(Notice(warning, "warning"))
+    return merged
+
+
+def _line(lora: Lora, part: Checkpoint) -> str:
+    changes = []
+    if part.low_rank:
+        changes.append(f"{_counted(part.low_rank, 'target')} at {_scale(lora, part)}")
+    if part.differences:
+        changes.append(f"{_counted(part.differences, 'difference')} times {lora.strength:g}")
+    if part.tensors:
+        changes.append(f"{_counted(part.tensors, 'tensor')} replaced")
+    return f"{part.path}: {', '.join(changes)}"
+
+
+def _counted(items: Sized, what: str) -> str:
+    return f"{len(items)} {what}{'' if len(items) == 1 else 's'}"
+
+
+def _scale(lora: Lora, part: Checkpoint) -> str:
+    factors = {part.scale_of(pair) for pair in part.low_rank.values()}
+    rule = f" ({part.scale_rule})" if part.scale_rule else ""
+    if len(factors) > 1:
+        return f"{lora.strength:g} times a factor of their own, {min(factors):g} to {max(factors):g}{rule}"
+    factor = factors.pop()
+    product = "" if lora.strength == 1 else f"{lora.strength:g} x "
+    return f"scale {product}{factor:g}{rule}"
+
+
+def _check_asked(row: Row, model: Model, held: Checkpoint, emit: Emit) -> None:
+    """Whether the files are the model that was named. A width that nobody published runs, with a notice."""
+    if held.layout.family != row.family:
+        raise UnusableWeights(f"is {held.variant}, not a model of family {row.family}", where=held.path)
+    if not row.path and held.sizes.width != row.width:
+        others = [each.name for each in ROWS.values() if each.family == row.family and each is not row]
+        like = [name for name in others if ROWS[name].width == held.sizes.width]
+        if like:
+            raise UnusableWeights(
+                f"holds the weights of {like[0]} (width {held.sizes.width}), and {row.name} was asked for "
+                f"(width {row.width})",
+                where=held.path,
+                fix=f"use --model {like[0]}",
+            )
+        emit(
+            Notice(
+                f"{row.name} is published with width {row.width}; these weights have "
+                f"{held.sizes.width}: {held.path}",
+                "warning",
+            )
+        )
+    if not row.path and held.audio_offset not in (None, model.audio_offset):
+        emit(
+            Notice(
+                f"{held.path} has audio offset {held.audio_offset} ({held.audio_offset_rule}); "
+                f"{model.audio_offset} moves the lips",
+                "warning",
+            )
+        )
+
+
+def _check_channels(row: Row, model: Model, held: Checkpoint) -> None:
+    if model.channels is not None and held.sizes.in_channels != model.channels:
+        raise UnusableWeights(
+            f"has {held.sizes.in_channels} input channels, and {model.channels} were asked for",
+            where=held.path,
+            fix=f"leave out --channels, or name another file; this run is of {row.name}",
+        )
+    if not held.heads:
+        raise UnusableWeights(
+            f"the number of attention heads is unknown for a width of {held.sizes.width}",
+            where=held.path,
+            fix='its config.json needs "num_heads"',
+        )

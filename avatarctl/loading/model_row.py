@@ -1,0 +1,116 @@
+"""What `--model` means: a registry name, or a file or folder that says itself what it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+from avatarctl.errors import PathNotFound, UnusableWeights
+from avatarctl.files.named_path import expanded
+from avatarctl.registry import NEEDS_WEIGHTS, ROWS, Row, encoder_part, find_model
+from avatarctl.weights.file_facts import avatars_on
+from avatarctl.weights.made_for import trained_shape
+from avatarctl.weights.weight_file import Checkpoint
+from avatarctl.weights.whole import open_model
+
+__all__ = ["row_named"]
+
+_UNKNOWN_HEAD_WIDTH: Final = 128
+"""Where only the base of an adapter can tell: that of every published Wan transformer."""
+
+
+def row_named(name: str) -> Row:
+    """The row of a registry name, or one made for the file or folder `name`.
+
+    Raises ConfigError for names that nobody has, PathNotFound, and UnusableWeights for files that are no
+    avatar model, naming what they are.
+    """
+    if name in ROWS:
+        return find_model(name)
+    path = expanded(name)
+    if not _exists(path):
+        for row in ROWS.values():
+            if name == row.hub_id:
+                return find_model(row.name)  # says which model uses it
+        if "/" in name or path.suffix in (".safetensors", ".pt", ".pth", ".bin", ".ckpt"):
+            raise PathNotFound("no such file or folder, and no model of this name", where=name)
+        return find_model(name)
+    return _row_of(path.absolute(), open_model(path))
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # too long for a path
+        return False
+
+
+def _row_of(path: Path, held: Checkpoint) -> Row:
+    """The row of a full model or of an adapter."""
+    published = _like(held)
+    adapter = held.kind == "adapter"
+    stated = {"model.channels": held.sizes.in_channels}
+    if held.audio_offset is not None:
+        stated["model.audio_offset"] = held.audio_offset
+    encoders: dict[str, Any] = {}
+    if not adapter:
+        # Of the base's release, what stands beside the transformer.
+        base = next((ROWS[name] for name in published.needs if ROWS[name].kind == "base"), None)
+        if base is not None:
+            encoders = {"hub_id": base.hub_id, "files": tuple(filter(encoder_part, base.files))}
+    kinds = ("base", "encoder") if adapter else ("encoder",)
+    heads = held.heads or held.sizes.width // _UNKNOWN_HEAD_WIDTH or 1
+    return Row(
+        name=path.name,
+        kind="model",
+        title=held.variant,
+        status=NEEDS_WEIGHTS,
+        source="path",
+        family=held.layout.family,
+        network={"dit": {"attention_head_dim": held.sizes.width // heads}},
+        defaults={**published.defaults, **stated},
+        audio_offset_stated=held.audio_offset is not None and not held.audio_offset_assumed,
+        trained_for=published.trained_for,
+        compat=published.compat,
+        needs=tuple(name for name in published.needs if ROWS[name].kind in kinds),
+        path=str(path),
+        **encoders,
+    )
+
+
+def _like(held: Checkpoint) -> Row:
+    """The published model whose defaults and encoders `held` takes: the one of its width, else the smallest;
+    of several, the one that is made for the same shape of video.
+
+    Raises UnusableWeights for everything that cannot be a model.
+    """
+    published = [row for row in ROWS.values() if _is_published(row, held.layout.family)]
+    bases = any(ROWS[name].kind == "base" for row in published for name in row.needs)
+    if held.layout.supported and published and (bases or held.kind == "model"):
+        widths = {row.width for row in published}
+        width = held.sizes.width if held.sizes.width in widths else min(widths)
+        alike = [row for row in published if row.width == width]
+        shape = trained_shape(held)
+        return next((row for row in alike if shape and row.made_for == shape), alike[0])
+    if held.kind == "adapter":
+        raise UnusableWeights(
+            f"is {_article(held.variant)} {held.variant}: it changes a model and is none",
+            where=held.path,
+            fix="name the model by --model and this file by --lora",
+        )
+    if held.layout.family == "wan":
+        place = "; this file is found, or named by --weights dit=PATH" if avatars_on(held) else ""
+        raise UnusableWeights(
+            f"is {held.variant}, which hears nothing: it has no audio layers",
+            where=held.path,
+            fix=f"name an avatar model or its adapter by --model{place}",
+        )
+    raise UnusableWeights(f"is {held.variant}, which this version does not run", where=held.path)
+
+
+def _article(what: str) -> str:
+    return "an" if what[0] in "aeiou" else "a"
+
+
+def _is_published(row: Row, family: str) -> bool:
+    return row.kind == "model" and row.source == "hub" and row.family == family and row.width > 0

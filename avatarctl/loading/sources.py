@@ -1,0 +1,249 @@
+"""Which file each part of a run comes from, all found before anything large is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from avatarctl.config import Model, RunConfig
+from avatarctl.errors import ConfigError, PathNotFound, UnusableWeights, WeightsMissing
+from avatarctl.files.named_path import expanded
+from avatarctl.hub.locate import Located, locate, with_needs
+from avatarctl.loading.loras import Lora, find_lora
+from avatarctl.registry import (
+    ENCODER_FILES,
+    ROWS,
+    Row,
+    Wanted,
+    encoder_part,
+    fitting,
+)
+from avatarctl.weights.recognise import read_checkpoint
+
+__all__ = [
+    "Sources",
+    "asked_size",
+    "find_sources",
+    "missing_line",
+    "weights_missing",
+]
+
+_SHARD: Final = re.compile(r"(?P<stem>.*-)(?P<number>\d{5})(?P<rest>-of-\d{5}\..*)")
+
+
+@dataclass(frozen=True)
+class Sources:
+    """dit: a full model, or a base and the adapters that make it the model, in order; empty where built in.
+    encoders: "vae", "text", "tokenizer" (a folder), "audio" (a folder), "clip", as far as found.
+    row:    name of the row whose own files these are: the one that was asked for, or one of its `instead`.
+    notes:  one line each, for people.
+    """
+
+    dit: tuple[Path, ...] = ()
+    encoders: Mapping[str, Path] = field(default_factory=dict)
+    loras: tuple[Lora, ...] = ()
+    missing: tuple[Wanted, ...] = ()
+    row: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def find_sources(row: Row, model: Model, size: tuple[int, int] | None = None) -> Sources:
+    """The files of a run of `row`; `model.weights` wins over what the row's repositories hold.
+
+    size: (width, height) of the video. Of weights that are published for several shapes it chooses; where
+    those are not here, others are taken.
+
+    Raises PathNotFound for a path that was named and is not there, WeightsMissing for a LoRA that was not
+    fetched, UnusableWeights for an adapter without a base.
+    """
+    named = _named(row, model)
+    loras = tuple(find_lora(text, model.weights_root) for text in model.lora)
+    if row.source == "package":
+        return Sources(loras=loras)
+    needed = [locate(each, model.weights_root) for each in with_needs(row) if each is not row]
+    own, notes = _own(row, model.weights_root, size)
+    places = [own, *needed]
+    encoders, missing = _encoders(places, named, model.weights_root)
+    dit, wanted = _transformer(row, places, named.get("dit"))
+    return Sources(dit, encoders, loras, (*wanted, *missing), own.row.name, () if "dit" in named else notes)
+
+
+def asked_size(cfg: RunConfig) -> tuple[int, int] | None:
+    """(width, height) of the video, None where the picture decides."""
+    width, height = cfg.output.width, cfg.output.height
+    return (width, height) if width and height else None
+
+
+def _own(row: Row, weights_root: str | None, size: tuple[int, int] | None) -> tuple[Located, tuple[str, ...]]:
+    """What is here of the row's own files or of those that run in their place: first what is made for videos
+    of `size`, then what is here."""
+    fits = fitting(row, *size) if size else row
+    others = [each for each in (row, *(ROWS[name] for name in row.instead)) if each is not fits]
+    places = [locate(each, weights_root) for each in (fits, *others)]
+    chosen = next((place for place in places if not place.missing), places[0])
+    several = sum(not place.missing for place in places) > 1
+    if size is None or not several:
+        return chosen, ()
+    file = next(iter(chosen.files.values()))
+    return chosen, (f"{file.name} is used, of several, as the video is {size[0]}x{size[1]}",)
+
+
+def _named(row: Row, model: Model) -> dict[str, Path]:
+    """`model.weights` as existing paths."""
+    if model.weights and row.source == "package":
+        raise ConfigError(f"{row.name} is built in; its parts come from no file", where="model.weights")
+    paths = {part: expanded(text) for part, text in model.weights.items()}
+    for part, path in paths.items():
+        if not path.exists():
+            raise PathNotFound(f"no such file or folder: {path}", where=f"model.weights.{part}")
+    return paths
+
+
+def _encoders(
+    places: list[Located], named: Mapping[str, Path], weights_root: str | None
+) -> tuple[dict[str, Path], tuple[Wanted, ...]]:
+    found: dict[str, Path] = {}
+    missing: list[Wanted] = []
+    for place in places:
+        if part := place.row.part:
+            if part not in named:
+                missing += place.missing
+            if place.files and not place.missing:
+                found[part] = _only_folder(place)
+            continue
+        for name in place.row.files:
+            part = encoder_part(name)
+            if part and part not in named:
+                path = place.files.get(name) or _of_another_release(part, weights_root)
+                if path is not None:
+                    found[part] = path
+                else:
+                    missing += [wanted for wanted in place.missing if wanted.file == name]
+    found |= {part: path for part, path in named.items() if part != "dit"}
+    if "text" in named:
+        found["text"], beside = _text(named["text"])
+        if beside is not None:
+            found["tokenizer"] = beside
+            missing = [wanted for wanted in missing if encoder_part(wanted.file) != "tokenizer"]
+    return found, tuple(missing)
+
+
+def _of_another_release(part: str, weights_root: str | None) -> Path | None:
+    """Every Wan 2.1 release carries the same encoders: the one that is here will do."""
+    for row in ROWS.values():
+        for name in row.files:
+            if encoder_part(name) == part and name in (found := locate(row, weights_root).files):
+                return found[name]
+    return None
+
+
+def _text(path: Path) -> tuple[Path, Path | None]:
+    """The encoder's file, and the tokenizer's folder where one stands beside it."""
+    file = path / ENCODER_FILES["text"] if path.is_dir() else path
+    if not file.is_file():
+        raise PathNotFound(f"no such file: {file}", where="model.weights.text")
+    tokenizer = file.parent / ENCODER_FILES["tokenizer"]
+    return file, tokenizer if tokenizer.is_dir() else None
+
+
+def _only_folder(place: Located) -> Path:
+    if place.folder is None:
+        raise UnusableWeights(
+            f"the files of {place.row.name} lie in several folders: "
+            f"{', '.join(str(path.parent) for path in place.files.values())}",
+            fix="put them into one",
+        )
+    return place.folder
+
+
+def _transformer(
+    row: Row, places: list[Located], named: Path | None
+) -> tuple[tuple[Path, ...], tuple[Wanted, ...]]:
+    """Files of the diffusion transformer, base first, and what is missing of them.
+
+    A row that needs a base is one, or an adapter's; any other is a full model, at `row.path` or published as
+    one file.
+    """
+    if not any(place.row.kind == "base" for place in places):
+        if row.path and named is not None:
+            raise ConfigError(f"{row.path} is a full model and has no base", where="model.weights.dit")
+        if row.path or named is not None:
+            return (named or Path(row.path),), ()
+        own = places[0]
+        return (() if own.missing else tuple(own.files.values())), own.missing
+    of_base = [place for place in places if place.row.kind == "base"]
+    of_adapters = [place for place in places if place.row.kind == "adapter"]
+    adapters = tuple(_only_folder(place) for place in of_adapters if not place.missing)
+    wanted = tuple(item for place in of_adapters for item in place.missing)
+    if row.path:
+        adapters = (*adapters, Path(row.path))
+    if named is not None:
+        return _on_named_base(row, named, adapters, wanted)
+    lacking = [item for place in of_base for item in place.missing if not encoder_part(item.file)]
+    base = () if lacking else tuple(_transformer_of(place) for place in of_base)
+    return (*base, *adapters), (*lacking, *wanted)
+
+
+def _on_named_base(
+    row: Row, named: Path, adapters: tuple[Path, ...], wanted: tuple[Wanted, ...]
+) -> tuple[tuple[Path, ...], tuple[Wanted, ...]]:
+    held = read_checkpoint(named)
+    if held.kind != "model":
+        raise UnusableWeights(
+            f"is {held.variant}, neither a base nor a full model", where=named, fix="name it by --model"
+        )
+    if held.layout.family == row.family:
+        if row.path:
+            raise UnusableWeights(
+                f"is {held.variant}, complete, and --model names an adapter of one: {row.path}",
+                where=named,
+                fix="name it by --model, and the adapter by --lora if it comes on top",
+            )
+        return (named,), ()  # the row's adapter is in it
+    return (named, *adapters), wanted
+
+
+def _transformer_of(place: Located) -> Path:
+    """The only weight file of a base, or the index of its shards, which a row names last."""
+    return [path for name, path in place.files.items() if not encoder_part(name)][-1]
+
+
+def weights_missing(row: Row, sources: Sources) -> WeightsMissing:
+    """The error of a run of `row` without `sources.missing`."""
+    pull = None if row.source == "path" else f"`avatarctl models pull {sources.row}` fetches them"
+    return WeightsMissing(missing_line(sources.missing), where=row.name, fix=pull)
+
+
+def missing_line(missing: tuple[Wanted, ...]) -> str:
+    """All files in one line, grouped by the folder they go to."""
+    folders: dict[str, list[str]] = {}
+    for item in missing:
+        source = f" from {item.hub_id}" if item.hub_id else ""
+        folders.setdefault(f"{item.folder}/{source}", []).append(item.file)
+    places = "; ".join(
+        f"{', '.join(_shards_as_ranges(files))} in {place}" for place, files in folders.items()
+    )
+    return f"weights are missing: {places}"
+
+
+def _shards_as_ranges(files: Iterable[str]) -> list[str]:
+    """The names, neighbouring shards as one: `model-00001..00006-of-00006.safetensors`."""
+    shown: list[str] = []
+    first, previous = "", None
+    for name in files:
+        shard = _SHARD.fullmatch(name)
+        if shard and previous and _follows(shard, previous):
+            shown[-1] = f"{shard['stem']}{first}..{shard['number']}{shard['rest']}"
+        else:
+            shown.append(name)
+            first = shard["number"] if shard else ""
+        previous = shard
+    return shown
+
+
+def _follows(shard: re.Match[str], previous: re.Match[str]) -> bool:
+    same = (shard["stem"], shard["rest"]) == (previous["stem"], previous["rest"])
+    return same and int(shard["number"]) == int(previous["number"]) + 1
