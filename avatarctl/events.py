@@ -12,12 +12,12 @@ from typing import Literal
 
 __all__ = [
     "BytesMoved",
-    "ChunkFinished",
     "Emit",
     "Event",
     "Notice",
     "OutputFinished",
     "Planned",
+    "SpanFinished",
     "Stage",
     "StepFinished",
     "silent",
@@ -34,7 +34,7 @@ class Notice:
 
 @dataclass(frozen=True)
 class Stage:
-    """A phase begins: "loading", "reading sound", "encoding", "sampling"."""
+    """A phase begins: "loading", "reading audio", "encoding", "sampling"."""
 
     name: str
 
@@ -62,7 +62,7 @@ class StepFinished:
 
 
 @dataclass(frozen=True)
-class ChunkFinished:
+class SpanFinished:
     """Frames of a span are decoded and handed to the encoder; `frames` counts all so far."""
 
     span: int
@@ -88,7 +88,7 @@ class BytesMoved:
     total: int
 
 
-Event = Notice | Stage | Planned | StepFinished | ChunkFinished | OutputFinished | BytesMoved
+Event = Notice | Stage | Planned | StepFinished | SpanFinished | OutputFinished | BytesMoved
 Emit = Callable[[Event], None]
 
 

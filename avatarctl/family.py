@@ -104,7 +104,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Guidance:
-    """Guidance scales: text follows the prompt, audio the sound. audio None means the same as text.
+    """Guidance scales: text follows the prompt, audio the audio. audio None means the same as text.
     rule: `sampling.guidance_rule`."""
 
     text: float
@@ -126,7 +126,7 @@ class Timesteps:
 class Conventions:
     """Facts that do silent damage when two files disagree; written into every file we make.
 
-    audio_offset: pixel frames by which a frame lags its sound. mask_keep: value of the mask channel where
+    audio_offset: pixel frames by which a frame lags its audio. mask_keep: value of the mask channel where
     pixels are given. hole: value of erased pixels in [-1, 1].
     """
 
@@ -177,11 +177,11 @@ class AudioEncoder(Protocol):
         """Features per token, as `tokens` gives them."""
 
     def tokens(self, waveform: Tensor) -> Tensor:
-        """Normalised mono sound [B, n] -> the last hidden state, about 50 tokens a second,
+        """Normalised mono audio [B, n] -> the last hidden state, about 50 tokens a second,
         [B, L, token_width]."""
 
     def features(self, waveform: Tensor, frames: int, moments: Any = None) -> Tensor:
-        """Normalised mono sound [B, 640 * frames] -> [B, frames, width]; moments: of the recording that
+        """Normalised mono audio [B, 640 * frames] -> [B, frames, width]; moments: of the recording that
         it is a piece of."""
 
     def recording_moments(self, read: Callable[[int, int], Tensor], samples: int, block: int) -> Any:
@@ -189,12 +189,12 @@ class AudioEncoder(Protocol):
 
 
 class ImageEncoder(Protocol):
-    def encode(self, picture: Tensor) -> Tensor:
+    def encode(self, image: Tensor) -> Tensor:
         """[B, 3, H, W] in [-1, 1] -> image tokens [B, 257, width]."""
 
 
 class WaveformReader(Protocol):
-    """Sound at 16 kHz mono, read in slices."""
+    """Audio at 16 kHz mono, read in slices."""
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """float32 [stop - start]; zeros outside the recording."""
@@ -202,7 +202,7 @@ class WaveformReader(Protocol):
 
 @dataclass
 class Modules:
-    """The networks of one job. image: for families that look at the picture through an encoder."""
+    """The networks of one job. image: for families that look at the image through an encoder."""
 
     dit: nn.Module
     vae: VideoCodec
@@ -213,10 +213,10 @@ class Modules:
 
 @dataclass(frozen=True)
 class Inputs:
-    """One job: picture [1, 3, H, W] in [-1, 1]; sound as a reader with its length and moments (of the
+    """One job: image [1, 3, H, W] in [-1, 1]; audio as a reader with its length and moments (of the
     samples at 16 kHz, lead silence included); job: key of its random numbers."""
 
-    picture: Tensor
+    image: Tensor
     waveform: WaveformReader
     samples: int
     mean: float
@@ -232,8 +232,8 @@ class Family(Protocol):
 
     name: str
 
-    def frame_size(self, picture: tuple[int, int], cfg: RunConfig) -> tuple[int, int]:
-        """Height and width of the video for a picture of (height, width), where neither is asked for."""
+    def frame_size(self, image: tuple[int, int], cfg: RunConfig) -> tuple[int, int]:
+        """Height and width of the video for an image of (height, width), where neither is asked for."""
 
     def guidance(self, cfg: RunConfig) -> Guidance:
         """The guidance scales of a run."""
@@ -245,7 +245,7 @@ class Family(Protocol):
         """Lines that a person should read before this run."""
 
     def plan(self, samples: int, cfg: RunConfig) -> Plan:
-        """Spans for a sound of `samples` at 16 kHz, at least one frame. Raises UsageError for impossible
+        """Spans for audio of `samples` at 16 kHz, at least one frame. Raises UsageError for impossible
         requests."""
 
     def open(self, modules: Modules, inputs: Inputs, cfg: RunConfig) -> Any:
@@ -290,11 +290,11 @@ class Family(Protocol):
         """chunks: one per chunk; fused, causal: one per job."""
 
     def sigmas(self, steps: int, shift: float) -> Tensor:
-        """Noise levels, float32 [steps + 1], the last 0."""
+        """Sigmas, float32 [steps + 1], the last 0."""
 
 
 class FusedFamily(Family, Protocol):
-    """A family whose overlapping windows are blended in every step."""
+    """A family whose fused windows are blended in every step."""
 
     def fuse(self, new: Tensor, written: Tensor, span: Span, step: int, state: Any) -> Tensor:
         """Blend a window's new latents with what earlier windows of this step wrote into its head; both
@@ -305,7 +305,7 @@ class TrainableFamily(Family, Protocol):
     """Training. Random numbers come by key, one key per sample of the batch."""
 
     def sample_timesteps(self, keys: Sequence[int], frames: int) -> Timesteps:
-        """Noise levels to train at."""
+        """Sigmas to train at."""
 
     def draw(self, condition: Condition, keys: Sequence[int]) -> Condition:
         """Dropouts and prefixes, per sample."""

@@ -25,7 +25,7 @@ TRAIN_TIMESTEPS = 1000
 
 
 def shifted_sigmas(steps: int, shift: float) -> Tensor:
-    """Noise levels of `steps` Euler steps and the final 0: float32 [steps + 1].
+    """Sigmas of `steps` Euler steps and the final 0: float32 [steps + 1].
 
     s_i = 1 - i / steps, sigma_i = shift s_i / (1 + (shift - 1) s_i); the first is 1.
     """

@@ -1,4 +1,4 @@
-"""Time in integers: sound samples at 16 kHz, pixel frames at 25 fps, latent frames of the Wan VAE.
+"""Time in integers: audio samples at 16 kHz, pixel frames at 25 fps, latent frames of the Wan VAE.
 
 One pixel frame is exactly 640 samples. The VAE codes the first pixel frame alone and then groups of
 four, so T latent frames are 4T - 3 pixel frames (Wan, arXiv 2503.20314).
@@ -25,7 +25,7 @@ SAMPLES_PER_FRAME = SAMPLE_RATE // FPS
 
 
 def frames_of_samples(samples: int) -> int:
-    """Pixel frames that `samples` of 16 kHz sound fill: ceil(samples / 640), exactly."""
+    """Pixel frames that `samples` of 16 kHz audio fill: ceil(samples / 640), exactly."""
     return -(-samples // SAMPLES_PER_FRAME)
 
 

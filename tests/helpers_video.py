@@ -1,4 +1,4 @@
-"""Makes sound and pictures for a video, and reads it back independently of the writer:
+"""Makes audio and images for a video, and reads it back independently of the writer:
 by time stamps, not by order of arrival.
 """
 
@@ -18,12 +18,12 @@ AAC_PACKET = 1024  # samples
 
 @dataclass(frozen=True)
 class VideoFacts:
-    """What a player would find; sound facts are 0 for a video without sound.
+    """What a player would find; audio facts are 0 for a video without audio.
 
-    frames:        decoded pictures
+    frames:        decoded images
     frame_times:   presentation time of each, in seconds
-    sound_seconds: from time 0 to the end of the last packet, by its declared duration
-    sound_start:   time stamp of the first decoded sample, in seconds
+    audio_seconds: from time 0 to the end of the last packet, by its declared duration
+    audio_start:   time stamp of the first decoded sample, in seconds
     steady:        whether in every stream each packet begins where the one before it ends
     """
 
@@ -32,26 +32,26 @@ class VideoFacts:
     width: int
     height: int
     fps: Fraction
-    sound_rate: int
-    sound_channels: int
-    sound_seconds: float
-    sound_start: float
+    audio_rate: int
+    audio_channels: int
+    audio_seconds: float
+    audio_start: float
     steady: bool
 
 
 def probe_video(path: Path) -> VideoFacts:
     """Decodes all of `path`; raises what PyAV raises where it cannot be read."""
     with av.open(str(path)) as container:
-        picture = container.streams.video[0]
+        image = container.streams.video[0]
         times = tuple(
-            frame.pts * frame.time_base for frame in container.decode(picture) if frame.pts is not None
+            frame.pts * frame.time_base for frame in container.decode(image) if frame.pts is not None
         )
-        context = picture.codec_context
-        size, fps = (context.width, context.height), picture.average_rate
-        has_sound = bool(container.streams.audio)
+        context = image.codec_context
+        size, fps = (context.width, context.height), image.average_rate
+        has_audio = bool(container.streams.audio)
     rate = channels = 0
     seconds = start = 0.0
-    if has_sound:
+    if has_audio:
         with av.open(str(path)) as container:
             stream = container.streams.audio[0]
             rate, channels = stream.rate, stream.channels
@@ -66,15 +66,15 @@ def probe_video(path: Path) -> VideoFacts:
         width=size[0],
         height=size[1],
         fps=fps,
-        sound_rate=rate,
-        sound_channels=channels,
-        sound_seconds=seconds,
-        sound_start=start,
+        audio_rate=rate,
+        audio_channels=channels,
+        audio_seconds=seconds,
+        audio_start=start,
         steady=_steady(path),
     )
 
 
-def read_sound(path: Path) -> tuple[np.ndarray, int]:
+def read_audio(path: Path) -> tuple[np.ndarray, int]:
     """All samples float32 `[n, channels]`, each at the place its time stamp says, and the rate."""
     with av.open(str(path)) as container:
         stream = container.streams.audio[0]
@@ -93,7 +93,7 @@ def read_sound(path: Path) -> tuple[np.ndarray, int]:
 
 
 def read_frames(path: Path) -> np.ndarray:
-    """All pictures uint8 `[n, height, width, 3]`, with the matrix written here, not swscale's.
+    """All images uint8 `[n, height, width, 3]`, with the matrix written here, not swscale's.
 
     ITU-R BT.709-6: Kr = 0.2126, Kb = 0.0722; limited range, chroma repeated.
     """
@@ -117,7 +117,7 @@ def frame_ends(path: Path) -> list[int]:
 
 
 def count_frames(path: Path, *, forward: bool = False) -> int:
-    """Pictures that can be decoded until the file ends or is torn; 0 where it cannot be opened.
+    """Images that can be decoded until the file ends or is torn; 0 where it cannot be opened.
 
     forward: read as from a pipe, without looking at the end first.
     """
@@ -189,8 +189,8 @@ def tone(rate: int, channels: int, seconds: float, block: int = 1000) -> Track:
 
 def moving(count: int, width: int = 64, height: int = 48) -> np.ndarray:
     """Frames `[count, height, width, 3]` that all differ and do not compress away."""
-    picture = np.random.default_rng(3).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return np.stack([np.roll(picture, step, axis=1) for step in range(count)])
+    image = np.random.default_rng(3).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return np.stack([np.roll(image, step, axis=1) for step in range(count)])
 
 
 def names(folder: Path) -> list[str]:

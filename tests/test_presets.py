@@ -112,7 +112,7 @@ def test_a_models_file_leaves_another_model_alone(name: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("model", ["omniavatar-14b", "omniavatar-1.3b"])
 def test_reference_does_what_the_published_script_does(model: str, material: tuple[str, ...]) -> None:
-    """Numbers of its configuration file; the sound waits 0.3 s of silence and one frame of 0.04 s."""
+    """Numbers of its configuration file; the audio waits 0.3 s of silence and one frame of 0.04 s."""
     cfg = resolved(preset_folder() / "compat/reference.yaml", f"model.name={model}").cfg
     assert (cfg.model.name, cfg.model.compat, cfg.model.audio_offset) == (model, "reference", 1)
     assert (cfg.sampling.steps, cfg.sampling.guidance_scale, cfg.sampling.shift) == (50, 4.5, 5.0)
@@ -127,7 +127,7 @@ def test_reference_does_what_the_published_script_does(model: str, material: tup
     result = run("--config", "compat/reference", "--model", model, *material, "--dry-run", "--json")
     plan = json.loads(result.stdout)
     assert (plan["width"], plan["height"], plan["latent_frames_per_span"]) == (720, 400, 27)
-    assert plan["sound_delay_seconds"] == pytest.approx(0.34)
+    assert plan["audio_delay_seconds"] == pytest.approx(0.34)
 
 
 @pytest.mark.parametrize("model", RUNNABLE)

@@ -185,7 +185,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
     cls=App,
     name="avatarctl",
     lazy={
-        "infer": ("avatarctl.cli.infer:infer", "Make a talking video from a picture and a voice."),
+        "infer": ("avatarctl.cli.infer:infer", "Make a talking video from an image and a voice."),
         "convert-ckpt": (
             "avatarctl.cli.convert:convert_ckpt",
             "Convert, merge, extract or inspect weight files.",

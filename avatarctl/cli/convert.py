@@ -64,7 +64,7 @@ Examples:
 @click.option(
     "--audio-offset",
     type=click.Choice(("0", "1")),
-    help="State what no tensor tells: 1 for published picture-to-video weights, 0 for all others.",
+    help="State what no tensor tells: 1 for published image-to-video weights, 0 for all others.",
 )
 @click.option("--allow-nonfinite", is_flag=True, help="Write NaN and infinity instead of refusing them.")
 @click.option("--sha256", is_flag=True, help="Note the SHA-256 of large source files too; slower.")
@@ -170,17 +170,17 @@ def _bytes(text: str) -> int:
 
 def _inspect(source: Path, as_json: bool) -> None:
     from avatarctl.weights.describe import describe, lines
-    from avatarctl.weights.recognise import read_checkpoint, require_complete
+    from avatarctl.weights.recognise import read_weight_file, require_complete
 
-    checkpoint = read_checkpoint(source)
-    description = describe(checkpoint)
+    weight_file = read_weight_file(source)
+    description = describe(weight_file)
     if as_json:
         click.echo(json.dumps(description, ensure_ascii=True))
     else:
         for line in lines(description):
             click.echo(printable(line))
-    if checkpoint.missing:  # shown all the same: what is there may tell why; unknown tensors are listed only
-        require_complete(checkpoint)
+    if weight_file.missing:  # shown all the same: what is there may tell why; unknown tensors are listed only
+        require_complete(weight_file)
 
 
 def _dry_run(request: ConvertRequest, as_json: bool, screen: Screen) -> None:

@@ -1,4 +1,4 @@
-"""`avatarctl infer`: a picture and a voice to a talking video."""
+"""`avatarctl infer`: an image and a voice to a talking video."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ Examples:
     cls=ConfigCommand,
     epilog=EXAMPLES,
     context_settings={"help_option_names": ["-h", "--help"]},
-    short_help="Make a talking video from a picture and a voice.",
+    short_help="Make a talking video from an image and a voice.",
     params=config_options("infer"),
 )
 def infer(**params: Any) -> None:
-    """Make a talking video from a picture and a voice.
+    """Make a talking video from an image and a voice.
 
     Without --model it is the built-in cartoon model, and without --image or --audio its built-in face and
     voice. The path of the video is printed on standard output.
@@ -88,7 +88,7 @@ def _row(name: str) -> Row:
 
 def _introduction(request: Request, row: Row) -> list[str]:
     asked = "" if "model.name" in request.resolved.asked else " (built in; --model names another)"
-    untrained = "" if row.trained else ", untrained: the picture will be noise"
+    untrained = "" if row.trained else ", untrained: the image will be noise"
     title = f" ({row.title})" if row.source == "path" else ""
     return [f"model: {row.name}{title}{asked}{untrained}", *request.resolved.notices]
 
@@ -105,19 +105,19 @@ def _job(request: Request, row: Row, sources: Sources, screen: Screen) -> Job:
             raise weights_missing(row, sources)
         raise UsageError(f"{row.name} needs --{missing[0]}")
 
-    from avatarctl.demo.sample import sample_picture, sample_sound
-    from avatarctl.media import load_picture, open_sound
+    from avatarctl.demo.sample import sample_audio, sample_image
+    from avatarctl.media import load_image, open_audio
 
     if missing:
         names = {"image": "face (--image for yours)", "audio": "voice (--audio for yours)"}
         screen(Notice(f"input: the built-in {' and '.join(names[key] for key in missing)}"))
-    picture = load_picture(cfg.input.image) if cfg.input.image else sample_picture()
-    sound = open_sound(cfg.input.audio) if cfg.input.audio else sample_sound()
+    image = load_image(cfg.input.image) if cfg.input.image else sample_image()
+    audio = open_audio(cfg.input.audio) if cfg.input.audio else sample_audio()
 
     # Not before: it takes seconds, which a file that cannot be used need not wait for.
     from avatarctl.pipelines.job import Job
 
-    return Job(picture, sound, cfg.input.prompt or "", cfg.input.negative_prompt or "")
+    return Job(image, audio, cfg.input.prompt or "", cfg.input.negative_prompt or "")
 
 
 def _dry_run(request: Request, row: Row, job: Job, sources: Sources, screen: Screen) -> None:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, TextIO
 from avatarctl.errors import printable
 from avatarctl.events import (
     BytesMoved,
-    ChunkFinished,
     Event,
     Notice,
     OutputFinished,
     Planned,
+    SpanFinished,
     Stage,
     StepFinished,
 )
@@ -68,7 +68,7 @@ class Screen:
                 self._start_progress(event)
             case StepFinished(span):
                 self._advance(span)
-            case ChunkFinished(span, frames):
+            case SpanFinished(span, frames):
                 if self._progress is None and self._plan is not None:
                     self.line(
                         f"{self._plan.unit} {span + 1} of {self._plan.spans}: "

@@ -1,11 +1,11 @@
 """The chunk plan of a long video, in integers; the family that uses it names its specification.
 
 A video is sampled in chunks of L pixel frames; each later chunk starts with the last `overlap` frames of
-the one before. Two conventions exist for how sound meets picture:
+the one before. Two conventions exist for how audio meets image:
 
-offset 1 (published image-to-video weights): frame 0 is the reference picture and hears nothing; sound
+offset 1 (published image-to-video weights): frame 0 is the reference image and hears nothing; audio
 frame k drives video frame k + 1. The video has A + 1 frames and its soundtrack starts one frame late.
-offset 0 (weights trained by the public fork, and ours): sound frame k drives video frame k; A frames.
+offset 0 (weights trained by the public fork, and ours): audio frame k drives video frame k; A frames.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ __all__ = ["ChunkPlan", "plan_chunks"]
 
 @dataclass(frozen=True)
 class ChunkPlan:
-    """sound_frames: A, frames filled by sound. padded_frames: A', feature frames that the plan consumes.
+    """audio_frames: A, frames filled by audio. padded_frames: A', feature frames that the plan consumes.
     length, overlap: pixel frames of a chunk and of its carried head. count: chunks. offset: see above."""
 
-    sound_frames: int
+    audio_frames: int
     padded_frames: int
     length: int
     overlap: int
@@ -35,7 +35,7 @@ class ChunkPlan:
     @property
     def video_frames(self) -> int:
         """Pixel frames of the finished video."""
-        return self.sound_frames + self.offset
+        return self.audio_frames + self.offset
 
     def spans(self) -> Iterator[Span]:
         """The chunks in order. Chunk n starts at pixel frame n * (L - overlap), a multiple of 4."""
@@ -53,8 +53,8 @@ class ChunkPlan:
             )
 
 
-def plan_chunks(sound_frames: int, *, length: int, overlap: int, offset: int) -> ChunkPlan:
-    """Chunks for A = `sound_frames` frames of sound.
+def plan_chunks(audio_frames: int, *, length: int, overlap: int, offset: int) -> ChunkPlan:
+    """Chunks for A = `audio_frames` frames of audio.
 
     The first chunk consumes L - offset feature frames, each later one L - overlap. Raises UsageError for
     lengths or overlaps that the VAE cannot code, or an overlap that leaves no new frame.
@@ -72,9 +72,9 @@ def plan_chunks(sound_frames: int, *, length: int, overlap: int, offset: int) ->
     if offset not in (0, 1):
         raise UsageError(f"{offset} is not an audio offset; it is 0 or 1", where="model.audio_offset")
     first, hop = length - offset, length - overlap
-    later = max(0, -(-(sound_frames - first) // hop))
+    later = max(0, -(-(audio_frames - first) // hop))
     return ChunkPlan(
-        sound_frames=sound_frames,
+        audio_frames=audio_frames,
         padded_frames=first + later * hop,
         length=length,
         overlap=overlap,

@@ -1,4 +1,4 @@
-"""Output size, chunk length and the fit of a picture into a frame, as published scripts choose them.
+"""Output size, chunk length and the fit of an image into a frame, as published scripts choose them.
 
 Each family names the specification that its numbers come from. Sizes are (height, width) unless a name says
 otherwise.
@@ -18,7 +18,7 @@ __all__ = [
     "chunk_frames",
     "cover_size",
     "distortion",
-    "fit_picture",
+    "fit_image",
     "nearest_shape",
 ]
 
@@ -33,9 +33,9 @@ _PIXELS_PER_TOKEN = 16 * 16 * 4
 
 
 def choose_bucket(height: int, width: int, max_size: int) -> tuple[int, int]:
-    """The bucket whose height/width ratio is nearest to the picture's.
+    """The bucket whose height/width ratio is nearest to the image's.
 
-    Of equally near buckets the first wins, unless a later one's longer side differs from the picture's
+    Of equally near buckets the first wins, unless a later one's longer side differs from the image's
     longer side by exactly as much (the published tie rule; it keeps the later one).
     """
     ratio = height / width
@@ -48,20 +48,20 @@ def choose_bucket(height: int, width: int, max_size: int) -> tuple[int, int]:
     return best
 
 
-def distortion(picture: tuple[int, int], frame: tuple[int, int]) -> float:
-    """By how much a picture that is stretched to a frame is scaled more in one direction than in the other:
+def distortion(image: tuple[int, int], frame: tuple[int, int]) -> float:
+    """By how much an image that is stretched to a frame is scaled more in one direction than in the other:
     1 where the shapes agree, else above 1."""
-    ratio = (frame[0] / picture[0]) / (frame[1] / picture[1])
+    ratio = (frame[0] / image[0]) / (frame[1] / image[1])
     return max(ratio, 1 / ratio)
 
 
-def nearest_shape(picture: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The size whose shape is nearest to the picture's; the first of equally near ones."""
-    return min(sizes, key=lambda size: distortion(picture, size))
+def nearest_shape(image: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The size whose shape is nearest to the image's; the first of equally near ones."""
+    return min(sizes, key=lambda size: distortion(image, size))
 
 
 def cover_size(height: int, width: int, target: tuple[int, int]) -> tuple[int, int]:
-    """The picture's size after scaling it, aspect kept, until it covers the target.
+    """The image's size after scaling it, aspect kept, until it covers the target.
 
     Truncation to whole pixels may leave one pixel short, as published.
     """
@@ -69,15 +69,15 @@ def cover_size(height: int, width: int, target: tuple[int, int]) -> tuple[int, i
     return int(height * scale), int(width * scale)
 
 
-def fit_picture(picture: Tensor, target: tuple[int, int]) -> Tensor:
+def fit_image(image: Tensor, target: tuple[int, int]) -> Tensor:
     """[B, 3, h, w] float -> [B, 3, H, W]: bilinear with antialias to cover, then a centre crop.
 
     The odd pixel of a crop goes at the top and left, the odd pixel of a pad at the bottom and right, as in
     the reference: top = floor(difference / 2).
     """
     scaled = F.interpolate(
-        picture,
-        size=cover_size(picture.shape[-2], picture.shape[-1], target),
+        image,
+        size=cover_size(image.shape[-2], image.shape[-1], target),
         mode="bilinear",
         antialias=True,
         align_corners=False,

@@ -1,14 +1,14 @@
 """The plan of a video in windows that are blended in every step, in integers.
 
 The family that uses it names its specification. A video of I latent frames is covered by windows of F, each
-starting F - o frames after the one before; o is the overlap. A window's sound starts 4 * 640 samples into the
+starting F - o frames after the one before; o is the overlap. A window's audio starts 4 * 640 samples into the
 recording for every latent frame before it. Two plans:
 
-whole windows  every frame of sound is kept, I = ceil((A - 1) / 4) + 1 for A = ceil(samples / 640) pixel
+whole windows  every frame of audio is kept, I = ceil((A - 1) / 4) + 1 for A = ceil(samples / 640) pixel
                frames, and the last window is moved back until it is as long as the others. A window of f
                frames hears the (4 f - 3) * 640 samples that it shows. A video shorter than a window has one
                window of its own length, at least 2 frames, and is cut to A.
-published      A = floor(samples / 640), the rest of the sound is dropped; the last window is as short as
+published      A = floor(samples / 640), the rest of the audio is dropped; the last window is as short as
                what is left. A window hears 4 F * 640 samples, three pixel frames more than it shows, and the
                last one hears all that is left. Where one window would hold the video the published script
                does not work; here its only window is treated as a last one.
@@ -34,13 +34,13 @@ from avatarctl.timeline import (
 __all__ = ["WindowPlan", "blend_weights", "plan_windows"]
 
 _SAMPLES_PER_LATENT = 4 * SAMPLES_PER_FRAME
-_SHORTEST = 2  # latent frames: sound is cut into pieces by the distance of two
+_SHORTEST = 2  # latent frames: audio is cut into pieces by the distance of two
 _SHORTEST_OVERLAP = 2  # latent frames: the cross-fade goes from 0 to 1
 
 
 @dataclass(frozen=True)
 class WindowPlan:
-    """samples: of the sound. video_frames: pixel frames of the finished video. latent_frames: I, at least one
+    """samples: of the audio. video_frames: pixel frames of the finished video. latent_frames: I, at least one
     window. window: latent frames of a window, of the longest where they differ. overlap: o. count: windows.
     published: which of the two plans."""
 

@@ -15,7 +15,6 @@ from avatarctl.config.resolve import ModelRowDefaults, Resolved, resolve
 from avatarctl.config.runfile import dump_run
 from avatarctl.config.sections import (
     Aux,
-    Checkpoint,
     Data,
     Input,
     LongVideo,
@@ -27,6 +26,7 @@ from avatarctl.config.sections import (
     Sampling,
     Train,
     Validation,
+    WeightFile,
     keys,
     section_names,
 )
@@ -37,7 +37,6 @@ __all__ = [
     "ANY",
     "COMMAND_SECTIONS",
     "Aux",
-    "Checkpoint",
     "ConfigFile",
     "Data",
     "Input",
@@ -55,6 +54,7 @@ __all__ = [
     "Setting",
     "Train",
     "Validation",
+    "WeightFile",
     "dump_run",
     "expected",
     "find_config",

@@ -19,7 +19,6 @@ from avatarctl.config.keys import ANY, KeySpec, key
 
 __all__ = [
     "Aux",
-    "Checkpoint",
     "Data",
     "Input",
     "LongVideo",
@@ -31,6 +30,7 @@ __all__ = [
     "Sampling",
     "Train",
     "Validation",
+    "WeightFile",
     "keys",
     "section_names",
 ]
@@ -50,7 +50,7 @@ class Model:
     )  # fmt: skip
     channels: Literal[33, 36, 49, 65] | None = key(
         None,
-        "input channels: 33 picture, 36 picture and image tokens, 49 video, 65 video and reference sequence",
+        "input channels: 33 image, 36 image and image tokens, 49 video, 65 video and reference sequence",
         from_row=True, not_yet=(49, 65),
     )  # fmt: skip
     audio_offset: Literal[0, 1] | None = key(
@@ -77,14 +77,14 @@ class Model:
 class Input:
     """What the video is made from."""
 
-    image: str | None = key(None, "picture of the person", rule=rules.PATH)
+    image: str | None = key(None, "image of the person", rule=rules.PATH)
     fit: Literal["crop", "stretch"] = key(
-        "crop", "how a picture of another shape fills the frame: its edges are cut, or it is stretched"
+        "crop", "how an image of another shape fills the frame: its edges are cut, or it is stretched"
     )
     video: str | None = key(
         None, "video of the person, to be given a new mouth", rule=rules.PATH, not_yet=ANY
     )
-    audio: str | None = key(None, "sound file with the voice", rule=rules.PATH)
+    audio: str | None = key(None, "audio file with the voice", rule=rules.PATH)
     prompt: str | None = key(None, "what the video shows", from_row=True)
     negative_prompt: str | None = key(None, "what the video should not show", from_row=True)
     jobs: str | None = key(None, "list of jobs, one output each", rule=rules.PATH, not_yet=ANY)
@@ -110,9 +110,9 @@ class Sampling:
         "cfg", "how the passes of a step are combined: classifier-free guidance, or audio native guidance"
     )
     null_audio: Literal["zero_context", "projected_silence"] = key(
-        "zero_context", "what a pass without sound hears: nothing at all, or silence as the model hears it"
+        "zero_context", "what a pass without audio hears: nothing at all, or silence as the model hears it"
     )
-    batch_passes: bool | None = key(
+    batch_branches: bool | None = key(
         None,
         "run the passes of a step as one batch, which needs more memory; unless given, where a pass looks at "
         "512 video tokens or fewer: only there small networks gain from it",
@@ -168,8 +168,8 @@ class LongVideo:
     max_tokens: int | None = key(
         None, "tokens of a chunk, from which its length follows", low=1, high=10_000_000
     )
-    max_size: Literal[720, 1280] | None = key(None, "which table of picture sizes to choose from")
-    audio_window: float = key(30.0, "seconds of sound encoded in one piece", low=5, high=86_400)
+    max_size: Literal[720, 1280] | None = key(None, "which table of image sizes to choose from")
+    audio_window: float = key(30.0, "seconds of audio encoded in one piece", low=5, high=86_400)
 
 
 @dataclass(frozen=True)
@@ -180,24 +180,24 @@ class Output:
     fps: int = key(25, "frames per second; the models know 25 only", low=1, high=240, not_yet=ANY)
     width: int | None = key(
         None,
-        "width in pixels; from the picture unless given",
+        "width in pixels; from the image unless given",
         low=16,
         high=MAX_SIDE,
         rule=rules.MULTIPLE_OF_16,
     )
     height: int | None = key(
         None,
-        "height in pixels; from the picture unless given",
+        "height in pixels; from the image unless given",
         low=16,
         high=MAX_SIDE,
         rule=rules.MULTIPLE_OF_16,
     )
-    lead_silence: float = key(0.0, "seconds of silence put before the sound", low=0, high=60)
+    lead_silence: float = key(0.0, "seconds of silence put before the audio", low=0, high=60)
     length: Literal["pingpong", "hold", "video"] = key(
-        "pingpong", "what a source video does when the sound is longer", not_yet=ANY
+        "pingpong", "what a source video does when the audio is longer", not_yet=ANY
     )
     soundtrack: str = key(
-        "input", "sound of the video: input, source, or the path of a file", rule=rules.PATH, not_yet=ANY
+        "input", "audio of the video: input, source, or the path of a file", rule=rules.PATH, not_yet=ANY
     )
     paste: Literal["face", "mouth-only"] | None = key(
         None, "paste this part of the result back into the source video", not_yet=ANY
@@ -242,7 +242,7 @@ class Data:
         None, "height of a training clip", low=16, high=MAX_SIDE, rule=rules.MULTIPLE_OF_16, from_row=True
     )
     fps: int = key(25, "frames per second after reading", low=1, high=240)
-    sample_rate: int = key(16_000, "samples of sound per second after reading", low=8_000, high=192_000)
+    sample_rate: int = key(16_000, "samples of audio per second after reading", low=8_000, high=192_000)
     window: int | None = key(
         None, "pixel frames cut from a longer clip; num_frames unless given", low=5, high=MAX_FRAMES,
         rule=rules.FRAMES_4K1,
@@ -250,8 +250,8 @@ class Data:
     stride: int | None = key(None, "pixel frames between two windows of a clip", low=1, high=MAX_FRAMES)
     max_windows: int | None = key(None, "windows taken from one clip at most", low=1, high=1_000_000)
     faces: str = key("auto", "faces: auto, none, all, or the path of a file with boxes", rule=rules.PATH)
-    audio_name: str = key("audio.wav", "file name of the sound in a sample folder", rule=rules.PATH)
-    mask: str | None = key(None, "picture of the mouth mask; white is kept", rule=rules.PATH)
+    audio_name: str = key("audio.wav", "file name of the audio in a sample folder", rule=rules.PATH)
+    mask: str | None = key(None, "image of the mouth mask; white is kept", rule=rules.PATH)
     mask_rule: Literal["all", "first_keep", "legacy_two_step"] = key("all", "which frames are masked")
     reference_sequence: bool = key(False, "give a second clip of the person as reference")
     reference_frames: int | None = key(
@@ -311,11 +311,11 @@ class Aux:
     window: int = key(16, "pixel frames of a sync window", low=5, high=MAX_FRAMES)
     stride: int = key(8, "pixel frames between sync windows", low=1, high=MAX_FRAMES)
     mouth_crop: bool = key(False, "decode the mouth region only")
-    max_sigma: float = key(1.0, "noise level above which auxiliary losses are not computed", above=0, high=1)
+    max_sigma: float = key(1.0, "sigma above which auxiliary losses are not computed", above=0, high=1)
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class WeightFile:
     """Saving and resuming training."""
 
     every: int = key(500, "optimizer steps between checkpoints", low=1, high=100_000_000)
@@ -364,7 +364,7 @@ class RunConfig:
     data: Data = field(default_factory=Data)
     train: Train = field(default_factory=Train)
     aux: Aux = field(default_factory=Aux)
-    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    checkpoint: WeightFile = field(default_factory=WeightFile)
     validation: Validation = field(default_factory=Validation)
     runtime: Runtime = field(default_factory=Runtime)
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from avatarctl.media import Picture, Sound, picture_from_array, sound_from_array
+from avatarctl.media import Audio, StillImage, audio_from_array, image_from_array
 
-__all__ = ["VOICE_RATE", "face_pixels", "sample_picture", "sample_sound", "voice_samples"]
+__all__ = ["VOICE_RATE", "face_pixels", "sample_audio", "sample_image", "voice_samples"]
 
 VOICE_RATE = 16_000
 
@@ -31,21 +31,21 @@ _BANDWIDTHS = (80.0, 100.0, 140.0)
 _HARMONIC_LIMIT = 7_000.0  # Hz; below the Nyquist frequency, so that no harmonic folds back
 
 
-def sample_picture(seed: int = 0) -> Picture:
-    """The drawn face as a picture of 256 x 256 pixels."""
-    return picture_from_array(face_pixels(seed=seed), "built-in face")
+def sample_image(seed: int = 0) -> StillImage:
+    """The drawn face as an image of 256 x 256 pixels."""
+    return image_from_array(face_pixels(seed=seed), "built-in face")
 
 
-def sample_sound(seconds: float = 4.0, seed: int = 0) -> Sound:
-    """The synthesised voice as mono sound at 16 kHz."""
-    return sound_from_array(voice_samples(seconds, seed), VOICE_RATE, "built-in voice")
+def sample_audio(seconds: float = 4.0, seed: int = 0) -> Audio:
+    """The synthesised voice as mono audio at 16 kHz."""
+    return audio_from_array(voice_samples(seconds, seed), VOICE_RATE, "built-in voice")
 
 
 def face_pixels(size: int = 256, seed: int = 0) -> NDArray[np.uint8]:
     """A frontal cartoon face, `[size, size, 3]` RGB; the seed chooses its colours.
 
     Everything is an ellipse whose edge is one pixel soft, painted back to front in coordinates that
-    run from 0 to 1 over the picture.
+    run from 0 to 1 over the image.
     """
     rng = np.random.default_rng(seed)
     skin, hair, shirt = (_rgb(rng.choice(colours)) for colours in (_SKIN, _HAIR, _SHIRT))

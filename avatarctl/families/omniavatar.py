@@ -1,7 +1,7 @@
-"""OmniAvatar: a picture and a voice -> chunks of video, sound added to the tokens of early blocks.
+"""OmniAvatar: an image and a voice -> chunks of video, audio added to the tokens of early blocks.
 
-Specification: spec/omniavatar.md a, b, f. Chunks overlap in pixel frames; the picture's latent is the
-reference of every chunk, and the first latent frames of a chunk are given (the picture, then the tail of the
+Specification: spec/omniavatar.md a, b, f. Chunks overlap in pixel frames; the image's latent is the
+reference of every chunk, and the first latent frames of a chunk are given (the image, then the tail of the
 chunk before).
 """
 
@@ -87,9 +87,9 @@ class OmniAvatar:
             sigma_shift=cfg.sampling.shift,
         )
 
-    def frame_size(self, picture: tuple[int, int], cfg: RunConfig) -> tuple[int, int]:
-        """Height and width of the video for a picture of (height, width), where neither is asked for."""
-        return choose_bucket(*picture, cfg.long_video.max_size or 720)
+    def frame_size(self, image: tuple[int, int], cfg: RunConfig) -> tuple[int, int]:
+        """Height and width of the video for an image of (height, width), where neither is asked for."""
+        return choose_bucket(*image, cfg.long_video.max_size or 720)
 
     def notices(self, cfg: RunConfig) -> tuple[str, ...]:
         """Where a run differs from what its settings suggest."""
@@ -97,7 +97,7 @@ class OmniAvatar:
             return ()
         lines = [
             "compat reference: the VAE is not tiled, as the published script tiles it",
-            "compat reference: all sound is encoded in one piece, so memory grows with its length",
+            "compat reference: all audio is encoded in one piece, so memory grows with its length",
         ]
         if self.guidance(cfg).audio != cfg.sampling.audio_guidance_scale:
             lines.append("compat reference: audio guidance is dropped, as text guidance is 1")
@@ -115,7 +115,7 @@ class OmniAvatar:
             },
             without=(
                 "long_video.schedule", "long_video.blend", "sampling.guidance_rule", "sampling.null_audio",
-                "sampling.batch_passes", "sampling.latents_dtype",
+                "sampling.batch_branches", "sampling.latents_dtype",
             ),
         )  # fmt: skip
         chunks = self._chunks(samples, cfg)
@@ -124,7 +124,7 @@ class OmniAvatar:
         if cfg.long_video.strategy == "off" and chunks.count > 1:
             window = f"{chunks.length} ({chunks.length / FPS:g} s)"
             raise UsageError(
-                f"the sound fills {chunks.video_frames} frames and one window holds {window}",
+                f"the audio fills {chunks.video_frames} frames and one window holds {window}",
                 where="long_video.strategy",
                 fix="add --chunked",
             )
@@ -179,7 +179,7 @@ class OmniAvatar:
             text["negative"] = encode_prompt(modules.text, negative, inputs.emit)
         whole = cfg.model.compat == "reference"
         state = _State(
-            reference=modules.vae.encode(inputs.picture.unsqueeze(2)),
+            reference=modules.vae.encode(inputs.image.unsqueeze(2)),
             features=AudioFeatures(
                 modules.audio,
                 inputs.waveform,
@@ -188,7 +188,7 @@ class OmniAvatar:
                 variance=inputs.variance,
                 frames=chunks.padded_frames,
                 window_seconds=None if whole else cfg.long_video.audio_window,
-                device=inputs.picture.device,
+                device=inputs.image.device,
             ),
             overlap=chunks.overlap,
             text=text,
@@ -243,10 +243,10 @@ class OmniAvatar:
         heard = dit(mode="prepare", audio=features) if "full" in branches else None
         ready: dict[str, Any] = {}
         for branch in branches:
-            sound = heard if branch == "full" else state.silence_ready
-            assert sound is not None
+            audio = heard if branch == "full" else state.silence_ready
+            assert audio is not None
             ready[branch] = PreparedTensors(
-                text=state.text_ready[_BRANCH_TEXT[branch]].text, audio=sound.audio, rotary=state.rotary
+                text=state.text_ready[_BRANCH_TEXT[branch]].text, audio=audio.audio, rotary=state.rotary
             )
         return Prepared(shared=condition.channels, branch=ready)
 

@@ -1,8 +1,8 @@
-"""StableAvatar: a picture and a voice -> windows over the whole video, cross-faded in every step.
+"""StableAvatar: an image and a voice -> windows over the whole video, cross-faded in every step.
 
-Specification: spec/stableavatar.md c, d, e, f, g. Every window starts from the same picture, as the first of
-its frames and as CLIP tokens, and hears its own sound. The audio adapter in the network sees latents and time
-step: a window's sound is encoded once, the network listens again in every step.
+Specification: spec/stableavatar.md c, d, e, f, g. Every window starts from the same image, as the first of
+its frames and as CLIP tokens, and hears its own audio. The audio adapter in the network sees latents and time
+step: a window's audio is encoded once, the network listens again in every step.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ _BATCHED_TOKENS = 512
 # (height, width) of the published checkpoints (spec f).
 _PUBLISHED_SIZES = ((512, 512), (480, 832), (832, 480))
 
-# What each pass reads and hears: the sound, silence as the network hears it, or nothing at all, not even what
+# What each pass reads and hears: the audio, silence as the network hears it, or nothing at all, not even what
 # the audio adapter makes of the latents. None: as `sampling.null_audio` says.
 _TEXT: Final[Mapping[str, Literal["prompt", "negative"]]] = {
     "full": "prompt", "negative": "negative", "silent_negative": "negative", "silent": "prompt",
     "unpaired": "prompt",
 }  # fmt: skip
-_SOUND: Final[Mapping[str, Literal["sound", "silence", "nothing"] | None]] = {
-    "full": "sound", "negative": "sound", "silent_negative": None, "silent": "silence", "unpaired": "nothing",
+_AUDIO: Final[Mapping[str, Literal["audio", "silence", "nothing"] | None]] = {
+    "full": "audio", "negative": "audio", "silent_negative": None, "silent": "silence", "unpaired": "nothing",
 }  # fmt: skip
 
 
@@ -107,9 +107,9 @@ class StableAvatar:
             audio_offset=0, mask_keep=MASK4_KEEP, hole=0.0, fps=FPS, sigma_shift=cfg.sampling.shift
         )
 
-    def frame_size(self, picture: tuple[int, int], cfg: RunConfig) -> tuple[int, int]:
-        """Height and width of the video for a picture of (height, width), where neither is asked for."""
-        return nearest_shape(picture, _PUBLISHED_SIZES)
+    def frame_size(self, image: tuple[int, int], cfg: RunConfig) -> tuple[int, int]:
+        """Height and width of the video for an image of (height, width), where neither is asked for."""
+        return nearest_shape(image, _PUBLISHED_SIZES)
 
     def notices(self, cfg: RunConfig) -> tuple[str, ...]:
         """Where a run differs from what its settings suggest."""
@@ -117,7 +117,7 @@ class StableAvatar:
         if cfg.sampling.guidance_rule == "native":
             lines.append("guidance native is our reading of the paper, unverified against unpublished code")
         if cfg.model.compat == "reference":
-            lines.append("compat reference: up to four frames of sound at the end have no picture")
+            lines.append("compat reference: up to four frames of audio at the end have no image")
             if cfg.sampling.latents_dtype != "bfloat16":
                 lines.append(
                     "compat reference: latents are float32; --latents-dtype bfloat16 rounds them as published"
@@ -132,7 +132,7 @@ class StableAvatar:
         if cfg.long_video.strategy == "off" and windows.count > 1:
             frames = pixel_frames(windows.window)
             raise UsageError(
-                f"the sound fills {windows.video_frames} frames and one window holds {frames} "
+                f"the audio fills {windows.video_frames} frames and one window holds {frames} "
                 f"({frames / FPS:g} s)",
                 where="long_video.strategy",
                 fix="add --long-video fused",
@@ -185,15 +185,15 @@ class StableAvatar:
         published = cfg.model.compat == "reference"
         full = latent_frames(_length(cfg))
         if published and windows.latent_frames <= full:
-            inputs.emit(Notice("compat reference: the published script has no result for so short a sound"))
+            inputs.emit(Notice("compat reference: the published script has no result for so short audio"))
         prompts = {"prompt": inputs.prompt, "negative": inputs.negative_prompt}
         texts = dict.fromkeys(_TEXT[branch] for branch in self.branches(self.guidance(cfg), 0))
-        height, width = inputs.picture.shape[2:]
-        video = inputs.picture.new_zeros((1, 3, pixel_frames(windows.window), height, width))
-        video[:, :, 0] = inputs.picture
+        height, width = inputs.image.shape[2:]
+        video = inputs.image.new_zeros((1, 3, pixel_frames(windows.window), height, width))
+        video[:, :, 0] = inputs.image
         return _State(
             masked_video=modules.vae.encode(video),
-            image=modules.image.encode(inputs.picture),
+            image=modules.image.encode(inputs.image),
             text={name: encode_prompt(modules.text, prompts[name], inputs.emit) for name in texts},
             overlap=windows.overlap,
             blend=cfg.long_video.blend,
@@ -210,7 +210,7 @@ class StableAvatar:
                 inputs.waveform,
                 span.audio,
                 samples=inputs.samples,
-                device=inputs.picture.device,
+                device=inputs.image.device,
             ),
             text=state.text,
             image=state.image,
@@ -235,7 +235,7 @@ class StableAvatar:
     def prepare(
         self, dit: nn.Module, condition: Condition, branches: Sequence[str], state: _State
     ) -> Prepared:
-        """The window's own sound, projected and cut; everything else is the same in every window."""
+        """The window's own audio, projected and cut; everything else is the same in every window."""
         assert condition.channels is not None
         frames = condition.channels.shape[2]
         if frames not in state.channels:
@@ -245,34 +245,34 @@ class StableAvatar:
             state.image_ready = dit(mode="prepare", image=condition.extra["image"])
         for name in {_TEXT[branch] for branch in branches} - state.text_ready.keys():
             state.text_ready[name] = dit(mode="prepare", text=condition.text[name])
-        sounds = self._sounds(dit, condition.audio["tokens"], frames, branches, state)
+        audios = self._audios(dit, condition.audio["tokens"], frames, branches, state)
         ready = {
             branch: replace(
                 state.text_ready[_TEXT[branch]],
                 image=state.image_ready.image,
-                vocal=sounds[_SOUND[branch] or state.null_audio],
+                vocal=audios[_AUDIO[branch] or state.null_audio],
                 rotary=state.rotary[frames],
             )
             for branch in branches
         }
         return Prepared(shared=state.channels[frames], branch=ready)
 
-    def _sounds(
+    def _audios(
         self, dit: nn.Module, tokens: Tensor, frames: int, branches: Sequence[str], state: _State
     ) -> dict[str, Tensor | None]:
         """What the passes hear, by name; two passes that hear the same get the same tensor."""
-        heard = {_SOUND[branch] or state.null_audio for branch in branches}
+        heard = {_AUDIO[branch] or state.null_audio for branch in branches}
         pixels = pixel_frames(state.padded or frames)
-        sounds: dict[str, Tensor | None] = {"nothing": None}
-        if "sound" in heard:
-            sounds["sound"] = dit(mode="prepare", vocal=tokens, frames=pixels).vocal
+        audios: dict[str, Tensor | None] = {"nothing": None}
+        if "audio" in heard:
+            audios["audio"] = dit(mode="prepare", vocal=tokens, frames=pixels).vocal
         if "silence" in heard:
             key = (tokens.shape[1], frames)
             if key not in state.silence:
                 silence = dit(mode="prepare", vocal=torch.zeros_like(tokens), frames=pixels)
                 state.silence[key] = silence.vocal
-            sounds["silence"] = state.silence[key]
-        return sounds
+            audios["silence"] = state.silence[key]
+        return audios
 
     def predict(
         self,
@@ -322,8 +322,8 @@ def _weights(guidance: Guidance) -> dict[str, float]:
 
 def _batched(frames: int, size: tuple[int, int], cfg: RunConfig) -> bool:
     """Whether the passes of a step run as one batch; frames: latent, of a window; size: height, width."""
-    if cfg.sampling.batch_passes is not None:
-        return cfg.sampling.batch_passes
+    if cfg.sampling.batch_branches is not None:
+        return cfg.sampling.batch_branches
     rows, columns = (length // _PIXELS_PER_TOKEN for length in size)
     return frames * rows * columns <= _BATCHED_TOKENS
 

@@ -37,7 +37,7 @@ from avatarctl.files.safetensors_file import is_possible_shape, refuse_placehold
 from avatarctl.files.stamp import FileStamp
 from avatarctl.files.state_dict import TensorKind, Wrapper, open_wrappers, tensors_in
 from avatarctl.files.strict_json import clip, file_size
-from avatarctl.files.tensors import DTYPES, Array, ArrayTensor, FileTensor, Tensor, TensorInfo
+from avatarctl.files.tensors import DTYPES, Array, ArrayTensor, FileTensor, StoredTensor, TensorInfo
 from avatarctl.files.zip_archive import Record, is_ordinary, read_records, storage_offsets
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class PickleFile:
     """tensors: by name as in the file, in the order of their bytes; wrappers, notes: as `Opened` has them."""
 
     format: Format
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, StoredTensor]
     wrappers: tuple[Wrapper, ...]
     notes: tuple[str, ...]
 
@@ -163,7 +163,7 @@ def _read_zip(file: BinaryIO, size: int, path: Path) -> PickleFile:
     records = read_records(file, size, path)
     contents = _small_records(file, records, path)
     storages = {record.offset: record for name, record in records.items() if name.startswith("data/")}
-    placed: list[tuple[int, str, Tensor]] = []
+    placed: list[tuple[int, str, StoredTensor]] = []
     ordinary = is_ordinary(file, size, path)
     if ordinary and (plain := _read_without_torch(contents, records)) is not None:
         found, offsets = plain
@@ -239,7 +239,9 @@ def _record_at(offset: int, size: int, storages: Mapping[int, Record], name: str
     return record
 
 
-def _lazy(name: str, view: View, record: Record, path: Path, stamp: FileStamp) -> tuple[int, str, Tensor]:
+def _lazy(
+    name: str, view: View, record: Record, path: Path, stamp: FileStamp
+) -> tuple[int, str, StoredTensor]:
     """(first byte in the file, name, reader) of a tensor whose storage is `record`."""
     info = _checked(name, view, path)
     begin = record.offset + view.first * DTYPES[info.dtype].itemsize

@@ -20,7 +20,7 @@ from avatarctl.files.pickle_file import is_pickle, read_pickle
 from avatarctl.files.safetensors_file import read_header
 from avatarctl.files.state_dict import Wrapper
 from avatarctl.files.strict_json import clip, file_size, read_object
-from avatarctl.files.tensors import Tensor
+from avatarctl.files.tensors import StoredTensor
 
 __all__ = ["COMPANION", "COMPANION_OF", "RawWeights", "open_weights"]
 
@@ -73,7 +73,7 @@ class RawWeights:
     path: Path
     files: tuple[Path, ...]
     format: Format
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, StoredTensor]
     metadata: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     config_path: Path | None = None
@@ -239,7 +239,7 @@ def _read_index(path: Path) -> RawWeights:
     shards = [_read_file(file) for file in files]
     if len({shard.format for shard in shards}) > 1:
         raise UnusableWeights("its shards have different formats", where=path)
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     metadata: dict[str, str] = {}
     notes: list[str] = []
     for shard in shards:

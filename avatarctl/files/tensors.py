@@ -1,6 +1,6 @@
 """Tensors that stay on the disk until somebody reads a part of them. numpy only.
 
-A `Tensor` knows its dtype and shape and reads any range of its elements in C order. Everything that
+A `StoredTensor` knows its dtype and shape and reads any range of its elements in C order. Everything that
 converts or loads weights is a chain of such readers, so that one block of one tensor is in memory
 at a time, whatever the size of the file.
 
@@ -30,7 +30,7 @@ __all__ = [
     "ArrayTensor",
     "DType",
     "FileTensor",
-    "Tensor",
+    "StoredTensor",
     "TensorInfo",
     "block_ranges",
     "from_float32",
@@ -93,7 +93,7 @@ class TensorInfo:
         return f"{self.dtype} [{', '.join(map(str, self.shape))}]"
 
 
-class Tensor(Protocol):
+class StoredTensor(Protocol):
     """A tensor that can be read in parts, more than once and from one thread at a time."""
 
     @property
@@ -181,7 +181,7 @@ def block_ranges(info: TensorInfo, block_bytes: int = BLOCK_BYTES) -> Iterator[t
         yield start, min(start + size, total)
 
 
-def read_whole(tensor: Tensor) -> Array:
+def read_whole(tensor: StoredTensor) -> Array:
     """All elements in their shape, in the storage type."""
     return tensor.read(0, tensor.info.numel).reshape(tensor.info.shape)
 

@@ -1,7 +1,7 @@
 """Writing safetensors files of any size in a few blocks of memory, whole or not at all.
 
 The format (an 8-byte length, a JSON header, raw bytes; github.com/huggingface/safetensors, "Format") puts all
-names, dtypes and shapes first. A lazy `Tensor` knows those without being read, so the header is written
+names, dtypes and shapes first. A lazy `StoredTensor` knows those without being read, so the header is written
 before the first number, and then one block after another: read, checked, written.
 
 What the file was made from is written into it: `avatarctl.sources` in the metadata holds the name and a hash
@@ -34,7 +34,7 @@ from avatarctl.files.tensors import (
     DTYPES,
     Array,
     FileTensor,
-    Tensor,
+    StoredTensor,
     TensorInfo,
     block_ranges,
     size_text,
@@ -63,7 +63,7 @@ _NAME_CHARS: Final = 100
 
 def write_safetensors(
     path: Path,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, StoredTensor],
     metadata: Mapping[str, str],
     *,
     allow_nonfinite: bool = False,
@@ -96,7 +96,7 @@ def write_safetensors(
 def write_sharded(
     folder: Path,
     stem: str,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, StoredTensor],
     metadata: Mapping[str, str],
     shard_bytes: int,
     *,
@@ -145,7 +145,7 @@ def write_sharded(
     return finals
 
 
-def shard_names(stem: str, tensors: Mapping[str, Tensor], shard_bytes: int) -> list[str]:
+def shard_names(stem: str, tensors: Mapping[str, StoredTensor], shard_bytes: int) -> list[str]:
     """Plain names of what `write_sharded` writes: the shards, then the index if there are several."""
     count = len(_pack(tensors, shard_bytes))
     if count == 1:
@@ -180,7 +180,7 @@ class _Shard:
     """One file to be written."""
 
     path: Path
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, StoredTensor]
     metadata: Mapping[str, str]
     sources: Sequence[Path]
 
@@ -240,14 +240,14 @@ def _header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], path: 
     return struct.pack("<Q", len(text)) + text
 
 
-def _blocks(tensor: Tensor) -> Iterator[Array]:
+def _blocks(tensor: StoredTensor) -> Iterator[Array]:
     # What is copied as it is travels best within the processor's cache; what is computed wants large blocks.
     size = _COPY_BYTES if isinstance(tensor, FileTensor) else BLOCK_BYTES
     for start, stop in block_ranges(tensor.info, size):
         yield _read_block(tensor, start, stop)
 
 
-def _read_block(tensor: Tensor, start: int, stop: int) -> Array:
+def _read_block(tensor: StoredTensor, start: int, stop: int) -> Array:
     block = tensor.read(start, stop)
     if block.shape != (stop - start,) or block.dtype != DTYPES[tensor.info.dtype].storage:
         # One element too few would shift every tensor behind it.
@@ -255,7 +255,7 @@ def _read_block(tensor: Tensor, start: int, stop: int) -> Array:
     return np.ascontiguousarray(block)
 
 
-def _not_finite(name: str, tensor: Tensor, shard: _Shard) -> UnusableWeights:
+def _not_finite(name: str, tensor: StoredTensor, shard: _Shard) -> UnusableWeights:
     """Names what is to blame: the file that was read, where there is one."""
     cut = name if len(name) <= _NAME_CHARS else name[:_NAME_CHARS] + "…"
     return UnusableWeights(
@@ -265,8 +265,8 @@ def _not_finite(name: str, tensor: Tensor, shard: _Shard) -> UnusableWeights:
     )
 
 
-def _pack(tensors: Mapping[str, Tensor], shard_bytes: int) -> list[dict[str, Tensor]]:
-    packed: list[dict[str, Tensor]] = [{}]
+def _pack(tensors: Mapping[str, StoredTensor], shard_bytes: int) -> list[dict[str, StoredTensor]]:
+    packed: list[dict[str, StoredTensor]] = [{}]
     filled = 0
     for name, tensor in tensors.items():
         size = tensor.info.nbytes

@@ -14,7 +14,7 @@ import numpy as np
 from avatarctl.config import Model
 from avatarctl.errors import UnusableWeights
 from avatarctl.events import Emit, Notice
-from avatarctl.files.tensors import ArrayTensor, Tensor
+from avatarctl.files.tensors import ArrayTensor, StoredTensor
 from avatarctl.loading.loras import Lora
 from avatarctl.loading.sources import Sources
 from avatarctl.registry import ROWS, Row
@@ -22,7 +22,7 @@ from avatarctl.weights.layout import Sizes
 from avatarctl.weights.layouts import LAYOUTS
 from avatarctl.weights.lineage import check_lineage
 from avatarctl.weights.merge import merge_adapter
-from avatarctl.weights.weight_file import Checkpoint
+from avatarctl.weights.weight_file import WeightFile
 from avatarctl.weights.whole import open_model
 
 __all__ = ["assemble", "built_in", "with_loras"]
@@ -31,7 +31,7 @@ SUM_DTYPE = "F32"
 """Of merged tensors: whoever loads them casts them once."""
 
 
-def assemble(row: Row, sources: Sources, model: Model, emit: Emit) -> Checkpoint:
+def assemble(row: Row, sources: Sources, model: Model, emit: Emit) -> WeightFile:
     """The full transformer that a run asks for: every tensor, complete, under original names.
 
     Raises UnusableWeights, naming both sides, where files do not belong together or are not what was asked.
@@ -52,7 +52,7 @@ def assemble(row: Row, sources: Sources, model: Model, emit: Emit) -> Checkpoint
     return held
 
 
-def built_in(row: Row, tensors: Mapping[str, Tensor] | None = None) -> Checkpoint:
+def built_in(row: Row, tensors: Mapping[str, StoredTensor] | None = None) -> WeightFile:
     """The transformer of a built-in row. Without `tensors`, under original names, zeros that take no memory
     stand for them: they tell as well what fits it."""
     network = row.network["dit"]
@@ -65,7 +65,7 @@ def built_in(row: Row, tensors: Mapping[str, Tensor] | None = None) -> Checkpoin
             name: ArrayTensor(np.broadcast_to(zero, shape), "F32")
             for name, shape in layout.shapes(sizes).items()
         }
-    return Checkpoint(
+    return WeightFile(
         path=Path(row.name),
         kind="model",
         naming="original",
@@ -79,7 +79,7 @@ def built_in(row: Row, tensors: Mapping[str, Tensor] | None = None) -> Checkpoin
     )
 
 
-def with_loras(held: Checkpoint, loras: tuple[Lora, ...], emit: Emit) -> Checkpoint:
+def with_loras(held: WeightFile, loras: tuple[Lora, ...], emit: Emit) -> WeightFile:
     """`held` with each LoRA merged in order; one line says what each is and where its scale comes from."""
     for lora in loras:
         part = open_model(lora.path)
@@ -89,17 +89,17 @@ def with_loras(held: Checkpoint, loras: tuple[Lora, ...], emit: Emit) -> Checkpo
     return held
 
 
-def _merged(held: Checkpoint, part: Checkpoint, strength: float, emit: Emit) -> Checkpoint:
+def _merged(held: WeightFile, part: WeightFile, strength: float, emit: Emit) -> WeightFile:
     merged = merge_adapter(held, part, strength, SUM_DTYPE)
     if warning := check_lineage(held, part):
         emit(Notice(warning, "warning"))
     return merged
 
 
-def _line(lora: Lora, part: Checkpoint) -> str:
+def _line(lora: Lora, part: WeightFile) -> str:
     changes = []
-    if part.low_rank:
-        changes.append(f"{_counted(part.low_rank, 'target')} at {_scale(lora, part)}")
+    if part.lora_pairs:
+        changes.append(f"{_counted(part.lora_pairs, 'target')} at {_scale(lora, part)}")
     if part.differences:
         changes.append(f"{_counted(part.differences, 'difference')} times {lora.strength:g}")
     if part.tensors:
@@ -111,8 +111,8 @@ def _counted(items: Sized, what: str) -> str:
     return f"{len(items)} {what}{'' if len(items) == 1 else 's'}"
 
 
-def _scale(lora: Lora, part: Checkpoint) -> str:
-    factors = {part.scale_of(pair) for pair in part.low_rank.values()}
+def _scale(lora: Lora, part: WeightFile) -> str:
+    factors = {part.scale_of(pair) for pair in part.lora_pairs.values()}
     rule = f" ({part.scale_rule})" if part.scale_rule else ""
     if len(factors) > 1:
         return f"{lora.strength:g} times a factor of their own, {min(factors):g} to {max(factors):g}{rule}"
@@ -121,7 +121,7 @@ def _scale(lora: Lora, part: Checkpoint) -> str:
     return f"scale {product}{factor:g}{rule}"
 
 
-def _check_asked(row: Row, model: Model, held: Checkpoint, emit: Emit) -> None:
+def _check_asked(row: Row, model: Model, held: WeightFile, emit: Emit) -> None:
     """Whether the files are the model that was named. A width that nobody published runs, with a notice."""
     if held.layout.family != row.family:
         raise UnusableWeights(f"is {held.variant}, not a model of family {row.family}", where=held.path)
@@ -152,7 +152,7 @@ def _check_asked(row: Row, model: Model, held: Checkpoint, emit: Emit) -> None:
         )
 
 
-def _check_channels(row: Row, model: Model, held: Checkpoint) -> None:
+def _check_channels(row: Row, model: Model, held: WeightFile) -> None:
     if model.channels is not None and held.sizes.in_channels != model.channels:
         raise UnusableWeights(
             f"has {held.sizes.in_channels} input channels, and {model.channels} were asked for",

@@ -20,7 +20,7 @@ from torch import nn
 
 from avatarctl.errors import UnusableWeights
 from avatarctl.files.finite import nonfinite, nonfinite_file
-from avatarctl.files.tensors import BLOCK_BYTES, DTYPES, Array, FileTensor, Tensor, block_ranges
+from avatarctl.files.tensors import BLOCK_BYTES, DTYPES, Array, FileTensor, StoredTensor, block_ranges
 
 __all__ = ["DTypeOf", "fill", "on_meta"]
 
@@ -47,7 +47,7 @@ def on_meta() -> Iterator[None]:
 
 def fill(
     network: nn.Module,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, StoredTensor],
     *,
     dtype_of: DTypeOf,
     device: torch.device,
@@ -117,7 +117,7 @@ def _first(names: list[str]) -> str:
 
 
 def _check(
-    name: str, shape: torch.Size, tensor: Tensor, where: Path, likely: Callable[[], str | None]
+    name: str, shape: torch.Size, tensor: StoredTensor, where: Path, likely: Callable[[], str | None]
 ) -> None:
     if not DTYPES[tensor.info.dtype].floating:
         raise UnusableWeights(
@@ -131,7 +131,7 @@ def _check(
         )
 
 
-def _stream(name: str, tensor: Tensor, value: torch.Tensor, where: Path) -> None:
+def _stream(name: str, tensor: StoredTensor, value: torch.Tensor, where: Path) -> None:
     flat, dtype = value.view(-1), tensor.info.dtype
     # A product is computed in tiles, so that small blocks would compute it again and again.
     size = _FILE_BLOCK if isinstance(tensor, FileTensor) else BLOCK_BYTES

@@ -10,7 +10,7 @@ from avatarctl.files.named_path import expanded
 from avatarctl.registry import NEEDS_WEIGHTS, ROWS, Row, encoder_part, find_model
 from avatarctl.weights.file_facts import avatars_on
 from avatarctl.weights.made_for import trained_shape
-from avatarctl.weights.weight_file import Checkpoint
+from avatarctl.weights.weight_file import WeightFile
 from avatarctl.weights.whole import open_model
 
 __all__ = ["row_named"]
@@ -45,7 +45,7 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _row_of(path: Path, held: Checkpoint) -> Row:
+def _row_of(path: Path, held: WeightFile) -> Row:
     """The row of a full model or of an adapter."""
     published = _like(held)
     adapter = held.kind == "adapter"
@@ -78,7 +78,7 @@ def _row_of(path: Path, held: Checkpoint) -> Row:
     )
 
 
-def _like(held: Checkpoint) -> Row:
+def _like(held: WeightFile) -> Row:
     """The published model whose defaults and encoders `held` takes: the one of its width, else the smallest;
     of several, the one that is made for the same shape of video.
 

@@ -37,7 +37,7 @@ from avatarctl.models.vae import WanVae
 from avatarctl.models.wav2vec import FrameWav2Vec2
 from avatarctl.rng import stable_hash
 from avatarctl.weights.made_for import made_for_others
-from avatarctl.weights.weight_file import Checkpoint
+from avatarctl.weights.weight_file import WeightFile
 
 if TYPE_CHECKING:
     from avatarctl.config import RunConfig
@@ -101,14 +101,14 @@ def _vae_dtype(dtype: torch.dtype, device: torch.device, emit: Emit) -> torch.dt
 
 
 def _from_files(
-    held: Checkpoint, files: Mapping[str, Path], dtype: torch.dtype, device: torch.device, emit: Emit
+    held: WeightFile, files: Mapping[str, Path], dtype: torch.dtype, device: torch.device, emit: Emit
 ) -> Modules:
     """The transformer comes last: it is the largest, and most refusals need not wait for it."""
     emit(Stage("loading the text encoder"))
     text = text_encoder(files["text"], files["tokenizer"], dtype, device)
     emit(Stage("loading the VAE"))
     vae = video_codec(files["vae"], _vae_dtype(dtype, device, emit), device)
-    emit(Stage("loading the sound encoder"))
+    emit(Stage("loading the audio encoder"))
     audio = audio_encoder(files["audio"], device, emit)
     image = None
     if held.sizes.image_dim:
@@ -120,20 +120,20 @@ def _from_files(
 
 
 def _check_widths(
-    held: Checkpoint,
+    held: WeightFile,
     files: Mapping[str, Path],
     text: PromptEncoder,
     audio: FrameWav2Vec2,
     image: ClipImageEncoder | None,
 ) -> None:
-    """What the encoders put out is what the transformer takes in: of the sound its features on the grid of
+    """What the encoders put out is what the transformer takes in: of the audio its features on the grid of
     frames or its tokens, as far as it takes either."""
     sizes = held.sizes
     for what, part, given, taken in (
         ("text", "text", text.width, sizes.text_dim),
-        ("sound", "audio", audio.width, sizes.audio_input_dim or audio.width),
-        ("sound", "audio", audio.token_width, sizes.vocal_dim or audio.token_width),
-        ("picture", "clip", image.width if image else 0, sizes.image_dim),
+        ("audio", "audio", audio.width, sizes.audio_input_dim or audio.width),
+        ("audio", "audio", audio.token_width, sizes.vocal_dim or audio.token_width),
+        ("image", "clip", image.width if image else 0, sizes.image_dim),
     ):
         path = files.get(part)
         if given != taken:

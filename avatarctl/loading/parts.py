@@ -23,7 +23,7 @@ from transformers import UMT5Config, UMT5EncoderModel, Wav2Vec2Config
 from avatarctl.errors import UnusableWeights, printable
 from avatarctl.events import Emit, Notice
 from avatarctl.files.strict_json import read_object
-from avatarctl.files.tensors import Tensor
+from avatarctl.files.tensors import StoredTensor
 from avatarctl.loading.fill import DTypeOf, fill, on_meta
 from avatarctl.loading.tokenizer import read_tokenizer
 from avatarctl.loading.wan_clip import internal_tensors, read_clip_sizes
@@ -39,9 +39,9 @@ from avatarctl.models.vae import WanVae
 from avatarctl.models.wav2vec import FrameWav2Vec2
 from avatarctl.timeline import SAMPLE_RATE, SAMPLES_PER_FRAME
 from avatarctl.weights.metadata import network_of
-from avatarctl.weights.recognise import read_checkpoint
+from avatarctl.weights.recognise import read_weight_file
 from avatarctl.weights.wan import UMT5_ENCODER
-from avatarctl.weights.weight_file import Checkpoint
+from avatarctl.weights.weight_file import WeightFile
 
 __all__ = [
     "TRANSFORMERS",
@@ -66,7 +66,7 @@ _DOWN: Final = (False, True, True)
 """Steps of the Wan 2.1 VAE: 8 times smaller in space, 4 times in time (spec/omniavatar.md c)."""
 
 
-def transformer(held: Checkpoint, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def transformer(held: WeightFile, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The diffusion transformer of a full model, float32 where `models/precision.py` says so."""
     with on_meta():
         network = TRANSFORMERS[held.layout.family](
@@ -210,7 +210,7 @@ _RENAMED: Final = {
 }
 
 
-def _warn_of_pretraining(config: Path, held: Checkpoint, emit: Emit) -> None:
+def _warn_of_pretraining(config: Path, held: WeightFile, emit: Emit) -> None:
     """The published models were trained on features of an encoder that was tuned to recognise speech
     (wav2vec2-base-960h, spec/omniavatar.md b.8). One that was only pretrained has the same shapes and other
     features."""
@@ -221,7 +221,7 @@ def _warn_of_pretraining(config: Path, held: Checkpoint, emit: Emit) -> None:
         emit(
             Notice(
                 f"{held.path} was only pretrained ({why}); published models hear by wav2vec2-base-960h, and "
-                "lips may not follow the sound",
+                "lips may not follow the audio",
                 "warning",
             )
         )
@@ -247,7 +247,7 @@ _WORDS: Final[Mapping[str, tuple[Any, ...]]] = {
 _LARGEST: Final = 65_536
 _LONGEST_CONFIG: Final = 1 << 20
 _MOST_CONVOLUTIONS: Final = 32
-_SOUND_STEP: Final = SAMPLES_PER_FRAME // 2
+_AUDIO_STEP: Final = SAMPLES_PER_FRAME // 2
 """About 50 vectors a second, from which those of the pixel frames are interpolated (models/wav2vec.py)."""
 
 
@@ -271,9 +271,9 @@ def _wav2vec_config(folder: Path) -> dict[str, Any]:
         chosen[name] = tuple(_size(path, name, value) for value in values)
     if len({len(chosen[name]) for name in _LISTS}) > 1:
         raise UnusableWeights(f"{', '.join(_LISTS)} differ in length", where=path)
-    if (step := math.prod(chosen["conv_stride"])) != _SOUND_STEP:
+    if (step := math.prod(chosen["conv_stride"])) != _AUDIO_STEP:
         raise UnusableWeights(
-            f"conv_stride gives one vector for {step} samples, and published models hear by {_SOUND_STEP}",
+            f"conv_stride gives one vector for {step} samples, and published models hear by {_AUDIO_STEP}",
             where=path,
         )
     for name, allowed in _WORDS.items():
@@ -304,13 +304,13 @@ def _read_preprocessor(folder: Path, emit: Emit) -> None:
             f"hears {printable(fields['sampling_rate'])[:60]} samples a second, not {SAMPLE_RATE}", where=path
         )
     if fields.get("do_normalize", True) is not True:
-        # The published features are of normalised sound (spec/omniavatar.md b.2), and so is ours, always.
-        emit(Notice(f"{path} says do_normalize false; the sound is normalised all the same", "warning"))
+        # The published features are of normalised audio (spec/omniavatar.md b.2), and so is ours, always.
+        emit(Notice(f"{path} says do_normalize false; the audio is normalised all the same", "warning"))
 
 
-def _component(path: Path, title: str) -> Checkpoint:
+def _component(path: Path, title: str) -> WeightFile:
     """The tensors of a file that must be of one kind."""
-    held = read_checkpoint(path)
+    held = read_weight_file(path)
     if held.layout.title != title:
         raise UnusableWeights(f"is {held.variant}, and the {title} was looked for", where=path)
     return held
@@ -326,13 +326,13 @@ def _names(path: Path) -> Iterator[None]:
         raise
 
 
-def _shapes(held: Checkpoint) -> dict[str, Shape]:
+def _shapes(held: WeightFile) -> dict[str, Shape]:
     return {name: tensor.info.shape for name, tensor in held.tensors.items()}
 
 
-def _matrix(held: Checkpoint, name: str) -> tuple[int, int]:
+def _matrix(held: WeightFile, name: str) -> tuple[int, int]:
     """Both sides of a matrix that sizes are read from."""
-    tensor: Tensor | None = held.tensors.get(name)
+    tensor: StoredTensor | None = held.tensors.get(name)
     if tensor is None or len(tensor.info.shape) != 2:
         raise UnusableWeights(
             f"{name} is missing or no matrix",

@@ -21,7 +21,7 @@ from avatarctl.registry import (
     encoder_part,
     fitting,
 )
-from avatarctl.weights.recognise import read_checkpoint
+from avatarctl.weights.recognise import read_weight_file
 
 __all__ = [
     "Sources",
@@ -72,7 +72,7 @@ def find_sources(row: Row, model: Model, size: tuple[int, int] | None = None) ->
 
 
 def asked_size(cfg: RunConfig) -> tuple[int, int] | None:
-    """(width, height) of the video, None where the picture decides."""
+    """(width, height) of the video, None where the image decides."""
     width, height = cfg.output.width, cfg.output.height
     return (width, height) if width and height else None
 
@@ -190,7 +190,7 @@ def _transformer(
 def _on_named_base(
     row: Row, named: Path, adapters: tuple[Path, ...], wanted: tuple[Wanted, ...]
 ) -> tuple[tuple[Path, ...], tuple[Wanted, ...]]:
-    held = read_checkpoint(named)
+    held = read_weight_file(named)
     if held.kind != "model":
         raise UnusableWeights(
             f"is {held.variant}, neither a base nor a full model", where=named, fix="name it by --model"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from avatarctl.errors import UnusableWeights
-from avatarctl.files.tensors import Tensor
+from avatarctl.files.tensors import StoredTensor
 from avatarctl.weights.key_map import KeyMap
 from avatarctl.weights.sizes import MOST_LAYERS
 from avatarctl.weights.transforms import part_of
@@ -65,7 +65,7 @@ class ClipSizes:
     patch_size: int
 
 
-def read_clip_sizes(tensors: Mapping[str, Tensor]) -> ClipSizes:
+def read_clip_sizes(tensors: Mapping[str, StoredTensor]) -> ClipSizes:
     """Sizes by the names of the file. Raises UnusableWeights where these make no image tower."""
 
     def shape(name: str, dimensions: int) -> tuple[int, ...]:
@@ -87,7 +87,7 @@ def read_clip_sizes(tensors: Mapping[str, Tensor]) -> ClipSizes:
     return ClipSizes(width, ffn, layers, HEADS, side * patch, patch)
 
 
-def _last_layer(tensors: Mapping[str, Tensor]) -> int:
+def _last_layer(tensors: Mapping[str, StoredTensor]) -> int:
     """Number of the last layer, which is not read. Raises UnusableWeights for one that would make the
     network endless."""
     found = [match[1] for name in tensors if (match := _LAYER_NUMBER.match(name))]
@@ -97,10 +97,10 @@ def _last_layer(tensors: Mapping[str, Tensor]) -> int:
     return int(last)
 
 
-def internal_tensors(tensors: Mapping[str, Tensor], sizes: ClipSizes) -> dict[str, Tensor]:
+def internal_tensors(tensors: Mapping[str, StoredTensor], sizes: ClipSizes) -> dict[str, StoredTensor]:
     """What is read of the image tower, by the names of transformers. Raises UnusableWeights for tensors that
     are divided or joined there and have another shape than these sizes need."""
-    named: dict[str, Tensor] = {}
+    named: dict[str, StoredTensor] = {}
     width, places = sizes.hidden_size, (sizes.image_size // sizes.patch_size) ** 2 + 1
     joined = {"visual.cls_embedding": (1, 1, width), "visual.pos_embedding": (1, places, width)}
     last = f"visual.transformer.{sizes.num_hidden_layers}."
@@ -127,14 +127,14 @@ def original_name(name: str) -> str | None:
     return next(originals, None) or _CLIP_VISION.to_original(name)
 
 
-def _require_shape(name: str, tensor: Tensor, wanted: tuple[int, ...]) -> None:
+def _require_shape(name: str, tensor: StoredTensor, wanted: tuple[int, ...]) -> None:
     if tensor.info.shape != wanted:
         raise UnusableWeights(
             f"{name} has shape {list(tensor.info.shape)}; the rest of the file needs {list(wanted)}"
         )
 
 
-def _unfused(name: str, tensor: Tensor) -> dict[str, Tensor]:
+def _unfused(name: str, tensor: StoredTensor) -> dict[str, StoredTensor]:
     layer, _, kind = name.partition(_FUSED)
     rows, *inputs = tensor.info.shape
     shape = (rows // 3, *inputs)

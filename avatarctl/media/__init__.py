@@ -1,30 +1,30 @@
-"""Sound and pictures, in and out: files and arrays on one side, streams of samples on the other."""
+"""Audio and images, in and out: files and arrays on one side, streams of samples on the other."""
 
+from avatarctl.media.audio import Audio, audio_from_array, open_audio, write_audio
+from avatarctl.media.audio_survey import AudioSurvey, survey
 from avatarctl.media.background import BackgroundWriter
 from avatarctl.media.files import check_regular_file
 from avatarctl.media.growing_file import partial_path
-from avatarctl.media.picture import Picture, load_picture, picture_from_array
-from avatarctl.media.sound import Sound, open_sound, sound_from_array, write_sound
-from avatarctl.media.sound_survey import SoundSurvey, survey
+from avatarctl.media.image import StillImage, image_from_array, load_image
 from avatarctl.media.video import AudioBlocks, VideoWriter
 from avatarctl.media.waveform import MODEL_RATE, Soundtrack, Waveform
 
 __all__ = [
     "MODEL_RATE",
+    "Audio",
     "AudioBlocks",
+    "AudioSurvey",
     "BackgroundWriter",
-    "Picture",
-    "Sound",
-    "SoundSurvey",
     "Soundtrack",
+    "StillImage",
     "VideoWriter",
     "Waveform",
+    "audio_from_array",
     "check_regular_file",
-    "load_picture",
-    "open_sound",
+    "image_from_array",
+    "load_image",
+    "open_audio",
     "partial_path",
-    "picture_from_array",
-    "sound_from_array",
     "survey",
-    "write_sound",
+    "write_audio",
 ]

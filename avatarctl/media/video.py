@@ -9,10 +9,10 @@ a full disk tore is cut off.
 
 Settings that matter, each found by measuring:
 
-- `delay_moov`: the header waits for the first sound packet and can then say how many samples of
-  AAC priming to skip. With `empty_moov` it cannot, and all sound is 64 ms late at 16 kHz.
+- `delay_moov`: the header waits for the first audio packet and can then say how many samples of
+  AAC priming to skip. With `empty_moov` it cannot, and all audio is 64 ms late at 16 kHz.
 - `frag_duration`, not `frag_every_frame`: the latter gives a packet the time of its
-  successor whenever two packets of one stream wait in the interleaving queue, which moves sound
+  successor whenever two packets of one stream wait in the interleaving queue, which moves audio
   by a packet and repeats or loses a frame's time stamp.
 - `max_interleave_delta` 1 µs: packets arrive here in order, and a soundtrack that ends early must
   not make the muxer hold back ten seconds of frames.
@@ -35,8 +35,8 @@ import numpy.typing as npt
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 from avatarctl.atomic import disk_errors
+from avatarctl.media.audio_feed import AudioBlocks, AudioFeed
 from avatarctl.media.growing_file import GrowingFile, check_video_name
-from avatarctl.media.sound_feed import AudioBlocks, SoundFeed
 
 __all__ = ["LATENCY_FRAMES", "AudioBlocks", "VideoWriter"]
 
@@ -62,7 +62,7 @@ class VideoWriter:
                 sizes: an odd last column or row is repeated, nothing is rescaled
     fps:        frames per second, exact
     soundtrack: pulled block by block as frames arrive, never further than one block ahead; cut
-                where the video ends. None or an empty one: a file without sound
+                where the video ends. None or an empty one: a file without audio
     crf:        x264's constant rate factor, 0 (lossless) to 51
     metadata:   MP4 tags (title, artist, comment, description, ...)
 
@@ -94,10 +94,10 @@ class VideoWriter:
         check_video_name(path)
         self.frames_written = 0
         self._width, self._height, self._fps = width, height, Fraction(fps)
-        sound = SoundFeed(soundtrack) if soundtrack is not None else None
-        self._empty_soundtrack = sound is not None and sound.at_end()
-        self._sound = None if self._empty_soundtrack else sound
-        self._sound_samples = 0
+        audio = AudioFeed(soundtrack) if soundtrack is not None else None
+        self._empty_soundtrack = audio is not None and audio.at_end()
+        self._audio = None if self._empty_soundtrack else audio
+        self._audio_samples = 0
         self._file = GrowingFile(path, overwrite=overwrite)
         try:
             self._open(crf, metadata or {})
@@ -120,7 +120,7 @@ class VideoWriter:
             },
         )
         self._container.metadata.update(metadata)
-        self._picture = self._container.add_stream(
+        self._image = self._container.add_stream(
             "libx264",
             rate=self._fps,
             options={
@@ -132,7 +132,7 @@ class VideoWriter:
                 "x264-params": "sync-lookahead=0:sliced-threads=1",
             },
         )
-        context = self._picture.codec_context
+        context = self._image.codec_context
         context.width = self._width + self._width % 2
         context.height = self._height + self._height % 2
         context.pix_fmt = "yuv420p"
@@ -141,14 +141,14 @@ class VideoWriter:
         context.color_primaries = context.color_trc = context.colorspace = _BT709
         context.color_range = _LIMITED_RANGE
         self._convert = VideoReformatter()
-        if self._sound is not None:
-            self._voice = self._container.add_stream(
+        if self._audio is not None:
+            self._audio_stream = self._container.add_stream(
                 "aac",
-                rate=self._sound.rate,
-                layout=self._sound.layout,
-                bit_rate=self._sound.channels * min(4 * self._sound.rate, 96_000),
+                rate=self._audio.rate,
+                layout=self._audio.layout,
+                bit_rate=self._audio.channels * min(4 * self._audio.rate, 96_000),
             )
-            self._voice.codec_context.time_base = Fraction(1, self._sound.rate)
+            self._audio_stream.codec_context.time_base = Fraction(1, self._audio.rate)
 
     @property
     def partial_path(self) -> Path:
@@ -159,11 +159,11 @@ class VideoWriter:
     def notices(self) -> tuple[str, ...]:
         """What was changed about the soundtrack, one line each; may grow while writing."""
         if self._empty_soundtrack:
-            return ("the soundtrack is empty: the video has no sound",)
-        return () if self._sound is None else tuple(self._sound.notices)
+            return ("the soundtrack is empty: the video has no audio",)
+        return () if self._audio is None else tuple(self._audio.notices)
 
     def write(self, frames: npt.NDArray[np.uint8]) -> None:
-        """Appends frames, uint8 RGB `[n, height, width, 3]`, and the sound that belongs to them.
+        """Appends frames, uint8 RGB `[n, height, width, 3]`, and the audio that belongs to them.
 
         Raises:
             ValueError: another shape or type, or the writer has ended.
@@ -176,7 +176,7 @@ class VideoWriter:
             raise ValueError(f"frames are {frames.dtype} {frames.shape}, expected uint8 [n, *{expected}]")
         with self._disk():
             for frame in frames:
-                self._write_sound(until_frame=self.frames_written + 1)
+                self._write_audio(until_frame=self.frames_written + 1)
                 self._write_frame(frame)
 
     def finish(self) -> Path:
@@ -249,7 +249,7 @@ class VideoWriter:
             interpolation=_CONVERSION,
         )
         frame.pts, frame.time_base = self.frames_written, 1 / self._fps
-        packets = self._picture.encode(frame)
+        packets = self._image.encode(frame)
         self.frames_written += 1
         self._mux_frames(packets)
 
@@ -258,20 +258,20 @@ class VideoWriter:
             packet.duration = 1  # in frames; a fragment ends with it before the next one is known
             self._mux(packet)
 
-    def _write_sound(self, *, until_frame: int) -> None:
-        """Encodes sound up to the beginning of frame `until_frame`, in whole samples, rounded up."""
-        if self._sound is None:
+    def _write_audio(self, *, until_frame: int) -> None:
+        """Encodes audio up to the beginning of frame `until_frame`, in whole samples, rounded up."""
+        if self._audio is None:
             return
-        until = -(-until_frame * self._sound.rate // self._fps)
-        samples = self._sound.read(until - self._sound_samples)
+        until = -(-until_frame * self._audio.rate // self._fps)
+        samples = self._audio.read(until - self._audio_samples)
         if not len(samples):
             return
         # Packed, [1, n * channels]: PyAV 18 miscounts the planes of eight-channel planar frames.
-        frame = av.AudioFrame.from_ndarray(samples.reshape(1, -1), format="flt", layout=self._sound.layout)
-        frame.sample_rate, frame.time_base = self._sound.rate, Fraction(1, self._sound.rate)
-        frame.pts = self._sound_samples
-        self._sound_samples += len(samples)
-        for packet in self._voice.encode(frame):
+        frame = av.AudioFrame.from_ndarray(samples.reshape(1, -1), format="flt", layout=self._audio.layout)
+        frame.sample_rate, frame.time_base = self._audio.rate, Fraction(1, self._audio.rate)
+        frame.pts = self._audio_samples
+        self._audio_samples += len(samples)
+        for packet in self._audio_stream.encode(frame):
             self._mux(packet)
 
     def _mux(self, packet: av.Packet) -> None:
@@ -281,10 +281,10 @@ class VideoWriter:
         self._file.checkpoint()
 
     def _drain(self) -> None:
-        if self._sound is not None:
-            for packet in self._voice.encode(None):
+        if self._audio is not None:
+            for packet in self._audio_stream.encode(None):
                 self._mux(packet)
-        self._mux_frames(self._picture.encode(None))
+        self._mux_frames(self._image.encode(None))
 
     @contextlib.contextmanager
     def _disk(self) -> Iterator[None]:
@@ -300,8 +300,8 @@ class VideoWriter:
 
     def _end(self) -> None:
         self._ended = True
-        if self._sound is not None:
-            self._sound.close()
+        if self._audio is not None:
+            self._audio.close()
 
 
 def _has_a_frame(path: Path) -> bool:

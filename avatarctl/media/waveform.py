@@ -1,4 +1,4 @@
-"""Sound as the models hear it (16 kHz mono, by sample position) and as the output plays it."""
+"""Audio as the models hear it (16 kHz mono, by sample position) and as the output plays it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Self
 import numpy as np
 import soxr
 
-from avatarctl.media.sound_readers import BLOCK_SAMPLES, Samples, Sound
+from avatarctl.media.audio_readers import BLOCK_SAMPLES, Audio, Samples
 
 __all__ = ["MODEL_RATE", "Soundtrack", "Waveform", "model_signal"]
 
@@ -53,28 +53,28 @@ def model_signal(blocks: Iterable[Samples], rate: int) -> Iterator[Samples]:
 
 
 class Waveform:
-    """16 kHz mono samples of a sound by absolute position, read forward with bounded memory.
+    """16 kHz mono samples of audio by absolute position, read forward with bounded memory.
 
     The signal starts at position `lead_samples`; everything outside it, on both sides, is zero.
-    The last request and about three seconds behind its end are kept, so that overlapping windows decode
-    nothing twice. Reading further back starts the sound over: the same samples, later. A position has the
+    The last request and about three seconds behind its end are kept, so that fused windows decode
+    nothing twice. Reading further back starts the audio over: the same samples, later. A position has the
     same value to the bit whatever is read before it and in whatever slices.
     """
 
-    def __init__(self, sound: Sound, lead_samples: int = 0) -> None:
+    def __init__(self, audio: Audio, lead_samples: int = 0) -> None:
         if lead_samples < 0:
             raise ValueError(f"lead_samples is {lead_samples}, it cannot be negative")
-        self.sound = sound
+        self.audio = audio
         self.lead_samples = lead_samples
         self._kept: deque[Samples] = deque()
         self._source: Iterator[Samples] | None = None
-        self._begin = self._end = 0  # of what is kept, counted from the start of the sound
+        self._begin = self._end = 0  # of what is kept, counted from the start of the audio
         self._closed = False
 
     def read(self, start: int, stop: int) -> Samples:
         """float32 [stop - start] from position `start` on; positions may be negative or past the end.
 
-        Raises UnusableAudio when the sound turns out to be damaged, ValueError when stop < start.
+        Raises UnusableAudio when the audio turns out to be damaged, ValueError when stop < start.
         """
         if stop < start:
             raise ValueError(f"read from {start} to {stop} goes backwards")
@@ -98,7 +98,7 @@ class Waveform:
         return window
 
     def close(self) -> None:
-        """Close the file behind the sound; reading afterwards is an error."""
+        """Close the file behind the audio; reading afterwards is an error."""
         self._stop()
         self._closed = True
 
@@ -124,7 +124,7 @@ class Waveform:
 
     def _restart(self) -> None:
         self._stop()
-        self._source = model_signal(self.sound.blocks(), self.sound.rate)
+        self._source = model_signal(self.audio.blocks(), self.audio.rate)
 
     def _stop(self) -> None:
         if isinstance(self._source, Generator):
@@ -135,29 +135,29 @@ class Waveform:
 
 
 class Soundtrack:
-    """The user's own sound for the output file: native rate and channels, started later by a delay.
+    """The user's own audio for the output file: native rate and channels, started later by a delay.
 
     `delay_seconds` is exact and becomes `round(delay_seconds * rate)` samples of silence, so that a
     shift of one frame (1/25 s) stays one frame at every rate.
     """
 
-    def __init__(self, sound: Sound, delay_seconds: Fraction = Fraction(0)) -> None:
+    def __init__(self, audio: Audio, delay_seconds: Fraction = Fraction(0)) -> None:
         if delay_seconds < 0:
             raise ValueError(f"delay_seconds is {delay_seconds}, it cannot be negative")
-        self.sound = sound
-        self.delay_samples = round(delay_seconds * sound.rate)
+        self.audio = audio
+        self.delay_samples = round(delay_seconds * audio.rate)
 
     @property
     def rate(self) -> int:
         """Samples per second."""
-        return self.sound.rate
+        return self.audio.rate
 
     @property
     def channels(self) -> int:
-        return self.sound.channels
+        return self.audio.channels
 
     def blocks(self) -> Iterator[Samples]:
-        """float32 [n, channels] from the start: the delay as zeros, then the sound."""
+        """float32 [n, channels] from the start: the delay as zeros, then the audio."""
         for start in range(0, self.delay_samples, BLOCK_SAMPLES):
             yield np.zeros((min(BLOCK_SAMPLES, self.delay_samples - start), self.channels), np.float32)
-        yield from self.sound.blocks()
+        yield from self.audio.blocks()

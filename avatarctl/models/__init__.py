@@ -1,1 +1,1 @@
-"""Networks with parameters, how they are loaded, and how sound, pictures and text become tensors."""
+"""Networks with parameters, how they are loaded, and how audio, images and text become tensors."""

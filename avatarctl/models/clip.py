@@ -1,7 +1,7 @@
-"""A picture -> tokens of CLIP's image tower, as Wan image-to-video models see it (spec/stableavatar.md f).
+"""An image -> tokens of CLIP's image tower, as Wan image-to-video models see it (spec/stableavatar.md f).
 
 The tower is ViT-H/14 of open-clip's XLM-RoBERTa model, up to the layer before its last: tokens of the whole
-picture, which the last layer and the norm behind it would gather into one. Its GELU is exact, unlike the
+image, which the last layer and the norm behind it would gather into one. Its GELU is exact, unlike the
 "quick" one of OpenAI's CLIP that transformers takes unless told otherwise.
 """
 
@@ -18,7 +18,7 @@ from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 
 __all__ = ["ClipImageEncoder", "clip_config"]
 
-# Of CLIP's training pictures, red, green, blue in [0, 1] (spec f).
+# Of CLIP's training images, red, green, blue in [0, 1] (spec f).
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -64,15 +64,15 @@ class ClipImageEncoder(CLIPVisionModel):
         """Of a token."""
         return int(self.config.hidden_size)
 
-    def pixels(self, picture: Tensor) -> Tensor:
+    def pixels(self, image: Tensor) -> Tensor:
         """[B, 3, H, W] in [-1, 1] -> what the tower sees, [B, 3, 224, 224]: bicubic, without antialiasing,
         and stretched to a square."""
         size = self.config.image_size
-        resized = F.interpolate(picture.float(), size=(size, size), mode="bicubic", align_corners=False)
+        resized = F.interpolate(image.float(), size=(size, size), mode="bicubic", align_corners=False)
         mean, std = (rearrange(resized.new_tensor(values), "c -> c 1 1") for values in (_MEAN, _STD))
         return (resized * 0.5 + 0.5 - mean) / std
 
     @torch.no_grad()
-    def encode(self, picture: Tensor) -> Tensor:
+    def encode(self, image: Tensor) -> Tensor:
         """[B, 3, H, W] in [-1, 1] -> float32 [B, 257, width]."""
-        return self(self.pixels(picture)).last_hidden_state
+        return self(self.pixels(image)).last_hidden_state

@@ -1,4 +1,4 @@
-"""Sound, pictures and text -> tensors: the one place that inference and preparation share."""
+"""Audio, images and text -> tensors: the one place that inference and preparation share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from avatarctl.conditioning.geometry import fit_picture
+from avatarctl.conditioning.geometry import fit_image
 from avatarctl.events import Notice
 from avatarctl.models.wav2vec import normalise_waveform
 from avatarctl.timeline import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME
@@ -27,7 +27,7 @@ __all__ = [
     "AudioFeatures",
     "Piece",
     "encode_prompt",
-    "picture_tensor",
+    "image_tensor",
     "pieces",
     "window_tokens",
 ]
@@ -36,7 +36,7 @@ PIECE_OVERLAP_SECONDS = 2.0
 _MOMENTS_BLOCK_SECONDS = 10.0  # bounds the first layer's output: 512 channels at 3200 Hz are 65 MB
 
 
-def picture_tensor(
+def image_tensor(
     pixels: np.ndarray, size: tuple[int, int], fit: Literal["crop", "stretch"] = "crop"
 ) -> Tensor:
     """uint8 [h, w, 3] -> float32 [1, 3, H, W] in [-1, 1].
@@ -47,8 +47,8 @@ def picture_tensor(
     if fit == "stretch":
         bicubic = PIL.Image.Resampling.BICUBIC
         pixels = np.array(PIL.Image.fromarray(pixels).resize((size[1], size[0]), bicubic))
-    picture = rearrange(torch.from_numpy(pixels).to(torch.float32) / 255, "h w c -> 1 c h w")
-    return (fit_picture(picture, size) if fit == "crop" else picture) * 2 - 1
+    image = rearrange(torch.from_numpy(pixels).to(torch.float32) / 255, "h w c -> 1 c h w")
+    return (fit_image(image, size) if fit == "crop" else image) * 2 - 1
 
 
 def window_tokens(
@@ -59,7 +59,7 @@ def window_tokens(
     samples: int,
     device: torch.device,
 ) -> Tensor:
-    """Tokens of the sound of one window, a range of the recording's `samples`: [1, L, token_width].
+    """Tokens of the audio of one window, a range of the recording's `samples`: [1, L, token_width].
 
     Normalised by the window's own moments; what lies behind the recording is silence after that.
     """

@@ -201,8 +201,8 @@ class OmniAvatarTransformer(AvatarTransformer):
         """Blocks, head, patches back to latents: [B, 16, T, h, w]."""
         frames = embedded.grid[0]
         if audio.shape[2] != frames:
-            # Any divisor of the token count would be accepted below, and sound would meet other frames.
-            raise ValueError(f"sound of {audio.shape[2]} latent frames for a video of {frames}")
+            # Any divisor of the token count would be accepted below, and audio would meet other frames.
+            raise ValueError(f"audio of {audio.shape[2]} latent frames for a video of {frames}")
         tokens = embedded.tokens
         for index, block in enumerate(self.blocks):
             tokens = self._checkpointed(
@@ -211,7 +211,7 @@ class OmniAvatarTransformer(AvatarTransformer):
                 text,
                 embedded.modulation,
                 rotary,
-                # None where a block gets no sound.
+                # None where a block gets no audio.
                 audio[:, index - 2] if 2 <= index <= len(self.blocks) // 2 else None,
                 None if text_key_values is None else text_key_values[index],
             )

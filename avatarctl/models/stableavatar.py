@@ -4,7 +4,7 @@ Specification: spec/stableavatar.md a, b. Internal names are those of diffusers,
 `attn2.vocal_v` added; the projector keeps its original names.
 
 Shapes: B batch, T latent frames, h x w latent size, S video tokens, D width, N heads, d = D / N, L wav2vec
-tokens, F latent frames that the sound is split for (T, or more in the published padding), n sound tokens of
+tokens, F latent frames that the audio is split for (T, or more in the published padding), n audio tokens of
 a latent frame.
 """
 
@@ -35,7 +35,7 @@ _PER_LATENT = 4  # pixel frames
 class PreparedStable:
     """Results of `mode="prepare"`; None where nothing was asked for.
 
-    text, image: keys and values per block; vocal: windows of projected sound [B, F, n, D], None for silence
+    text, image: keys and values per block; vocal: windows of projected audio [B, F, n, D], None for silence
     (a context of zeros); rotary: complex64 [1, S, 1, d / 2].
     """
 
@@ -63,14 +63,14 @@ class ExactSinusoid(nn.Module):
 
 
 class ThreefoldAttnProcessor(AvatarAttnProcessor):
-    """One query over text, over the picture's tokens and over sound; the sum is projected (spec a.5).
+    """One query over text, over the image's tokens and over audio; the sum is projected (spec a.5).
 
     Three attentions, not one over the joined contexts: each has its own softmax.
     """
 
     @staticmethod
     def image_key_value(attn: WanAttention, image: Tensor) -> KeyValue:
-        """Keys and values of picture tokens [B, 257, D]."""
+        """Keys and values of image tokens [B, 257, D]."""
         key = attn.norm_added_k(attn.add_k_proj(image)).unflatten(2, (attn.heads, -1))
         return key, attn.add_v_proj(image).unflatten(2, (attn.heads, -1))
 
@@ -95,10 +95,10 @@ class ThreefoldAttnProcessor(AvatarAttnProcessor):
             assert image is not None
             image_key_value = self.image_key_value(attn, image)
         seen = self.attend(query, *key_value) + self.attend(query, *image_key_value)
-        return attn.to_out[0](seen + self._heard(attn, query, vocal))
+        return attn.to_out[0](seen + self._vocal_attention(attn, query, vocal))
 
-    def _heard(self, attn: WanAttention, query: Tensor, vocal: Tensor | None) -> Tensor:
-        """Attention to sound [B', G, n, D] of the first B' samples; each of G equal runs of video tokens
+    def _vocal_attention(self, attn: WanAttention, query: Tensor, vocal: Tensor | None) -> Tensor:
+        """Attention to audio [B', G, n, D] of the first B' samples; each of G equal runs of video tokens
         hears its own n. The other samples hear a context of zeros: every value is then the bias of
         `vocal_v`, and so is their mean, whatever the keys. Neither keys nor queries are rotated, and the
         keys have no norm."""
@@ -117,8 +117,8 @@ class ThreefoldAttnProcessor(AvatarAttnProcessor):
         return torch.cat([heard, attn.vocal_v.bias.expand(len(query) - samples, *heard.shape[1:])])
 
 
-class HearingBlock(AvatarBlock):
-    """A block whose cross-attention also reads the picture and the sound."""
+class VocalBlock(AvatarBlock):
+    """A block whose cross-attention also reads the image and the audio."""
 
     cross_processor = ThreefoldAttnProcessor
 
@@ -172,11 +172,11 @@ class HearingBlock(AvatarBlock):
 
 
 class StableAvatarTransformer(AvatarTransformer):
-    """prepare: keys and values of text and picture, windows of sound, rotary table. The projector looks at
-    the noisy latents and the time step: it runs in every step, once for each sound."""
+    """prepare: keys and values of text and image, windows of audio, rotary table. The projector looks at
+    the noisy latents and the time step: it runs in every step, once for each audio."""
 
-    _no_split_modules: ClassVar = ["HearingBlock", "ProjectorBlock"]
-    _repeated_blocks: ClassVar = ["HearingBlock"]
+    _no_split_modules: ClassVar = ["VocalBlock", "ProjectorBlock"]
+    _repeated_blocks: ClassVar = ["VocalBlock"]
     # The time vector is modulation in this model's projector too, and is not rounded on its way there.
     _keep_in_fp32_modules: ClassVar = [
         "time_embedder", "time_proj", "scale_shift_table", "modulation",
@@ -208,7 +208,7 @@ class StableAvatarTransformer(AvatarTransformer):
         vocal_layers: int = 2,
         vocal_ffn_dim: int | None = None,
     ) -> None:
-        """vocal_hidden_dim: width between two projections of sound (14B: 2048), None for a single one.
+        """vocal_hidden_dim: width between two projections of audio (14B: 2048), None for a single one.
         vocal_ffn_dim: None for twice the width."""
         width = num_attention_heads * attention_head_dim
         super().__init__(
@@ -228,7 +228,7 @@ class StableAvatarTransformer(AvatarTransformer):
             added_kv_proj_dim=width,
             rope_max_seq_len=1,  # the parent's table is replaced
         )
-        self.adopt_blocks(HearingBlock)
+        self.adopt_blocks(VocalBlock)
         self.condition_embedder.timesteps_proj = ExactSinusoid(freq_dim)
         self.vocal_projector = VocalProjector(
             vocal_dim,
@@ -256,10 +256,10 @@ class StableAvatarTransformer(AvatarTransformer):
         text_dim], image [B, 257, image_dim], vocal [B, L, vocal_dim] -> velocity [B, 16, T, h, w]. Samples
         of a batch are independent.
 
-        frames: pixel frames that the sound is split for, 4T - 3 unless given.
+        frames: pixel frames that the audio is split for, 4T - 3 unless given.
         padded_frames: latent frames to which the tokens are filled up with zeros, as the published pipeline
         does with a short window; they are attended, and `frames` then counts them.
-        clip_level: every video token hears the sound of the whole clip.
+        clip_level: every video token hears the audio of the whole clip.
         """
         embedded = _padded(self._embed(hidden_states, timestep), padded_frames)
         _, _, length, height, width = hidden_states.shape
@@ -295,7 +295,7 @@ class StableAvatarTransformer(AvatarTransformer):
             texts, images = zip(*pairs, strict=True)
         if vocal is not None and frames is None:
             if grid is None:
-                raise ValueError("sound is split for a number of frames, or for those of a grid")
+                raise ValueError("audio is split for a number of frames, or for those of a grid")
             frames = _PER_LATENT * grid[0] - 3
         return PreparedStable(
             text=None if text is None else texts,
@@ -341,7 +341,7 @@ class StableAvatarTransformer(AvatarTransformer):
 
         if not batched:
             return {name: run([name]) for name in prepared}
-        # Those with sound first: blocks let the rest of a batch hear none.
+        # Those with audio first: blocks let the rest of a batch hear none.
         order = sorted(prepared, key=lambda name: heard[name] is None)
         stacked = run(order)
         velocities = dict(zip(order, stacked.chunk(len(order)), strict=True))
@@ -354,7 +354,7 @@ class StableAvatarTransformer(AvatarTransformer):
         readies: Sequence[PreparedStable],
         heard: Sequence[Tensor | None],
     ) -> Tensor:
-        """One pass for branches that are stacked along the batch, those without sound last, from the tokens
+        """One pass for branches that are stacked along the batch, those without audio last, from the tokens
         behind the first self-attention."""
         if (times := len(readies)) > 1:
             embedded = replace(
@@ -363,8 +363,8 @@ class StableAvatarTransformer(AvatarTransformer):
                 time=embedded.time.repeat(times, 1),
                 modulation=embedded.modulation.repeat(times, 1, 1),
             )
-        sounds = [context for context in heard if context is not None]
-        vocal = torch.cat(sounds) if sounds else None
+        audios = [context for context in heard if context is not None]
+        vocal = torch.cat(audios) if audios else None
         return self._run(embedded, rotary, vocal, readies=readies, is_mixed=True)
 
     def _text(self, text: Tensor) -> Tensor:
@@ -373,14 +373,14 @@ class StableAvatarTransformer(AvatarTransformer):
     def _image(self, image: Tensor) -> Tensor:
         return self.condition_embedder.image_embedder(image.to(self._compute_dtype))
 
-    def _project(self, embedded: Embedded, sound: Tensor) -> Tensor:
-        """Windows of sound [B, F, n, D] -> what the blocks hear, [B, F, n, D]."""
+    def _project(self, embedded: Embedded, audio: Tensor) -> Tensor:
+        """Windows of audio [B, F, n, D] -> what the blocks hear, [B, F, n, D]."""
         frames = embedded.tokens.shape[1] // math.prod(embedded.grid[1:])
-        if sound.shape[1] != frames:
-            # Any divisor of the token count would be accepted below, and sound would meet other frames.
-            raise ValueError(f"sound of {sound.shape[1]} latent frames for a video of {frames}")
+        if audio.shape[1] != frames:
+            # Any divisor of the token count would be accepted below, and audio would meet other frames.
+            raise ValueError(f"audio of {audio.shape[1]} latent frames for a video of {frames}")
         return self._checkpointed(
-            self.vocal_projector, sound, embedded.tokens, embedded.modulation, embedded.time
+            self.vocal_projector, audio, embedded.tokens, embedded.modulation, embedded.time
         )
 
     def _run(

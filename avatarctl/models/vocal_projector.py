@@ -1,4 +1,4 @@
-"""StableAvatar's sound: wav2vec tokens -> one short list of tokens per latent frame, made to fit the noisy
+"""StableAvatar's audio: wav2vec tokens -> one short list of tokens per latent frame, made to fit the noisy
 latents and the time step (spec/stableavatar.md b).
 
 Shapes: B batch, L wav2vec tokens, F latent frames, n audio tokens of a latent frame, P video tokens of a
@@ -22,18 +22,18 @@ _MARGIN = 4  # tokens that every window is widened by, on both sides
 
 
 def vocal_windows(tokens: int, frames: int) -> tuple[Tensor, Tensor]:
-    """Which of `tokens` sound tokens each latent frame of `frames` pixel frames hears (spec b.1).
+    """Which of `tokens` audio tokens each latent frame of `frames` pixel frames hears (spec b.1).
 
-    Returns indices int64 [F, n] and valid bool [F, n]. Tokens outside the sound are left out, so the others
+    Returns indices int64 [F, n] and valid bool [F, n]. Tokens outside the audio are left out, so the others
     stand at the front of the row even where the missing ones would have stood before them. Indices of places
     that are not valid mean nothing, but may be read.
 
     Raises ValueError for less than 5 pixel frames, which are one latent frame, and for no tokens.
     """
     if frames < _SHORTEST:
-        raise ValueError(f"sound is split for {_SHORTEST} pixel frames or more, not {frames}")
+        raise ValueError(f"audio is split for {_SHORTEST} pixel frames or more, not {frames}")
     if tokens < 1:
-        raise ValueError("there are no sound tokens to split")
+        raise ValueError("there are no audio tokens to split")
     per_frame = tokens / frames
     half = int(per_frame * _PER_LATENT / 2)
     # Latent frame i shows the pixel frames 4i - 3 .. 4i; these are the edges that the published code takes.
@@ -49,7 +49,7 @@ def vocal_windows(tokens: int, frames: int) -> tuple[Tensor, Tensor]:
     return (start[:, None] + place).clamp(max=tokens - 1), place < count[:, None]
 
 
-class SoundTokens(nn.Module):
+class AudioTokens(nn.Module):
     """wav2vec's last hidden state -> tokens of the projector's width, by one projection, or by two where the
     width between them is given (the 14B layout, spec b.3)."""
 
@@ -80,11 +80,11 @@ class LatentAttention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
         self.norm_q, self.norm_k = (nn.RMSNorm(width, eps=eps) for _ in range(2))
 
-    def forward(self, sound: Tensor, latents: Tensor) -> Tensor:
-        """sound [B, F, n, V], latents [B, F P, V] -> [B, F, n, V]."""
-        batch, frames = sound.shape[:2]
+    def forward(self, audio: Tensor, latents: Tensor) -> Tensor:
+        """audio [B, F, n, V], latents [B, F P, V] -> [B, F, n, V]."""
+        batch, frames = audio.shape[:2]
         heads = "b (f s) (h d) -> (b f) h s d"
-        query = rearrange(self.norm_q(self.q(sound)), "b f n (h d) -> (b f) h n d", h=self.heads)
+        query = rearrange(self.norm_q(self.q(audio)), "b f n (h d) -> (b f) h n d", h=self.heads)
         key = rearrange(self.norm_k(self.k(latents)), heads, f=frames, h=self.heads)
         value = rearrange(self.v(latents), heads, f=frames, h=self.heads)
         # PyTorch's own kernel: heads are wider here than in the blocks that kernels are chosen for.
@@ -104,14 +104,14 @@ class ProjectorBlock(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(width, ffn_dim), nn.GELU("tanh"), nn.Linear(ffn_dim, width))
         self.modulation = nn.Parameter(torch.randn(1, 6, width) / width**0.5)
 
-    def forward(self, sound: Tensor, latents: Tensor, modulation: Tensor) -> Tensor:
-        """sound [B, F, n, V], latents [B, F P, V], modulation [B, 6, V] -> [B, F, n, V]."""
+    def forward(self, audio: Tensor, latents: Tensor, modulation: Tensor) -> Tensor:
+        """audio [B, F, n, V], latents [B, F P, V], modulation [B, 6, V] -> [B, F, n, V]."""
         table = rearrange(self.modulation + modulation.float(), "b six v -> six b 1 1 v")
         shift1, scale1, gate1, shift2, scale2, gate2 = table
-        dtype, exact = sound.dtype, sound.float()
-        sound = (exact + gate1 * (self.norm1(exact) * (1 + scale1) + shift1)).to(dtype)
-        sound = sound + self.cross_attn(self.norm3(sound.float()).to(dtype), latents)
-        exact = sound.float()
+        dtype, exact = audio.dtype, audio.float()
+        audio = (exact + gate1 * (self.norm1(exact) * (1 + scale1) + shift1)).to(dtype)
+        audio = audio + self.cross_attn(self.norm3(audio.float()).to(dtype), latents)
+        exact = audio.float()
         forwarded = self.ffn((self.norm2(exact) * (1 + scale2) + shift2).to(dtype))
         return (exact + gate2 * forwarded.float()).to(dtype)
 
@@ -123,14 +123,14 @@ class ProjectorHead(nn.Module):
         self.final_proj = nn.Linear(width, width)
         self.modulation = nn.Parameter(torch.randn(1, 2, width) / width**0.5)
 
-    def forward(self, sound: Tensor, time: Tensor) -> Tensor:
-        """sound [B, F, n, V], time [B, V] -> [B, F, n, V]."""
+    def forward(self, audio: Tensor, time: Tensor) -> Tensor:
+        """audio [B, F, n, V], time [B, V] -> [B, F, n, V]."""
         shift, scale = rearrange(self.modulation + time.float().unsqueeze(1), "b two v -> two b 1 1 v")
-        return self.final_proj((self.norm(sound.float()) * (1 + scale) + shift).type_as(sound))
+        return self.final_proj((self.norm(audio.float()) * (1 + scale) + shift).type_as(audio))
 
 
 class VocalProjector(nn.Module):
-    """Windows of sound tokens -> what the blocks of the transformer hear."""
+    """Windows of audio tokens -> what the blocks of the transformer hear."""
 
     def __init__(
         self,
@@ -144,20 +144,20 @@ class VocalProjector(nn.Module):
         hidden_dim: int | None = None,
     ) -> None:
         super().__init__()
-        self.proj_model = SoundTokens(audio_dim, width, hidden_dim)
+        self.proj_model = AudioTokens(audio_dim, width, hidden_dim)
         self.blocks = nn.ModuleList(ProjectorBlock(width, heads, ffn_dim, eps) for _ in range(layers))
         self.final_head = ProjectorHead(width, eps)
 
     def windows(self, vocal: Tensor, frames: int) -> Tensor:
         """vocal [B, L, audio_dim] for `frames` pixel frames -> [B, F, n, V]: what neither step nor latents
-        change. Rows for sound that is not there are zero, and are attended like all others."""
+        change. Rows for audio that is not there are zero, and are attended like all others."""
         tokens = self.proj_model(vocal)
         indices, valid = (table.to(tokens.device) for table in vocal_windows(vocal.shape[1], frames))
         return tokens[:, indices].masked_fill(~valid.unsqueeze(-1), 0)
 
-    def forward(self, sound: Tensor, latents: Tensor, modulation: Tensor, time: Tensor) -> Tensor:
-        """sound [B, F, n, V] of `windows`, latents [B, F P, V] before the first block, modulation [B, 6, V],
+    def forward(self, audio: Tensor, latents: Tensor, modulation: Tensor, time: Tensor) -> Tensor:
+        """audio [B, F, n, V] of `windows`, latents [B, F P, V] before the first block, modulation [B, 6, V],
         time [B, V] -> [B, F, n, V]."""
         for block in self.blocks:
-            sound = block(sound, latents, modulation)
-        return self.final_head(sound, time)
+            audio = block(audio, latents, modulation)
+        return self.final_head(audio, time)

@@ -126,7 +126,7 @@ class AvatarBlock(WanTransformerBlock):
         return self.conditioned(mixed, temb, encoder_hidden_states, **cross)
 
     def mixed(self, hidden_states: Tensor, temb: Tensor, rotary_emb: Tensor) -> Tensor:
-        """Self-attention: no text, picture or sound has a part in it."""
+        """Self-attention: no text, image or audio has a part in it."""
         shift, scale, gate, *_ = (self.scale_shift_table + temb.float()).chunk(6, dim=1)
         normed = (self.norm1(hidden_states.float()) * (1 + scale) + shift).type_as(hidden_states)
         attended = self.attn1(normed, None, None, rotary_emb)

@@ -55,7 +55,7 @@ class FrameWav2Vec2(Wav2Vec2Model):
 
     @torch.no_grad()
     def tokens(self, waveform: Tensor) -> Tensor:
-        """Normalised sound [B, n] -> float32 [B, L, token_width]: the last hidden state on the encoder's own
+        """Normalised audio [B, n] -> float32 [B, L, token_width]: the last hidden state on the encoder's own
         grid, floor((n - 400) / 320) + 1 tokens."""
         if waveform.shape[-1] < _MINIMUM_SAMPLES:
             raise ValueError(f"{waveform.shape[-1]} samples are less than one feature window")
@@ -63,7 +63,7 @@ class FrameWav2Vec2(Wav2Vec2Model):
 
     @torch.no_grad()
     def features(self, waveform: Tensor, frames: int, moments: RecordingMoments | None = None) -> Tensor:
-        """Normalised sound [B, n] -> float32 [B, frames, width]: [h_last, h_0, h_1, ..., h_last].
+        """Normalised audio [B, n] -> float32 [B, frames, width]: [h_last, h_0, h_1, ..., h_last].
 
         The encoder is bidirectional: an excerpt is not a slice of the whole. `moments` of the whole
         recording bring an excerpt close to it (see models/encode.py).

@@ -21,7 +21,7 @@ from avatarctl.events import BytesMoved, Emit, Notice, Stage
 from avatarctl.files.hashes import FileHashes
 from avatarctl.files.safetensors_file import read_header
 from avatarctl.files.source import COMPANION_OF
-from avatarctl.files.tensors import Tensor
+from avatarctl.files.tensors import StoredTensor
 from avatarctl.files.writer import (
     require_space,
     shard_names,
@@ -51,8 +51,8 @@ from avatarctl.weights.describe import NAMINGS
 from avatarctl.weights.export import Export, export, with_release_config
 from avatarctl.weights.layouts import LAYOUTS
 from avatarctl.weights.metadata import config_of, file_metadata, read_own
-from avatarctl.weights.recognise import read_checkpoint
-from avatarctl.weights.weight_file import Checkpoint
+from avatarctl.weights.recognise import read_weight_file
+from avatarctl.weights.weight_file import WeightFile
 from avatarctl.weights.whole import require_whole
 
 __all__ = [
@@ -70,7 +70,7 @@ class ConvertPlan:
     """What will be written. did: one line for each step; operations: the same for the metadata."""
 
     request: ConvertRequest
-    checkpoint: Checkpoint
+    weight_file: WeightFile
     export: Export
     sources: tuple[Path, ...]
     did: tuple[str, ...]
@@ -86,7 +86,7 @@ class ConvertPlan:
         """Of all tensors."""
         return len(self._tensors())
 
-    def _tensors(self) -> list[Tensor]:
+    def _tensors(self) -> list[StoredTensor]:
         return [*self.export.tensors.values(), *self.export.companion.values()]
 
     @property
@@ -122,7 +122,7 @@ def plan_conversion(request: ConvertRequest, emit: Emit) -> ConvertPlan:
     source, base, sources = _open(request)
     did = [f"read: {_described(source)}"]
     operations: list[Mapping[str, Any]] = list(read_own(source.metadata).operations)
-    checkpoint = source
+    weight_file = source
     steps: list[Step] = []
     if base is not None:
         operations = [*read_own(base.metadata).operations, *operations]
@@ -131,28 +131,28 @@ def plan_conversion(request: ConvertRequest, emit: Emit) -> ConvertPlan:
             if request.merge
             else extract(source, base, request.rank, request.to, emit)
         )
-        checkpoint = steps[-1].checkpoint
+        weight_file = steps[-1].weight_file
     if request.channels is not None:
-        steps.append(change_channels(checkpoint, request.channels, drop=request.drop_channels))
-        checkpoint = steps[-1].checkpoint
+        steps.append(change_channels(weight_file, request.channels, drop=request.drop_channels))
+        weight_file = steps[-1].weight_file
     if request.dtype is not None:
-        steps.append(change_dtype(checkpoint, request.dtype, base, source))
-        checkpoint = steps[-1].checkpoint
+        steps.append(change_dtype(weight_file, request.dtype, base, source))
+        weight_file = steps[-1].weight_file
     if request.audio_offset is not None:
-        steps.append(state_audio_offset(checkpoint, request.audio_offset))
-        checkpoint = steps[-1].checkpoint
+        steps.append(state_audio_offset(weight_file, request.audio_offset))
+        weight_file = steps[-1].weight_file
     did += [step.line for step in steps]
-    if checkpoint.audio_offset_assumed:
+    if weight_file.audio_offset_assumed:
         did.append(
-            f"audio offset {checkpoint.audio_offset} is assumed, not written: {checkpoint.audio_offset_rule} "
+            f"audio offset {weight_file.audio_offset} is assumed, not written: {weight_file.audio_offset_rule} "
             "(--audio-offset states it)"
         )
     operations += [step.operation for step in steps if step.operation]
     operations.append({"operation": "write", "to": request.to, "source": plain_name(source)})
-    checkpoint = with_release_config(checkpoint)
-    exported = export(checkpoint, request.to)
-    _check_layout(request, checkpoint, exported)
-    plan = ConvertPlan(request, checkpoint, exported, sources, (*did, *exported.notes), tuple(operations))
+    weight_file = with_release_config(weight_file)
+    exported = export(weight_file, request.to)
+    _check_layout(request, weight_file, exported)
+    plan = ConvertPlan(request, weight_file, exported, sources, (*did, *exported.notes), tuple(operations))
     if plan.companion:
         count, names = len(exported.companion), (plan.companion, plan.main)
         line = f"{count} whole tensors (patch embedding, audio) go to {names[0]}, beside {names[1]}"
@@ -194,7 +194,7 @@ def _summary(
     return {"path": str(request.out), "files": files, "tensors": tensors, "bytes": size, "did": list(did)}
 
 
-def _open(request: ConvertRequest) -> tuple[Checkpoint, Checkpoint | None, tuple[Path, ...]]:
+def _open(request: ConvertRequest) -> tuple[WeightFile, WeightFile | None, tuple[Path, ...]]:
     """Source, base, and every file that is read, after all checks that need no tensor."""
     check_names(request)
     check_place(request)
@@ -210,31 +210,31 @@ def _open(request: ConvertRequest) -> tuple[Checkpoint, Checkpoint | None, tuple
 _CONVERTED = ", ".join(layout.title for layout in LAYOUTS if layout.supported)
 
 
-def _read(path: Path) -> Checkpoint:
+def _read(path: Path) -> WeightFile:
     """A transformer or an adapter of one, complete."""
-    checkpoint = read_checkpoint(path)
-    if checkpoint.kind == "component" or not checkpoint.layout.supported:
+    weight_file = read_weight_file(path)
+    if weight_file.kind == "component" or not weight_file.layout.supported:
         raise UnusableWeights(
-            f"is {checkpoint.variant}: only transformers of {_CONVERTED} are converted",
+            f"is {weight_file.variant}: only transformers of {_CONVERTED} are converted",
             where=path,
             fix="--inspect shows what it holds",
         )
     try:
-        require_whole(checkpoint)
-        return replace(checkpoint, config=config_of(checkpoint))
+        require_whole(weight_file)
+        return replace(weight_file, config=config_of(weight_file))
     except UnusableWeights as error:  # damaged metadata of our own
         if error.where is None:
             error.where = path
         raise
 
 
-def _described(checkpoint: Checkpoint) -> str:
-    scale = f"; scale: {checkpoint.scale_rule}" if checkpoint.low_rank else ""
-    return f"{checkpoint.variant}, {NAMINGS[checkpoint.naming]}{scale}"
+def _described(weight_file: WeightFile) -> str:
+    scale = f"; scale: {weight_file.scale_rule}" if weight_file.lora_pairs else ""
+    return f"{weight_file.variant}, {NAMINGS[weight_file.naming]}{scale}"
 
 
-def _check_layout(request: ConvertRequest, checkpoint: Checkpoint, exported: Export) -> None:
-    if request.shard_bytes is not None and checkpoint.kind == "adapter":
+def _check_layout(request: ConvertRequest, weight_file: WeightFile, exported: Export) -> None:
+    if request.shard_bytes is not None and weight_file.kind == "adapter":
         raise UsageError("adapters are one file, never shards", where="--shard-size")
     if exported.companion:
         check_companion(request)
@@ -370,4 +370,4 @@ def _metadata(plan: ConvertPlan, *, companion: bool) -> dict[str, str]:
         extra |= (
             {"avatarctl.companion_of": plan.main} if companion else {"avatarctl.companion": plan.companion}
         )
-    return file_metadata(plan.checkpoint, plan.operations, extra)
+    return file_metadata(plan.weight_file, plan.operations, extra)

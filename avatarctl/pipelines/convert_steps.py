@@ -12,12 +12,12 @@ from typing import Any, Final
 from avatarctl.errors import UnusableWeights, UsageError
 from avatarctl.events import Emit, Notice
 from avatarctl.weights.export import Target, require_place
-from avatarctl.weights.extract import extract_low_rank
+from avatarctl.weights.extract import extract_adapter
 from avatarctl.weights.lineage import check_lineage
 from avatarctl.weights.merge import merge_adapter, refuse_other_conventions
 from avatarctl.weights.sizes import variant_of
 from avatarctl.weights.transforms import cast, drop_channels, widen_channels
-from avatarctl.weights.weight_file import Checkpoint
+from avatarctl.weights.weight_file import WeightFile
 
 __all__ = [
     "DTYPE_NAMES",
@@ -45,32 +45,32 @@ _PATCH: Final = "patch_embedding.weight"
 class Step:
     """What became of a checkpoint; line: for people; operation: for the metadata, empty if none."""
 
-    checkpoint: Checkpoint
+    weight_file: WeightFile
     line: str
     operation: Mapping[str, Any]
 
 
-def plain_name(checkpoint: Checkpoint) -> str:
+def plain_name(weight_file: WeightFile) -> str:
     """Name of the file or folder that was read, without the folders above it."""
-    return checkpoint.path.name or checkpoint.path.resolve().name
+    return weight_file.path.name or weight_file.path.resolve().name
 
 
-def state_audio_offset(checkpoint: Checkpoint, offset: int) -> Step:
-    """A person's word for what no tensor tells: which frame a frame of sound drives.
+def state_audio_offset(weight_file: WeightFile, offset: int) -> Step:
+    """A person's word for what no tensor tells: which frame a frame of audio drives.
 
     Raises UsageError for a network that hears nothing.
     """
-    if checkpoint.audio_offset is None:
-        raise UsageError(f"{checkpoint.variant} has no audio layers", where="--audio-offset")
+    if weight_file.audio_offset is None:
+        raise UsageError(f"{weight_file.variant} has no audio layers", where="--audio-offset")
     stated = replace(
-        checkpoint, audio_offset=offset, audio_offset_rule="--audio-offset", audio_offset_assumed=False
+        weight_file, audio_offset=offset, audio_offset_rule="--audio-offset", audio_offset_assumed=False
     )
-    was = f" (it was {checkpoint.audio_offset}: {checkpoint.audio_offset_rule})"
+    was = f" (it was {weight_file.audio_offset}: {weight_file.audio_offset_rule})"
     line = f"audio offset {offset}, as stated{was}"
     return Step(stated, line, {"operation": "audio offset", "offset": offset})
 
 
-def merge(adapter: Checkpoint, base: Checkpoint, strength: float, dtype: str | None, emit: Emit) -> Step:
+def merge(adapter: WeightFile, base: WeightFile, strength: float, dtype: str | None, emit: Emit) -> Step:
     """`adapter` merged into `base`. dtype: as `merge_adapter` takes it.
 
     Raises UnusableWeights where the two do not belong together, or are together already.
@@ -86,7 +86,7 @@ def merge(adapter: Checkpoint, base: Checkpoint, strength: float, dtype: str | N
         "scale": adapter.scale_rule,
     }
     parts = (
-        (len(adapter.low_rank), "LoRA targets"),
+        (len(adapter.lora_pairs), "LoRA targets"),
         (len(adapter.differences), "differences"),
         (len(adapter.tensors), "tensors replaced"),
     )
@@ -95,42 +95,42 @@ def merge(adapter: Checkpoint, base: Checkpoint, strength: float, dtype: str | N
     return Step(merged, f"merged into {plain_name(base)} ({base.variant}): {changes}{factor}", operation)
 
 
-def extract(model: Checkpoint, base: Checkpoint, rank: int | None, to: Target, emit: Emit) -> Step:
-    """The adapter that makes `model` of `base`, for a file that `to` can hold; see `extract_low_rank`."""
+def extract(model: WeightFile, base: WeightFile, rank: int | None, to: Target, emit: Emit) -> Step:
+    """The adapter that makes `model` of `base`, for a file that `to` can hold; see `extract_adapter`."""
     if model.kind == "model":
         refuse_other_conventions(model, base)
 
     def require(differences: Sequence[str]) -> None:
         require_place(differences, to, model.path, fix="--to comfyui holds them")
 
-    adapter = extract_low_rank(model, base, rank=rank, emit=emit, on_differences=require)
+    adapter = extract_adapter(model, base, rank=rank, emit=emit, on_differences=require)
     adapter = replace(adapter, variant=variant_of("adapter", adapter.layout, adapter.sizes))
     operation = {"operation": "extract", "model": plain_name(model), "base": plain_name(base)}
     return Step(adapter, f"extracted: the difference from {plain_name(base)} ({base.variant})", operation)
 
 
-def change_channels(checkpoint: Checkpoint, wanted: int, *, drop: bool) -> Step:
+def change_channels(weight_file: WeightFile, wanted: int, *, drop: bool) -> Step:
     """More input channels, new ones zero as trainers make them, or with `drop` fewer.
 
     Raises UnusableWeights for a file whose channels are none of ours, UsageError for a loss not asked for.
     """
-    patch = checkpoint.tensors.get(_PATCH)
+    patch = weight_file.tensors.get(_PATCH)
     if patch is None:
         raise UnusableWeights(
-            f"is {checkpoint.variant} without a patch embedding: it has no channels to change",
-            where=checkpoint.path,
+            f"is {weight_file.variant} without a patch embedding: it has no channels to change",
+            where=weight_file.path,
         )
     held = patch.info.shape[1]
     if held not in _CHANNELS:
         raise UnusableWeights(
-            f"is {checkpoint.variant}: its {held} input channels mean other things than 16, 33, 49 or 65",
-            where=checkpoint.path,
+            f"is {weight_file.variant}: its {held} input channels mean other things than 16, 33, 49 or 65",
+            where=weight_file.path,
         )
     if wanted == held:
-        return Step(checkpoint, f"channels: {held} already", {})
+        return Step(weight_file, f"channels: {held} already", {})
     if wanted < held and not drop:
         raise UsageError(
-            f"{plain_name(checkpoint)} has {held} input channels, and {wanted} would lose some",
+            f"{plain_name(weight_file)} has {held} input channels, and {wanted} would lose some",
             where="--channels",
             fix="--drop-channels does so",
         )
@@ -139,19 +139,19 @@ def change_channels(checkpoint: Checkpoint, wanted: int, *, drop: bool) -> Step:
         if wanted > held
         else (drop_channels, f"the last {held - wanted} are dropped")
     )
-    sizes = replace(checkpoint.sizes, in_channels=wanted)
+    sizes = replace(weight_file.sizes, in_channels=wanted)
     changed = replace(
-        checkpoint,
-        tensors={**checkpoint.tensors, _PATCH: change(patch, wanted)},
+        weight_file,
+        tensors={**weight_file.tensors, _PATCH: change(patch, wanted)},
         sizes=sizes,
-        variant=variant_of(checkpoint.kind, checkpoint.layout, sizes),
+        variant=variant_of(weight_file.kind, weight_file.layout, sizes),
     )
-    audio = "; it still has no audio layers" if checkpoint.layout.family == "wan" else ""
+    audio = "; it still has no audio layers" if weight_file.layout.family == "wan" else ""
     operation = {"operation": "channels", "from": held, "to": wanted}
     return Step(changed, f"channels: {held} to {wanted}, {how}{audio}", operation)
 
 
-def change_dtype(checkpoint: Checkpoint, dtype: str, *files: Checkpoint | None) -> Step:
+def change_dtype(weight_file: WeightFile, dtype: str, *files: WeightFile | None) -> Step:
     """Every tensor in one dtype, but those that a file has in float32 and the network needs so.
 
     files: what was read, as a sum in `checkpoint` is float32 until it is cast.
@@ -161,17 +161,17 @@ def change_dtype(checkpoint: Checkpoint, dtype: str, *files: Checkpoint | None) 
     }
 
     def target(name: str) -> str:
-        return "F32" if held[name] == "F32" and checkpoint.layout.stays_float32(name) else dtype
+        return "F32" if held[name] == "F32" and weight_file.layout.stays_float32(name) else dtype
 
-    tensors = {name: cast(tensor, target(name)) for name, tensor in checkpoint.tensors.items()}
+    tensors = {name: cast(tensor, target(name)) for name, tensor in weight_file.tensors.items()}
     changed = replace(
-        checkpoint,
+        weight_file,
         tensors=tensors,
-        low_rank={
+        lora_pairs={
             module: replace(pair, down=cast(pair.down, dtype), up=cast(pair.up, dtype))
-            for module, pair in checkpoint.low_rank.items()
+            for module, pair in weight_file.lora_pairs.items()
         },
-        differences={name: cast(tensor, dtype) for name, tensor in checkpoint.differences.items()},
+        differences={name: cast(tensor, dtype) for name, tensor in weight_file.differences.items()},
     )
     word = next(name for name, code in DTYPE_NAMES.items() if code == dtype)
     kept = sum(target(name) != dtype for name in tensors)

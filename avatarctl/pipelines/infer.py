@@ -12,12 +12,12 @@ import torch
 from einops import rearrange
 
 from avatarctl.errors import AvatarctlError, EnvironmentMissing, NotYetSupported, OutputRefused
-from avatarctl.events import ChunkFinished, Emit, Notice, OutputFinished, Planned, Stage, silent
+from avatarctl.events import Emit, Notice, OutputFinished, Planned, SpanFinished, Stage, silent
 from avatarctl.family import Inputs, Modules
 from avatarctl.loading.modules import load_modules, resolve_device
 from avatarctl.media import BackgroundWriter, Soundtrack, VideoWriter, Waveform, partial_path
 from avatarctl.models.attention import choose_attention
-from avatarctl.models.encode import picture_tensor
+from avatarctl.models.encode import image_tensor
 from avatarctl.pipelines.job import Job, JobPlan
 from avatarctl.registry import Row
 from avatarctl.rng import latent_noise
@@ -102,11 +102,11 @@ def generate(
             height=cfg.output.height,
         )
     )
-    with Waveform(job.sound, lead_samples=plan.lead_samples) as waveform:
+    with Waveform(job.audio, lead_samples=plan.lead_samples) as waveform:
         inputs = Inputs(
-            picture=picture_tensor(
-                job.picture.pixels, (cfg.output.height, cfg.output.width), cfg.input.fit
-            ).to(device),
+            image=image_tensor(job.image.pixels, (cfg.output.height, cfg.output.width), cfg.input.fit).to(
+                device
+            ),
             waveform=waveform,
             samples=plan.samples,
             mean=plan.mean,
@@ -144,7 +144,7 @@ def write_video(
         width=output.width,
         height=output.height,
         fps=FPS,
-        soundtrack=Soundtrack(job.sound, plan.sound_delay),
+        soundtrack=Soundtrack(job.audio, plan.audio_delay),
         crf=output.crf,
         overwrite=output.overwrite,
     )
@@ -165,7 +165,7 @@ def write_video(
             if frames == 0:
                 first_frame = time.monotonic()
             frames += block.pixels.shape[1]
-            emit(ChunkFinished(block.span, frames))
+            emit(SpanFinished(block.span, frames))
             del block  # its pixels need not live while the next chunk is sampled
         encoder.finish()
     except BaseException as error:
@@ -183,7 +183,7 @@ def write_video(
 
 def _refuse_inputs(job: Job, path: Path) -> None:
     """An output, growing or finished, must not be a file that the job reads."""
-    for name in (job.picture.name, job.sound.name):
+    for name in (job.image.name, job.audio.name):
         for output in (path, partial_path(path)):
             with contextlib.suppress(OSError):  # one of the two is no file
                 if output.samefile(name):

@@ -12,7 +12,7 @@ from avatarctl.errors import UnusableAudio
 from avatarctl.events import Emit, Notice, Stage
 from avatarctl.families import family_named
 from avatarctl.family import Family, Plan
-from avatarctl.media import Picture, Sound, SoundSurvey, survey
+from avatarctl.media import Audio, AudioSurvey, StillImage, survey
 from avatarctl.registry import Row, outside_training
 from avatarctl.rng import stable_hash
 from avatarctl.sampling.window_order import chosen_order
@@ -21,16 +21,16 @@ from avatarctl.timeline import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, pixel_frames
 __all__ = ["Job", "JobPlan", "check_job"]
 
 _STRETCHED = 2.0  # a face that is this much too wide or too narrow is worth a word
-_WHOLE = 0.8  # of a picture: a crop that keeps less is worth a word, as a head may be outside
-_MORE = 0.05  # of a picture: what another size must keep besides to be named
+_WHOLE = 0.8  # of an image: a crop that keeps less is worth a word, as a head may be outside
+_MORE = 0.05  # of an image: what another size must keep besides to be named
 
 
 @dataclass(frozen=True)
 class Job:
-    """A picture, a voice and two prompts."""
+    """An image, a voice and two prompts."""
 
-    picture: Picture
-    sound: Sound
+    image: StillImage
+    audio: Audio
     prompt: str
     negative_prompt: str
 
@@ -38,18 +38,18 @@ class Job:
     def key(self) -> int:
         """Key of the job's random numbers: its own fields and the contents of its inputs, so that a result
         does not depend on file names, on other jobs or on their order."""
-        return stable_hash(self.picture.sha256, self.sound.sha256(), self.prompt, self.negative_prompt)
+        return stable_hash(self.image.sha256, self.audio.sha256(), self.prompt, self.negative_prompt)
 
 
 @dataclass(frozen=True)
 class JobPlan:
-    """A checked job. cfg has the output size filled in; lead_samples of silence stand before the sound;
-    mean and variance are those of silence and sound together, at 16 kHz."""
+    """A checked job. cfg has the output size filled in; lead_samples of silence stand before the audio;
+    mean and variance are those of silence and audio together, at 16 kHz."""
 
     cfg: RunConfig
     family: Family
     plan: Plan
-    survey: SoundSurvey
+    survey: AudioSurvey
     lead_samples: int
     mean: float
     variance: float
@@ -60,8 +60,8 @@ class JobPlan:
         return self.lead_samples + self.survey.samples
 
     @property
-    def sound_delay(self) -> Fraction:
-        """Seconds of silence before the user's sound in the finished file."""
+    def audio_delay(self) -> Fraction:
+        """Seconds of silence before the user's audio in the finished file."""
         offset = self.family.conventions(self.cfg).audio_offset
         return Fraction(self.lead_samples, SAMPLE_RATE) + Fraction(offset, FPS)
 
@@ -75,7 +75,7 @@ class JobPlan:
             "height": cfg.output.height,
             "fps": FPS,
             "frames": self.plan.frames,
-            "seconds_of_sound": round(self.survey.samples / SAMPLE_RATE, 3),
+            "seconds_of_audio": round(self.survey.samples / SAMPLE_RATE, 3),
             "strategy": self.plan.kind,
             "spans": self.plan.count,
             "latent_frames_per_span": next(self.plan.spans()).frames,
@@ -83,7 +83,7 @@ class JobPlan:
             "steps": cfg.sampling.steps,
             "branches": list(self.family.branches(self.family.guidance(cfg), 0)),
             "audio_offset": cfg.model.audio_offset,
-            "sound_delay_seconds": float(self.sound_delay),
+            "audio_delay_seconds": float(self.audio_delay),
             "seed": cfg.runtime.seed,
         }
 
@@ -94,22 +94,22 @@ class JobPlan:
 
 
 def check_job(cfg: RunConfig, row: Row, job: Job, emit: Emit) -> JobPlan:
-    """Read the sound once, choose the size, plan the spans.
+    """Read the audio once, choose the size, plan the spans.
 
-    Raises UnusableAudio for a sound without usable samples or shorter than a frame, UsageError for
+    Raises UnusableAudio for audio without usable samples or shorter than a frame, UsageError for
     impossible requests, NotYetSupported for settings without code.
     """
     require_supported(cfg, "infer")
     family = family_named(row.family)
-    emit(Stage("reading the sound"))
-    heard = survey(job.sound)
-    for material, warnings in ((job.picture, job.picture.warnings), (job.sound, heard.warnings)):
+    emit(Stage("reading the audio"))
+    heard = survey(job.audio)
+    for material, warnings in ((job.image, job.image.warnings), (job.audio, heard.warnings)):
         for warning in warnings:
             emit(Notice(f"{material.name}: {warning}", "warning"))
-    picture = job.picture.pixels.shape[:2]
+    image = job.image.pixels.shape[:2]
     height, width = cfg.output.height, cfg.output.width
     if height is None or width is None:
-        height, width = family.frame_size(picture, cfg)
+        height, width = family.frame_size(image, cfg)
     cfg = replace(cfg, output=replace(cfg.output, width=width, height=height))
     stated = row.defaults.get("model.audio_offset")
     if row.audio_offset_stated and cfg.model.audio_offset != stated:
@@ -117,10 +117,10 @@ def check_job(cfg: RunConfig, row: Row, job: Job, emit: Emit) -> JobPlan:
         emit(Notice(f"{row.name} was made with audio offset {stated}; {asked} moves the lips", "warning"))
     lead = round(cfg.output.lead_silence * SAMPLE_RATE)
     mean, variance = _with_silence(heard, lead)
-    _require_a_frame(lead + heard.samples, job.sound.name)
+    _require_a_frame(lead + heard.samples, job.audio.name)
     plan = family.plan(lead + heard.samples, cfg)
-    if doubt := _misfit(picture, (height, width), cfg, row):
-        emit(Notice(f"{job.picture.name}: {doubt}", "warning"))
+    if doubt := _misfit(image, (height, width), cfg, row):
+        emit(Notice(f"{job.image.name}: {doubt}", "warning"))
     for notice in family.notices(cfg):
         emit(Notice(notice))
     for notice in outside_training(
@@ -142,16 +142,16 @@ def check_job(cfg: RunConfig, row: Row, job: Job, emit: Emit) -> JobPlan:
     )
 
 
-def _misfit(picture: tuple[int, int], frame: tuple[int, int], cfg: RunConfig, row: Row) -> str:
-    """What a person should know of a picture in a frame, both (height, width); empty for nothing."""
-    factor = distortion(picture, frame)
+def _misfit(image: tuple[int, int], frame: tuple[int, int], cfg: RunConfig, row: Row) -> str:
+    """What a person should know of an image in a frame, both (height, width); empty for nothing."""
+    factor = distortion(image, frame)
     if cfg.input.fit == "stretch":
         return f"is stretched {factor:.1f} times out of shape" if factor > _STRETCHED else ""
     if (kept := 1 / factor) >= _WHOLE:
         return ""
-    cut = f"{1 - kept:.0%} of the picture is cut off to fill {frame[1]}x{frame[0]}"
-    height, width = nearest_shape(picture, (frame, *((high, wide) for wide, high in row.trained_for.sizes)))
-    better = 1 / distortion(picture, (height, width))
+    cut = f"{1 - kept:.0%} of the image is cut off to fill {frame[1]}x{frame[0]}"
+    height, width = nearest_shape(image, (frame, *((high, wide) for wide, high in row.trained_for.sizes)))
+    better = 1 / distortion(image, (height, width))
     return f"{cut} (--size {width}x{height} keeps {better:.0%})" if better > kept + _MORE else cut
 
 
@@ -162,12 +162,12 @@ def _require_a_frame(samples: int, name: str) -> None:
             f"too short: {samples} of {SAMPLES_PER_FRAME} samples at 16 kHz, {samples * milliseconds:.3g} of "
             f"the {SAMPLES_PER_FRAME * milliseconds:g} ms that one frame of video lasts",
             where=name,
-            fix="give longer sound",
+            fix="give longer audio",
         )
 
 
-def _with_silence(heard: SoundSurvey, lead: int) -> tuple[float, float]:
-    """Mean and population variance of `lead` zeros followed by the sound."""
+def _with_silence(heard: AudioSurvey, lead: int) -> tuple[float, float]:
+    """Mean and population variance of `lead` zeros followed by the audio."""
     if lead == 0:
         return heard.mean, heard.variance
     share = heard.samples / (heard.samples + lead)

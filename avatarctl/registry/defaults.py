@@ -105,7 +105,7 @@ STABLEAVATAR_OBLONG: Final[Defaults] = {
     "data.width": 832,
     "data.height": 480,
 }
-"""Without a size of the video: landscape or portrait, the picture decides."""
+"""Without a size of the video: landscape or portrait, the image decides."""
 
 STABLEAVATAR_TINY: Final[Defaults] = {
     **STABLEAVATAR,

@@ -36,7 +36,7 @@ ENCODER_FILES: Final[Mapping[str, str]] = {
     "tokenizer": "google/umt5-xxl/",
     "clip": "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
 }
-"""What stands beside the transformer in Wan releases, by part; "clip" in those that look at a picture."""
+"""What stands beside the transformer in Wan releases, by part; "clip" in those that look at an image."""
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def _stableavatar(
 
 MODELS: Final = (
     Row(
-        "cartoon-i2v", "model", "built-in cartoon model, picture and voice to video", WORKS, "package",
+        "cartoon-i2v", "model", "built-in cartoon model, image and voice to video", WORKS, "package",
         family="omniavatar",
         network=networks.CARTOON,
         defaults=defaults.CARTOON,

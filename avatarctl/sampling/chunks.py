@@ -24,7 +24,7 @@ def sample_chunks(
 ) -> Iterator[FrameBlock]:
     """Blocks of finished frames in order, `plan.frames` in all."""
     family = denoise.family
-    device = inputs.picture.device
+    device = inputs.image.device
     with torch.no_grad():
         state = family.open(modules, inputs, cfg)
     carry: Carry = None

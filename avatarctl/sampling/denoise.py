@@ -24,7 +24,7 @@ NoiseSource = Callable[[int, Sequence[int | str], int, int, tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Denoiser:
-    """Steps of one job: noise levels [steps + 1], float32, and the guidance. unit: what people call a span
+    """Steps of one job: sigmas [steps + 1], float32, and the guidance. unit: what people call a span
     (`events.Planned`)."""
 
     family: Family

@@ -1,4 +1,4 @@
-"""Long video as overlapping windows that are blended in every step.
+"""Long video as fused windows that are blended in every step.
 
     for (window, step) in order: x = latents of the step before; latents = fuse(Euler(predict(x)))
 
@@ -78,7 +78,7 @@ def sample_fused(
                 alive[window] = denoise.prepare(condition, state)
                 key, first = family.noise_key(span, inputs)
                 x = denoise.noise(cfg.runtime.seed, key, first, span.frames, plan.shape)
-                x = x.to(inputs.picture.device)
+                x = x.to(inputs.image.device)
                 del condition
             else:
                 x = levels[step - 1].read(span.start, span.start + span.frames)

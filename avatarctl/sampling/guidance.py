@@ -5,12 +5,12 @@ sum; the weights sum to 1 and a pass of weight zero is not run. t and a are the 
 audio (a = t unless given).
 
     text first    v_negative + t (v_silent - v_negative) + a (v_full - v_silent)
-                  full: prompt and sound; silent: prompt, no sound; negative: negative prompt, no sound
+                  full: prompt and audio; silent: prompt, no audio; negative: negative prompt, no audio
     audio first   v_silent_negative + a (v_negative - v_silent_negative) + t (v_full - v_negative)
-                  full: prompt and sound; negative: negative prompt, sound; silent_negative: neither
+                  full: prompt and audio; negative: negative prompt, audio; silent_negative: neither
     native        v_full + (a - 1) (v_full - v_silent) + (t - 1) (v_full - v_unpaired)
-                  full: prompt and sound; silent: prompt, silence in place of the sound; unpaired: prompt,
-                  nothing from sound and latents together. Our reading of arXiv 2508.08248, unverified
+                  full: prompt and audio; silent: prompt, silence in place of the audio; unpaired: prompt,
+                  nothing from audio and latents together. Our reading of arXiv 2508.08248, unverified
                   against unpublished code: what the audio adapter refines is a second predicted variable
                   that steers the sampling of the first.
 """
@@ -27,13 +27,13 @@ __all__ = ["audio_first", "combine", "native", "text_first"]
 
 
 def text_first(guidance: Guidance) -> dict[str, float]:
-    """Weights of classifier-free guidance by the prompt, then by the sound, in running order."""
+    """Weights of classifier-free guidance by the prompt, then by the audio, in running order."""
     text, audio = _scales(guidance)
     return _weighted(full=audio, silent=text - audio, negative=1 - text)
 
 
 def audio_first(guidance: Guidance) -> dict[str, float]:
-    """Weights of classifier-free guidance by the sound, then by the prompt, in running order."""
+    """Weights of classifier-free guidance by the audio, then by the prompt, in running order."""
     text, audio = _scales(guidance)
     return _weighted(full=text, negative=audio - text, silent_negative=1 - audio)
 

@@ -17,11 +17,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from avatarctl.errors import UnusableWeights, printable
-from avatarctl.files.tensors import DTYPES, Tensor, read_whole, to_float32
+from avatarctl.files.tensors import DTYPES, StoredTensor, read_whole, to_float32
 from avatarctl.weights.layouts import UNSTATED_SCALES
 from avatarctl.weights.naming import Names
 from avatarctl.weights.stated_alpha import StatedAlpha, finite_number, stated_alpha
-from avatarctl.weights.weight_file import LowRank, Naming
+from avatarctl.weights.weight_file import LoraPair, Naming
 
 __all__ = ["Pairs", "read_pairs"]
 
@@ -30,16 +30,16 @@ _BAKED: Final = "it tells what was multiplied into the matrices"
 
 @dataclass(frozen=True)
 class Pairs:
-    """low_rank: by original module; scale and scale_rule: see `Checkpoint`; notes: what was not obeyed."""
+    """low_rank: by original module; scale and scale_rule: see `WeightFile`; notes: what was not obeyed."""
 
-    low_rank: Mapping[str, LowRank]
+    lora_pairs: Mapping[str, LoraPair]
     scale: float
     scale_rule: str
     notes: tuple[str, ...] = ()
 
 
 def read_pairs(
-    names: Names, tensors: Mapping[str, Tensor], config: Mapping[str, Any], metadata: Mapping[str, str]
+    names: Names, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any], metadata: Mapping[str, str]
 ) -> Pairs:
     """The LoRA pairs of a file, with the alpha of each as far as anything states it.
 
@@ -52,16 +52,18 @@ def read_pairs(
             parts.setdefault(placed.name, {})[placed.role] = name
     if not parts:
         return Pairs({}, 1.0, "")
-    low_rank = {module: _pair(module, part, tensors) for module, part in parts.items()}
-    own = sum(pair.alpha is not None for pair in low_rank.values())
+    lora_pairs = {module: _pair(module, part, tensors) for module, part in parts.items()}
+    own = sum(pair.alpha is not None for pair in lora_pairs.values())
     stated = stated_alpha(names, config, metadata)
     in_file = {module: names.module_in_file(part["down"]) for module, part in parts.items()}
     if stated is not None:
-        low_rank = {module: _with_alpha(pair, stated, in_file[module]) for module, pair in low_rank.items()}
+        lora_pairs = {
+            module: _with_alpha(pair, stated, in_file[module]) for module, pair in lora_pairs.items()
+        }
     scale, rule = 1.0, "alpha of each target, in the file"
     notes: list[str] = []
-    if own < len(low_rank):
-        some = f"alpha in the file for {own} of {len(low_rank)} targets, else " if own else ""
+    if own < len(lora_pairs):
+        some = f"alpha in the file for {own} of {len(lora_pairs)} targets, else " if own else ""
         scale, rule = _rule(names.naming, stated, in_file.values(), "ss_network_alpha" in metadata)
         rule = some + rule
         if stated is None and "ss_network_alpha" in metadata:
@@ -72,10 +74,10 @@ def read_pairs(
         if idle := stated.idle(in_file.values()):
             what = f"{len(idle)} patterns of {stated.source} name no target here"
             notes.append(f"{what}, the first one is {idle[0][:100]}")
-    return Pairs(low_rank, scale, rule, tuple(notes))
+    return Pairs(lora_pairs, scale, rule, tuple(notes))
 
 
-def _with_alpha(pair: LowRank, stated: StatedAlpha, module: str) -> LowRank:
+def _with_alpha(pair: LoraPair, stated: StatedAlpha, module: str) -> LoraPair:
     """`pair` with the stated alpha, unless it has its own."""
     if pair.alpha is not None:
         return pair
@@ -98,7 +100,7 @@ def _rule(
     return scale, f"no alpha is stated: {why}"
 
 
-def _pair(module: str, part: Mapping[str, str], tensors: Mapping[str, Tensor]) -> LowRank:
+def _pair(module: str, part: Mapping[str, str], tensors: Mapping[str, StoredTensor]) -> LoraPair:
     for role, name in (("down", "lora_A"), ("up", "lora_B")):
         if role not in part:
             raise UnusableWeights(f"{module} lacks its {name}: half of a LoRA pair is missing")
@@ -112,10 +114,10 @@ def _pair(module: str, part: Mapping[str, str], tensors: Mapping[str, Tensor]) -
             f"{module}: LoRA ranks disagree, lora_A has shape {list(down.info.shape)} and lora_B "
             f"{list(up.info.shape)}"
         )
-    return LowRank(down, up, _alpha(part["alpha"], tensors) if "alpha" in part else None)
+    return LoraPair(down, up, _alpha(part["alpha"], tensors) if "alpha" in part else None)
 
 
-def _alpha(name: str, tensors: Mapping[str, Tensor]) -> float:
+def _alpha(name: str, tensors: Mapping[str, StoredTensor]) -> float:
     tensor = tensors[name]
     if tensor.info.numel != 1:
         raise UnusableWeights(f"{name[:100]}: an alpha of shape {list(tensor.info.shape)}, not one number")

@@ -12,12 +12,12 @@ from dataclasses import asdict
 from typing import Any, Final
 
 from avatarctl.errors import UnusableWeights, printable
-from avatarctl.files.tensors import Tensor, size_text
+from avatarctl.files.tensors import StoredTensor, size_text
 from avatarctl.weights.loaders import verdicts
 from avatarctl.weights.made_for import trained_shape
 from avatarctl.weights.metadata import OwnMetadata, read_own
 from avatarctl.weights.published import PUBLISHED, hash_of
-from avatarctl.weights.weight_file import Checkpoint, LowRank
+from avatarctl.weights.weight_file import LoraPair, WeightFile
 
 __all__ = ["NAMINGS", "describe", "lines", "size_text"]
 
@@ -34,11 +34,11 @@ NAMINGS: Final = {
 _KINDS: Final = {"model": " (full model)", "adapter": "", "component": ""}  # their variants say it
 _CONVENTIONS: Final = {
     "mask_keep": "mask value that keeps", "hole": "value in the hole", "fps": "frames per second",
-    "sigma_shift": "shift of the noise levels", "audio_offset": "audio offset",
+    "sigma_shift": "shift of the sigmas", "audio_offset": "audio offset",
 }  # fmt: skip
 
 
-def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+def describe(weight_file: WeightFile) -> dict[str, Any]:
     """All facts about a file, ready for JSON.
 
     parameters, tensors, dtypes and bytes count what has a place in the network; alphas are not counted. bytes
@@ -48,44 +48,44 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     Raises UnusableWeights where our own metadata in the file is damaged.
     """
     try:
-        own = read_own(checkpoint.metadata)
+        own = read_own(weight_file.metadata)
     except UnusableWeights as error:
-        error.where = checkpoint.path
+        error.where = weight_file.path
         raise
-    fingerprint = hash_of(checkpoint)
+    fingerprint = hash_of(weight_file)
     return {
-        "path": str(checkpoint.path),
-        "files": [file.name for file in checkpoint.files],
-        "format": checkpoint.format or None,
-        "naming": checkpoint.naming,
-        "kind": checkpoint.kind,
-        "family": checkpoint.layout.family,
-        "variant": checkpoint.variant,
-        "supported": checkpoint.layout.supported,
-        **_network(checkpoint),
-        **_updates(checkpoint),
-        **_training(checkpoint, own),
-        **_amounts(checkpoint),
+        "path": str(weight_file.path),
+        "files": [file.name for file in weight_file.files],
+        "format": weight_file.format or None,
+        "naming": weight_file.naming,
+        "kind": weight_file.kind,
+        "family": weight_file.layout.family,
+        "variant": weight_file.variant,
+        "supported": weight_file.layout.supported,
+        **_network(weight_file),
+        **_updates(weight_file),
+        **_training(weight_file, own),
+        **_amounts(weight_file),
         "published_hash": fingerprint,
         "published_as": PUBLISHED.get(fingerprint or ""),
-        "loaders": [asdict(verdict) for verdict in verdicts(checkpoint)],
-        "unknown": list(checkpoint.unknown),
-        "missing": list(checkpoint.missing),
-        "notes": list(checkpoint.notes),
-        "config": dict(checkpoint.config),
-        "metadata": dict(checkpoint.metadata),
+        "loaders": [asdict(verdict) for verdict in verdicts(weight_file)],
+        "unknown": list(weight_file.unknown),
+        "missing": list(weight_file.missing),
+        "notes": list(weight_file.notes),
+        "config": dict(weight_file.config),
+        "metadata": dict(weight_file.metadata),
     }
 
 
-def _network(checkpoint: Checkpoint) -> dict[str, Any]:
-    sizes = checkpoint.sizes
+def _network(weight_file: WeightFile) -> dict[str, Any]:
+    sizes = weight_file.sizes
     facts = {
         "channels": sizes.in_channels,
         "out_channels": sizes.out_channels,
         "layers": sizes.layers,
         "width": sizes.width,
         "ffn": sizes.ffn,
-        "heads": checkpoint.heads,
+        "heads": weight_file.heads,
         "text_dim": sizes.text_dim,
         "image_dim": sizes.image_dim,
         "audio_hidden_size": sizes.audio_hidden_size,
@@ -99,40 +99,40 @@ def _network(checkpoint: Checkpoint) -> dict[str, Any]:
     return {name: value or None for name, value in facts.items()}
 
 
-def _updates(checkpoint: Checkpoint) -> dict[str, Any]:
-    pairs = checkpoint.low_rank.values()
+def _updates(weight_file: WeightFile) -> dict[str, Any]:
+    pairs = weight_file.lora_pairs.values()
     return {
         "targets": len(pairs),
         "ranks": sorted({pair.rank for pair in pairs}),
         "alphas": sorted({alpha for pair in pairs if (alpha := _alpha(pair)) is not None}),
-        "scales": sorted({checkpoint.scale_of(pair) for pair in pairs}),
-        "scale_rule": checkpoint.scale_rule or None,
-        "differences": len(checkpoint.differences),
-        "whole_tensors": len(checkpoint.tensors) if checkpoint.kind == "adapter" else None,
+        "scales": sorted({weight_file.scale_of(pair) for pair in pairs}),
+        "scale_rule": weight_file.scale_rule or None,
+        "differences": len(weight_file.differences),
+        "whole_tensors": len(weight_file.tensors) if weight_file.kind == "adapter" else None,
     }
 
 
-def _alpha(pair: LowRank) -> float | None:
+def _alpha(pair: LoraPair) -> float | None:
     """As it is stated, before a factor for rank-stabilised LoRA."""
     return pair.alpha if pair.stated_alpha is None else pair.stated_alpha
 
 
-def _training(checkpoint: Checkpoint, own: OwnMetadata) -> dict[str, Any]:
+def _training(weight_file: WeightFile, own: OwnMetadata) -> dict[str, Any]:
     """What configs and our own metadata say; the config beside the file first."""
-    config = {**own.config, **checkpoint.config}
+    config = {**own.config, **weight_file.config}
     return {
         "train_architecture": config.get("train_architecture"),
         "random_prefix_frames": config.get("random_prefix_frames"),
-        "made_for": trained_shape(checkpoint),
-        "audio_offset": checkpoint.audio_offset,
-        "audio_offset_rule": checkpoint.audio_offset_rule or None,
+        "made_for": trained_shape(weight_file),
+        "audio_offset": weight_file.audio_offset,
+        "audio_offset_rule": weight_file.audio_offset_rule or None,
         "conventions": dict(own.conventions),
         "operations": [dict(step) for step in own.operations],
     }
 
 
-def _amounts(checkpoint: Checkpoint) -> dict[str, Any]:
-    infos = [tensor.info for tensor in _tensors(checkpoint)]
+def _amounts(weight_file: WeightFile) -> dict[str, Any]:
+    infos = [tensor.info for tensor in _tensors(weight_file)]
     return {
         "tensors": len(infos),
         "dtypes": dict(Counter(info.dtype for info in infos).most_common()),
@@ -141,10 +141,10 @@ def _amounts(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _tensors(checkpoint: Checkpoint) -> Iterator[Tensor]:
-    yield from checkpoint.tensors.values()
-    yield from checkpoint.differences.values()
-    for pair in checkpoint.low_rank.values():
+def _tensors(weight_file: WeightFile) -> Iterator[StoredTensor]:
+    yield from weight_file.tensors.values()
+    yield from weight_file.differences.values()
+    for pair in weight_file.lora_pairs.values():
         yield pair.down
         yield pair.up
 
@@ -210,7 +210,7 @@ def _sizes(facts: Mapping[str, Any]) -> str:
     told = (
         ("channels", "{} input channels"), ("layers", "layers {}"), ("width", "width {}"), ("ffn", "ffn {}"),
         ("audio_hidden_size", "audio {}"), ("image_dim", "CLIP {}"),
-        ("vocal_dim", "sound tokens {}"), ("vocal_layers", "layers of their projector {}"),
+        ("vocal_dim", "audio tokens {}"), ("vocal_layers", "layers of their projector {}"),
         ("vocal_heads", "its heads {}"),
     )  # fmt: skip
     return ", ".join(form.format(facts[name]) for name, form in told if facts[name])

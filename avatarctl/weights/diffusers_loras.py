@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Final
 
-from avatarctl.weights.weight_file import Checkpoint
+from avatarctl.weights.weight_file import WeightFile
 
 __all__ = ["lets_differences_fall", "what_stops_it"]
 
@@ -26,27 +26,27 @@ _IN_PAIRS: Final = ("time_projection.1", "img_emb.proj.1", "img_emb.proj.3")
 _HEAD: Final = "head.head"
 
 
-def what_stops_it(checkpoint: Checkpoint) -> str:
+def what_stops_it(weight_file: WeightFile) -> str:
     """Why `load_lora_weights` raises for an adapter whose names begin as they should, or nothing."""
-    if checkpoint.naming == "diffusers":
-        return "differences beside the names of diffusers are refused" if checkpoint.differences else ""
-    alphas = {name.removesuffix(".alpha") for name in checkpoint.names if name.endswith(".alpha")}
-    if checkpoint.naming == "kohya":
-        return _what_stops_kohya(checkpoint, len(alphas))
-    return _what_stops_comfyui(checkpoint, alphas)
+    if weight_file.naming == "diffusers":
+        return "differences beside the names of diffusers are refused" if weight_file.differences else ""
+    alphas = {name.removesuffix(".alpha") for name in weight_file.names if name.endswith(".alpha")}
+    if weight_file.naming == "kohya":
+        return _what_stops_kohya(weight_file, len(alphas))
+    return _what_stops_comfyui(weight_file, alphas)
 
 
-def _what_stops_kohya(checkpoint: Checkpoint, alphas: int) -> str:
-    modules = checkpoint.low_rank.keys()
+def _what_stops_kohya(weight_file: WeightFile, alphas: int) -> str:
+    modules = weight_file.lora_pairs.keys()
     numbers = range(len({_number(module) for module in modules}))
     whole = {f"blocks.{i}.{name}" for i in numbers for name in (*_LINEARS, *_seeing(modules))}
-    if modules == whole and alphas == len(modules) and not checkpoint.differences:
+    if modules == whole and alphas == len(modules) and not weight_file.differences:
         return ""
     return "of kohya's names it wants all ten linear layers of every block, each with .alpha, and no more"
 
 
-def _what_stops_comfyui(checkpoint: Checkpoint, alphas: Collection[str]) -> str:
-    modules, changed = checkpoint.low_rank.keys(), checkpoint.differences.keys()
+def _what_stops_comfyui(weight_file: WeightFile, alphas: Collection[str]) -> str:
+    modules, changed = weight_file.lora_pairs.keys(), weight_file.differences.keys()
     if not any(name.startswith("blocks.") for name in (*modules, *changed)):
         return "there is nothing in it for the blocks"
     outside = {module for module in modules if not _in_block(module, modules)}
@@ -62,10 +62,10 @@ def _what_stops_comfyui(checkpoint: Checkpoint, alphas: Collection[str]) -> str:
     return ""
 
 
-def lets_differences_fall(checkpoint: Checkpoint) -> bool:
+def lets_differences_fall(weight_file: WeightFile) -> bool:
     """Whether `load_lora_weights` loads an adapter without all of its differences."""
-    modules = checkpoint.low_rank.keys()
-    return not all(_is_kept(name, modules) for name in checkpoint.differences)
+    modules = weight_file.lora_pairs.keys()
+    return not all(_is_kept(name, modules) for name in weight_file.differences)
 
 
 def _is_kept(difference: str, modules: Collection[str]) -> bool:
@@ -85,7 +85,7 @@ def _in_block(module: str, modules: Collection[str]) -> bool:
 
 
 def _seeing(modules: Collection[str]) -> tuple[str, ...]:
-    """The layers for pictures, which are converted where both are in the file."""
+    """The layers for images, which are converted where both are in the file."""
     return _SEEING if all(any(part in module for module in modules) for part in ("k_img", "v_img")) else ()
 
 

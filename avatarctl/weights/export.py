@@ -1,4 +1,4 @@
-"""A `Checkpoint` under the names that another program expects, with the small files that go beside it.
+"""A `WeightFile` under the names that another program expects, with the small files that go beside it.
 
     target      model                                adapter
     original    release names                        blocks.N.self_attn.q.lora_A.default.weight, config.json
@@ -23,11 +23,11 @@ from typing import Any, Final, Literal, get_args
 import numpy as np
 
 from avatarctl.errors import UnusableWeights, UsageError
-from avatarctl.files.tensors import ArrayTensor, Tensor
+from avatarctl.files.tensors import ArrayTensor, StoredTensor
 from avatarctl.weights.layouts import LAYOUTS, WAN
 from avatarctl.weights.metadata import network_of, stated_network
 from avatarctl.weights.padding import padded_pair
-from avatarctl.weights.weight_file import Checkpoint, LowRank
+from avatarctl.weights.weight_file import LoraPair, WeightFile
 
 __all__ = ["TARGETS", "Export", "Target", "export", "require_place", "with_release_config"]
 
@@ -59,26 +59,26 @@ class Export:
     """
 
     name: str
-    tensors: Mapping[str, Tensor]
-    companion: Mapping[str, Tensor] = field(default_factory=dict)
+    tensors: Mapping[str, StoredTensor]
+    companion: Mapping[str, StoredTensor] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     documents: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     needs_folder: bool = False
     notes: tuple[str, ...] = ()
 
 
-def export(checkpoint: Checkpoint, target: Target) -> Export:
+def export(weight_file: WeightFile, target: Target) -> Export:
     """`checkpoint` as `target` names it; its config is the release's, see `with_release_config`.
 
     Raises UsageError for a target that cannot hold this kind of checkpoint, UnusableWeights for contents that
     the target has no name for.
     """
-    if checkpoint.kind == "model":
-        return _MODELS[target](checkpoint)
+    if weight_file.kind == "model":
+        return _MODELS[target](weight_file)
     require_place(
-        list(checkpoint.differences), target, checkpoint.path, fix="use --to comfyui, or --merge-lora"
+        list(weight_file.differences), target, weight_file.path, fix="use --to comfyui, or --merge-lora"
     )
-    return _ADAPTERS[target](checkpoint)
+    return _ADAPTERS[target](weight_file)
 
 
 def require_place(differences: Sequence[str], target: Target, where: Path, *, fix: str) -> None:
@@ -96,28 +96,28 @@ def require_place(differences: Sequence[str], target: Target, where: Path, *, fi
 # Models
 
 
-def _original_model(checkpoint: Checkpoint) -> Export:
+def _original_model(weight_file: WeightFile) -> Export:
     """A full model of an avatar, read from a release, keeps the name that the release has."""
-    documents = {"config.json": checkpoint.config} if checkpoint.config else {}
+    documents = {"config.json": weight_file.config} if weight_file.config else {}
     # The last file is the base's where an adapter was merged.
-    released = checkpoint.layout.family != "wan" and checkpoint.files[-1].name.startswith("pytorch_model")
+    released = weight_file.layout.family != "wan" and weight_file.files[-1].name.startswith("pytorch_model")
     name = _RELEASE_FILE if released else _MODEL_FILE
-    return Export(name, dict(checkpoint.tensors), documents=documents)
+    return Export(name, dict(weight_file.tensors), documents=documents)
 
 
-def _comfyui_model(checkpoint: Checkpoint) -> Export:
-    tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in checkpoint.tensors.items()}
+def _comfyui_model(weight_file: WeightFile) -> Export:
+    tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in weight_file.tensors.items()}
     return Export("model.safetensors", tensors)
 
 
-def _diffusers_model(checkpoint: Checkpoint) -> Export:
-    tensors = {_internal(checkpoint, name): tensor for name, tensor in checkpoint.tensors.items()}
+def _diffusers_model(weight_file: WeightFile) -> Export:
+    tensors = {_internal(weight_file, name): tensor for name, tensor in weight_file.tensors.items()}
     return Export(
-        _MODEL_FILE, tensors, documents={"config.json": _diffusers_config(checkpoint)}, needs_folder=True
+        _MODEL_FILE, tensors, documents={"config.json": _diffusers_config(weight_file)}, needs_folder=True
     )
 
 
-def _peft_model(checkpoint: Checkpoint) -> Export:
+def _peft_model(weight_file: WeightFile) -> Export:
     raise UsageError(
         "a full model is no adapter",
         where="--to peft",
@@ -133,24 +133,24 @@ _MODELS: Final = {
 }
 
 
-def _diffusers_config(checkpoint: Checkpoint) -> dict[str, Any]:
+def _diffusers_config(weight_file: WeightFile) -> dict[str, Any]:
     """Constructor arguments of the network, as diffusers' `from_config` reads them."""
-    sizes, heads = checkpoint.sizes, checkpoint.heads
+    sizes, heads = weight_file.sizes, weight_file.heads
     if not heads or sizes.width % heads:
         raise UnusableWeights(
-            f"the number of attention heads is unknown for a width of {sizes.width}", where=checkpoint.path
+            f"the number of attention heads is unknown for a width of {sizes.width}", where=weight_file.path
         )
     config: dict[str, Any] = {
         "patch_size": PATCH_SIZE,
         "num_attention_heads": heads,
         "attention_head_dim": sizes.width // heads,
-        **checkpoint.layout.constructor(sizes),
+        **weight_file.layout.constructor(sizes),
         "cross_attn_norm": True,
         "qk_norm": "rms_norm_across_heads",
-        "eps": network_of(checkpoint)["eps"],
+        "eps": network_of(weight_file)["eps"],
     }
-    named = {"_class_name": checkpoint.layout.class_name, **config}
-    if checkpoint.layout is not WAN:
+    named = {"_class_name": weight_file.layout.class_name, **config}
+    if weight_file.layout is not WAN:
         return named
     return {
         **named,
@@ -161,43 +161,43 @@ def _diffusers_config(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _internal(checkpoint: Checkpoint, name: str) -> str:
+def _internal(weight_file: WeightFile, name: str) -> str:
     """The diffusers name of an original one."""
-    internal = checkpoint.layout.key_map.to_internal(name)
+    internal = weight_file.layout.key_map.to_internal(name)
     if internal is None:
-        raise UnusableWeights(f"{name[:100]} has no name in diffusers", where=checkpoint.path)
+        raise UnusableWeights(f"{name[:100]} has no name in diffusers", where=weight_file.path)
     return internal
 
 
-def _internal_module(checkpoint: Checkpoint, module: str) -> str:
-    return _internal(checkpoint, f"{module}.weight").removesuffix(".weight")
+def _internal_module(weight_file: WeightFile, module: str) -> str:
+    return _internal(weight_file, f"{module}.weight").removesuffix(".weight")
 
 
 # Adapters
 
 
-def _original_adapter(checkpoint: Checkpoint) -> Export:
+def _original_adapter(weight_file: WeightFile) -> Export:
     """One rank and one alpha, as the release's config has them; pairs of lower rank are filled with zeros."""
-    scales = {_scale(checkpoint, pair) for pair in checkpoint.low_rank.values()}
+    scales = {_scale(weight_file, pair) for pair in weight_file.lora_pairs.values()}
     if len(scales) > 1:
         raise UnusableWeights(
             f"{len(scales)} different scales; the release's format holds one",
-            where=checkpoint.path,
+            where=weight_file.path,
             fix="use --to comfyui, peft or diffusers",
         )
-    ranks = sorted({pair.rank for pair in checkpoint.low_rank.values()})
-    tensors: dict[str, Tensor] = {}
-    for module, pair in checkpoint.low_rank.items():
+    ranks = sorted({pair.rank for pair in weight_file.lora_pairs.values()})
+    tensors: dict[str, StoredTensor] = {}
+    for module, pair in weight_file.lora_pairs.items():
         full = padded_pair(pair, ranks[-1])
         tensors[f"{module}.lora_A.default.weight"] = full.down
         tensors[f"{module}.lora_B.default.weight"] = full.up
-    tensors |= checkpoint.tensors
+    tensors |= weight_file.tensors
     metadata = {}
     if ranks:
         fields = {
             "r": ranks[-1],
-            "lora_alpha": checkpoint.config["lora_alpha"],
-            "target_modules": list(checkpoint.low_rank),
+            "lora_alpha": weight_file.config["lora_alpha"],
+            "target_modules": list(weight_file.lora_pairs),
         }
         metadata = {"lora_adapter_metadata": _document(fields)}
     notes: tuple[str, ...] = ()
@@ -209,39 +209,39 @@ def _original_adapter(checkpoint: Checkpoint) -> Export:
         _RELEASE_FILE,
         tensors,
         metadata=metadata,
-        documents={"config.json": checkpoint.config},
+        documents={"config.json": weight_file.config},
         notes=notes,
     )
 
 
-def _diffusers_adapter(checkpoint: Checkpoint) -> Export:
+def _diffusers_adapter(weight_file: WeightFile) -> Export:
     prefix = "transformer."
-    tensors = _lora_tensors(checkpoint, prefix)
-    fields = {f"{prefix}{key}": value for key, value in _lora_config(checkpoint).items()}
+    tensors = _lora_tensors(weight_file, prefix)
+    fields = {f"{prefix}{key}": value for key, value in _lora_config(weight_file).items()}
     return Export(
         "pytorch_lora_weights.safetensors",
         tensors,
         # Bare names: they load into the transformer with load_state_dict(..., strict=False).
-        companion={_internal(checkpoint, name): tensor for name, tensor in checkpoint.tensors.items()},
+        companion={_internal(weight_file, name): tensor for name, tensor in weight_file.tensors.items()},
         metadata={"lora_adapter_metadata": _document(fields)} if tensors else {},
         needs_folder=True,
     )
 
 
-def _peft_adapter(checkpoint: Checkpoint) -> Export:
+def _peft_adapter(weight_file: WeightFile) -> Export:
     prefix = "base_model.model."
-    tensors = _lora_tensors(checkpoint, prefix)
+    tensors = _lora_tensors(weight_file, prefix)
     if not tensors:
         raise UnusableWeights(
-            "no low-rank updates: peft has no place for whole tensors alone", where=checkpoint.path
+            "no low-rank updates: peft has no place for whole tensors alone", where=weight_file.path
         )
     saved: dict[str, None] = {}
-    for name, tensor in checkpoint.tensors.items():
-        internal = _internal(checkpoint, name)
+    for name, tensor in weight_file.tensors.items():
+        internal = _internal(weight_file, name)
         module, _, kind = internal.rpartition(".")
         if kind not in ("weight", "bias"):
             raise UnusableWeights(
-                f"{name[:100]} belongs to no module that peft could save", where=checkpoint.path
+                f"{name[:100]} belongs to no module that peft could save", where=weight_file.path
             )
         saved[module] = None
         tensors[f"{prefix}{internal}"] = tensor
@@ -251,7 +251,7 @@ def _peft_adapter(checkpoint: Checkpoint) -> Export:
         "base_model_name_or_path": None,
         "bias": "none",
         "inference_mode": True,
-        **_lora_config(checkpoint),
+        **_lora_config(weight_file),
         "modules_to_save": list(saved) or None,
     }
     return Export(
@@ -259,18 +259,18 @@ def _peft_adapter(checkpoint: Checkpoint) -> Export:
     )
 
 
-def _comfyui_adapter(checkpoint: Checkpoint) -> Export:
+def _comfyui_adapter(weight_file: WeightFile) -> Export:
     """ComfyUI takes a missing `.alpha` as a scale of 1, so that every target states its own."""
     prefix = "diffusion_model."
-    tensors: dict[str, Tensor] = {}
-    for module, pair in checkpoint.low_rank.items():
-        alpha = np.array(_alpha(checkpoint, pair), "<f4")
+    tensors: dict[str, StoredTensor] = {}
+    for module, pair in weight_file.lora_pairs.items():
+        alpha = np.array(_alpha(weight_file, pair), "<f4")
         tensors[f"{prefix}{module}.lora_A.weight"] = pair.down
         tensors[f"{prefix}{module}.lora_B.weight"] = pair.up
         tensors[f"{prefix}{module}.alpha"] = ArrayTensor(alpha, "F32")
-    for name, tensor in checkpoint.differences.items():
+    for name, tensor in weight_file.differences.items():
         tensors[f"{prefix}{_difference(name)}"] = tensor
-    companion = {f"{prefix}{name}": tensor for name, tensor in checkpoint.tensors.items()}
+    companion = {f"{prefix}{name}": tensor for name, tensor in weight_file.tensors.items()}
     return Export("pytorch_lora_weights.safetensors", tensors, companion=companion)
 
 
@@ -289,29 +289,29 @@ _ADAPTERS: Final = {
 }
 
 
-def _scale(checkpoint: Checkpoint, pair: LowRank) -> float:
-    return checkpoint.scale_of(pair)
+def _scale(weight_file: WeightFile, pair: LoraPair) -> float:
+    return weight_file.scale_of(pair)
 
 
-def _alpha(checkpoint: Checkpoint, pair: LowRank) -> float:
-    return checkpoint.scale * pair.rank if pair.alpha is None else pair.alpha
+def _alpha(weight_file: WeightFile, pair: LoraPair) -> float:
+    return weight_file.scale * pair.rank if pair.alpha is None else pair.alpha
 
 
-def _lora_tensors(checkpoint: Checkpoint, prefix: str) -> dict[str, Tensor]:
+def _lora_tensors(weight_file: WeightFile, prefix: str) -> dict[str, StoredTensor]:
     tensors = {}
-    for module, pair in checkpoint.low_rank.items():
-        internal = _internal_module(checkpoint, module)
+    for module, pair in weight_file.lora_pairs.items():
+        internal = _internal_module(weight_file, module)
         tensors[f"{prefix}{internal}.lora_A.weight"] = pair.down
         tensors[f"{prefix}{internal}.lora_B.weight"] = pair.up
     return tensors
 
 
-def _lora_config(checkpoint: Checkpoint) -> dict[str, Any]:
+def _lora_config(weight_file: WeightFile) -> dict[str, Any]:
     """Fields of peft's `LoraConfig`: the most frequent rank and alpha, exceptions by full module name."""
-    ranks = {_internal_module(checkpoint, name): pair.rank for name, pair in checkpoint.low_rank.items()}
+    ranks = {_internal_module(weight_file, name): pair.rank for name, pair in weight_file.lora_pairs.items()}
     alphas = {
-        _internal_module(checkpoint, name): _alpha(checkpoint, pair)
-        for name, pair in checkpoint.low_rank.items()
+        _internal_module(weight_file, name): _alpha(weight_file, pair)
+        for name, pair in weight_file.lora_pairs.items()
     }
     rank, alpha = _most_frequent(ranks.values()), _most_frequent(alphas.values())
     return {
@@ -335,45 +335,45 @@ def _document(value: Mapping[str, Any]) -> str:
 # The release's config.json
 
 
-def with_release_config(checkpoint: Checkpoint) -> Checkpoint:
+def with_release_config(weight_file: WeightFile) -> WeightFile:
     """`checkpoint` with a config.json in the release's terms (`train_architecture`, `lora_rank`, ...).
 
     Fields that the source has beside those are kept; a config of diffusers or peft is replaced as a whole.
     Full models whose published scripts read no such config have the one that they came with, or none. What
     the source's config says of the network that no shape tells goes on in the metadata.
     """
-    source = checkpoint.config
-    if untold := stated_network(checkpoint):
-        metadata = {**checkpoint.metadata, "avatarctl.network": _document(untold)}
-        checkpoint = replace(checkpoint, metadata=metadata)
+    source = weight_file.config
+    if untold := stated_network(weight_file):
+        metadata = {**weight_file.metadata, "avatarctl.network": _document(untold)}
+        weight_file = replace(weight_file, metadata=metadata)
     foreign = "peft_type" in source or source.get("_class_name") in _DIFFUSERS_CLASSES
     config = {} if foreign else dict(source)
     known = {
-        "in_dim": checkpoint.sizes.in_channels,
-        "audio_hidden_size": checkpoint.sizes.audio_hidden_size,
+        "in_dim": weight_file.sizes.in_channels,
+        "audio_hidden_size": weight_file.sizes.audio_hidden_size,
     }
-    scripts = checkpoint.layout.scripts
-    if checkpoint.kind == "model" and not (scripts and scripts.config_field):
+    scripts = weight_file.layout.scripts
+    if weight_file.kind == "model" and not (scripts and scripts.config_field):
         config |= {"in_dim": known["in_dim"]} if "in_dim" in config else {}
-        return replace(checkpoint, config=config)
+        return replace(weight_file, config=config)
     stated = config.get("model_config")
     network = dict(stated) if isinstance(stated, Mapping) else {}
     network |= {name: value for name, value in known.items() if value}
     if network:
         config["model_config"] = network
-    if checkpoint.kind == "adapter" and checkpoint.low_rank:
-        config |= _lora_fields(checkpoint, config)
+    if weight_file.kind == "adapter" and weight_file.lora_pairs:
+        config |= _lora_fields(weight_file, config)
     else:
         config = {name: value for name, value in config.items() if name not in _LORA_FIELDS}
-    if checkpoint.kind == "model":
+    if weight_file.kind == "model":
         config["train_architecture"] = "full"
-    return replace(checkpoint, config=config)
+    return replace(weight_file, config=config)
 
 
-def _lora_fields(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, Any]:
+def _lora_fields(weight_file: WeightFile, config: Mapping[str, Any]) -> dict[str, Any]:
     """Rank and alpha of the largest pair: others are filled up to it."""
-    largest = max(checkpoint.low_rank.values(), key=lambda pair: pair.rank)
-    alpha, targets = _alpha(checkpoint, largest), _suffixes(checkpoint.low_rank)
+    largest = max(weight_file.lora_pairs.values(), key=lambda pair: pair.rank)
+    alpha, targets = _alpha(weight_file, largest), _suffixes(weight_file.lora_pairs)
     listed = config.get("lora_target_modules")
     return {
         "train_architecture": "lora",

@@ -1,6 +1,6 @@
 """A full model minus its base: an adapter that turns the base into the model again.
 
-Linear weights become low-rank pairs, other changed tensors (biases, norms, modulation) differences, and what
+Linear weights become LoRA pairs, other changed tensors (biases, norms, modulation) differences, and what
 an adapter of the family carries whole (patch embedding, audio) whole tensors.
 """
 
@@ -15,14 +15,14 @@ import numpy as np
 
 from avatarctl.errors import UnusableWeights
 from avatarctl.events import Emit, Notice, Stage
-from avatarctl.files.tensors import DTYPES, ArrayTensor, Tensor, block_ranges, to_float32
-from avatarctl.weights.low_rank import Factors, factorise
+from avatarctl.files.tensors import DTYPES, ArrayTensor, StoredTensor, block_ranges, to_float32
 from avatarctl.weights.metadata import without_history
 from avatarctl.weights.recognise import require_complete
 from avatarctl.weights.sizes import variant_of
-from avatarctl.weights.weight_file import Checkpoint, LowRank
+from avatarctl.weights.svd import Factors, factorise
+from avatarctl.weights.weight_file import LoraPair, WeightFile
 
-__all__ = ["PUBLISHED_RANK", "extract_low_rank"]
+__all__ = ["PUBLISHED_RANK", "extract_adapter"]
 
 Array = np.ndarray[Any, Any]
 
@@ -62,14 +62,14 @@ class _Worst:
             self.of_weight = factors.residual / change.weight_norm if change.weight_norm else 0.0
 
 
-def extract_low_rank(
-    model: Checkpoint,
-    base: Checkpoint,
+def extract_adapter(
+    model: WeightFile,
+    base: WeightFile,
     *,
     rank: int | None = None,
     emit: Emit,
     on_differences: Callable[[Sequence[str]], None] = lambda names: None,
-) -> Checkpoint:
+) -> WeightFile:
     """The adapter (kind "adapter", naming "original") whose merge into `base` gives `model`.
 
     Every 2-D weight that differs is a target: up @ down is the best approximation of the difference. alpha
@@ -89,7 +89,7 @@ def extract_low_rank(
     to refuse what the result could not be written as.
 
     Memory: the difference of one weight in float32, a few matrices of its longer side x (rank + 16), and the
-    adapter itself in float32. Time: minutes for 14B (low_rank.py).
+    adapter itself in float32. Time: minutes for 14B (svd.py).
 
     Raises UnusableWeights where one side is no full model, where sizes differ in more than input channels and
     the family's own tensors, where values are not finite, and where nothing differs.
@@ -115,7 +115,7 @@ def extract_low_rank(
         naming="original",
         variant=variant_of("adapter", model.layout, model.sizes),
         tensors=whole,
-        low_rank=pairs,
+        lora_pairs=pairs,
         differences=differences,
         scale=1.0,
         scale_rule="alpha equals the rank, as extracted",
@@ -126,13 +126,13 @@ def extract_low_rank(
     )
 
 
-def _is_linear(model: Checkpoint, name: str) -> bool:
+def _is_linear(model: WeightFile, name: str) -> bool:
     return name.endswith(".weight") and len(model.tensors[name].info.shape) == 2
 
 
-def _differences(model: Checkpoint, base: Checkpoint) -> dict[str, Tensor]:
+def _differences(model: WeightFile, base: WeightFile) -> dict[str, StoredTensor]:
     """By name, of everything that no pair can hold and that an adapter does not carry whole."""
-    found: dict[str, Tensor] = {}
+    found: dict[str, StoredTensor] = {}
     for name in model.tensors:
         if _is_linear(model, name) or _is_whole(model, base, name):
             continue
@@ -141,9 +141,9 @@ def _differences(model: Checkpoint, base: Checkpoint) -> dict[str, Tensor]:
     return found
 
 
-def _pairs(model: Checkpoint, base: Checkpoint, rank: int | None, emit: Emit) -> dict[str, LowRank]:
+def _pairs(model: WeightFile, base: WeightFile, rank: int | None, emit: Emit) -> dict[str, LoraPair]:
     """By module, of every linear weight that differs and that an adapter does not carry whole."""
-    pairs: dict[str, LowRank] = {}
+    pairs: dict[str, LoraPair] = {}
     worst = _Worst()
     limit = PUBLISHED_RANK if rank is None else rank
     linear = [name for name in model.tensors if _is_linear(model, name) and not _is_whole(model, base, name)]
@@ -154,7 +154,7 @@ def _pairs(model: Checkpoint, base: Checkpoint, rank: int | None, emit: Emit) ->
         floor = _floor(change, model.tensors[name].info.dtype) if rank is None else 0.0
         factors = factorise(change.values, limit, floor=floor, seed=name)
         worst.see(name, change, factors)
-        pairs[name.removesuffix(".weight")] = LowRank(
+        pairs[name.removesuffix(".weight")] = LoraPair(
             ArrayTensor(factors.down, "F32"), ArrayTensor(factors.up, "F32"), alpha=float(factors.rank)
         )
     if pairs:
@@ -169,7 +169,7 @@ def _pairs(model: Checkpoint, base: Checkpoint, rank: int | None, emit: Emit) ->
     return pairs
 
 
-def _check(model: Checkpoint, base: Checkpoint) -> None:
+def _check(model: WeightFile, base: WeightFile) -> None:
     """Both full models of one network, up to input channels and the family's own tensors."""
     for side in (model, base):
         if side.kind != "model":
@@ -199,7 +199,7 @@ def _check(model: Checkpoint, base: Checkpoint) -> None:
         _check_tensor(model, base, name)
 
 
-def _check_tensor(model: Checkpoint, base: Checkpoint, name: str) -> None:
+def _check_tensor(model: WeightFile, base: WeightFile, name: str) -> None:
     ours, theirs = model.tensors[name].info, base.tensors[name].info if name in base.tensors else None
     for path, info in ((model.path, ours), (base.path, theirs)):
         if info and not DTYPES[info.dtype].floating:
@@ -210,19 +210,19 @@ def _check_tensor(model: Checkpoint, base: Checkpoint, name: str) -> None:
         )
 
 
-def _is_own(model: Checkpoint, name: str) -> bool:
+def _is_own(model: WeightFile, name: str) -> bool:
     """Whether a base may lack this tensor or have it with other input channels."""
     return model.layout.is_replaced(name) or name == "patch_embedding.weight"
 
 
-def _is_whole(model: Checkpoint, base: Checkpoint, name: str) -> bool:
+def _is_whole(model: WeightFile, base: WeightFile, name: str) -> bool:
     """Whether the adapter would carry this tensor whole if it differs."""
     if model.layout.is_replaced(name) or name not in base.tensors:
         return True
     return model.tensors[name].info.shape != base.tensors[name].info.shape
 
 
-def _whole(model: Checkpoint, base: Checkpoint) -> dict[str, Tensor]:
+def _whole(model: WeightFile, base: WeightFile) -> dict[str, StoredTensor]:
     """All tensors that adapters of the family carry whole, if any of them differs: an adapter with some of
     them would be refused as incomplete."""
     names = [name for name in model.tensors if _is_whole(model, base, name)]
@@ -243,7 +243,7 @@ def _announced(names: list[str], emit: Emit) -> Iterator[str]:
         yield name
 
 
-def _change(model: Checkpoint, base: Checkpoint, name: str) -> _Change | None:
+def _change(model: WeightFile, base: WeightFile, name: str) -> _Change | None:
     """model - base of one tensor of equal shapes, None where they are equal.
 
     Raises UnusableWeights for values that are not finite.
@@ -269,7 +269,7 @@ def _change(model: Checkpoint, base: Checkpoint, name: str) -> _Change | None:
 
 
 def _floor(change: _Change, dtype: str) -> float:
-    """The largest singular value that rounding alone gives (see `extract_low_rank`)."""
+    """The largest singular value that rounding alone gives (see `extract_adapter`)."""
     rows, columns = change.values.shape
     rounded = _ROUNDOFF[dtype] * change.weight_norm + _ROUNDOFF["F32"] * change.norm
     error = 2 / math.sqrt(12) * rounded / math.sqrt(rows * columns)

@@ -22,7 +22,7 @@ class Sizes:
     """Dimensions read from tensor shapes; 0 where a file does not tell (an adapter knows little).
 
     layers: blocks; image_dim: width of the CLIP features of image-to-video models;
-    audio_input_dim: width of one audio feature frame; vocal_dim: of one sound token; vocal_hidden_dim:
+    audio_input_dim: width of one audio feature frame; vocal_dim: of one audio token; vocal_hidden_dim:
     between the two layers that project it, 0 for one layer; vocal_layers, vocal_heads, vocal_ffn: of what
     follows them.
     """
@@ -74,7 +74,7 @@ class OffsetRule:
 class Bases:
     """Plain models that an adapter of a family is made for.
 
-    title: for people; channels: input channels; sees: whether they have a picture encoder; others:
+    title: for people; channels: input channels; sees: whether they have an image encoder; others:
     `model_type` in config.json of what has the same shapes and is something else.
     """
 

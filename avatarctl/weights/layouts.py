@@ -83,7 +83,7 @@ def _block(block: str, sizes: Sizes) -> Shapes:
 def omniavatar_shapes(sizes: Sizes) -> Shapes:
     """A Wan transformer with AudioPack and one projection for each layer that hears (omniavatar.md a.4)."""
     hidden = sizes.audio_hidden_size
-    # No picture encoder: the avatar's picture comes as input channels (a.2).
+    # No image encoder: the avatar's image comes as input channels (a.2).
     shapes = wan_shapes(replace(sizes, image_dim=0)) | _linear(
         "audio_proj.proj", hidden, _FRAMES_PER_LATENT * sizes.audio_input_dim
     )
@@ -94,7 +94,7 @@ def omniavatar_shapes(sizes: Sizes) -> Shapes:
 
 
 def stableavatar_shapes(sizes: Sizes) -> Shapes:
-    """An image-to-video Wan transformer with keys and values of sound tokens in every block, and the
+    """An image-to-video Wan transformer with keys and values of audio tokens in every block, and the
     projector that makes these tokens (stableavatar.md a.2, b.2; b.3 where `vocal_hidden_dim` is not 0)."""
     d = sizes.width
     shapes = wan_shapes(replace(sizes, image_dim=sizes.image_dim or CLIP_WIDTH))
@@ -144,7 +144,7 @@ OMNIAVATAR: Final = WeightLayout(
     channels=(33, 49, 65),
     class_name="OmniAvatarTransformer",
     conventions={"mask_keep": 0, "hole": 0.0, "fps": FPS, "sigma_shift": 5.0},
-    # Published picture-to-video weights have offset 1, those of the trainer and of video to video 0. The
+    # Published image-to-video weights have offset 1, those of the trainer and of video to video 0. The
     # names of tensors are the same, so that only file names tell them apart (omniavatar.md g.6).
     offsets=(
         OffsetRule(0, "video to video", channels=(49, 65)),
@@ -156,7 +156,7 @@ OMNIAVATAR: Final = WeightLayout(
             config=("train_architecture", None),
             file=r"pytorch_model\.pt",
         ),
-        OffsetRule(1, "taken as published picture-to-video weights", assumed=True),
+        OffsetRule(1, "taken as published image-to-video weights", assumed=True),
     ),
     # A text-to-video model, or one whose patch embedding was widened for an avatar (a.2, g.4).
     bases=Bases(
@@ -229,7 +229,7 @@ STABLEAVATAR: Final = WeightLayout(
         "image_dim": "image_dim", "vocal_dim": "vocal_dim", "vocal_hidden_dim": "vocal_hidden_dim",
         "vocal_layers": "vocal_layers", "vocal_heads": "vocal_heads", "vocal_ffn_dim": "vocal_ffn",
     },
-    # Of the projector of sound tokens (b.2): without its last block the others would look complete.
+    # Of the projector of audio tokens (b.2): without its last block the others would look complete.
     assumed={"vocal_layers": 2, "vocal_heads": 8},
     float32=(*_FLOAT32, "time_projection", "norm", "norm_1", "norm_2", "img_emb.proj.0", "img_emb.proj.4"),
 )  # fmt: skip

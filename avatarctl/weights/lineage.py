@@ -8,12 +8,12 @@ from __future__ import annotations
 from avatarctl.errors import UnusableWeights
 from avatarctl.files.hashes import FileHashes
 from avatarctl.weights.metadata import OwnMetadata, read_own
-from avatarctl.weights.weight_file import Checkpoint
+from avatarctl.weights.weight_file import WeightFile
 
 __all__ = ["check_lineage"]
 
 
-def check_lineage(base: Checkpoint, adapter: Checkpoint) -> str:
+def check_lineage(base: WeightFile, adapter: WeightFile) -> str:
     """What to warn of where `adapter` is merged into `base`; empty where nothing hints at a second time.
 
     Files are hashed only where the base's header says that something was merged into it.
@@ -41,11 +41,11 @@ def check_lineage(base: Checkpoint, adapter: Checkpoint) -> str:
     return ""
 
 
-def _files(checkpoint: Checkpoint) -> set[str]:
-    return {str(file.resolve()) for file in checkpoint.files}
+def _files(weight_file: WeightFile) -> set[str]:
+    return {str(file.resolve()) for file in weight_file.files}
 
 
-def _recorded(base: Checkpoint, adapter: Checkpoint) -> bool:
+def _recorded(base: WeightFile, adapter: WeightFile) -> bool:
     """Whether the base was made of the adapter's files, or of what these were converted from."""
     theirs, ours = read_own(base.metadata), read_own(adapter.metadata)
     if not _did(theirs, "merge") or not theirs.sources:

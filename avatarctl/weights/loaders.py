@@ -44,14 +44,14 @@ from avatarctl.weights.file_facts import (
     loses_header_alpha,
     negated,
     part,
-    sees_pictures,
+    sees_images,
     starts_with,
     without_alpha,
 )
 from avatarctl.weights.layout import Scripts, WeightLayout
 from avatarctl.weights.layouts import LAYOUTS
 from avatarctl.weights.published import hash_of
-from avatarctl.weights.weight_file import Checkpoint
+from avatarctl.weights.weight_file import WeightFile
 
 __all__ = ["LOADERS", "Loader", "Verdict", "verdicts"]
 
@@ -62,9 +62,9 @@ Answer = Literal["yes", "wrong", "no", "unknown"]
 class Objection:
     """Why a program does not take some files. reason: for people, lower case; may name what to do."""
 
-    applies: Callable[[Checkpoint], bool]
+    applies: Callable[[WeightFile], bool]
     answer: Answer
-    reason: str | Callable[[Checkpoint], str]
+    reason: str | Callable[[WeightFile], str]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Loader:
     name: str
     kinds: tuple[str, ...]
     objections: tuple[Objection, ...]
-    remark: str | Callable[[Checkpoint], str] = ""
+    remark: str | Callable[[WeightFile], str] = ""
 
 
 @dataclass(frozen=True)
@@ -86,55 +86,55 @@ class Verdict:
     reason: str
 
 
-def verdicts(checkpoint: Checkpoint) -> tuple[Verdict, ...]:
+def verdicts(weight_file: WeightFile) -> tuple[Verdict, ...]:
     """What every program that takes files of this kind does with this one, in the order of the table."""
-    return tuple(_verdict(loader, checkpoint) for loader in LOADERS if checkpoint.kind in loader.kinds)
+    return tuple(_verdict(loader, weight_file) for loader in LOADERS if weight_file.kind in loader.kinds)
 
 
-def _verdict(loader: Loader, checkpoint: Checkpoint) -> Verdict:
+def _verdict(loader: Loader, weight_file: WeightFile) -> Verdict:
     for objection in loader.objections:
-        if objection.applies(checkpoint):
-            return Verdict(loader.name, objection.answer, _told(objection.reason, checkpoint))
-    return Verdict(loader.name, "yes", _told(loader.remark, checkpoint))
+        if objection.applies(weight_file):
+            return Verdict(loader.name, objection.answer, _told(objection.reason, weight_file))
+    return Verdict(loader.name, "yes", _told(loader.remark, weight_file))
 
 
-def _told(text: str | Callable[[Checkpoint], str], checkpoint: Checkpoint) -> str:
-    return text if isinstance(text, str) else text(checkpoint)
+def _told(text: str | Callable[[WeightFile], str], weight_file: WeightFile) -> str:
+    return text if isinstance(text, str) else text(weight_file)
 
 
 _BASES: Final = " and ".join(layout.bases.title for layout in LAYOUTS if layout.bases)
 _NOT_CHECKED = Objection(
-    lambda checkpoint: checkpoint.kind != "component" and not checkpoint.layout.supported,
+    lambda weight_file: weight_file.kind != "component" and not weight_file.layout.supported,
     "unknown",
-    lambda checkpoint: f"not checked for {checkpoint.layout.title}",
+    lambda weight_file: f"not checked for {weight_file.layout.title}",
 )
 _UNSUPPORTED = Objection(
-    lambda checkpoint: not checkpoint.layout.supported,
+    lambda weight_file: not weight_file.layout.supported,
     "no",
-    lambda checkpoint: f"{checkpoint.layout.title} files are recognised but not loaded by this version",
+    lambda weight_file: f"{weight_file.layout.title} files are recognised but not loaded by this version",
 )
 _INCOMPLETE = Objection(
     is_incomplete,
     "no",
-    lambda checkpoint: (
-        f"{len(checkpoint.missing)} tensor{'' if len(checkpoint.missing) == 1 else 's'} missing, "
-        f"{len(checkpoint.unknown)} without a place"
+    lambda weight_file: (
+        f"{len(weight_file.missing)} tensor{'' if len(weight_file.missing) == 1 else 's'} missing, "
+        f"{len(weight_file.unknown)} without a place"
     ),
 )
 _SECOND_HALF = Objection(is_second_half, "no", first_half)
 _CHANNELS_WITHOUT_CODE = Objection(
     has_channels_without_code,
     "no",
-    lambda checkpoint: f"{checkpoint.sizes.in_channels} input channels are not yet supported",
+    lambda weight_file: f"{weight_file.sizes.in_channels} input channels are not yet supported",
 )
 _CHANNELS_OF_AVATAR = Objection(
     # Those of a plain base do not count: the adapter brings its own patch embedding.
-    lambda checkpoint: has_own_layers(checkpoint) and has_channels_without_code(checkpoint),
+    lambda weight_file: has_own_layers(weight_file) and has_channels_without_code(weight_file),
     "no",
     _CHANNELS_WITHOUT_CODE.reason,
 )
 _NO_AVATAR_BASE = Objection(
-    lambda checkpoint: not (has_own_layers(checkpoint) or avatars_on(checkpoint)),
+    lambda weight_file: not (has_own_layers(weight_file) or avatars_on(weight_file)),
     "no",
     f"it has no audio layers, and adapters of avatars are made for {_BASES} models only",
 )
@@ -148,14 +148,14 @@ _WRAPPED_FOR_COMFYUI = Objection(
 )
 _COMFYUI_PREFIXES: Final = ("diffusion_model.", "lora_unet_")
 _RELEASE_MODULES = Objection(
-    lambda checkpoint: checkpoint.naming == "diffusers" and holds_release_modules(checkpoint),
+    lambda weight_file: weight_file.naming == "diffusers" and holds_release_modules(weight_file),
     "no",
     "behind the prefix of diffusers it has the release's names",
 )
-_SHARDED = Objection(lambda checkpoint: len(checkpoint.files) > 1, "no", "reads one file, not shards")
-_WHOLE_TENSORS = Objection(lambda checkpoint: bool(checkpoint.tensors), "wrong", leaves_out)
+_SHARDED = Objection(lambda weight_file: len(weight_file.files) > 1, "no", "reads one file, not shards")
+_WHOLE_TENSORS = Objection(lambda weight_file: bool(weight_file.tensors), "wrong", leaves_out)
 _OWN_TARGETS = Objection(changes_own_layers, "wrong", leaves_out_targets)
-_NO_PAIRS = Objection(lambda checkpoint: not checkpoint.low_rank, "no", "there are no LoRA tensors in it")
+_NO_PAIRS = Objection(lambda weight_file: not weight_file.lora_pairs, "no", "there are no LoRA tensors in it")
 
 _SEEING: Final = ", ".join(
     layout.title for layout in LAYOUTS if "image_dim" in layout.arguments and layout.own
@@ -180,13 +180,13 @@ def _scripts(layout: WeightLayout, scripts: Scripts) -> tuple[Loader, ...]:
     ]
     if scripts.file:
         wrong = Objection(
-            lambda checkpoint: [file.name for file in checkpoint.files] != [scripts.file],
+            lambda weight_file: [file.name for file in weight_file.files] != [scripts.file],
             "no",
             f"they read {scripts.file} in a folder",
         )
     else:
         wrong = Objection(
-            lambda checkpoint: not is_pickle(checkpoint) or len(checkpoint.files) > 1,
+            lambda weight_file: not is_pickle(weight_file) or len(weight_file.files) > 1,
             "no",
             "they read one torch file (.pt)",
         )
@@ -194,7 +194,7 @@ def _scripts(layout: WeightLayout, scripts: Scripts) -> tuple[Loader, ...]:
     if scripts.config_field:
         own.append(
             Objection(
-                lambda checkpoint: scripts.config_field not in checkpoint.config,
+                lambda weight_file: scripts.config_field not in weight_file.config,
                 "no",
                 f"they need config.json with {scripts.config_field} beside it",
             )
@@ -202,7 +202,7 @@ def _scripts(layout: WeightLayout, scripts: Scripts) -> tuple[Loader, ...]:
     if scripts.channels:
         own.append(
             Objection(
-                lambda checkpoint: checkpoint.sizes.in_channels != scripts.channels,
+                lambda weight_file: weight_file.sizes.in_channels != scripts.channels,
                 "no",
                 f"they prepare {scripts.channels} channels; video to video needs the training fork",
             )
@@ -211,13 +211,13 @@ def _scripts(layout: WeightLayout, scripts: Scripts) -> tuple[Loader, ...]:
     if not scripts.bases:
         return (model,)
     unknown = Objection(
-        lambda checkpoint: hash_of(checkpoint) not in scripts.bases,
+        lambda weight_file: hash_of(weight_file) not in scripts.bases,
         "no",
         "they know base files by their published hash",
     )
     wrapped = Objection(
         # The published VAE is one.
-        lambda checkpoint: checkpoint.kind == "model" and bool(checkpoint.wrappers),
+        lambda weight_file: weight_file.kind == "model" and bool(weight_file.wrappers),
         "no",
         "inside of another dictionary its hash is another",
     )
@@ -240,15 +240,15 @@ LOADERS: Final = (
             Objection(
                 negated(has_own_layers),
                 "no",
-                lambda checkpoint: (
+                lambda weight_file: (
                     "plain Wan has no audio layers; it is the base that an adapter of "
-                    f"{' or '.join(layout.title for layout in avatars_on(checkpoint))} needs"
+                    f"{' or '.join(layout.title for layout in avatars_on(weight_file))} needs"
                 ),
             ),
             _INCOMPLETE,
             _CHANNELS_WITHOUT_CODE,
             Objection(
-                lambda checkpoint: checkpoint.kind == "model" and not checkpoint.heads,
+                lambda weight_file: weight_file.kind == "model" and not weight_file.heads,
                 "no",
                 "the number of attention heads is not stated (num_heads in config.json)",
             ),
@@ -263,9 +263,9 @@ LOADERS: Final = (
             _INCOMPLETE,
             _CHANNELS_WITHOUT_CODE,
         ),
-        remark=lambda checkpoint: (
-            f"it changes layers for pictures (k_img, v_img, img_emb), as {_SEEING} has"
-            * sees_pictures(checkpoint)
+        remark=lambda weight_file: (
+            f"it changes layers for images (k_img, v_img, img_emb), as {_SEEING} has"
+            * sees_images(weight_file)
         ),
     ),
     Loader(
@@ -278,8 +278,8 @@ LOADERS: Final = (
     Loader(
         "avatarctl infer --weights",
         ("component",),
-        (Objection(lambda checkpoint: not part(checkpoint), "no", "no part of a supported model"),),
-        remark=lambda checkpoint: f"as {part(checkpoint)}=PATH",
+        (Objection(lambda weight_file: not part(weight_file), "no", "no part of a supported model"),),
+        remark=lambda weight_file: f"as {part(weight_file)}=PATH",
     ),
     *(loader for layout in LAYOUTS if layout.scripts for loader in _scripts(layout, layout.scripts)),
     Loader(
@@ -308,7 +308,7 @@ LOADERS: Final = (
             _WRAPPED,
             Objection(is_named_otherwise("diffusers"), "no", "reads the names of diffusers only"),
             Objection(
-                lambda checkpoint: "_class_name" not in checkpoint.config,
+                lambda weight_file: "_class_name" not in weight_file.config,
                 "no",
                 "needs a folder with diffusers' config.json",
             ),
@@ -331,13 +331,13 @@ LOADERS: Final = (
             Objection(loses_header_alpha, "wrong", without_alpha),
             _WHOLE_TENSORS,
             Objection(
-                lambda checkpoint: bool(checkpoint.differences), "wrong", "the differences are left out"
+                lambda weight_file: bool(weight_file.differences), "wrong", "the differences are left out"
             ),
             Objection(
                 changes_own_layers,
                 "wrong",
-                lambda checkpoint: (
-                    f"{leaves_out_targets(checkpoint)}; {checkpoint.layout.class_name} takes them all"
+                lambda weight_file: (
+                    f"{leaves_out_targets(weight_file)}; {weight_file.layout.class_name} takes them all"
                 ),
             ),
         ),
@@ -356,25 +356,27 @@ LOADERS: Final = (
                 "all names must begin with transformer., diffusion_model. or lora_unet_",
             ),
             Objection(
-                lambda checkpoint: bool(checkpoint.tensors), "no", "whole tensors in a LoRA file are refused"
+                lambda weight_file: bool(weight_file.tensors),
+                "no",
+                "whole tensors in a LoRA file are refused",
             ),
             Objection(
-                lambda checkpoint: checkpoint.naming == "diffusers" and alphas(checkpoint) > 0,
+                lambda weight_file: weight_file.naming == "diffusers" and alphas(weight_file) > 0,
                 "no",
                 ".alpha tensors beside the names of diffusers are refused",
             ),
             _RELEASE_MODULES,
-            Objection(lambda checkpoint: bool(what_stops_it(checkpoint)), "no", what_stops_it),
+            Objection(lambda weight_file: bool(what_stops_it(weight_file)), "no", what_stops_it),
             Objection(
                 lets_differences_fall,
                 "wrong",
                 "of the differences only biases of linear layers are applied",
             ),
             Objection(
-                lambda checkpoint: (
-                    loses_header_alpha(checkpoint)
-                    if checkpoint.naming == "diffusers"
-                    else loses_alpha(checkpoint)
+                lambda weight_file: (
+                    loses_header_alpha(weight_file)
+                    if weight_file.naming == "diffusers"
+                    else loses_alpha(weight_file)
                 ),
                 "wrong",
                 without_alpha,
@@ -390,7 +392,7 @@ LOADERS: Final = (
             _WRAPPED,
             Objection(is_named_otherwise("peft"), "no", "names must begin with base_model.model."),
             Objection(
-                lambda checkpoint: "peft_type" not in checkpoint.config,
+                lambda weight_file: "peft_type" not in weight_file.config,
                 "no",
                 "needs a folder with adapter_config.json",
             ),
@@ -419,7 +421,7 @@ LOADERS: Final = (
             _NOT_CHECKED,
             _WRAPPED_FOR_COMFYUI,
             Objection(
-                lambda checkpoint: not any(name.startswith(_COMFYUI_PREFIXES) for name in checkpoint.names),
+                lambda weight_file: not any(name.startswith(_COMFYUI_PREFIXES) for name in weight_file.names),
                 "no",
                 "none of its names is known there: it would warn and change nothing",
             ),

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from avatarctl.registry import ROWS, Row, VideoShape, video_shape
 from avatarctl.weights.metadata import read_own
-from avatarctl.weights.weight_file import Checkpoint
+from avatarctl.weights.weight_file import WeightFile
 
 __all__ = ["made_for_others", "trained_shape"]
 
 
-def trained_shape(held: Checkpoint) -> VideoShape | None:
+def trained_shape(held: WeightFile) -> VideoShape | None:
     """What these weights were trained for. No tensor tells: the name of the file does, or of the file that it
     was converted from."""
     origins = (str(step.get("source")) for step in read_own(held.metadata).operations)
@@ -22,7 +22,7 @@ def trained_shape(held: Checkpoint) -> VideoShape | None:
     return next((shape for stem, shape in published.items() if stem in stems), None)
 
 
-def made_for_others(held: Checkpoint, size: tuple[int, int]) -> str:
+def made_for_others(held: WeightFile, size: tuple[int, int]) -> str:
     """What to say of weights that were trained for videos of another shape than (width, height), empty for
     nothing."""
     shape, asked = trained_shape(held), video_shape(*size)
@@ -32,5 +32,5 @@ def made_for_others(held: Checkpoint, size: tuple[int, int]) -> str:
     return f"{held.path} was trained for {shape} videos, and this one is {size[0]}x{size[1]}{fits}"
 
 
-def _of_family(held: Checkpoint) -> Iterator[Row]:
+def _of_family(held: WeightFile) -> Iterator[Row]:
     return (row for row in ROWS.values() if row.family == held.layout.family)

@@ -13,12 +13,12 @@ from typing import Any, Final
 
 from avatarctl.errors import UnusableWeights, printable
 from avatarctl.files.strict_json import parse_json
-from avatarctl.files.tensors import Tensor
+from avatarctl.files.tensors import StoredTensor
 from avatarctl.weights.layout import Sizes, WeightLayout
 from avatarctl.weights.metadata import config_of, mismatch, stated_network
 from avatarctl.weights.sizes import variant_of
-from avatarctl.weights.transforms import cast, plus_difference, plus_low_rank
-from avatarctl.weights.weight_file import Checkpoint
+from avatarctl.weights.transforms import cast, plus_difference, plus_lora
+from avatarctl.weights.weight_file import WeightFile
 
 __all__ = ["merge_adapter", "refuse_other_conventions"]
 
@@ -31,8 +31,8 @@ _STALE: Final = (
 
 
 def merge_adapter(
-    base: Checkpoint, adapter: Checkpoint, strength: float = 1.0, dtype: str | None = None
-) -> Checkpoint:
+    base: WeightFile, adapter: WeightFile, strength: float = 1.0, dtype: str | None = None
+) -> WeightFile:
     """The full model that `adapter` makes of `base`; it has the adapter's input channels.
 
     strength: factor of everything that is added. dtype: of the sums, "F32" for who casts them further; None
@@ -76,15 +76,15 @@ def merge_adapter(
 
 
 def _sums(
-    base: Checkpoint,
-    adapter: Checkpoint,
-    tensors: Mapping[str, Tensor],
+    base: WeightFile,
+    adapter: WeightFile,
+    tensors: Mapping[str, StoredTensor],
     strength: float,
     dtype: str | None,
-) -> dict[str, Tensor]:
+) -> dict[str, StoredTensor]:
     """The weights that change, float32 where they still have to be rounded."""
-    sums: dict[str, Tensor] = {}
-    for module, pair in adapter.low_rank.items():
+    sums: dict[str, StoredTensor] = {}
+    for module, pair in adapter.lora_pairs.items():
         name = f"{module}.weight"
         _check_shape(base, adapter, name, (pair.up.info.shape[0], pair.down.info.shape[1]))
         held = tensors[name]
@@ -96,7 +96,7 @@ def _sums(
             )
         if dtype or (name in adapter.differences and held.info.dtype in _NARROW):
             held = cast(held, "F32")
-        sums[name] = plus_low_rank(held, pair, strength * adapter.scale_of(pair))
+        sums[name] = plus_lora(held, pair, strength * adapter.scale_of(pair))
     for name, difference in adapter.differences.items():
         _check_shape(base, adapter, name, difference.info.shape)
         held = tensors[name] if dtype is None else cast(tensors[name], "F32")
@@ -104,7 +104,7 @@ def _sums(
     return sums
 
 
-def refuse_other_conventions(one: Checkpoint, base: Checkpoint) -> None:
+def refuse_other_conventions(one: WeightFile, base: WeightFile) -> None:
     """Raise UnusableWeights where two files were made with different conventions: their sum would be silent
     damage."""
     if different := mismatch(one, base):
@@ -113,14 +113,14 @@ def refuse_other_conventions(one: Checkpoint, base: Checkpoint) -> None:
         )
 
 
-def _check_kinds(base: Checkpoint, adapter: Checkpoint) -> None:
+def _check_kinds(base: WeightFile, adapter: WeightFile) -> None:
     if adapter.kind != "adapter":
         raise UnusableWeights(f"is no adapter but {adapter.variant}: nothing to merge", where=adapter.path)
     if base.kind != "model":
         raise UnusableWeights(f"is no full model but {base.variant}", where=base.path)
 
 
-def _common_layout(base: Checkpoint, adapter: Checkpoint) -> WeightLayout:
+def _common_layout(base: WeightFile, adapter: WeightFile) -> WeightLayout:
     """The layout of the result: of two, the one that is not plain Wan."""
     if adapter.layout is base.layout or adapter.layout.family == "wan":
         return base.layout
@@ -132,7 +132,7 @@ def _common_layout(base: Checkpoint, adapter: Checkpoint) -> WeightLayout:
     )
 
 
-def _check_plain_base(base: Checkpoint, adapter: Checkpoint) -> None:
+def _check_plain_base(base: WeightFile, adapter: WeightFile) -> None:
     """Every plain model has the same blocks, so that the sum with another would be complete and wrong."""
     bases = adapter.layout.bases
     if bases is not None and bases.allow(base.sizes, base.config):
@@ -146,7 +146,7 @@ def _check_plain_base(base: Checkpoint, adapter: Checkpoint) -> None:
     )
 
 
-def _check_shape(base: Checkpoint, adapter: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
+def _check_shape(base: WeightFile, adapter: WeightFile, name: str, shape: tuple[int, ...]) -> None:
     held = base.tensors.get(name)
     if held is None:
         raise UnusableWeights(
@@ -161,7 +161,7 @@ def _check_shape(base: Checkpoint, adapter: Checkpoint, name: str, shape: tuple[
         )
 
 
-def _check_replaced(base: Checkpoint, adapter: Checkpoint, name: str, tensor: Tensor) -> None:
+def _check_replaced(base: WeightFile, adapter: WeightFile, name: str, tensor: StoredTensor) -> None:
     """Audio modules are new to a plain base, and a patch embedding may have other channels."""
     held = base.tensors.get(name)
     if held is None:
@@ -180,7 +180,7 @@ def _check_replaced(base: Checkpoint, adapter: Checkpoint, name: str, tensor: Te
         _check_shape(base, adapter, name, tensor.info.shape)
 
 
-def _sizes(base: Checkpoint, adapter: Checkpoint, tensors: Mapping[str, Tensor]) -> Sizes:
+def _sizes(base: WeightFile, adapter: WeightFile, tensors: Mapping[str, StoredTensor]) -> Sizes:
     return replace(
         base.sizes,
         in_channels=tensors[PATCH].info.shape[1],
@@ -190,11 +190,11 @@ def _sizes(base: Checkpoint, adapter: Checkpoint, tensors: Mapping[str, Tensor])
 
 
 def _check_complete(
-    base: Checkpoint,
-    adapter: Checkpoint,
+    base: WeightFile,
+    adapter: WeightFile,
     layout: WeightLayout,
     sizes: Sizes,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, StoredTensor],
 ) -> None:
     """The sum is a complete network of its layout: neither side has tensors for another number of layers."""
     expected = layout.shapes(sizes)
@@ -208,7 +208,7 @@ def _check_complete(
         )
 
 
-def _config(base: Checkpoint, adapter: Checkpoint) -> Mapping[str, Any]:
+def _config(base: WeightFile, adapter: WeightFile) -> Mapping[str, Any]:
     """An avatar's configuration is that of its adapter, which was trained last; on an avatar, what this one
     leaves open is the base's word. peft's says nothing of an avatar."""
     ours, theirs = config_of(adapter), config_of(base)
@@ -219,7 +219,7 @@ def _config(base: Checkpoint, adapter: Checkpoint) -> Mapping[str, Any]:
     return theirs if "peft_type" in ours else {**theirs, **ours}
 
 
-def _network(base: Checkpoint, adapter: Checkpoint) -> dict[str, float]:
+def _network(base: WeightFile, adapter: WeightFile) -> dict[str, float]:
     """What either side states that no shape tells. Raises UnusableWeights where they differ."""
     ours, theirs = stated_network(adapter), stated_network(base)
     for name in ours:
@@ -238,7 +238,7 @@ def _network(base: Checkpoint, adapter: Checkpoint) -> dict[str, float]:
     return {**theirs, **ours}
 
 
-def _metadata(base: Checkpoint, adapter: Checkpoint, network: Mapping[str, float]) -> dict[str, str]:
+def _metadata(base: WeightFile, adapter: WeightFile, network: Mapping[str, float]) -> dict[str, str]:
     """What both files say, the adapter's word first, with the names and the history of both."""
     both = {**base.metadata, **adapter.metadata}
     names = ", ".join(printable(file.name) for file in (*base.files[:1], *adapter.files[:1]))

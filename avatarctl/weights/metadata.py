@@ -17,7 +17,7 @@ from typing import Any, Final
 import avatarctl
 from avatarctl.errors import UnusableWeights, printable
 from avatarctl.files.strict_json import parse_json
-from avatarctl.weights.weight_file import Checkpoint
+from avatarctl.weights.weight_file import WeightFile
 
 __all__ = [
     "OwnMetadata",
@@ -117,25 +117,25 @@ def _numbers(metadata: Mapping[str, str], key: str) -> Mapping[str, float]:
     return dict(values)
 
 
-def conventions_of(checkpoint: Checkpoint) -> Mapping[str, float]:
+def conventions_of(weight_file: WeightFile) -> Mapping[str, float]:
     """What the file was made with: what its metadata states, else what its family is published with.
 
     `checkpoint.audio_offset` is already the outcome of everything that can tell it; one that is only assumed
     is left out, or a conversion would make a fact of a guess.
     """
-    stated = read_own(checkpoint.metadata).conventions
-    found = {**checkpoint.layout.conventions, **stated}
-    if checkpoint.audio_offset is not None and not checkpoint.audio_offset_assumed:
-        found["audio_offset"] = checkpoint.audio_offset
+    stated = read_own(weight_file.metadata).conventions
+    found = {**weight_file.layout.conventions, **stated}
+    if weight_file.audio_offset is not None and not weight_file.audio_offset_assumed:
+        found["audio_offset"] = weight_file.audio_offset
     return {name: found[name] for name in _CONVENTIONS if name in found}
 
 
-def config_of(checkpoint: Checkpoint) -> Mapping[str, Any]:
+def config_of(weight_file: WeightFile) -> Mapping[str, Any]:
     """The configuration that came with a checkpoint: the first source's, which conversions carry along."""
-    return read_own(checkpoint.metadata).config or checkpoint.config
+    return read_own(weight_file.metadata).config or weight_file.config
 
 
-def mismatch(one: Checkpoint, other: Checkpoint) -> str:
+def mismatch(one: WeightFile, other: WeightFile) -> str:
     """The first convention on which two files disagree ("audio_offset 1 and 0"), empty if there is none."""
     first, second = conventions_of(one), conventions_of(other)
     for name in _CONVENTIONS:
@@ -155,38 +155,38 @@ def without_history(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def file_metadata(
-    checkpoint: Checkpoint, operations: Sequence[Mapping[str, Any]], extra: Mapping[str, str]
+    weight_file: WeightFile, operations: Sequence[Mapping[str, Any]], extra: Mapping[str, str]
 ) -> dict[str, str]:
     """The metadata of a file that holds `checkpoint`, whose config goes with it.
 
     operations: all steps, earlier ones included; extra: what the naming of the file adds (see `export`).
     """
-    untrue = ("avatarctl.", _HASHES, *([_LORA_TRAINED] if checkpoint.kind == "model" else []))
+    untrue = ("avatarctl.", _HASHES, *([_LORA_TRAINED] if weight_file.kind == "model" else []))
     kept = {
         key: value
-        for key, value in checkpoint.metadata.items()
+        for key, value in weight_file.metadata.items()
         if not key.startswith(untrue) and key not in _STALE
     }
     own = {
         "format": "pt",
         "modelspec.sai_model_spec": MODELSPEC_VERSION,
-        "modelspec.architecture": _architecture(checkpoint),
-        "modelspec.implementation": checkpoint.layout.repository,
+        "modelspec.architecture": _architecture(weight_file),
+        "modelspec.implementation": weight_file.layout.repository,
         "avatarctl.version": avatarctl.__version__,
-        "avatarctl.family": checkpoint.layout.family,
-        "avatarctl.kind": checkpoint.kind,
+        "avatarctl.family": weight_file.layout.family,
+        "avatarctl.kind": weight_file.kind,
         "avatarctl.operations": _text(list(operations)),
     }
-    if checkpoint.sizes.in_channels:
-        own["avatarctl.channels"] = str(checkpoint.sizes.in_channels)
+    if weight_file.sizes.in_channels:
+        own["avatarctl.channels"] = str(weight_file.sizes.in_channels)
     parts = {
-        "avatarctl.conventions": conventions_of(checkpoint),
-        "avatarctl.network": stated_network(checkpoint),
-        "avatarctl.config": checkpoint.config,
+        "avatarctl.conventions": conventions_of(weight_file),
+        "avatarctl.network": stated_network(weight_file),
+        "avatarctl.config": weight_file.config,
     }
     own |= {key: _text(value) for key, value in parts.items() if value}
-    title = {"modelspec.title": checkpoint.variant}
-    strangers = "avatarctl.version" not in checkpoint.metadata  # whose title is kept
+    title = {"modelspec.title": weight_file.variant}
+    strangers = "avatarctl.version" not in weight_file.metadata  # whose title is kept
     return {**title, **kept, **own, **extra} if strangers else {**kept, **title, **own, **extra}
 
 
@@ -195,9 +195,9 @@ def _text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
 
 
-def _architecture(checkpoint: Checkpoint) -> str:
+def _architecture(weight_file: WeightFile) -> str:
     """ModelSpec's architecture id, such as "wan2.1-t2v-14b/FAMILY/lora"."""
-    sizes = checkpoint.sizes
+    sizes = weight_file.sizes
     base = "wan2.1-t2v"
     if sizes.in_channels == 36 or (sizes.image_dim and not sizes.in_channels):  # a LoRA has no channels
         base = "wan2.1-i2v" if sizes.image_dim else "wan2.2-i2v"
@@ -205,14 +205,14 @@ def _architecture(checkpoint: Checkpoint) -> str:
         base = "wan2.2-ti2v"
     size = {(1536, 30): "-1.3b", (5120, 40): "-14b", (3072, 30): "-5b"}.get((sizes.width, sizes.layers), "")
     words = [base + size]
-    if checkpoint.layout.family != "wan":
-        words.append(checkpoint.layout.family)
-    if checkpoint.kind == "adapter":
+    if weight_file.layout.family != "wan":
+        words.append(weight_file.layout.family)
+    if weight_file.kind == "adapter":
         words.append("lora")
     return "/".join(words)
 
 
-def stated_network(checkpoint: Checkpoint) -> dict[str, float]:
+def stated_network(weight_file: WeightFile) -> dict[str, float]:
     """What shapes do not tell, as far as the file or its configuration states it: num_attention_heads,
     attention_head_dim, eps, and what a layout assumes. A guess would outrank, once written, what another file
     states.
@@ -220,29 +220,29 @@ def stated_network(checkpoint: Checkpoint) -> dict[str, float]:
     Raises UnusableWeights for an eps that is none.
     """
     found: dict[str, float] = {}
-    if checkpoint.heads and checkpoint.heads_stated:
-        found["num_attention_heads"] = checkpoint.heads
-        if checkpoint.sizes.width:
-            found["attention_head_dim"] = checkpoint.sizes.width // checkpoint.heads
-    for fields in (checkpoint.config, read_own(checkpoint.metadata).network):  # the metadata's word counts
-        for argument in checkpoint.layout.assumed:
-            held = getattr(checkpoint.sizes, checkpoint.layout.arguments[argument])
+    if weight_file.heads and weight_file.heads_stated:
+        found["num_attention_heads"] = weight_file.heads
+        if weight_file.sizes.width:
+            found["attention_head_dim"] = weight_file.sizes.width // weight_file.heads
+    for fields in (weight_file.config, read_own(weight_file.metadata).network):  # the metadata's word counts
+        for argument in weight_file.layout.assumed:
+            held = getattr(weight_file.sizes, weight_file.layout.arguments[argument])
             found |= {argument: held} if fields.get(argument) == held else {}
         if "eps" not in fields:
             continue
         eps = fields["eps"]
         if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 < eps < 1:
-            raise UnusableWeights(f"eps is {printable(eps)[:60]}, not a small number", where=checkpoint.path)
+            raise UnusableWeights(f"eps is {printable(eps)[:60]}, not a small number", where=weight_file.path)
         found["eps"] = float(eps)
     return found
 
 
-def network_of(checkpoint: Checkpoint) -> Mapping[str, float]:
+def network_of(weight_file: WeightFile) -> Mapping[str, float]:
     """num_attention_heads, attention_head_dim and eps of a full model whose heads are known; unless stated,
     eps is 1e-6 as in every published network."""
     guessed = {
-        "num_attention_heads": checkpoint.heads,
-        "attention_head_dim": checkpoint.sizes.width // checkpoint.heads,
+        "num_attention_heads": weight_file.heads,
+        "attention_head_dim": weight_file.sizes.width // weight_file.heads,
         "eps": 1e-6,
     }
-    return guessed | stated_network(checkpoint)
+    return guessed | stated_network(weight_file)

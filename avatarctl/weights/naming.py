@@ -61,7 +61,7 @@ _SCALED_FLOAT8: Final = re.compile(r"(.*\.)?(scaled_fp8|scale_weight|weight_scal
 @dataclass(frozen=True)
 class Placed:
     """role "tensor": a whole tensor called `name`; "diff": added to tensor `name`; the others: part of the
-    low-rank pair of module `name`. All names are original ones."""
+    LoRA pair of module `name`. All names are original ones."""
 
     role: Role
     name: str

@@ -1,4 +1,4 @@
-"""Low-rank pairs filled up to a larger rank with zeros: the product is the same, the rank is one for all."""
+"""LoRA pairs filled up to a larger rank with zeros: the product is the same, the rank is one for all."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from avatarctl.files.tensors import DTYPES, Array, Tensor, TensorInfo
-from avatarctl.weights.weight_file import LowRank
+from avatarctl.files.tensors import DTYPES, Array, StoredTensor, TensorInfo
+from avatarctl.weights.weight_file import LoraPair
 
 __all__ = ["padded_pair"]
 
@@ -16,7 +16,7 @@ __all__ = ["padded_pair"]
 class _Padded:
     """A matrix with zero rows or columns behind its own. Zero is all bits zero in every dtype."""
 
-    source: Tensor
+    source: StoredTensor
     shape: tuple[int, int]
 
     @property
@@ -35,7 +35,7 @@ class _Padded:
         return block.reshape(-1)[start - first * width : stop - first * width]
 
 
-def padded_pair(pair: LowRank, rank: int) -> LowRank:
+def padded_pair(pair: LoraPair, rank: int) -> LoraPair:
     """`pair` with `rank` rows in `down` and columns in `up`; its scale, alpha / rank, stays what it was."""
     if pair.rank == rank:
         return pair

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from avatarctl.weights.weight_file import Checkpoint
+from avatarctl.weights.weight_file import WeightFile
 
 __all__ = ["PUBLISHED", "hash_of", "published_hash"]
 
@@ -43,12 +43,12 @@ def published_hash(shapes: Mapping[str, Iterable[int]]) -> str:
     return hashlib.md5(text, usedforsecurity=False).hexdigest()
 
 
-def hash_of(checkpoint: Checkpoint) -> str | None:
+def hash_of(weight_file: WeightFile) -> str | None:
     """The hash of a file's names and shapes, without a wrapper's prefix; None for adapters, which no program
     tells apart by it, and where tensors have no place."""
-    if checkpoint.kind == "adapter" or checkpoint.unknown:
+    if weight_file.kind == "adapter" or weight_file.unknown:
         return None
-    names = {name: name for name in checkpoint.tensors}
-    if checkpoint.naming == "diffusers":
-        names = {name: checkpoint.layout.key_map.to_internal(name) or name for name in names}
-    return published_hash({names[name]: tensor.info.shape for name, tensor in checkpoint.tensors.items()})
+    names = {name: name for name in weight_file.tensors}
+    if weight_file.naming == "diffusers":
+        names = {name: weight_file.layout.key_map.to_internal(name) or name for name in names}
+    return published_hash({names[name]: tensor.info.shape for name, tensor in weight_file.tensors.items()})

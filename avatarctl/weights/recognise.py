@@ -1,4 +1,4 @@
-"""A weight file or folder -> `Checkpoint`: which network, which names, what is missing, what has no place."""
+"""A weight file or folder -> `WeightFile`: which network, which names, what is missing, what has no place."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any, Final
 from avatarctl.errors import UnusableWeights
 from avatarctl.files.source import RawWeights, open_weights
 from avatarctl.files.strict_json import parse_json
-from avatarctl.files.tensors import DTYPES, Tensor
+from avatarctl.files.tensors import DTYPES, StoredTensor
 from avatarctl.weights.adapter import read_pairs
 from avatarctl.weights.layout import Sizes, WeightLayout
 from avatarctl.weights.layouts import COMPONENTS, LAYOUTS, PATCHED_ADAPTERS, WAN
 from avatarctl.weights.naming import Names, Placed, place_names, plain_name
 from avatarctl.weights.sizes import MOST_LAYERS, read_sizes, variant_of
-from avatarctl.weights.weight_file import Checkpoint, Kind, LowRank
+from avatarctl.weights.weight_file import Kind, LoraPair, WeightFile
 
-__all__ = ["read_checkpoint", "recognise", "require_complete"]
+__all__ = ["read_weight_file", "recognise", "require_complete"]
 
 HEAD_WIDTH: Final = 128
 """Width of an attention head in every published Wan transformer."""
@@ -28,7 +28,7 @@ SHOWN: Final = 3
 Shape = tuple[int, ...]
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_weight_file(path: Path) -> WeightFile:
     """What a file or folder holds; no tensor is read, except alphas.
 
     Raises PathNotFound, and UnusableWeights for files that cannot be read as any network that we know.
@@ -43,20 +43,20 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise
 
 
-def require_complete(checkpoint: Checkpoint) -> None:
+def require_complete(weight_file: WeightFile) -> None:
     """Raise UnusableWeights where tensors are missing or have no place; the first few are named."""
-    if count := len(checkpoint.missing):
+    if count := len(weight_file.missing):
         raise UnusableWeights(
-            f"incomplete for {checkpoint.variant}: {count} tensor{'s are' if count > 1 else ' is'} missing, "
-            f"{_first(checkpoint.missing)}",
-            where=checkpoint.path,
+            f"incomplete for {weight_file.variant}: {count} tensor{'s are' if count > 1 else ' is'} missing, "
+            f"{_first(weight_file.missing)}",
+            where=weight_file.path,
             fix="an interrupted or partial save; use the complete file",
         )
-    if count := len(checkpoint.unknown):
+    if count := len(weight_file.unknown):
         raise UnusableWeights(
-            f"{count} unknown tensor{'s have' if count > 1 else ' has'} no place in {checkpoint.variant}, "
-            f"{_first(checkpoint.unknown)}",
-            where=checkpoint.path,
+            f"{count} unknown tensor{'s have' if count > 1 else ' has'} no place in {weight_file.variant}, "
+            f"{_first(weight_file.unknown)}",
+            where=weight_file.path,
         )
 
 
@@ -66,8 +66,8 @@ def _first(names: Iterable[str]) -> str:
     return ", ".join(name[:100] for name in names[:SHOWN]) + more
 
 
-def recognise(raw: RawWeights) -> Checkpoint:
-    """`read_checkpoint` for a file that is open."""
+def recognise(raw: RawWeights) -> WeightFile:
+    """`read_weight_file` for a file that is open."""
     if not raw.tensors:
         raise UnusableWeights("the file is empty: no tensors")
     layout = _layout_of(raw)
@@ -78,10 +78,10 @@ def recognise(raw: RawWeights) -> Checkpoint:
     pairs = read_pairs(names, raw.tensors, raw.config, raw.metadata)
     whole, added = names.of("tensor"), names.of("diff")
     shapes = {name: raw.tensors[key].info.shape for name, key in whole.items()}
-    shapes |= {f"{module}.weight": pair.shape for module, pair in pairs.low_rank.items()}
+    shapes |= {f"{module}.weight": pair.shape for module, pair in pairs.lora_pairs.items()}
     sizes = _with_assumed(raw, layout, read_sizes(shapes, [*shapes, *added]))
     in_blocks = any(name.startswith("blocks.") for name in shapes)
-    changes = pairs.low_rank or added or names.replaces
+    changes = pairs.lora_pairs or added or names.replaces
     kind: Kind = "adapter" if changes or not in_blocks else "model"
     expected = layout.shapes(sizes)
     strange, missing = set(names.unknown), []
@@ -89,11 +89,11 @@ def recognise(raw: RawWeights) -> Checkpoint:
         _check_channels(layout, sizes)
         _check_shapes(shapes, expected)
         strange |= {key for key, placed in names.placed.items() if placed.weight not in expected}
-        missing = _missing(kind, layout, expected, shapes, pairs.low_rank, raw.config)
-    _check_config(raw.config, sizes, kind, pairs.low_rank)
+        missing = _missing(kind, layout, expected, shapes, pairs.lora_pairs, raw.config)
+    _check_config(raw.config, sizes, kind, pairs.lora_pairs)
     offset, offset_rule, assumed = _audio_offset(raw, layout, sizes)
     heads, stated = _heads(raw, sizes)
-    return Checkpoint(
+    return WeightFile(
         path=raw.path,
         kind=kind,
         naming=names.naming,
@@ -101,7 +101,7 @@ def recognise(raw: RawWeights) -> Checkpoint:
         variant=variant_of(kind, layout, sizes),
         sizes=sizes,
         tensors={name: raw.tensors[key] for name, key in whole.items() if key not in strange},
-        low_rank=pairs.low_rank,
+        lora_pairs=pairs.lora_pairs,
         differences={name: raw.tensors[key] for name, key in added.items() if key not in strange},
         scale=pairs.scale,
         scale_rule=pairs.scale_rule,
@@ -143,8 +143,8 @@ def _layout_of(raw: RawWeights) -> WeightLayout:
     )
 
 
-def _component(raw: RawWeights, layout: WeightLayout) -> Checkpoint:
-    return Checkpoint(
+def _component(raw: RawWeights, layout: WeightLayout) -> WeightFile:
+    return WeightFile(
         path=raw.path,
         kind="component",
         naming="original",
@@ -162,7 +162,7 @@ def _component(raw: RawWeights, layout: WeightLayout) -> Checkpoint:
     )
 
 
-def _refuse_integers(tensors: Mapping[str, Tensor], names: Names) -> None:
+def _refuse_integers(tensors: Mapping[str, StoredTensor], names: Names) -> None:
     for key, placed in names.placed.items():
         info = tensors[key].info
         if placed.role != "alpha" and not DTYPES[info.dtype].floating:
@@ -200,7 +200,7 @@ def _missing(
     layout: WeightLayout,
     expected: Mapping[str, Shape],
     shapes: Mapping[str, Shape],
-    low_rank: Mapping[str, LowRank],
+    lora_pairs: Mapping[str, LoraPair],
     config: Mapping[str, Any],
 ) -> list[str]:
     """What a complete file would hold. A plain LoRA may change as little as it likes; an avatar's adapter
@@ -210,11 +210,16 @@ def _missing(
     if not any(layout.is_replaced(name) for name in shapes):
         return []
     missing = [name for name in expected if layout.is_replaced(name) and name not in shapes]
-    targets = _stated_targets(config) if low_rank else []
-    inside = {module.split(".", 2)[2] for module in low_rank if module.startswith("blocks.")}
+    targets = _stated_targets(config) if lora_pairs else []
+    inside = {module.split(".", 2)[2] for module in lora_pairs if module.startswith("blocks.")}
     for name in expected:
         module = name.removesuffix(".weight")
-        if not name.startswith("blocks.") or module == name or module in low_rank or len(expected[name]) != 2:
+        if (
+            not name.startswith("blocks.")
+            or module == name
+            or module in lora_pairs
+            or len(expected[name]) != 2
+        ):
             continue
         if module.split(".", 2)[2] in inside or any(f".{module}".endswith(f".{each}") for each in targets):
             missing.append(f"{module}.lora")
@@ -237,7 +242,7 @@ _STATED_SIZES: Final = {
 
 
 def _check_config(
-    config: Mapping[str, Any], sizes: Sizes, kind: Kind, low_rank: Mapping[str, LowRank]
+    config: Mapping[str, Any], sizes: Sizes, kind: Kind, lora_pairs: Mapping[str, LoraPair]
 ) -> None:
     """Refuse a config that describes another file, or a whole of which the file is a part."""
     of_model = config.get("model_config")
@@ -250,7 +255,7 @@ def _check_config(
                 f"config.json says {name} {stated}, and the file has {held}",
                 fix="a part of a model, or the config of another",
             )
-    if config.get("train_architecture") == "lora" and not low_rank:
+    if config.get("train_architecture") == "lora" and not lora_pairs:
         raise UnusableWeights(
             "config.json says LoRA, and the file has no LoRA tensors",
             fix="a part of an adapter, or the wrong file",

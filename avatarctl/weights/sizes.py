@@ -17,7 +17,7 @@ MOST_LAYERS: Final = 1000
 """More blocks, or heads, than any network has."""
 
 _BLOCK: Final = re.compile(r"blocks\.(\d+)\..*")
-_HEARING: Final = re.compile(r"audio_cond_projs\.(\d+)\..*")
+_AUDIO_LAYER: Final = re.compile(r"audio_cond_projs\.(\d+)\..*")
 _PROJECTING: Final = re.compile(r"vocal_projector\.blocks\.(\d+)\..*")
 _VOCAL: Final = "vocal_projector.proj_model"
 
@@ -34,9 +34,9 @@ def read_sizes(shapes: Mapping[str, Shape], names: Iterable[str]) -> Sizes:
     """
     names = list(names)
     layers = _count(_BLOCK, names)
-    if hearing := _count(_HEARING, names):
+    if with_audio := _count(_AUDIO_LAYER, names):
         # One projection for each layer that hears: L // 2 - 1 of them.
-        layers = layers if layers // 2 - 1 >= hearing else 2 * (hearing + 1)
+        layers = layers if layers // 2 - 1 >= with_audio else 2 * (with_audio + 1)
     images = any("_img" in name for name in names)
 
     def dimension(axis: int, *candidates: str) -> int:

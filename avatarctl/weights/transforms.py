@@ -1,6 +1,6 @@
 """Tensors made from other tensors while they are read: casts, input channels, low-rank updates.
 
-Each function gives a lazy `Tensor`: nothing is read until a range is asked for, and then only what that
+Each function gives a lazy `StoredTensor`: nothing is read until a range is asked for, and then only what that
 range needs, so the memory of a chain is a few blocks whatever the size of the model. The objects hold no
 numbers between reads, may be read in any order, and give the same bits for any division into ranges.
 
@@ -18,10 +18,10 @@ from typing import Any, Final
 import numpy as np
 
 from avatarctl.errors import UnusableWeights
-from avatarctl.files.tensors import DTYPES, Tensor, TensorInfo, from_float32, to_float32
-from avatarctl.weights.weight_file import LowRank
+from avatarctl.files.tensors import DTYPES, StoredTensor, TensorInfo, from_float32, to_float32
+from avatarctl.weights.weight_file import LoraPair
 
-__all__ = ["cast", "drop_channels", "part_of", "plus_difference", "plus_low_rank", "widen_channels"]
+__all__ = ["cast", "drop_channels", "part_of", "plus_difference", "plus_lora", "widen_channels"]
 
 Array = np.ndarray[Any, Any]
 
@@ -35,7 +35,7 @@ _QUIET: Final = np.errstate(all="ignore")
 """What is not finite is found by those who use the numbers; numpy's warnings would name no tensor."""
 
 
-def cast(tensor: Tensor, dtype: str) -> Tensor:
+def cast(tensor: StoredTensor, dtype: str) -> StoredTensor:
     """`tensor` rounded to nearest even in F32, BF16 or F16; integers and equal dtypes stay as they are.
 
     F64 goes through float32, so a value may be rounded twice on its way to BF16 or F16. What is too large
@@ -49,12 +49,12 @@ def cast(tensor: Tensor, dtype: str) -> Tensor:
     return _Cast(tensor, TensorInfo(dtype, info.shape))
 
 
-def part_of(tensor: Tensor, first: int, shape: tuple[int, ...]) -> Tensor:
+def part_of(tensor: StoredTensor, first: int, shape: tuple[int, ...]) -> StoredTensor:
     """The elements of `tensor` from number `first` on, as a tensor of this shape."""
     return _Part(tensor, first, TensorInfo(tensor.info.dtype, shape))
 
 
-def widen_channels(tensor: Tensor, channels: int) -> Tensor:
+def widen_channels(tensor: StoredTensor, channels: int) -> StoredTensor:
     """A convolution weight [out, in, ...] as [out, channels, ...], the new input channels zero.
 
     As the V2V trainer does with a patch embedding of fewer channels; the old
@@ -69,7 +69,7 @@ def widen_channels(tensor: Tensor, channels: int) -> Tensor:
     return _Channels(tensor, channels) if info.shape[1] != channels else tensor
 
 
-def drop_channels(tensor: Tensor, channels: int) -> Tensor:
+def drop_channels(tensor: StoredTensor, channels: int) -> StoredTensor:
     """A convolution weight [out, in, ...] as [out, channels, ...]: the leading ones, bit for bit.
 
     Raises:
@@ -81,7 +81,7 @@ def drop_channels(tensor: Tensor, channels: int) -> Tensor:
     return _Channels(tensor, channels) if info.shape[1] != channels else tensor
 
 
-def plus_low_rank(tensor: Tensor, pair: LowRank, scale: float) -> Tensor:
+def plus_lora(tensor: StoredTensor, pair: LoraPair, scale: float) -> StoredTensor:
     """`W + scale * up @ down` (Hu et al. 2021, "LoRA", 4.1), added in float32, rounded once to W's dtype.
 
     W: [out, in], or a convolution [out, in, k...] whose `down` is [rank, in, k...]; trailing dimensions
@@ -97,12 +97,12 @@ def plus_low_rank(tensor: Tensor, pair: LowRank, scale: float) -> Tensor:
     else:
         fits = weight[1] == factor[1] and _trimmed(up.shape) == _trimmed((weight[0], factor[0]))
     if not fits:
-        raise UnusableWeights(f"low-rank pair {down}, {up} does not fit weight {info}")
+        raise UnusableWeights(f"LoRA pair {down}, {up} does not fit weight {info}")
     _require_summable(info, down, up)
-    return _PlusLowRank(tensor, pair, scale)
+    return _PlusLora(tensor, pair, scale)
 
 
-def plus_difference(tensor: Tensor, diff: Tensor, scale: float = 1.0) -> Tensor:
+def plus_difference(tensor: StoredTensor, diff: StoredTensor, scale: float = 1.0) -> StoredTensor:
     """`W + scale * diff`, added in float32, rounded once to W's dtype.
 
     Raises:
@@ -116,7 +116,7 @@ def plus_difference(tensor: Tensor, diff: Tensor, scale: float = 1.0) -> Tensor:
 
 @dataclass(frozen=True)
 class _Cast:
-    source: Tensor
+    source: StoredTensor
     info: TensorInfo
 
     @_QUIET
@@ -132,7 +132,7 @@ class _Cast:
 class _Channels:
     """The leading `channels` input channels of `source`, zeros where it has none."""
 
-    source: Tensor
+    source: StoredTensor
     channels: int
 
     @property
@@ -154,7 +154,7 @@ class _Channels:
 
 @dataclass(frozen=True)
 class _Part:
-    source: Tensor
+    source: StoredTensor
     first: int
     info: TensorInfo
 
@@ -163,7 +163,7 @@ class _Part:
 
 
 @dataclass(frozen=True)
-class _PlusLowRank:
+class _PlusLora:
     """Factors are read again for every range: `down` is small beside a block of the weight (1.3 MB beside
     8 MB at width 5120, rank 128), and thousands of targets that each kept theirs would be the whole adapter.
 
@@ -171,8 +171,8 @@ class _PlusLowRank:
     another order for another number of rows: merging at load and merging into a file give equal bits.
     """
 
-    source: Tensor
-    pair: LowRank
+    source: StoredTensor
+    pair: LoraPair
     scale: float
 
     @property
@@ -202,8 +202,8 @@ class _PlusLowRank:
 
 @dataclass(frozen=True)
 class _PlusDifference:
-    source: Tensor
-    diff: Tensor
+    source: StoredTensor
+    diff: StoredTensor
     scale: float
 
     @property
@@ -236,7 +236,7 @@ def _rows(start: int, stop: int, width: int) -> tuple[int, int]:
     return (start // width, -(-stop // width)) if start < stop else (0, 0)
 
 
-def _values(tensor: Tensor, start: int, stop: int) -> Array:
+def _values(tensor: StoredTensor, start: int, stop: int) -> Array:
     return to_float32(tensor.read(start, stop), tensor.info.dtype)
 
 
@@ -260,7 +260,7 @@ def _split(info: TensorInfo) -> tuple[int, tuple[int, ...]] | None:
     return info.shape[0], _trimmed(info.shape[1:])
 
 
-def _convolution(tensor: Tensor) -> TensorInfo:
+def _convolution(tensor: StoredTensor) -> TensorInfo:
     info = tensor.info
     if len(info.shape) < 3 or 0 in info.shape:
         raise UnusableWeights(f"{info} is not a convolution weight, so it has no input channels")

@@ -1,4 +1,4 @@
-"""A weight file as what it means: tensors under original names, low-rank pairs, what its config says."""
+"""A weight file as what it means: tensors under original names, LoRA pairs, what its config says."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from avatarctl.files.state_dict import Wrapper
-from avatarctl.files.tensors import Tensor
+from avatarctl.files.tensors import StoredTensor
 from avatarctl.weights.layout import Sizes, WeightLayout
 
-__all__ = ["Checkpoint", "LowRank"]
+__all__ = ["LoraPair", "WeightFile"]
 
 Kind = Literal["model", "adapter", "component"]
 Naming = Literal["original", "diffusers", "peft", "comfyui", "kohya"]
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LoraPair:
     """One target of a LoRA: the weight gains `scale * up @ down`.
 
     down: [rank, inputs] (lora_A, lora_down); up: [outputs, rank] (lora_B, lora_up);
@@ -26,8 +26,8 @@ class LowRank:
     stated_alpha: what is stated, where `alpha` is that times the root of the rank (rank-stabilised).
     """
 
-    down: Tensor
-    up: Tensor
+    down: StoredTensor
+    up: StoredTensor
     alpha: float | None = None
     stated_alpha: float | None = None
 
@@ -43,7 +43,7 @@ class LowRank:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class WeightFile:
     """What one file or folder holds, under original names.
 
     path:       what the user named.
@@ -54,7 +54,7 @@ class Checkpoint:
                 replace the base's.
     low_rank:   LoRA pairs by original module ("blocks.0.self_attn.q").
     differences: tensors to be added to the base's (`.diff`, `.diff_b`), by original tensor name.
-    scale:      factor of every low-rank pair without an alpha of its own, already divided by rank:
+    scale:      factor of every LoRA pair without an alpha of its own, already divided by rank:
                 0.5 by published ratio, 1 by the rule of its naming.
     scale_rule: which rule gave `scale`, for people ("alpha 64 / rank 128 from config.json").
     heads:      attention heads (config, metadata, or width / 128), 0 where nothing tells;
@@ -79,9 +79,9 @@ class Checkpoint:
     layout: WeightLayout
     variant: str
     sizes: Sizes
-    tensors: Mapping[str, Tensor]
-    low_rank: Mapping[str, LowRank] = field(default_factory=dict)
-    differences: Mapping[str, Tensor] = field(default_factory=dict)
+    tensors: Mapping[str, StoredTensor]
+    lora_pairs: Mapping[str, LoraPair] = field(default_factory=dict)
+    differences: Mapping[str, StoredTensor] = field(default_factory=dict)
     scale: float = 1.0
     scale_rule: str = ""
     heads: int = 0
@@ -99,6 +99,6 @@ class Checkpoint:
     wrappers: tuple[Wrapper, ...] = ()
     notes: tuple[str, ...] = ()
 
-    def scale_of(self, pair: LowRank) -> float:
+    def scale_of(self, pair: LoraPair) -> float:
         """Factor of one pair: its own alpha over its rank, else the file's rule."""
         return self.scale if pair.alpha is None else pair.alpha / pair.rank

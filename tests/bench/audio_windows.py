@@ -1,8 +1,8 @@
-"""What does encoding long sound in windows change?
+"""What does encoding long audio in windows change?
 
     python tests/bench/audio_windows.py
 
-The audio encoder attends to a whole recording at once, so beyond `long_video.audio_window` (30 s) the sound
+The audio encoder attends to a whole recording at once, so beyond `long_video.audio_window` (30 s) the audio
 is encoded in windows that overlap by 2 s and are cut in the middle of what they share. This compares
 their features with those of one piece, by the distance of a frame from the nearest cut.
 
@@ -25,7 +25,7 @@ from reporting import print_table, write_voice
 
 from avatarctl.family import AudioEncoder
 from avatarctl.loading.modules import build_random_modules
-from avatarctl.media import Waveform, open_sound, survey, write_sound
+from avatarctl.media import Waveform, open_audio, survey, write_audio
 from avatarctl.models.encode import PIECE_OVERLAP_SECONDS, AudioFeatures, pieces
 from avatarctl.registry import find_model
 from avatarctl.timeline import FPS, SAMPLE_RATE, frames_of_samples
@@ -43,19 +43,19 @@ def speeches(folder: Path) -> Path | None:
         return None
     parts = []
     for file in files:
-        with Waveform(open_sound(file)) as waveform:
-            parts.append(waveform.read(0, survey(open_sound(file)).samples))
+        with Waveform(open_audio(file)) as waveform:
+            parts.append(waveform.read(0, survey(open_audio(file)).samples))
     joined = np.resize(np.concatenate(parts), SECONDS * SAMPLE_RATE)
-    write_sound(folder / "speeches.wav", joined, SAMPLE_RATE)
+    write_audio(folder / "speeches.wav", joined, SAMPLE_RATE)
     return folder / "speeches.wav"
 
 
 def features(encoder: AudioEncoder, path: Path, window: float | None) -> torch.Tensor:
     """[frames, width] as a run computes them."""
-    sound = open_sound(path)
-    heard = survey(sound)
+    audio = open_audio(path)
+    heard = survey(audio)
     frames = frames_of_samples(heard.samples)
-    with Waveform(sound) as waveform:
+    with Waveform(audio) as waveform:
         source = AudioFeatures(
             encoder,
             waveform,

@@ -3,7 +3,7 @@
     python tests/bench/batched_passes.py
 
 A step of StableAvatar over one window of 21 latent frames, random weights, two widths of network: one pass
-after another against one batch, by the video tokens that a pass looks at. `sampling.batch_passes` batches
+after another against one batch, by the video tokens that a pass looks at. `sampling.batch_branches` batches
 windows of up to 512 tokens by itself: beyond, even the small network no longer gains. An accelerator needs
 more tokens to be busy, and may gain from `--batch-passes` beyond; memory for three passes is the price.
 
@@ -40,13 +40,13 @@ def network(heads: int, head_dim: int, layers: int, ffn_dim: int) -> StableAvata
 
 
 def passes(dit: StableAvatarTransformer, side: int) -> dict[str, PreparedStable]:
-    sound = dit(mode="prepare", vocal=torch.randn(1, 167, 48), frames=4 * FRAMES - 3).vocal
+    audio = dit(mode="prepare", vocal=torch.randn(1, 167, 48), frames=4 * FRAMES - 3).vocal
     shared = dit(mode="prepare", image=torch.randn(1, 257, 32), grid=(FRAMES, side, side))
     prompt, negative = (dit(mode="prepare", text=torch.randn(1, 512, 32)).text for _ in range(2))
     return {
         "silent_negative": replace(shared, text=negative),
-        "negative": replace(shared, text=negative, vocal=sound),
-        "full": replace(shared, text=prompt, vocal=sound),
+        "negative": replace(shared, text=negative, vocal=audio),
+        "full": replace(shared, text=prompt, vocal=audio),
     }
 
 

@@ -3,7 +3,7 @@
     python tests/bench/load_time.py
 
 Random bfloat16 weights in the published layout are written to a temporary folder (about 7 GB): base, adapter
-of rank 128, VAE and sound encoder at full size, a small text encoder. Every figure is that of a child
+of rank 128, VAE and audio encoder at full size, a small text encoder. Every figure is that of a child
 process of its own, with the files in the page cache.
 
 Targets: live bytes at most 1.1 times the final model; the time stands beside that of
@@ -103,9 +103,9 @@ def live_bytes(root: Path) -> dict[str, float]:
 
 def run_one_step(root: Path) -> dict[str, float]:
     """The whole program but for the file: all parts loaded, one step of one chunk of 29 frames at 64x64."""
-    from avatarctl.demo.sample import sample_picture
+    from avatarctl.demo.sample import sample_image
     from avatarctl.events import Event, Stage, StepFinished
-    from avatarctl.media import open_sound
+    from avatarctl.media import open_audio
     from avatarctl.pipelines.infer import generate
     from avatarctl.pipelines.job import Job, check_job
     from avatarctl.registry import configure, find_model
@@ -124,7 +124,7 @@ def run_one_step(root: Path) -> dict[str, float]:
         "sampling.steps=1", "sampling.guidance_scale=1", "long_video.num_frames=29",
         "long_video.overlap_frames=1",
     )  # fmt: skip
-    job = Job(sample_picture(), open_sound(root / "voice.wav"), "a person", "")
+    job = Job(sample_image(), open_audio(root / "voice.wav"), "a person", "")
     plan = check_job(cfg, row, job, emit)
     started = time.perf_counter()
     frames = sum(block.pixels.shape[1] for block in generate(row, job, plan, emit=emit))

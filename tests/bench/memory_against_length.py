@@ -1,16 +1,16 @@
-"""Does memory grow with the length of the sound?
+"""Does memory grow with the length of the audio?
 
     python tests/bench/memory_against_length.py [NAME ...]
 
-The whole run (sound file, features, chunks or windows, encoder, MP4) with 40 s and with 400 s of sound, at
+The whole run (audio file, features, chunks or windows, encoder, MP4) with 40 s and with 400 s of audio, at
 16x16 and few steps so that it ends soon: what could grow grows with the number of frames and samples, not
 with their size. One model that samples by chunks, and one whose windows are blended, in wavefront order and
-in step order; NAME picks among `SUBJECTS`. Target: ten times the sound adds at most 5 % to the peak, in step
+in step order; NAME picks among `SUBJECTS`. Target: ten times the audio adds at most 5 % to the peak, in step
 order excepted, which keeps every window.
 
 Live bytes are exact (avatarctl.live_bytes). The peak is counted from the moment the networks are loaded,
 because building them needs more for a moment and would hide growth; once more from the first step on, because
-opening the job (picture, prompts) may need more than all that follows. Process memory is the largest resident
+opening the job (image, prompts) may need more than all that follows. Process memory is the largest resident
 set of a child process of its own, whose allocator gives freed memory back at once.
 """
 
@@ -60,21 +60,21 @@ class LiveRun:
     chunks: list[int] = field(default_factory=list)
 
 
-def make_video(subject: str, sound: Path, out: Path, emit: Emit) -> None:
-    from avatarctl.demo.sample import sample_picture
-    from avatarctl.media import open_sound
+def make_video(subject: str, audio: Path, out: Path, emit: Emit) -> None:
+    from avatarctl.demo.sample import sample_image
+    from avatarctl.media import open_audio
     from avatarctl.pipelines.infer import write_video
     from avatarctl.pipelines.job import Job, check_job
     from avatarctl.registry import configure, find_model
 
     cfg = configure(*SIZE, *SUBJECTS[subject])
     row = find_model(cfg.model.name)
-    job = Job(sample_picture(), open_sound(sound), "a person is talking", "")
+    job = Job(sample_image(), open_audio(audio), "a person is talking", "")
     write_video(row, job, check_job(cfg, row, job, emit), out, emit=emit)
 
 
-def live_run(subject: str, sound: Path, out: Path) -> LiveRun:
-    from avatarctl.events import ChunkFinished, Event, Stage, StepFinished
+def live_run(subject: str, audio: Path, out: Path) -> LiveRun:
+    from avatarctl.events import Event, SpanFinished, Stage, StepFinished
     from avatarctl.live_bytes import LiveBytes
 
     run = LiveRun()
@@ -86,11 +86,11 @@ def live_run(subject: str, sound: Path, out: Path) -> LiveRun:
         elif event == StepFinished(0, 0):
             run.peak = live.peak
             live.reset_peak()
-        elif isinstance(event, ChunkFinished):
+        elif isinstance(event, SpanFinished):
             run.chunks.append(live.current)
 
     with LiveBytes() as live:
-        make_video(subject, sound, out, emit)
+        make_video(subject, audio, out, emit)
     gc.collect()
     run.sampling, run.after = live.peak, live.current
     run.peak = max(run.peak, run.sampling)
@@ -105,7 +105,7 @@ def status_bytes(name: str) -> int:
     raise SystemExit(f"this kernel does not report {name}")
 
 
-def resident_run(subject: str, sound: Path, out: Path) -> None:
+def resident_run(subject: str, audio: Path, out: Path) -> None:
     """In a child: print resident bytes when the networks are loaded, and the largest of the whole run."""
     from avatarctl.events import Event, Stage
     from avatarctl.live_bytes import process_peak_bytes
@@ -118,13 +118,13 @@ def resident_run(subject: str, sound: Path, out: Path) -> None:
             loaded = status_bytes("VmRSS")
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again, as the live peak does
 
-    make_video(subject, sound, out, emit)
+    make_video(subject, audio, out, emit)
     print(json.dumps({"loaded": loaded, "peak": process_peak_bytes()}))
 
 
-def start_child(subject: str, sound: Path, out: Path) -> subprocess.Popen[str]:
+def start_child(subject: str, audio: Path, out: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        python(__file__, "--child", subject, str(sound), str(out)),
+        python(__file__, "--child", subject, str(audio), str(out)),
         env={**os.environ, **RETURNING}, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -141,10 +141,10 @@ def megabytes(count: float) -> str:
 
 
 def measure(subject: str, folder: Path) -> None:
-    sounds = [write_voice(folder / f"{seconds}.wav", seconds) for seconds in SECONDS]
+    audios = [write_voice(folder / f"{seconds}.wav", seconds) for seconds in SECONDS]
     # At the same time: nothing is timed here.
-    children = [start_child(subject, sound, folder / f"resident-{sound.stem}.mp4") for sound in sounds]
-    live = [live_run(subject, sound, folder / f"live-{sound.stem}.mp4") for sound in sounds]
+    children = [start_child(subject, audio, folder / f"resident-{audio.stem}.mp4") for audio in audios]
+    live = [live_run(subject, audio, folder / f"live-{audio.stem}.mp4") for audio in audios]
     report(subject, *live, *(answer_of(child) for child in children))
 
 
@@ -159,7 +159,7 @@ def report(subject: str, short: LiveRun, long: LiveRun, a: dict[str, int], b: di
         return what, megabytes(a), megabytes(b), f"{more:+.1%}", judged
 
     print_table(
-        f"memory_against_length, {subject}: MB (1e6 bytes), {SECONDS[0]} s against {SECONDS[1]} s of sound",
+        f"memory_against_length, {subject}: MB (1e6 bytes), {SECONDS[0]} s against {SECONDS[1]} s of audio",
         ("", f"{SECONDS[0]} s", f"{SECONDS[1]} s", "more", f"≤ {LIMIT:.0%}"),
         [
             row("live bytes, networks loaded", short.loaded, long.loaded, None),

@@ -2,7 +2,7 @@
 
     python tests/bench/outside_networks.py
 
-cartoon-i2v at its own settings (64x64, 4 steps, one branch) with 60 s of sound, from reading the sound to the
+cartoon-i2v at its own settings (64x64, 4 steps, one branch) with 60 s of audio, from reading the audio to the
 renamed MP4; imports and loading excluded. Once with the built-in voice as it is (16 kHz mono), once as
 44.1 kHz stereo, which has five times the samples to resample and to encode. Clocks stand around the
 forward calls of the transformer, the text and audio encoders and the VAE's coders and convolutions, nowhere
@@ -29,16 +29,16 @@ import torch
 from reporting import print_table, verdict, write_voice
 from torch import nn
 
-from avatarctl.demo.sample import sample_picture
+from avatarctl.demo.sample import sample_image
 from avatarctl.events import silent
-from avatarctl.media import BackgroundWriter, Waveform, open_sound
+from avatarctl.media import BackgroundWriter, Waveform, open_audio
 from avatarctl.media.video import VideoWriter
 from avatarctl.pipelines import infer, job
 from avatarctl.registry import configure, find_model
 from avatarctl.sampling import chunks
 
 SECONDS = 60
-SOUNDS = {"16 kHz mono": (16_000, 1), "44.1 kHz stereo": (44_100, 2)}
+AUDIOS = {"16 kHz mono": (16_000, 1), "44.1 kHz stereo": (44_100, 2)}
 RUNS = 3
 LIMIT = 0.05
 WHOLE, OTHER = "whole run", "other (conditions, guidance, Euler steps, Python)"
@@ -78,7 +78,7 @@ NETWORKS: dict[str, Callable[[Any], tuple[nn.Module, ...]]] = {
 # On the writer's own thread: it runs beside the networks, so its time is not the run's.
 BESIDE: dict[str, tuple[tuple[Any, str], ...]] = {
     "H.264: colours, encoding, writing": ((VideoWriter, "_write_frame"),),
-    "AAC: reading the soundtrack, encoding, writing": ((VideoWriter, "_write_sound"),),
+    "AAC: reading the soundtrack, encoding, writing": ((VideoWriter, "_write_audio"),),
 }
 
 AROUND: dict[str, tuple[tuple[Any, str], ...]] = {
@@ -86,16 +86,16 @@ AROUND: dict[str, tuple[tuple[Any, str], ...]] = {
         (BackgroundWriter, "write"),
         (BackgroundWriter, "finish"),
     ),
-    "first pass over the sound": ((job, "survey"),),
-    "decoding and resampling the sound": ((Waveform, "read"),),
+    "first pass over the audio": ((job, "survey"),),
+    "decoding and resampling the audio": ((Waveform, "read"),),
     "noise": ((chunks, "latent_noise"),),
     "pixels to bytes": ((infer, "_to_bytes"),),
 }
 
 
-def one_run(sound: Path, out: Path, seconds: int) -> Clock:
+def one_run(audio: Path, out: Path, seconds: int) -> Clock:
     row, clock = find_model("cartoon-i2v"), Clock()
-    work = job.Job(sample_picture(), open_sound(sound), "a person is talking", "")
+    work = job.Job(sample_image(), open_audio(audio), "a person is talking", "")
     plan = job.check_job(configure(), row, work, silent)
     assert plan.plan.frames == seconds * 25
     modules = infer.load(row, plan)
@@ -149,9 +149,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         one_run(write_voice(folder / "warm.wav", 2), folder / "warm.mp4", 2)
-        for title, (rate, channels) in SOUNDS.items():
-            sound = write_voice(folder / f"{rate}.wav", SECONDS, rate, channels)
-            report(title, [one_run(sound, folder / f"{rate}-{run}.mp4", SECONDS) for run in range(RUNS)])
+        for title, (rate, channels) in AUDIOS.items():
+            audio = write_voice(folder / f"{rate}.wav", SECONDS, rate, channels)
+            report(title, [one_run(audio, folder / f"{rate}-{run}.mp4", SECONDS) for run in range(RUNS)])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every benchmark shares: the machine in one line, tables, sound files of any length, processes.
+"""What every benchmark shares: the machine in one line, tables, audio files of any length, processes.
 
 Nothing here imports torch, so that a benchmark of start-up time starts as small as it can.
 """
@@ -93,7 +93,7 @@ def write_voice(path: Path, seconds: int, rate: int = 16_000, channels: int = 1)
     import soxr
 
     from avatarctl.demo.sample import VOICE_RATE, voice_samples
-    from avatarctl.media import write_sound
+    from avatarctl.media import write_audio
 
     def takes() -> Iterator[np.ndarray]:
         for take, start in enumerate(range(0, seconds, 10)):
@@ -102,7 +102,7 @@ def write_voice(path: Path, seconds: int, rate: int = 16_000, channels: int = 1)
                 voice = soxr.resample(voice, VOICE_RATE, rate)
             yield np.repeat(voice[:, None], channels, axis=1)
 
-    write_sound(path, takes(), rate)
+    write_audio(path, takes(), rate)
     return path
 
 

@@ -3,8 +3,8 @@
     python tests/bench/stableavatar_work.py [SIDE]
 
 The published order, written out here as a plain loop over our own networks (spec/stableavatar.md a.4, c, d,
-e, f, h): every step visits every window; each visit encodes the window's sound, makes the keys and values of
-text and picture for all passes, and runs the three passes as one batch in which a context of zeros stands
+e, f, h): every step visits every window; each visit encodes the window's audio, makes the keys and values of
+text and image for all passes, and runs the three passes as one batch in which a context of zeros stands
 for silence; all latents are decoded in one call. Ours is `pipelines.infer.generate` with `compat reference`,
 which has the same numbers: both videos are compared before anything is printed. Target: 1.5 times as fast.
 
@@ -40,13 +40,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from avatarctl.conditioning.channels import first_frame_channels
 from avatarctl.conditioning.windows import blend_weights
-from avatarctl.demo.sample import sample_picture
+from avatarctl.demo.sample import sample_image
 from avatarctl.events import silent
 from avatarctl.family import Modules, Span
 from avatarctl.flow_matching import double_shifted_sigmas, euler_step, timesteps_of
 from avatarctl.loading.modules import build_random_modules
-from avatarctl.media import Waveform, open_sound
-from avatarctl.models.encode import picture_tensor
+from avatarctl.media import Waveform, open_audio
+from avatarctl.models.encode import image_tensor
 from avatarctl.models.stableavatar import PreparedStable, StableAvatarTransformer
 from avatarctl.models.wav2vec import normalise_waveform
 from avatarctl.pipelines.infer import generate
@@ -75,8 +75,8 @@ class Causes:
 
 
 WHAT = {
-    "hear_every_step": "sound is encoded for every window and step",
-    "read_every_step": "keys and values of text and picture are made in every step",
+    "hear_every_step": "audio is encoded for every window and step",
+    "read_every_step": "keys and values of text and image are made in every step",
     "three_in_a_batch": "three passes as one batch, with attention to a context of zeros",
     "decode_whole": "all latents are decoded in one call",
 }
@@ -102,7 +102,7 @@ class PublishedOrder:
         self._encode_inputs()
         sigmas = double_shifted_sigmas(STEPS, 5.0)
         x = latent_noise(cfg.runtime.seed, (self.job.key,), 0, total, shape)
-        with Waveform(self.job.sound, lead_samples=0) as waveform:
+        with Waveform(self.job.audio, lead_samples=0) as waveform:
             for step in range(STEPS):
                 written = torch.zeros_like(x)
                 for span in spans:
@@ -123,23 +123,23 @@ class PublishedOrder:
     def _encode_inputs(self) -> None:
         height, width = self.plan.cfg.output.height, self.plan.cfg.output.width
         assert height is not None and width is not None and self.modules.image is not None
-        picture = picture_tensor(self.job.picture.pixels, (height, width), self.plan.cfg.input.fit)
+        image = image_tensor(self.job.image.pixels, (height, width), self.plan.cfg.input.fit)
         video = torch.zeros(1, 3, 4 * WINDOW - 3, height, width)
-        video[:, :, 0] = picture
+        video[:, :, 0] = image
         self.channels = first_frame_channels(self.modules.vae.encode(video))
-        self.image = self.modules.image.encode(picture)
+        self.image = self.modules.image.encode(image)
         prompts = [self.job.negative_prompt, self.job.negative_prompt, self.job.prompt]
         self.text = torch.cat([self.modules.text.encode(prompt) for prompt in prompts])
 
     def _guided(self, old: Tensor, t: Tensor, span: Span, waveform: Waveform) -> Tensor:
         hidden = torch.cat([old, self.channels[:, :, : span.frames]], dim=1)
-        sound = self._sound(span, waveform)
-        ready = self._text_and_picture()
+        audio = self._audio(span, waveform)
+        ready = self._text_and_image()
         if span.frames not in self.rotary:
             self.rotary[span.frames] = self.dit(mode="prepare", grid=tuple(hidden.shape[2:])).rotary
         rotary = self.rotary[span.frames]
         three = self._batch if self.causes.three_in_a_batch else self._one_by_one
-        silent_negative, negative, full = three(hidden, t.expand(1), sound, ready, rotary)
+        silent_negative, negative, full = three(hidden, t.expand(1), audio, ready, rotary)
         text, audio = self.scales
         return silent_negative + audio * (negative - silent_negative) + text * (full - negative)
 
@@ -154,19 +154,19 @@ class PublishedOrder:
         assert sampling.guidance_scale is not None and sampling.audio_guidance_scale is not None
         return sampling.guidance_scale, sampling.audio_guidance_scale
 
-    def _sound(self, span: Span, waveform: Waveform) -> Tensor:
-        """Windows of projected sound [1, F, n, D]."""
+    def _audio(self, span: Span, waveform: Waveform) -> Tensor:
+        """Windows of projected audio [1, F, n, D]."""
         if span.index in self.heard:
             return self.heard[span.index]
         samples = torch.from_numpy(waveform.read(*span.audio))
         variance, mean = torch.var_mean(samples.double(), correction=0)
         tokens = self.modules.audio.tokens(normalise_waveform(samples, float(mean), float(variance))[None])
-        sound: Tensor = self.dit(mode="prepare", vocal=tokens, frames=4 * WINDOW - 3).vocal
+        audio: Tensor = self.dit(mode="prepare", vocal=tokens, frames=4 * WINDOW - 3).vocal
         if not self.causes.hear_every_step:
-            self.heard[span.index] = sound
-        return sound
+            self.heard[span.index] = audio
+        return audio
 
-    def _text_and_picture(self) -> list[PreparedStable]:
+    def _text_and_image(self) -> list[PreparedStable]:
         """Keys and values of the three passes, each made for itself."""
         if self.ready:
             return self.ready
@@ -176,7 +176,7 @@ class PublishedOrder:
         return ready
 
     def _batch(
-        self, hidden: Tensor, t: Tensor, sound: Tensor, ready: list[PreparedStable], rotary: Tensor
+        self, hidden: Tensor, t: Tensor, audio: Tensor, ready: list[PreparedStable], rotary: Tensor
     ) -> tuple[Tensor, ...]:
         """One batch: latents are embedded three times, the projector runs once, the first pass attends to
         a context of zeros."""
@@ -188,15 +188,15 @@ class PublishedOrder:
             time=embedded.time[2:],
             modulation=embedded.modulation[2:],
         )
-        context = dit._project(one, sound)
+        context = dit._project(one, audio)
         context = torch.cat([torch.zeros_like(context), context, context])
         return dit._run(embedded, rotary, context, readies=ready).split(1)
 
     def _one_by_one(
-        self, hidden: Tensor, t: Tensor, sound: Tensor, ready: list[PreparedStable], rotary: Tensor
+        self, hidden: Tensor, t: Tensor, audio: Tensor, ready: list[PreparedStable], rotary: Tensor
     ) -> tuple[Tensor, ...]:
         """As ours: embedded once, silence is a bias."""
-        vocal = (None, sound, sound)
+        vocal = (None, audio, audio)
         branches = {
             str(index): replace(ready[index], vocal=vocal[index], rotary=rotary) for index in range(3)
         }
@@ -246,7 +246,7 @@ class Measured:
 def measure(folder: Path, side: int) -> tuple[dict[str, Measured], JobPlan]:
     row = small_row()
     modules = build_random_modules(row)
-    job = Job(sample_picture(), open_sound(write_voice(folder / "voice.wav", SECONDS)), "a", "b")
+    job = Job(sample_image(), open_audio(write_voice(folder / "voice.wav", SECONDS)), "a", "b")
 
     def plan_of(compat: str, scales: tuple[float, float] = SCALES, *settings: str) -> JobPlan:
         text, audio = scales
@@ -268,7 +268,7 @@ def measure(folder: Path, side: int) -> tuple[dict[str, Measured], JobPlan]:
         "published": published(same),
         **{cause: published(same, **{cause: False}) for cause in WHAT},
         "ours": ours(same),
-        "ours, one by one": ours(plan_of("reference", SCALES, "sampling.batch_passes=false")),
+        "ours, one by one": ours(plan_of("reference", SCALES, "sampling.batch_branches=false")),
         "fixed": ours(plan_of("none")),
         "published, equal scales": published(equal),
         "ours, equal scales": ours(equal),
@@ -304,7 +304,7 @@ def report(ways: dict[str, Measured], plan: JobPlan) -> None:
 
     met = verdict(-whole / ways["ours"].median, -TARGET)
     print_table(
-        f"stableavatar_work: {SECONDS} s of sound, {len(spans)} windows of {WINDOW} latent frames, {STEPS} "
+        f"stableavatar_work: {SECONDS} s of audio, {len(spans)} windows of {WINDOW} latent frames, {STEPS} "
         f"steps, {side}x{side}, medians of {RUNS} runs that take turns",
         ("", "CPU s", "published / this"),
         [
@@ -327,14 +327,14 @@ def published_work() -> dict[str, float]:
         modules = build_random_modules(find_model("stableavatar-1.3b"))
         dit, dims = modules.dit, find_model("stableavatar-1.3b").network
         hidden, t = torch.zeros(1, 36, WINDOW, 64, 64), torch.zeros(1)
-        text, picture = torch.zeros(1, 512, dims["dit"]["text_dim"]), torch.zeros(1, 257, 1280)
+        text, image = torch.zeros(1, 512, dims["dit"]["text_dim"]), torch.zeros(1, 257, 1280)
         tokens = torch.zeros(1, 167, 768)
         decoder, latent = modules.vae.decoder(), hidden[:, :16, :1]
         decoder.push(latent)
         return {
-            "pass": operations(lambda: dit(hidden, t, text, picture, tokens)),
+            "pass": operations(lambda: dit(hidden, t, text, image, tokens)),
             "mix": operations(lambda: dit.blocks[0](*first_block(dit), only="mixed")),
-            "read": operations(lambda: dit(mode="prepare", text=text, image=picture)),
+            "read": operations(lambda: dit(mode="prepare", text=text, image=image)),
             "hear": operations(lambda: modules.audio.tokens(torch.zeros(1, 53_760))),
             "decode": operations(lambda: decoder.push(latent)),
         }
@@ -364,8 +364,8 @@ def report_published() -> None:
         ("", "1e12 operations", "of the published order"),
         [
             ("the published order, one window and step", f"{before:.1f}", "100 %"),
-            ("sound", f"{work['hear']:.3f}", f"{work['hear'] / before:.3%}"),
-            ("keys and values of text and picture, three passes", f"{3 * work['read']:.3f}",
+            ("audio", f"{work['hear']:.3f}", f"{work['hear'] / before:.3%}"),
+            ("keys and values of text and image, three passes", f"{3 * work['read']:.3f}",
              f"{3 * work['read'] / before:.2%}"),
             ("the first self-attention of two passes", f"{2 * work['mix']:.2f}",
              f"{2 * work['mix'] / before:.2%}"),

@@ -1,4 +1,4 @@
-"""Every configuration, sound, picture and weight file of the hostile corpus, through what reads it."""
+"""Every configuration, audio, image and weight file of the hostile corpus, through what reads it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FAMILIES = {
     "cartoon-i2v": ("--model", "cartoon-i2v"),
     "stableavatar-tiny": ("--model", "stableavatar-tiny", "--fit", "stretch"),
 }
-"""A built-in model of each family, and words that let it treat pictures in its own way."""
+"""A built-in model of each family, and words that let it treat images in its own way."""
 
 pytestmark = pytest.mark.skipif(not MANIFEST.is_file(), reason="../shared/hostile is absent")
 

@@ -188,16 +188,16 @@ def test_dry_run_json_is_one_document(run: Run, voice: Path) -> None:
     document = json.loads(result.stdout)
     assert document["command"] == "infer" and document["dry_run"] is True
     assert document["missing_weights"] == []
-    assert document["sound_delay_seconds"] == pytest.approx(0.3)  # the row keeps its offset 0
-    assert document["frames"] == 20  # 7.5 frames of silence and 12.5 of sound
+    assert document["audio_delay_seconds"] == pytest.approx(0.3)  # the row keeps its offset 0
+    assert document["frames"] == 20  # 7.5 frames of silence and 12.5 of audio
     assert "states audio_offset 0 and keeps it under compat reference" in result.stderr
 
 
-def test_without_model_image_and_sound_it_says_what_it_takes(run: Run) -> None:
+def test_without_model_image_and_audio_it_says_what_it_takes(run: Run) -> None:
     result = run("infer", "--chunked", "--dry-run")
     assert result.exit_code == 0
     first, second = result.stderr.splitlines()[:2]
-    assert "cartoon-i2v" in first and "untrained: the picture will be noise" in first
+    assert "cartoon-i2v" in first and "untrained: the image will be noise" in first
     assert "built-in face" in second and "voice" in second
 
 
@@ -215,24 +215,24 @@ def test_values_outside_training_get_one_line_each(run: Run, voice: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("model", "picture", "words", "says"),
+    ("model", "image", "words", "says"),
     [
-        (WINDOWS, "720x400", "", "44% of the picture is cut off to fill 512x512 (--size 832x480 keeps 96%)"),
-        (WINDOWS, "400x720", "", "44% of the picture is cut off to fill 512x512 (--size 480x832 keeps 96%)"),
-        (WINDOWS, "768x576", "", "25% of the picture is cut off to fill 512x512"),
-        (WINDOWS, "400x720", "--size 832x480", "68% of the picture is cut off to fill 832x480 (--size 480"),
+        (WINDOWS, "720x400", "", "44% of the image is cut off to fill 512x512 (--size 832x480 keeps 96%)"),
+        (WINDOWS, "400x720", "", "44% of the image is cut off to fill 512x512 (--size 480x832 keeps 96%)"),
+        (WINDOWS, "768x576", "", "25% of the image is cut off to fill 512x512"),
+        (WINDOWS, "400x720", "--size 832x480", "68% of the image is cut off to fill 832x480 (--size 480"),
         (CHUNKS, "640x400", "", ""),
-        (CHUNKS, "640x480", "", "26% of the picture is cut off to fill 720x400"),
+        (CHUNKS, "640x480", "", "26% of the image is cut off to fill 720x400"),
         (WINDOWS, "640x512", "", ""),
         (WINDOWS, "720x400", "--size 832x480", ""),
         (WINDOWS, "720x400", "--fit stretch", ""),
         (WINDOWS, "1200x400", "--fit stretch", "is stretched 3.0 times out of shape"),
     ],
 )
-def test_what_a_frame_leaves_of_a_picture(
-    model: str, picture: str, words: str, says: str, run: Run, voice: Path, tmp_path: Path
+def test_what_a_frame_leaves_of_a_image(
+    model: str, image: str, words: str, says: str, run: Run, voice: Path, tmp_path: Path
 ) -> None:
-    width, height = map(int, picture.split("x"))
+    width, height = map(int, image.split("x"))
     Image.new("RGB", (width, height)).save(tmp_path / "me.png")
     words = f"--model {model} --audio {voice} --image {tmp_path / 'me.png'} {words}"
     stderr = run("infer", "--dry-run", *words.split()).stderr
@@ -243,7 +243,7 @@ def test_what_a_frame_leaves_of_a_picture(
         assert lines == ([says] if says else [])
 
 
-def test_one_window_refuses_longer_sound_and_names_the_way(run: Run, refused: Refused, here: Path) -> None:
+def test_one_window_refuses_longer_audio_and_names_the_way(run: Run, refused: Refused, here: Path) -> None:
     soundfile.write(here / "long.wav", np.full(48_000, 0.1, np.float32), 16_000)
     soundfile.write(here / "short.wav", np.full(16_000, 0.1, np.float32), 16_000)
     line = refused(2, "infer", "--long-video", "off", "--audio", "long.wav", "--dry-run")

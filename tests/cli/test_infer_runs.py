@@ -21,7 +21,7 @@ def frames_of(path: Path) -> np.ndarray:
         return np.stack([frame.to_ndarray() for frame in container.decode(video=0)])
 
 
-def sound_of(path: Path) -> np.ndarray:
+def audio_of(path: Path) -> np.ndarray:
     with av.open(str(path)) as container:
         return np.concatenate([frame.to_ndarray() for frame in container.decode(audio=0)], axis=1)
 
@@ -47,7 +47,7 @@ def test_run_file_repeats_the_run_to_the_bit(run: Run, voice: Path, face: Path, 
     assert again.exit_code == 0, again.stderr
     assert frames_of(here / "a.mp4").shape == (13, 24, 16)
     np.testing.assert_array_equal(frames_of(here / "b.mp4"), frames_of(here / "a.mp4"))
-    np.testing.assert_array_equal(sound_of(here / "b.mp4"), sound_of(here / "a.mp4"))
+    np.testing.assert_array_equal(audio_of(here / "b.mp4"), audio_of(here / "a.mp4"))
 
     other = run("infer", "--config", "a.run.yaml", "--out", "c.mp4", "--seed", "6")
     assert other.exit_code == 0

@@ -90,7 +90,7 @@ OFFERS = {CHUNKS: "omniavatar offers off and chunks", FUSED: "stableavatar offer
         (CHUNKS, "-o long_video.blend=log", ("long_video.blend", "leave it out", "is off or chunks")),
         (CHUNKS, "-o sampling.null_audio=projected_silence", ("sampling.null_audio", "leave it out")),
         (CHUNKS, "--guidance-rule native", ("sampling.guidance_rule", "leave it out")),
-        (CHUNKS, "--batch-passes", ("sampling.batch_passes", "true was asked", "leave it out")),
+        (CHUNKS, "--batch-passes", ("sampling.batch_branches", "true was asked", "leave it out")),
         (CHUNKS, "--overlap 0", ("--overlap", "fused only", "at least 1")),
         (CHUNKS, "--long-video stream", ("long_video.strategy", "no stream", OFFERS[CHUNKS])),
         (CHUNKS, "--channels 36", ("model.channels", "offers 33")),
@@ -136,7 +136,7 @@ def test_refused_with_2(
         assert not list(here.iterdir())
 
 
-def test_one_window_refuses_longer_sound_and_names_the_way(run: Run, refused: Refused, here: Path) -> None:
+def test_one_window_refuses_longer_audio_and_names_the_way(run: Run, refused: Refused, here: Path) -> None:
     soundfile.write(here / "long.wav", np.full(16_000, 0.1, np.float32), 16_000)  # 25 frames
     line = refused(2, *dry(FUSED, here / "long.wav", "--long-video off"))
     assert "25 frames and one window holds 17 (0.68 s)" in line and "--long-video fused" in line
@@ -145,36 +145,36 @@ def test_one_window_refuses_longer_sound_and_names_the_way(run: Run, refused: Re
 
 @pytest.mark.parametrize(("samples", "code"), [(1, 3), (639, 3), (640, 0), (641, 0)])
 @pytest.mark.parametrize("model", [CHUNKS, FUSED, f"{FUSED} --compat reference"])
-def test_sound_shorter_than_a_frame(
+def test_audio_shorter_than_a_frame(
     samples: int, code: int, model: str, run: Run, here: Path, tmp_path: Path
 ) -> None:
-    sound = tmp_path / "blip.wav"
-    soundfile.write(sound, np.full(samples, 0.1, np.float32), 16_000)
+    audio = tmp_path / "blip.wav"
+    soundfile.write(audio, np.full(samples, 0.1, np.float32), 16_000)
     name, _, words = model.partition(" ")
-    result = run(*dry(name, sound, words))
+    result = run(*dry(name, audio, words))
     assert result.exit_code == code, result.stderr
     if code:
         (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
         assert f"blip.wav: too short: {samples} of 640 samples at 16 kHz" in error
-        assert "of the 40 ms" in error and error.endswith("(give longer sound)")
+        assert "of the 40 ms" in error and error.endswith("(give longer audio)")
     else:
         assert "frames: " + ("1" if samples == 640 or "reference" in words else "2") in result.stdout
     assert not list(here.iterdir())
 
 
 @pytest.mark.parametrize("model", [CHUNKS, FUSED])
-def test_silence_in_front_counts_as_sound(model: str, run: Run, tmp_path: Path) -> None:
+def test_silence_in_front_counts_as_audio(model: str, run: Run, tmp_path: Path) -> None:
     """So that the 0.3 s of `compat reference` keep what the published script makes of a single sample."""
-    sound = tmp_path / "blip.wav"
-    soundfile.write(sound, np.full(1, 0.1, np.float32), 16_000)
-    result = run(*dry(model, sound, "-o output.lead_silence=0.04"))
+    audio = tmp_path / "blip.wav"
+    soundfile.write(audio, np.full(1, 0.1, np.float32), 16_000)
+    result = run(*dry(model, audio, "-o output.lead_silence=0.04"))
     assert result.exit_code == 0 and "frames: 2\n" in result.stdout
 
 
-def test_one_frame_of_sound_is_a_video_of_one_frame(run: Run, here: Path, tmp_path: Path) -> None:
-    sound = tmp_path / "blip.wav"
-    soundfile.write(sound, np.full(640, 0.1, np.float32), 16_000)
-    words = ("infer", "--model", FUSED, "--audio", str(sound), "--steps", "1", "--size", "16x16")
+def test_one_frame_of_audio_is_a_video_of_one_frame(run: Run, here: Path, tmp_path: Path) -> None:
+    audio = tmp_path / "blip.wav"
+    soundfile.write(audio, np.full(640, 0.1, np.float32), 16_000)
+    words = ("infer", "--model", FUSED, "--audio", str(audio), "--steps", "1", "--size", "16x16")
     result = run(*words, "--out", "one.mp4")
     assert result.exit_code == 0, result.stderr
     assert "1 frame of 16x16" in result.stderr and "1 of 1 frame\n" in result.stderr

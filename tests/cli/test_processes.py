@@ -143,9 +143,9 @@ def test_as_typed_on_a_fresh_machine(here: Path) -> None:
     assert path.is_absolute() and path.is_relative_to(here) and path.suffix == ".mp4"
     video = probe_video(path)
     assert (video.frames, video.width, video.height, video.fps) == (100, 64, 64, 25)
-    assert abs(video.sound_seconds - 4.0) <= 1024 / video.sound_rate and video.steady
+    assert abs(video.audio_seconds - 4.0) <= 1024 / video.audio_rate and video.steady
     assert names(path.parent) == ["video.mp4", "video.run.yaml"]
-    assert "untrained: the picture will be noise" in found.stderr
+    assert "untrained: the image will be noise" in found.stderr
     assert "\x1b" not in found.stderr, "no colours and no cursor movements in a log"
 
 
@@ -169,7 +169,7 @@ def test_signal_in_the_middle_keeps_the_playable_part(
     assert match is not None, error
     assert int(match[1]) >= finished
     assert count_frames(here / match[2]) == int(match[1])
-    assert probe_video(here / match[2]).sound_seconds > (finished - 1) / 25
+    assert probe_video(here / match[2]).audio_seconds > (finished - 1) / 25
     assert names(here) == ["ein Clip ü.partial.mp4"]
 
 
@@ -251,26 +251,26 @@ def test_read_only_folder(sealed: Path, forks: Forks) -> None:
     assert names(sealed) == ["speech.wav"]
 
 
-def test_hostile_picture_with_a_hostile_name(here: Path, forks: Forks) -> None:
-    picture = here / "a\x1b]0;b\x07\r\u202e.png"
-    picture.write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 40)
-    process, stdout, stderr = forks.run("infer", "--image", picture.name, "--out", "a.mp4", folder=here)
+def test_hostile_image_with_a_hostile_name(here: Path, forks: Forks) -> None:
+    image = here / "a\x1b]0;b\x07\r\u202e.png"
+    image.write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 40)
+    process, stdout, stderr = forks.run("infer", "--image", image.name, "--out", "a.mp4", folder=here)
     assert process.returncode == 3 and stdout == ""
     error = error_of(stderr)
     assert error.startswith(r"a\x1b]0;b\x07\r\u202e.png: ")
     assert stderr.replace("\n", "").isprintable()
-    assert names(here) == [picture.name]
+    assert names(here) == [image.name]
 
 
 def test_long_compressed_silence_in_little_memory(here: Path, forks: Forks) -> None:
     """25 minutes of 8 channels: 1.1 GB as samples, a few kilobytes as FLAC."""
-    sound = HOSTILE / "audio" / "flac_bomb_25min_8ch.flac"
-    if not sound.is_file():
-        sound = here.parent / "bomb.flac"
-        with soundfile.SoundFile(sound, "w", 48_000, 8, "PCM_16") as file:
+    audio = HOSTILE / "audio" / "flac_bomb_25min_8ch.flac"
+    if not audio.is_file():
+        audio = here.parent / "bomb.flac"
+        with soundfile.AudioFile(audio, "w", 48_000, 8, "PCM_16") as file:
             for _ in range(25 * 60):
                 file.write(np.zeros((48_000, 8), np.int16))
-    words = ("infer", "--dry-run", "--json", "--audio", str(sound))
+    words = ("infer", "--dry-run", "--json", "--audio", str(audio))
     process, stdout, stderr = forks.run(*words, folder=here)
     assert process.returncode == 0, stderr
     assert json.loads(stdout)["frames"] == 25 * 60 * 25

@@ -9,13 +9,13 @@ from avatarctl.errors import UsageError
 from avatarctl.timeline import frames_of_samples, reference_frames_of_samples
 
 
-def published_padding(sound_frames: int, length: int, overlap: int) -> tuple[int, int]:
+def published_padding(audio_frames: int, length: int, overlap: int) -> tuple[int, int]:
     """Padded audio frames and chunk count as the published script finds them (offset 1)."""
     first = length - 1
-    if sound_frames < first:
+    if audio_frames < first:
         padded = first
     else:
-        padded = sound_frames
+        padded = audio_frames
         while (padded - first) % (length - overlap):
             padded += 1
     count = (padded - length + 1) // (length - overlap) + 1
@@ -24,29 +24,29 @@ def published_padding(sound_frames: int, length: int, overlap: int) -> tuple[int
     return padded, count
 
 
-def fork_padding(sound_frames: int, length: int, overlap: int) -> tuple[int, int]:
+def fork_padding(audio_frames: int, length: int, overlap: int) -> tuple[int, int]:
     """The fork's variant (offset 0)."""
     padded = length
-    while padded < sound_frames:
+    while padded < audio_frames:
         padded += length - overlap
     return padded, 1 + math.ceil((padded - length) / (length - overlap))
 
 
 @pytest.mark.parametrize(("length", "overlap"), [(5, 1), (9, 5), (33, 1), (57, 13), (105, 13), (17, 13)])
 def test_padding_and_count_follow_the_spec(length: int, overlap: int) -> None:
-    for sound_frames in range(1, 4 * length):
+    for audio_frames in range(1, 4 * length):
         for offset, rule in ((1, published_padding), (0, fork_padding)):
-            plan = plan_chunks(sound_frames, length=length, overlap=overlap, offset=offset)
-            assert (plan.padded_frames, plan.count) == rule(sound_frames, length, overlap)
+            plan = plan_chunks(audio_frames, length=length, overlap=overlap, offset=offset)
+            assert (plan.padded_frames, plan.count) == rule(audio_frames, length, overlap)
 
 
 @pytest.mark.parametrize("offset", [0, 1])
-def test_every_video_frame_is_made_once_and_hears_its_own_sound(offset: int) -> None:
+def test_every_video_frame_is_made_once_and_hears_its_own_audio(offset: int) -> None:
     plan = plan_chunks(200, length=33, overlap=5, offset=offset)
     frame = 0
     for span in plan.spans():
         assert span.start * 4 + span.keep_from == frame, "chunks do not join"
-        # Video frame f hears sound frame f - offset: the first kept frame of the chunk says so.
+        # Video frame f hears audio frame f - offset: the first kept frame of the chunk says so.
         heard = span.audio[0] // 640 + span.keep_from
         assert heard == frame - offset
         assert (span.audio[1] - span.audio[0]) == 33 * 640

@@ -1,4 +1,4 @@
-"""Windows cover every frame of the sound, with the sound that they show."""
+"""Windows cover every frame of the audio, with the audio that they show."""
 
 from __future__ import annotations
 

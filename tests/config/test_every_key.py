@@ -22,7 +22,7 @@ from avatarctl.errors import ConfigError
 PROMISED = {  # the public table of sections and keys, written out again
     "model": "name channels audio_offset weights_root weights lora compat",
     "input": "image fit video audio prompt negative_prompt jobs latents face face_detector",
-    "sampling": "steps guidance_scale audio_guidance_scale guidance_rule null_audio batch_passes "
+    "sampling": "steps guidance_scale audio_guidance_scale guidance_rule null_audio batch_branches "
     "latents_dtype guidance_interval shift solver cache "
     "cache_threshold preset",
     "long_video": "strategy num_frames overlap_frames schedule blend carry max_tokens max_size audio_window",

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from avatarctl.demo.sample import face_pixels, sample_picture, sample_sound, voice_samples
+from avatarctl.demo.sample import face_pixels, sample_audio, sample_image, voice_samples
 
 RATE = 16_000
 
 
 @pytest.mark.parametrize("size", [64, 256])
-def test_the_face_is_an_rgb_picture_of_the_size_that_was_asked(size: int) -> None:
+def test_the_face_is_an_rgb_image_of_the_size_that_was_asked(size: int) -> None:
     face = face_pixels(size)
     assert (face.shape, face.dtype) == ((size, size, 3), np.uint8)
 
@@ -80,9 +80,9 @@ def test_the_voice_has_no_energy_close_to_half_the_sample_rate() -> None:
     assert power[len(power) * 15 // 16 :].sum() < 1e-4 * power.sum(), "a folded harmonic would be here"
 
 
-def test_picture_and_sound_are_what_the_loaders_would_give() -> None:
-    picture, sound = sample_picture(), sample_sound()
-    assert np.array_equal(picture.pixels, face_pixels())
-    assert (sound.rate, sound.channels) == (RATE, 1)
-    assert np.array_equal(np.concatenate(list(sound.blocks()))[:, 0], voice_samples())
-    assert (picture.sha256, sound.sha256()) == (sample_picture().sha256, sample_sound().sha256())
+def test_image_and_audio_are_what_the_loaders_would_give() -> None:
+    image, audio = sample_image(), sample_audio()
+    assert np.array_equal(image.pixels, face_pixels())
+    assert (audio.rate, audio.channels) == (RATE, 1)
+    assert np.array_equal(np.concatenate(list(audio.blocks()))[:, 0], voice_samples())
+    assert (image.sha256, audio.sha256()) == (sample_image().sha256, sample_audio().sha256())

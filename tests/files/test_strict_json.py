@@ -16,7 +16,7 @@ from avatarctl.files.strict_json import parse_json, parse_object
 from avatarctl.weights.layout import Sizes
 from avatarctl.weights.layouts import WAN
 from avatarctl.weights.metadata import read_own, stated_network
-from avatarctl.weights.weight_file import Checkpoint
+from avatarctl.weights.weight_file import WeightFile
 
 BEYOND = ["1e400", "-1e400", "9223372036854775808", "1" + "0" * 400, "1" + "0" * 9000, "NaN", "-Infinity"]
 
@@ -69,7 +69,7 @@ def test_a_config_beside_weights_is_read_so(tmp_path: Path, value: str) -> None:
 @pytest.mark.parametrize("eps", [None, True, "1e-6", 0, 1, -1e-6, 2.5, [1e-6], 10**18])
 def test_an_eps_is_a_number_between_0_and_1(eps: object) -> None:
     path = Path("a.safetensors")
-    held = Checkpoint(path, "model", "original", WAN, "", Sizes(width=256), {}, config={"eps": eps})
+    held = WeightFile(path, "model", "original", WAN, "", Sizes(width=256), {}, config={"eps": eps})
     for metadata in ({}, {"avatarctl.network": '{"eps": 1e-6}'}):
         with pytest.raises(UnusableWeights, match="eps is"):
             stated_network(replace(held, metadata=metadata))

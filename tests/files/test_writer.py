@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from avatarctl.errors import AvatarctlError, OutputRefused, UnusableWeights, WriteFailed
-from avatarctl.files.tensors import DTYPES, ArrayTensor, FileTensor, Tensor, TensorInfo
+from avatarctl.files.tensors import DTYPES, ArrayTensor, FileTensor, StoredTensor, TensorInfo
 from avatarctl.files.writer import SOURCES_KEY, write_safetensors, write_sharded
 
 posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX links, limits or users")
@@ -42,10 +42,10 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def one_of_each() -> dict[str, Tensor]:
+def one_of_each() -> dict[str, StoredTensor]:
     """Every dtype, odd sizes, an empty tensor and a scalar, names that need escaping."""
     rng = np.random.default_rng(0)
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     for index, (name, dtype) in enumerate(DTYPES.items()):
         values = rng.integers(0, 2 if name == "BOOL" else 100, (3, 2 * index + 1)).astype(dtype.storage)
         tensors[f"z{9 - index}.{name}"] = ArrayTensor(values, name)
@@ -55,7 +55,7 @@ def one_of_each() -> dict[str, Tensor]:
     return tensors
 
 
-def tiny(value: float = 1.0) -> dict[str, Tensor]:
+def tiny(value: float = 1.0) -> dict[str, StoredTensor]:
     return {"a": ArrayTensor(np.full((4, 3), value, np.float32), "F32")}
 
 

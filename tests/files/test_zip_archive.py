@@ -19,7 +19,7 @@ END, LOCATOR, END64 = 22, 20, 56
 
 @pytest.fixture
 def archive(tmp_path: Path) -> bytearray:
-    path = tmp_path / "sound.pt"
+    path = tmp_path / "audio.pt"
     torch.save({"a": torch.ones(3), "b": torch.zeros(2, 2)}, path)
     return bytearray(path.read_bytes())
 

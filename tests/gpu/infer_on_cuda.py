@@ -10,16 +10,16 @@ import sys
 
 import torch
 
-from avatarctl.demo.sample import sample_picture, sample_sound
+from avatarctl.demo.sample import sample_audio, sample_image
 from avatarctl.errors import ExtraMissing
 from avatarctl.pipelines.infer import generate
 from avatarctl.pipelines.job import Job, check_job
 from avatarctl.registry import configure, find_model
 
-# By model, the settings that are compared: all passes, and those of blended windows together as well.
+# By model, the settings that are compared: all passes, and those of fused windows together as well.
 MODELS = {
     "cartoon-i2v": ((),),
-    "stableavatar-tiny": ((), ("sampling.batch_passes=true", "long_video.schedule=wavefront")),
+    "stableavatar-tiny": ((), ("sampling.batch_branches=true", "long_video.schedule=wavefront")),
 }
 # float32 matmuls on tensor cores (TF32) stay off by default, so float32 must agree closely; bfloat16 rounds
 # every activation to 8 bits and the untrained network amplifies it over steps and chunks.
@@ -28,7 +28,7 @@ LIMITS = {"float32": 1e-2, "bfloat16": 0.5}
 
 def frames(model: str, *settings: str) -> torch.Tensor:
     row = find_model(model)
-    job = Job(sample_picture(), sample_sound(2.0), "a person is talking", "")
+    job = Job(sample_image(), sample_audio(2.0), "a person is talking", "")
     plan = check_job(configure(f"model.name={model}", *settings), row, job, lambda event: None)
     return torch.cat([block.pixels.cpu() for block in generate(row, job, plan)], dim=1)
 

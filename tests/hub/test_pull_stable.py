@@ -20,7 +20,7 @@ from tests.hub.pulling import error_of, incomplete, models
 from tests.pipelines import tiny_stable_release as stable
 
 SQUARE, OBLONG = "stableavatar-1.3b", "stableavatar-1.3b-rec-vec"
-REPO, SOUND = "FrancisRing/StableAvatar", "facebook/wav2vec2-base-960h"
+REPO, AUDIO = "FrancisRing/StableAvatar", "facebook/wav2vec2-base-960h"
 FILE = "StableAvatar-1.3B/transformer3d-{}.pt"
 CLIP = "Wan2.1-Fun-V1.1-1.3B-InP/models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 
@@ -43,10 +43,10 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 @pytest.fixture
 def release(hub: HubServer, published: dict[str, bytes]) -> dict[str, bytes]:
     """The same, on the hub."""
-    sound = "wav2vec2-base-960h/"
+    audio = "wav2vec2-base-960h/"
     hub.repos[REPO] = Repo(dict(published), license="mit")
-    hub.repos[SOUND] = Repo(
-        {name.removeprefix(sound): held for name, held in published.items() if name.startswith(sound)}
+    hub.repos[AUDIO] = Repo(
+        {name.removeprefix(audio): held for name, held in published.items() if name.startswith(audio)}
     )
     return published
 

@@ -14,7 +14,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from avatarctl.errors import UnusableWeights
 from avatarctl.files.source import open_weights
-from avatarctl.files.tensors import ArrayTensor, Tensor, from_float32
+from avatarctl.files.tensors import ArrayTensor, StoredTensor, from_float32
 from avatarctl.live_bytes import LiveBytes
 from avatarctl.loading.fill import fill, on_meta
 from avatarctl.models.omniavatar import OmniAvatarTransformer
@@ -28,7 +28,7 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
 
 
-def tensors(dtype: str = "F32") -> dict[str, Tensor]:
+def tensors(dtype: str = "F32") -> dict[str, StoredTensor]:
     random = np.random.default_rng(0)
     return {
         name: ArrayTensor(from_float32(random.standard_normal(tuple(value.shape), np.float32), dtype), dtype)
@@ -36,7 +36,7 @@ def tensors(dtype: str = "F32") -> dict[str, Tensor]:
     }
 
 
-def filled(given: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> nn.Module:
+def filled(given: Mapping[str, StoredTensor], dtype: torch.dtype = torch.float32) -> nn.Module:
     with on_meta():
         module = network()
     fill(module, given, dtype_of=lambda name: dtype, device=CPU, where=FILE, likely=lambda: "likely")
@@ -71,11 +71,11 @@ def test_float8_is_read_as_values() -> None:
     assert torch.equal(filled(given).state_dict()["0.weight"], stored.float())
 
 
-def _without(name: str) -> dict[str, Tensor]:
+def _without(name: str) -> dict[str, StoredTensor]:
     return {key: value for key, value in tensors().items() if key != name}
 
 
-def _with(name: str, array: np.ndarray, dtype: str = "F32") -> dict[str, Tensor]:
+def _with(name: str, array: np.ndarray, dtype: str = "F32") -> dict[str, StoredTensor]:
     return tensors() | {name: ArrayTensor(array, dtype)}
 
 
@@ -93,7 +93,7 @@ NAN, INF = np.full((4, 3), np.nan, np.float32), np.full((4, 3), -np.inf, np.floa
         (lambda: _with("0.weight", INF), ("0.weight holds NaN or infinity",)),
     ],
 )
-def test_refusals(given: Callable[[], dict[str, Tensor]], says: tuple[str, ...]) -> None:
+def test_refusals(given: Callable[[], dict[str, StoredTensor]], says: tuple[str, ...]) -> None:
     with pytest.raises(UnusableWeights) as refused:
         filled(given())
     for part in (str(FILE), *says):
@@ -105,7 +105,7 @@ def test_names_and_shapes_are_checked_before_any_value_is_read() -> None:
         def read(self, start: int, stop: int) -> np.ndarray:
             raise AssertionError("read")
 
-    given: dict[str, Tensor] = {name: Unread(t.array, "F32") for name, t in _without("1.bias").items()}  # type: ignore[attr-defined]
+    given: dict[str, StoredTensor] = {name: Unread(t.array, "F32") for name, t in _without("1.bias").items()}  # type: ignore[attr-defined]
     with pytest.raises(UnusableWeights, match=r"1\.bias"):
         filled(given)
 
@@ -128,7 +128,7 @@ def test_tied_weights_stay_tied() -> None:
         encoder = UMT5EncoderModel(
             UMT5Config(vocab_size=7, d_model=8, d_ff=8, d_kv=4, num_heads=2, num_layers=1)
         )
-    given: dict[str, Tensor] = {
+    given: dict[str, StoredTensor] = {
         name: ArrayTensor(np.ones(tuple(parameter.shape), np.float32), "F32")
         for name, parameter in encoder.named_parameters()
     }

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from avatarctl.errors import UnusableWeights
-from avatarctl.files.tensors import ArrayTensor, Tensor
+from avatarctl.files.tensors import ArrayTensor, StoredTensor
 from avatarctl.loading import wan_clip, wan_vae
 from tests.pipelines import tiny_release as tiny
 from tests.pipelines import tiny_stable_release as stable
@@ -34,7 +34,7 @@ def test_every_name_of_the_image_tower_comes_back() -> None:
     assert wan_clip.original_name("odd") is None
 
 
-def clip_tensors() -> dict[str, Tensor]:
+def clip_tensors() -> dict[str, StoredTensor]:
     zero = np.zeros((), np.float32)
     return {
         name: ArrayTensor(np.broadcast_to(zero, shape), "F32") for name, shape in stable.clip_shapes().items()

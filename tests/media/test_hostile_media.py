@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from avatarctl.errors import AvatarctlError, UnusableAudio
-from avatarctl.media import Picture, SoundSurvey, Waveform, load_picture, open_sound, survey
+from avatarctl.media import AudioSurvey, StillImage, Waveform, load_image, open_audio, survey
 
 HOSTILE = Path(__file__).resolve().parents[3] / "shared" / "hostile"
 MANIFEST = HOSTILE / "manifest.json"
@@ -57,10 +57,10 @@ def check_refusal(row: dict, code: int, result: object) -> bool:
 
 @pytest.mark.parametrize("row", rows("audio"))
 def test_audio(row: dict) -> None:
-    def load(path: Path) -> tuple[SoundSurvey, np.ndarray]:
-        sound = open_sound(path)
-        found = survey(sound)
-        with Waveform(sound) as waveform:
+    def load(path: Path) -> tuple[AudioSurvey, np.ndarray]:
+        audio = open_audio(path)
+        found = survey(audio)
+        with Waveform(audio) as waveform:
             return found, waveform.read(0, min(found.samples, 48_000))
 
     code, result = outcome(row, load)
@@ -92,30 +92,30 @@ EXPECTED_LEVELS = {  # right_result of the manifest, in numbers
 
 @pytest.mark.parametrize("name", EXPECTED_LEVELS)
 def test_audio_levels_and_warnings(name: str) -> None:
-    found = survey(open_sound(HOSTILE / name))
+    found = survey(open_audio(HOSTILE / name))
     assert EXPECTED_LEVELS[name](found), found
 
 
 @pytest.mark.parametrize(
     "name", ["hls_named.mp4", "hls_absolute.mp4", "sdp_named.mp4", "ffconcat_named.mp4", "html_named.mp4"]
 )
-def test_playlists_are_no_sound(name: str) -> None:
+def test_playlists_are_no_audio(name: str) -> None:
     with pytest.raises(UnusableAudio, match=name):
-        open_sound(HOSTILE / "video" / name)
+        open_audio(HOSTILE / "video" / name)
 
 
-def test_sound_of_a_video_cut_in_the_middle_is_used_with_a_warning() -> None:
-    found = survey(open_sound(HOSTILE / "video" / "cut_mid.mp4"))
+def test_audio_of_a_video_cut_in_the_middle_is_used_with_a_warning() -> None:
+    found = survey(open_audio(HOSTILE / "video" / "cut_mid.mp4"))
     assert 0 < found.samples < 16_000
     assert any("cut short" in warning for warning in found.warnings)
 
 
 @pytest.mark.parametrize("row", rows("image"))
 def test_image(row: dict) -> None:
-    code, result = outcome(row, load_picture)
+    code, result = outcome(row, load_image)
     if check_refusal(row, code, result):
         return
-    assert isinstance(result, Picture)
+    assert isinstance(result, StillImage)
     pixels = result.pixels
     assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.flags.c_contiguous
     expect = row.get("expect", {})
@@ -135,7 +135,7 @@ def test_image(row: dict) -> None:
 SURVEY_AND_READ = """
 import re, resource, sys
 from pathlib import Path
-from avatarctl.media import Waveform, open_sound, survey
+from avatarctl.media import Waveform, open_audio, survey
 
 def peak():  # KiB; not ru_maxrss where it can be avoided, which begins with that of the parent process
     status = Path("/proc/self/status")
@@ -144,9 +144,9 @@ def peak():  # KiB; not ru_maxrss where it can be avoided, which begins with tha
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "darwin" else 1)
 
 before = peak()
-sound = open_sound(sys.argv[1])
-found = survey(sound)
-with Waveform(sound) as waveform:
+audio = open_audio(sys.argv[1])
+found = survey(audio)
+with Waveform(audio) as waveform:
     for at in range(0, 300 * 16_000, 160_000):
         waveform.read(at, at + 160_000)
 print(found.samples, peak() - before)

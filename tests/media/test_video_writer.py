@@ -20,8 +20,8 @@ from tests.helpers_video import (
     moving,
     names,
     probe_video,
+    read_audio,
     read_frames,
-    read_sound,
     tone,
 )
 
@@ -32,7 +32,7 @@ RED, GREEN, BLUE, GREY = (220, 30, 20), (20, 200, 40), (30, 40, 210), (128, 128,
 
 
 @pytest.mark.parametrize("fps", [25, Fraction(30000, 1001)])
-def test_frames_size_rate_and_sound_length_come_back(tmp_path: Path, fps: int | Fraction) -> None:
+def test_frames_size_rate_and_audio_length_come_back(tmp_path: Path, fps: int | Fraction) -> None:
     frames = 83
     seconds = float(frames / Fraction(fps))
     with VideoWriter(
@@ -43,8 +43,8 @@ def test_frames_size_rate_and_sound_length_come_back(tmp_path: Path, fps: int | 
     facts = probe_video(tmp_path / "a.mp4")
     assert (facts.frames, facts.width, facts.height, facts.fps) == (frames, 64, 48, fps)
     assert all(abs(at - index / Fraction(fps)) < 1e-4 for index, at in enumerate(facts.frame_times))
-    assert (facts.sound_rate, facts.sound_channels, facts.sound_start) == (44100, 2, 0.0)
-    assert abs(facts.sound_seconds - seconds) <= AAC_PACKET / 44100
+    assert (facts.audio_rate, facts.audio_channels, facts.audio_start) == (44100, 2, 0.0)
+    assert abs(facts.audio_seconds - seconds) <= AAC_PACKET / 44100
     assert facts.steady
     assert names(tmp_path) == ["a.mp4"]
 
@@ -64,22 +64,22 @@ def test_frames_size_rate_and_sound_length_come_back(tmp_path: Path, fps: int | 
         (6000, 1, (7350, 1)),
     ],
 )
-def test_sound_is_where_it_was_put_to_the_millisecond(
+def test_audio_is_where_it_was_put_to_the_millisecond(
     tmp_path: Path, rate: int, channels: int, kept: tuple[int, int]
 ) -> None:
     """Noise bursts after 40 ms of silence, at the beginning, in the middle and near the end."""
     length, delay = 3 * rate, rate // 25
-    sound = np.zeros((length + delay, channels))
+    audio = np.zeros((length + delay, channels))
     burst = np.random.default_rng(0).normal(size=(rate // 20, 1)) * 0.2
     burst = np.convolve(burst[:, 0], np.ones(4) / 4, "same")[:, None]  # AAC is not asked for the top octave
     for second in (0.0, 1.3, 2.7):
         begin = delay + int(second * rate)
-        sound[begin : begin + len(burst)] = burst
-    with VideoWriter(tmp_path / "a.mp4", width=64, height=48, soundtrack=Track(sound, rate, 777)) as writer:
+        audio[begin : begin + len(burst)] = burst
+    with VideoWriter(tmp_path / "a.mp4", width=64, height=48, soundtrack=Track(audio, rate, 777)) as writer:
         for chunk in (33, 33, 10):
             writer.write(moving(chunk))
         notices = writer.notices
-    heard, heard_rate = read_sound(tmp_path / "a.mp4")
+    heard, heard_rate = read_audio(tmp_path / "a.mp4")
     assert (heard_rate, heard.shape[1]) == kept
     assert len(notices) == (kept != (rate, channels))
     assert probe_video(tmp_path / "a.mp4").steady
@@ -88,7 +88,7 @@ def test_sound_is_where_it_was_put_to_the_millisecond(
     for second in (0.0, 1.3, 2.7):
         window = (max(0.0, second - 0.1), second + 0.25)
         inside = (at >= window[0]) & (at < window[1])
-        put = np.interp(at[inside], grid, sound[:, 0])
+        put = np.interp(at[inside], grid, audio[:, 0])
         size = 2 * len(put)
         product = np.fft.rfft(heard[inside, 0], size) * np.fft.rfft(put, size).conj()
         lag = int(np.argmax(np.abs(np.fft.irfft(product, size))))
@@ -101,10 +101,10 @@ def test_every_channel_stays_itself(tmp_path: Path, channels: int) -> None:
     """Each channel has a tone of its own below 100 Hz, which the bass channel can carry too."""
     times = np.arange(96000) / 48000
     pitches = [30 + 10 * channel for channel in range(channels)]
-    sound = np.stack([0.4 * np.sin(2 * np.pi * pitch * times) for pitch in pitches], axis=1)
-    with VideoWriter(tmp_path / "a.mp4", width=64, height=48, soundtrack=Track(sound, 48000)) as writer:
+    audio = np.stack([0.4 * np.sin(2 * np.pi * pitch * times) for pitch in pitches], axis=1)
+    with VideoWriter(tmp_path / "a.mp4", width=64, height=48, soundtrack=Track(audio, 48000)) as writer:
         writer.write(moving(50))
-    heard = read_sound(tmp_path / "a.mp4")[0][:96000]
+    heard = read_audio(tmp_path / "a.mp4")[0][:96000]
     spectrum = np.abs(np.fft.rfft(heard * np.hanning(len(heard))[:, None], axis=0))
     assert [round(peak / 2) for peak in spectrum.argmax(axis=0)] == pitches
 
@@ -116,13 +116,13 @@ def test_loud_samples_are_clipped_and_no_numbers_are_muted(tmp_path: Path) -> No
     with VideoWriter(tmp_path / "a.mp4", width=64, height=48, soundtrack=track) as writer:
         writer.write(moving(25))
         assert len(writer.notices) == 1 and "no numbers" in writer.notices[0]
-    heard = read_sound(tmp_path / "a.mp4")[0]
+    heard = read_audio(tmp_path / "a.mp4")[0]
     assert (
         0.8 < np.abs(heard[4000:12000]).max() < 1.6
     )  # AAC overshoots square waves a little; 6 would be unclipped
 
 
-def test_sound_longer_than_the_video_is_cut_and_pulled_no_further(tmp_path: Path) -> None:
+def test_audio_longer_than_the_video_is_cut_and_pulled_no_further(tmp_path: Path) -> None:
     track = tone(16000, 1, 60.0)
     with VideoWriter(tmp_path / "a.mp4", width=64, height=48, soundtrack=track) as writer:
         writer.write(moving(10))
@@ -130,25 +130,25 @@ def test_sound_longer_than_the_video_is_cut_and_pulled_no_further(tmp_path: Path
         writer.write(moving(15))
     assert track.pulled <= 25 * 640 + track.block
     assert track.closed
-    assert abs(probe_video(tmp_path / "a.mp4").sound_seconds - 1.0) <= AAC_PACKET / 16000
+    assert abs(probe_video(tmp_path / "a.mp4").audio_seconds - 1.0) <= AAC_PACKET / 16000
 
 
-def test_sound_shorter_than_the_video_keeps_its_length_and_delays_no_frame(tmp_path: Path) -> None:
+def test_audio_shorter_than_the_video_keeps_its_length_and_delays_no_frame(tmp_path: Path) -> None:
     writer = VideoWriter(tmp_path / "a.mp4", width=64, height=48, soundtrack=tone(48000, 2, 0.5))
     writer.write(moving(300))
     assert count_frames(writer.partial_path) >= 300 - LATENCY_FRAMES
     facts = probe_video(writer.finish())
     assert facts.frames == 300 and facts.steady
-    assert abs(facts.sound_seconds - 0.5) <= AAC_PACKET / 48000
+    assert abs(facts.audio_seconds - 0.5) <= AAC_PACKET / 48000
 
 
 @pytest.mark.parametrize("track", [None, Track(np.zeros((0, 2)), 48000)], ids=["none", "empty"])
-def test_without_sound(tmp_path: Path, track: Track | None) -> None:
+def test_without_audio(tmp_path: Path, track: Track | None) -> None:
     with VideoWriter(tmp_path / "a.mp4", width=64, height=48, soundtrack=track) as writer:
         writer.write(moving(30))
         assert len(writer.notices) == (track is not None)
     facts = probe_video(tmp_path / "a.mp4")
-    assert (facts.frames, facts.sound_rate, facts.steady) == (30, 0, True)
+    assert (facts.frames, facts.audio_rate, facts.steady) == (30, 0, True)
 
 
 def test_odd_sizes_repeat_the_last_column_and_row(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_it_plays_while_it_grows(tmp_path: Path, rate: int) -> None:
         copy.write_bytes(writer.partial_path.read_bytes())
         assert 33 * chunk - LATENCY_FRAMES <= count_frames(copy) <= 33 * chunk == writer.frames_written
         if rate:
-            assert probe_video(copy).sound_seconds >= (33 * chunk - LATENCY_FRAMES) / 25 - AAC_PACKET / rate
+            assert probe_video(copy).audio_seconds >= (33 * chunk - LATENCY_FRAMES) / 25 - AAC_PACKET / rate
         assert not (tmp_path / "a.mp4").exists()
     assert probe_video(writer.finish()).frames == 132
 

@@ -79,7 +79,7 @@ def test_abandon_keeps_what_can_be_played(tmp_path: Path) -> None:
     writer.write(moving(3))
     assert writer.abandon() == tmp_path / "a.partial.mp4"
     facts = probe_video(tmp_path / "a.partial.mp4")
-    assert facts.frames == 3 and abs(facts.sound_seconds - 3 / 25) <= AAC_PACKET / 16000
+    assert facts.frames == 3 and abs(facts.audio_seconds - 3 / 25) <= AAC_PACKET / 16000
     assert writer.abandon() is None
     with pytest.raises(ValueError, match="ended"):
         writer.write(moving(1))

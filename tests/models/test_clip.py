@@ -1,4 +1,4 @@
-"""The picture encoder against open-clip's tower written out (spec/stableavatar.md f)."""
+"""The image encoder against open-clip's tower written out (spec/stableavatar.md f)."""
 
 import math
 from typing import Any
@@ -33,8 +33,8 @@ def encoder() -> ClipImageEncoder:
 
 
 @pytest.fixture
-def picture() -> Tensor:
-    return torch.rand(2, 3, 40, 60, generator=generator(0, "picture")) * 2 - 1
+def image() -> Tensor:
+    return torch.rand(2, 3, 40, 60, generator=generator(0, "image")) * 2 - 1
 
 
 def layer_norm(x: Tensor, state: dict[str, Tensor], name: str) -> Tensor:
@@ -48,7 +48,7 @@ def linear(x: Tensor, state: dict[str, Tensor], name: str) -> Tensor:
 
 
 def tower(pixels: Tensor, state: dict[str, Tensor]) -> Tensor:
-    """One picture [3, side, side] -> tokens: a norm before the layers, norms inside before each half, exact
+    """One image [3, side, side] -> tokens: a norm before the layers, norms inside before each half, exact
     GELU, x Phi(x)."""
     kernel = state["embeddings.patch_embedding.weight"]
     tokens = [state["embeddings.class_embedding"]]
@@ -72,23 +72,23 @@ def tower(pixels: Tensor, state: dict[str, Tensor]) -> Tensor:
     return x
 
 
-def test_tokens_are_those_of_the_tower(encoder: ClipImageEncoder, picture: Tensor) -> None:
+def test_tokens_are_those_of_the_tower(encoder: ClipImageEncoder, image: Tensor) -> None:
     state = dict(encoder.named_parameters())
-    expected = torch.stack([tower(pixels, state) for pixels in encoder.pixels(picture)])
-    got = encoder.encode(picture)
+    expected = torch.stack([tower(pixels, state) for pixels in encoder.pixels(image)])
+    got = encoder.encode(image)
     assert got.shape == (2, 1 + (SIDE // PATCH) ** 2, encoder.width)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_tokens_are_the_last_but_one_of_a_whole_tower(encoder: ClipImageEncoder, picture: Tensor) -> None:
+def test_tokens_are_the_last_but_one_of_a_whole_tower(encoder: ClipImageEncoder, image: Tensor) -> None:
     """transformers' own model with one layer more, whose `hidden_states[-2]` the spec names."""
     whole = CLIPVisionModel(clip_config(**{**TINY, "num_hidden_layers": LAYERS + 1})).eval()
     missing = whole.load_state_dict(encoder.state_dict(), strict=False)
     assert not missing.unexpected_keys
     assert all(name.startswith((f"encoder.layers.{LAYERS}.", "post_")) for name in missing.missing_keys)
     with torch.no_grad():
-        states = whole(encoder.pixels(picture), output_hidden_states=True).hidden_states
-    torch.testing.assert_close(encoder.encode(picture), states[-2], atol=1e-6, rtol=1e-6)
+        states = whole(encoder.pixels(image), output_hidden_states=True).hidden_states
+    torch.testing.assert_close(encoder.encode(image), states[-2], atol=1e-6, rtol=1e-6)
 
 
 def cubic(distance: float) -> float:

@@ -6,8 +6,8 @@ from avatarctl.registry import find_model
 
 
 @pytest.mark.parametrize("frames", [5, 13, 21])
-def test_sound_of_another_length_than_the_video_is_refused(frames: int) -> None:
-    """48 tokens divide by 2, 4 and 6 frames as well: without a check, sound would meet the wrong ones."""
+def test_audio_of_another_length_than_the_video_is_refused(frames: int) -> None:
+    """48 tokens divide by 2, 4 and 6 frames as well: without a check, audio would meet the wrong ones."""
     dit = build_random_modules(find_model("cartoon-i2v")).dit
     x, text = torch.zeros(1, 33, 3, 8, 8), torch.zeros(1, 4, 32)
     with pytest.raises(ValueError, match="latent frames for a video of 3"):

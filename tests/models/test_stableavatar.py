@@ -22,7 +22,7 @@ from avatarctl.models.vocal_projector import VocalProjector, vocal_windows
 from avatarctl.rng import generator
 from avatarctl.weights.layouts import STABLEAVATAR
 
-WIDTH, TEXT, IMAGE, SOUND = 24, 10, 6, 7
+WIDTH, TEXT, IMAGE, AUDIO = 24, 10, 6, 7
 GRID = (3, 4, 8)  # latent frames, height, width
 TINY: dict[str, Any] = {
     "num_attention_heads": 2,
@@ -32,7 +32,7 @@ TINY: dict[str, Any] = {
     "ffn_dim": 32,
     "num_layers": 2,
     "image_dim": IMAGE,
-    "vocal_dim": SOUND,
+    "vocal_dim": AUDIO,
 }
 
 
@@ -55,13 +55,13 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=generator(seed, "test", *shape))
 
 
-def arguments(batch: int = 1, text: int = 5, sound: int = 17) -> dict[str, Tensor]:
+def arguments(batch: int = 1, text: int = 5, audio: int = 17) -> dict[str, Tensor]:
     return {
         "hidden_states": draw(batch, 36, *GRID),
         "timestep": torch.tensor([857.692, 13.25, 500.0])[:batch],
         "encoder_hidden_states": draw(batch, text, TEXT),
         "image": draw(batch, 257, IMAGE),
-        "vocal": draw(batch, sound, SOUND),
+        "vocal": draw(batch, audio, AUDIO),
     }
 
 
@@ -98,17 +98,17 @@ def test_windows_of_the_worked_example() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "frames", "why"), [(9, 4, "5 pixel frames or more, not 4"), (0, 9, "no sound tokens")]
+    ("tokens", "frames", "why"), [(9, 4, "5 pixel frames or more, not 4"), (0, 9, "no audio tokens")]
 )
 def test_what_cannot_be_split_is_refused(tokens: int, frames: int, why: str) -> None:
     with pytest.raises(ValueError, match=why):
         vocal_windows(tokens, frames)
 
 
-def test_rows_without_sound_are_zero_and_stand_last(network: StableAvatarTransformer) -> None:
-    sound = draw(2, 17, SOUND)
-    rows = network.vocal_projector.windows(sound, 9)
-    tokens = network.vocal_projector.proj_model(sound)
+def test_rows_without_audio_are_zero_and_stand_last(network: StableAvatarTransformer) -> None:
+    audio = draw(2, 17, AUDIO)
+    rows = network.vocal_projector.windows(audio, 9)
+    tokens = network.vocal_projector.proj_model(audio)
     for frame, row in enumerate(windows_by_loop(17, 9)):
         for place, token in enumerate(row):
             expected = torch.zeros(2, WIDTH) if token is None else tokens[:, token]
@@ -138,13 +138,13 @@ def attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
 def test_cross_attention_is_the_sum_of_three(
     network: StableAvatarTransformer, text: int, groups: int
 ) -> None:
-    """For any length of text; groups = 1 is attention to the sound of the whole clip. The last sample is in
+    """For any length of text; groups = 1 is attention to the audio of the whole clip. The last sample is in
     a batch with two that hear, and hears nothing: it must find a context of zeros."""
     attn = network.blocks[0].attn2
     x, words, seen = draw(3, 12, WIDTH), draw(3, text, WIDTH), draw(3, 257, WIDTH)
-    sound = draw(2, groups, 4, WIDTH)
-    got = attn(x, words, image=seen, vocal=sound)
-    with_silence = torch.cat([sound, torch.zeros(1, groups, 4, WIDTH)])
+    audio = draw(2, groups, 4, WIDTH)
+    got = attn(x, words, image=seen, vocal=audio)
+    with_silence = torch.cat([audio, torch.zeros(1, groups, 4, WIDTH)])
     for sample in range(3):
         query = rms(attn.to_q(x[sample]), attn.norm_q)
         total = attention(query, rms(attn.to_k(words[sample]), attn.norm_k), attn.to_v(words[sample]), 2)
@@ -159,34 +159,34 @@ def test_cross_attention_is_the_sum_of_three(
 
 
 def projected_slowly(
-    projector: VocalProjector, sound: Tensor, latents: Tensor, e0: Tensor, e: Tensor
+    projector: VocalProjector, audio: Tensor, latents: Tensor, e0: Tensor, e: Tensor
 ) -> Tensor:
-    """Spec b.2 for one sample: sound [F, n, V], latents [F P, V], e0 [6, V], e [V]."""
+    """Spec b.2 for one sample: audio [F, n, V], latents [F P, V], e0 [6, V], e [V]."""
     for block in projector.blocks:
         m = block.modulation[0] + e0
-        sound = sound + m[2] * (norm(sound) * (1 + m[1]) + m[0])
+        audio = audio + m[2] * (norm(audio) * (1 + m[1]) + m[0])
         attn = block.cross_attn
-        asking = norm(sound) * block.norm3.weight + block.norm3.bias
+        asking = norm(audio) * block.norm3.weight + block.norm3.bias
         answers = [
             attention(rms(attn.q(a), attn.norm_q), rms(attn.k(x), attn.norm_k), attn.v(x), 8)
-            for a, x in zip(asking, latents.chunk(len(sound)), strict=True)
+            for a, x in zip(asking, latents.chunk(len(audio)), strict=True)
         ]
-        sound = sound + attn.o(torch.stack(answers))
+        audio = audio + attn.o(torch.stack(answers))
         up, down = block.ffn[0], block.ffn[2]
-        hidden = up(norm(sound) * (1 + m[4]) + m[3])
+        hidden = up(norm(audio) * (1 + m[4]) + m[3])
         cubic = hidden + 0.044715 * hidden**3
-        sound = sound + m[5] * down(0.5 * hidden * (1 + torch.tanh(math.sqrt(2 / math.pi) * cubic)))
+        audio = audio + m[5] * down(0.5 * hidden * (1 + torch.tanh(math.sqrt(2 / math.pi) * cubic)))
     m = projector.final_head.modulation[0] + e
-    return projector.final_head.final_proj(norm(sound) * (1 + m[1]) + m[0])
+    return projector.final_head.final_proj(norm(audio) * (1 + m[1]) + m[0])
 
 
 def test_the_projector_is_its_formula_for_every_sample(network: StableAvatarTransformer) -> None:
     projector = network.vocal_projector
-    sound, latents = draw(3, 4, 5, WIDTH), draw(3, 4 * 6, WIDTH)
+    audio, latents = draw(3, 4, 5, WIDTH), draw(3, 4 * 6, WIDTH)
     e0, e = draw(3, 6, WIDTH), draw(3, WIDTH)
-    got = projector(sound, latents, e0, e)
+    got = projector(audio, latents, e0, e)
     for sample in range(3):
-        expected = projected_slowly(projector, sound[sample], latents[sample], e0[sample], e[sample])
+        expected = projected_slowly(projector, audio[sample], latents[sample], e0[sample], e[sample])
         torch.testing.assert_close(got[sample], expected, atol=1e-5, rtol=1e-5)
 
 
@@ -222,7 +222,7 @@ def prepared(network: StableAvatarTransformer, batch: dict[str, Tensor]) -> Prep
 def test_prepared_branches_give_what_raw_gives(
     network: StableAvatarTransformer, size: int, batched: bool
 ) -> None:
-    """Branches with sound, with another text, with other sound and without sound, silence first."""
+    """Branches with audio, with another text, with other audio and without audio, silence first."""
     batch = arguments(size)
     x, t = batch["hidden_states"], batch["timestep"]
     other = batch | {"encoder_hidden_states": draw(size, 5, TEXT, seed=1)}
@@ -238,7 +238,7 @@ def test_prepared_branches_give_what_raw_gives(
     assert list(got) == list(branches)
     for name, inputs in (("full", batch), ("negative", other), ("zeroed", silence)):
         torch.testing.assert_close(got[name], network(**inputs), atol=2e-5, rtol=1e-5)
-    # No sound is a context of zeros behind the projector, not the projection of zeros.
+    # No audio is a context of zeros behind the projector, not the projection of zeros.
     mute = network.vocal_projector.register_forward_hook(lambda _, __, out: torch.zeros_like(out))
     try:
         torch.testing.assert_close(got["silent"], network(**batch), atol=2e-5, rtol=1e-5)
@@ -253,7 +253,7 @@ def count(module: nn.Module, calls: list[nn.Module]) -> Any:
 
 @pytest.mark.parametrize("batched", [False, True])
 def test_branches_share_what_they_have_in_common(network: StableAvatarTransformer, batched: bool) -> None:
-    """One embedding, one projection for each sound and not for silence, no key of text or picture again;
+    """One embedding, one projection for each audio and not for silence, no key of text or image again;
     stacked branches go through the blocks once."""
     batch = arguments()
     full = prepared(network, batch)
@@ -273,7 +273,7 @@ def test_branches_share_what_they_have_in_common(network: StableAvatarTransforme
 
 
 def test_padding_fills_tokens_with_zeros_that_nothing_rotates(network: StableAvatarTransformer) -> None:
-    """Three latent frames filled up to five: sound is split for five, and the padding is not returned."""
+    """Three latent frames filled up to five: audio is split for five, and the padding is not returned."""
     seen: list[Any] = []
     hook = network.blocks[0].register_forward_pre_hook(lambda _, given: seen.append(given))
     try:
@@ -293,10 +293,10 @@ def test_padding_fills_tokens_with_zeros_that_nothing_rotates(network: StableAva
 
 
 @pytest.mark.parametrize("frames", [5, 13, 21])
-def test_sound_of_another_length_than_the_video_is_refused(
+def test_audio_of_another_length_than_the_video_is_refused(
     network: StableAvatarTransformer, frames: int
 ) -> None:
-    """24 tokens divide by 2, 4 and 6 frames as well: without a check, sound would meet the wrong ones."""
+    """24 tokens divide by 2, 4 and 6 frames as well: without a check, audio would meet the wrong ones."""
     with pytest.raises(ValueError, match="latent frames for a video of 3"):
         network(**arguments(), frames=frames)
 
@@ -305,7 +305,7 @@ def test_what_denoise_lacks_is_said(network: StableAvatarTransformer) -> None:
     with pytest.raises(ValueError, match="prepared text, image and rotary"):
         network(draw(1, 36, *GRID), torch.tensor([1.0]), {"full": PreparedStable()}, mode="denoise")
     with pytest.raises(ValueError, match="number of frames"):
-        network(mode="prepare", vocal=draw(1, 17, SOUND))
+        network(mode="prepare", vocal=draw(1, 17, AUDIO))
 
 
 @pytest.mark.parametrize("clip_level", [False, True])
@@ -369,10 +369,10 @@ def test_the_layout_of_14b_has_two_projections() -> None:
     }  # fmt: skip
     assert round(sum(value.numel() for value in projector.parameters()) / 1e6, 1) == 457.9
     small = build(vocal_hidden_dim=9)
-    first, second = small.vocal_projector.proj_model, draw(1, 4, SOUND)
+    first, second = small.vocal_projector.proj_model, draw(1, 4, AUDIO)
     for proj, layer in ((first.proj_1, first.norm_1), (first.proj_2, first.norm_2)):
         second = norm(second @ proj.weight.T, eps=1e-5) * layer.weight + layer.bias
-    torch.testing.assert_close(first(draw(1, 4, SOUND)), second)
+    torch.testing.assert_close(first(draw(1, 4, AUDIO)), second)
     assert small(**arguments()).shape == (1, 16, *GRID)
 
 

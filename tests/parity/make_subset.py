@@ -35,7 +35,7 @@ _OMNIAVATAR = """# OmniAvatar numbers, shipped subset
 Recorded by running the published implementation (Omni-Avatar/OmniAvatar) with small random weights, on a
 CPU in float32. `tests/parity` compares the product with them; `tests/parity/make_subset.py` wrote this
 folder from the full one, copying numbers unchanged. What is here is enough to notice, without the full
-folder, a wrong audio projection, sound shifted by a frame, a prefix that is not kept, timesteps in the
+folder, a wrong audio projection, audio shifted by a frame, a prefix that is not kept, timesteps in the
 wrong unit and latents normalised the wrong way. The network is compared through `denoise`, in both modes of
 its forward; its hidden states, gradients, wider channel layouts, batches and bf16 need the full folder.
 
@@ -47,8 +47,8 @@ _STABLEAVATAR = """# StableAvatar numbers, shipped subset
 Recorded by running the published implementation (Francis-Rings/StableAvatar) with small random weights, on a
 CPU in float32. `tests/parity` compares the product with them; `tests/parity/make_subset.py` wrote this
 folder from the full one, copying numbers unchanged. What is here is enough to notice, without the full
-folder, sound cut for the wrong latent frame or window, channels in the wrong order, guidance scales swapped,
-noise levels shifted once, a cross-fade the wrong way round and a short window that is not padded. Guidance
+folder, audio cut for the wrong latent frame or window, channels in the wrong order, guidance scales swapped,
+sigmas shifted once, a cross-fade the wrong way round and a short window that is not padded. Guidance
 is compared through the long pipeline, for two pairs of scales; its single steps need the full folder.
 """
 

@@ -17,7 +17,7 @@ from .stableavatar.building import CONFIG, STATE
 
 
 @pytest.mark.parametrize("hidden", [None, 10])
-def test_a_recorded_network_of_one_or_two_projections_of_sound(hidden: int | None, tmp_path: Path) -> None:
+def test_a_recorded_network_of_one_or_two_projections_of_audio(hidden: int | None, tmp_path: Path) -> None:
     """Two: the 14B layout. Its names and tensors go through the network and come out as recorded."""
     model = StableAvatarTransformer(
         num_attention_heads=2, attention_head_dim=12, text_dim=8, freq_dim=8, ffn_dim=16, num_layers=1,

@@ -55,13 +55,13 @@ def transformer(state: State) -> OmniAvatarTransformer:
 
 def modules(release: tiny.Release, root: Path) -> Modules:
     """Everything in float32 on the CPU; `root` is where the tokenizer was written."""
-    encoders = _encoders(release.text, release.vae, release.sound, root / "Wan2.1-T2V-14B")
+    encoders = _encoders(release.text, release.vae, release.audio, root / "Wan2.1-T2V-14B")
     return Modules(transformer(merged(release)), *encoders)
 
 
 def stable_modules(release: stable.StableRelease, root: Path) -> Modules:
     """The same of the release with an image encoder."""
-    encoders = _encoders(release.text, release.vae, release.sound, root / stable.BASE)
+    encoders = _encoders(release.text, release.vae, release.audio, root / stable.BASE)
     return Modules(_stable_transformer(release.square), *encoders, image=_image_encoder(release.clip))
 
 
@@ -77,7 +77,7 @@ def _stable_transformer(state: State) -> StableAvatarTransformer:
         ffn_dim=dims.ffn,
         num_layers=dims.layers,
         image_dim=stable.CLIP_WIDTH,
-        vocal_dim=dims.sound_width,
+        vocal_dim=dims.wav2vec_width,
         vocal_heads=stable.VOCAL_HEADS,
         vocal_layers=stable.VOCAL_LAYERS,
     )
@@ -139,9 +139,9 @@ def _image_encoder(state: State) -> ClipImageEncoder:
 
 
 def _encoders(
-    text_state: State, vae_state: State, sound_state: State, folder: Path
+    text_state: State, vae_state: State, audio_state: State, folder: Path
 ) -> tuple[WanVae, PromptEncoder, FrameWav2Vec2]:
-    """VAE, text and sound; `folder` has the tokenizer."""
+    """VAE, text and audio; `folder` has the tokenizer."""
     text = UMT5EncoderModel(
         UMT5Config(
             vocab_size=tiny.VOCABULARY,
@@ -157,11 +157,11 @@ def _encoders(
     words = PreTrainedTokenizerFast.from_pretrained(folder / "google" / "umt5-xxl")
     vae = AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2)
     vae.load_state_dict(convert_wan_vae_to_diffusers(dict(vae_state)))
-    sound = FrameWav2Vec2(Wav2Vec2Config(**tiny.sound_config(tiny.TINY)))
-    sound.load_state_dict(_sound_names(sound_state))
-    for network in (text, vae, sound):
+    audio = FrameWav2Vec2(Wav2Vec2Config(**tiny.audio_config(tiny.TINY)))
+    audio.load_state_dict(_audio_names(audio_state))
+    for network in (text, vae, audio):
         network.eval().requires_grad_(False)
-    return WanVae(vae), PromptEncoder(text.float(), words), sound
+    return WanVae(vae), PromptEncoder(text.float(), words), audio
 
 
 def _text_names(state: State) -> State:
@@ -189,7 +189,7 @@ def _text_names(state: State) -> State:
     return {names[name]: tensor for name, tensor in state.items()}
 
 
-def _sound_names(state: State) -> State:
+def _audio_names(state: State) -> State:
     weight = "encoder.pos_conv_embed.conv.parametrizations.weight.original"
     renamed = {}
     for name, tensor in state.items():

@@ -18,7 +18,7 @@ from avatarctl.pipelines.convert import (
     write,
 )
 from avatarctl.weights.metadata import read_own
-from avatarctl.weights.recognise import read_checkpoint
+from avatarctl.weights.recognise import read_weight_file
 from tests.pipelines.converting import SCALE, close, convert, header, in_diffusers, loaded, same, whole_model
 from tests.weights import published_tables, release
 from tests.weights.release import State
@@ -53,13 +53,13 @@ def test_one_file_with_its_companion_there_and_back(omni: Path, tmp_path: Path) 
 
 
 def test_the_scale_and_the_conventions_survive_every_way(omni: Path, tmp_path: Path) -> None:
-    before = read_checkpoint(omni)
+    before = read_weight_file(omni)
     here = omni
     for way in ("comfyui", "diffusers", "peft", "original"):
         convert(here, tmp_path / way, way)
         here = tmp_path / way
-        after = read_checkpoint(here)
-        assert {after.scale_of(pair) for pair in after.low_rank.values()} == {SCALE}, way
+        after = read_weight_file(here)
+        assert {after.scale_of(pair) for pair in after.lora_pairs.values()} == {SCALE}, way
         assert (after.audio_offset, after.sizes) == (before.audio_offset, before.sizes), way
     steps = read_own(after.metadata).operations
     assert [step["to"] for step in steps] == ["comfyui", "diffusers", "peft", "original"]
@@ -200,12 +200,12 @@ def test_a_kohya_lora_merges_as_comfyui_merges_it(base: Path, tmp_path: Path) ->
 def test_merging_gives_the_sum_and_the_adapters_channels(omni: Path, base: Path, tmp_path: Path) -> None:
     convert(omni, tmp_path / "whole", base=base, merge=True)
     close(loaded(tmp_path / "whole"), whole_model())
-    checkpoint = read_checkpoint(tmp_path / "whole")
-    assert (checkpoint.kind, checkpoint.sizes.in_channels, checkpoint.missing) == ("model", 33, ())
-    own = read_own(checkpoint.metadata)
+    weight_file = read_weight_file(tmp_path / "whole")
+    assert (weight_file.kind, weight_file.sizes.in_channels, weight_file.missing) == ("model", 33, ())
+    own = read_own(weight_file.metadata)
     assert own.conventions["audio_offset"] == 1
     assert own.operations[0]["operation"] == "merge" and own.operations[0]["base"] == "wan"
-    assert checkpoint.metadata["modelspec.architecture"] == "wan2.1-t2v/omniavatar"
+    assert weight_file.metadata["modelspec.architecture"] == "wan2.1-t2v/omniavatar"
 
 
 def test_the_strength_multiplies_what_is_added_and_nothing_else(
@@ -242,7 +242,7 @@ def test_a_sum_is_rounded_once(omni: Path, tmp_path: Path) -> None:
 def test_what_was_merged_can_be_extracted(omni: Path, base: Path, tmp_path: Path) -> None:
     convert(omni, tmp_path / "whole", base=base, merge=True)
     convert(tmp_path / "whole", tmp_path / "lora", base=base, extract=True)
-    assert read_checkpoint(tmp_path / "lora").kind == "adapter"
+    assert read_weight_file(tmp_path / "lora").kind == "adapter"
     convert(tmp_path / "lora", tmp_path / "again", base=base, merge=True)
     close(loaded(tmp_path / "again"), whole_model())
 
@@ -309,7 +309,7 @@ def test_new_channels_are_zero_and_the_old_ones_stay(channels: int, omni: Path, 
     assert torch.equal(weight[:, :33], release.patch_state()["patch_embedding.weight"])
     assert not weight[:, 33:].any()
     assert json.loads((tmp_path / "wide" / "config.json").read_text())["model_config"]["in_dim"] == channels
-    assert read_checkpoint(tmp_path / "wide").audio_offset == 1, "the weights are still those of the release"
+    assert read_weight_file(tmp_path / "wide").audio_offset == 1, "the weights are still those of the release"
     with pytest.raises(UsageError, match=f"has {channels} input channels, and 33 would lose some"):
         convert(tmp_path / "wide", tmp_path / "narrow", channels=33)
     convert(tmp_path / "wide", tmp_path / "narrow", channels=33, drop_channels=True)
@@ -385,7 +385,7 @@ def test_a_preview_writes_nothing_and_computes_no_extraction(
     def fail(*args: object, **kwargs: object) -> None:
         raise AssertionError("an extraction was computed")
 
-    monkeypatch.setattr("avatarctl.pipelines.convert_steps.extract_low_rank", fail)
+    monkeypatch.setattr("avatarctl.pipelines.convert_steps.extract_adapter", fail)
     request = ConvertRequest(tmp_path / "whole", tmp_path / "out", base=base, extract=True)
     assert preview_conversion(request, silent)["files"] is None
     assert not (tmp_path / "out").exists()
@@ -410,9 +410,9 @@ def test_an_assumed_audio_offset_does_not_become_a_stated_one(omni: Path, tmp_pa
     bare = tmp_path / "renamed.pt"
     bare.write_bytes((omni / "pytorch_model.pt").read_bytes())
     convert(bare, tmp_path / "assumed.safetensors")
-    again = read_checkpoint(tmp_path / "assumed.safetensors")
+    again = read_weight_file(tmp_path / "assumed.safetensors")
     assert (again.audio_offset, again.audio_offset_assumed) == (1, True)
     convert(omni, tmp_path / "stated.safetensors", audio_offset=0)
-    stated = read_checkpoint(tmp_path / "stated.safetensors")
+    stated = read_weight_file(tmp_path / "stated.safetensors")
     assert (stated.audio_offset, stated.audio_offset_assumed) == (0, False)
     assert stated.audio_offset_rule == "the file's metadata"

@@ -20,7 +20,7 @@ from avatarctl.pipelines.convert import (
     write,
 )
 from avatarctl.weights.metadata import read_own
-from avatarctl.weights.recognise import read_checkpoint
+from avatarctl.weights.recognise import read_weight_file
 from tests.pipelines.converting import convert, loaded
 from tests.weights import release
 
@@ -63,7 +63,7 @@ def test_a_source_called_by_a_dot_has_a_name(
 ) -> None:
     monkeypatch.chdir(omni)
     convert(Path(), tmp_path / "out")
-    assert read_own(read_checkpoint(tmp_path / "out").metadata).operations[-1]["source"] == "omni"
+    assert read_own(read_weight_file(tmp_path / "out").metadata).operations[-1]["source"] == "omni"
 
 
 def test_encoders_are_named_and_not_converted(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_halves_of_two_conversions_are_not_read_as_one(omni: Path, tmp_path: Pat
     convert(omni, tmp_path / "wide.safetensors", "comfyui", channels=49)
     (tmp_path / "wide.patch.safetensors").replace(tmp_path / "x.patch.safetensors")
     with pytest.raises(UnusableWeights, match=r"x\.patch\.safetensors is of another conversion"):
-        read_checkpoint(tmp_path / "x.safetensors")
+        read_weight_file(tmp_path / "x.safetensors")
 
 
 def test_no_second_half_stays_behind_what_replaced_its_first(omni: Path, tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_a_second_file_in_the_way_is_told_before_an_extraction(
     omni: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     convert(omni, tmp_path / "whole", base=base, merge=True)
-    monkeypatch.setattr("avatarctl.pipelines.convert_steps.extract_low_rank", None)
+    monkeypatch.setattr("avatarctl.pipelines.convert_steps.extract_adapter", None)
     (tmp_path / "lora.patch.safetensors").touch()
     request = ConvertRequest(
         tmp_path / "whole", tmp_path / "lora.safetensors", "comfyui", base=base, extract=True

@@ -13,7 +13,7 @@ from avatarctl.config import RunConfig
 from avatarctl.events import silent
 from avatarctl.family import Modules, Plan
 from avatarctl.loading.modules import build_random_modules
-from avatarctl.media import picture_from_array, sound_from_array
+from avatarctl.media import audio_from_array, image_from_array
 from avatarctl.pipelines.infer import generate
 from avatarctl.pipelines.job import Job, check_job
 from avatarctl.registry import configure, find_model
@@ -47,12 +47,12 @@ def count_calls(modules: Modules) -> Counter[str]:
     if hasattr(dit, "vocal_projector"):
         dit.vocal_projector.proj_model.register_forward_hook(counting("audio projections"))
         dit.vocal_projector.register_forward_hook(counting("audio adapter passes"))
-        dit.condition_embedder.image_embedder.register_forward_hook(counting("picture projections"))
+        dit.condition_embedder.image_embedder.register_forward_hook(counting("image projections"))
         for block in dit.blocks:
-            block.attn2.add_k_proj.register_forward_hook(counting("picture keys"))
-            block.attn2.vocal_k.register_forward_hook(counting("sound keys"))
+            block.attn2.add_k_proj.register_forward_hook(counting("image keys"))
+            block.attn2.vocal_k.register_forward_hook(counting("audio keys"))
     if modules.image is not None:
-        modules.image.register_forward_hook(counting("picture encodings"))
+        modules.image.register_forward_hook(counting("image encodings"))
     return calls
 
 
@@ -60,8 +60,8 @@ def work(cfg: RunConfig, samples: int, **parts: Mapping[str, object]) -> tuple[P
     """The plan of a run over silence, and the calls that it made. parts: networks unlike the row's."""
     row = find_model(cfg.model.name or "")
     row = replace(row, network={**row.network, **parts})
-    picture = picture_from_array(np.zeros((16, 16, 3), np.uint8), "black")
-    job = Job(picture, sound_from_array(np.zeros(samples, np.float32), 16_000, "silence"), "a", "b")
+    image = image_from_array(np.zeros((16, 16, 3), np.uint8), "black")
+    job = Job(image, audio_from_array(np.zeros(samples, np.float32), 16_000, "silence"), "a", "b")
     plan = check_job(cfg, row, job, silent)
     modules = build_random_modules(row)
     calls = count_calls(modules)
@@ -105,9 +105,9 @@ def test_every_call_of_chunks_is_needed(branches: str) -> None:
     plan, calls = work(cfg, 640 * (9 + 4 * (chunks - 1)))
     assert plan.count == chunks
     assert calls == of_every_family(chunks, 1 if n == 1 else 2, LAYERS[CHUNKS], n) | {
-        "feature extractions": 1,  # the sound fits one window
-        "audio projections": chunks + (1 if n > 1 else 0),  # each chunk's sound once, silence once per job
-        "VAE encodes": 1 + (chunks - 1),  # the picture; each later chunk's prefix
+        "feature extractions": 1,  # the audio fits one window
+        "audio projections": chunks + (1 if n > 1 else 0),  # each chunk's audio once, silence once per job
+        "VAE encodes": 1 + (chunks - 1),  # the image; each later chunk's prefix
         "VAE decodes": chunks,
         "VAE decoder frames": chunks * latents,
     }
@@ -120,19 +120,19 @@ def test_every_call_of_windows_is_needed(branches: str, batched: bool, order: st
     windows, latents, n = 4, 3 + 3 * 1, int(branches)
     cfg = settings(
         WINDOWS, "long_video.num_frames=9", "long_video.overlap_frames=5", *guided(branches),
-        f"sampling.batch_passes={str(batched).lower()}", f"long_video.schedule={order}",
+        f"sampling.batch_branches={str(batched).lower()}", f"long_video.schedule={order}",
     )  # fmt: skip
     plan, calls = work(cfg, 640 * (4 * latents - 3))
     assert plan.count == windows
-    layers, hearing = LAYERS[WINDOWS], max(1, n - 1)  # the first branch of several hears nothing
+    layers, with_audio = LAYERS[WINDOWS], max(1, n - 1)  # the first branch of several hears nothing
     assert calls == of_every_family(windows, 1 if n == 1 else 2, layers, 1 if batched else n) | {
         "feature extractions": windows,  # not once per step
         "audio projections": windows,
         "audio adapter passes": windows * STEPS,  # branches that hear the same share it
-        "sound keys": windows * STEPS * layers * (1 if batched else hearing),
-        "picture encodings": 1,
-        "picture projections": 1,
-        "picture keys": layers,  # once per job, whatever the branch
+        "audio keys": windows * STEPS * layers * (1 if batched else with_audio),
+        "image encodings": 1,
+        "image projections": 1,
+        "image keys": layers,  # once per job, whatever the branch
         "VAE encodes": 1,
         "VAE decodes": windows,  # each window's final frames, by one decoder
         "VAE decoder frames": latents,  # each latent frame once, however many windows hold it
@@ -141,7 +141,7 @@ def test_every_call_of_windows_is_needed(branches: str, batched: bool, order: st
 
 def test_silence_as_the_model_hears_it_is_projected_once_per_job() -> None:
     small = (
-        "long_video.num_frames=9", "long_video.overlap_frames=5", "sampling.batch_passes=false", *guided("3")
+        "long_video.num_frames=9", "long_video.overlap_frames=5", "sampling.batch_branches=false", *guided("3")
     )  # fmt: skip
     _, nothing = work(settings(WINDOWS, *small), 640 * 21)
     _, silence = work(settings(WINDOWS, *small, "sampling.null_audio=projected_silence"), 640 * 21)
@@ -151,12 +151,12 @@ def test_silence_as_the_model_hears_it_is_projected_once_per_job() -> None:
     assert more == {
         "audio projections": 1,
         "audio adapter passes": windows * STEPS,
-        "sound keys": windows * STEPS * LAYERS[WINDOWS],
+        "audio keys": windows * STEPS * LAYERS[WINDOWS],
     }
     assert not Counter(nothing) - Counter(silence)
 
 
-def test_long_sound_is_encoded_once_per_piece() -> None:
+def test_long_audio_is_encoded_once_per_piece() -> None:
     plan, calls = work(
         configure("long_video.audio_window=5", "output.width=16", "output.height=16", "sampling.steps=1"),
         640 * 250,
@@ -168,7 +168,7 @@ def test_long_sound_is_encoded_once_per_piece() -> None:
 
 @pytest.mark.parametrize(("width", "passes"), [(256, 1), (272, 3)])
 def test_small_passes_are_one_batch(width: int, passes: int) -> None:
-    """Five frames of sound are one window of 2 latent frames, each of 256 or 272 video tokens."""
+    """Five frames of audio are one window of 2 latent frames, each of 256 or 272 video tokens."""
     small = {**find_model(WINDOWS).network["vae"], "base_dim": 4}  # it is not what is looked at
     cfg = settings(WINDOWS, "output.height=256", f"output.width={width}", "sampling.steps=1", *guided("3"))
     plan, calls = work(cfg, 640 * 5, vae=small)

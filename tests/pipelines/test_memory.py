@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from avatarctl.live_bytes import LiveBytes
-from avatarctl.media import picture_from_array, sound_from_array
+from avatarctl.media import audio_from_array, image_from_array
 from avatarctl.pipelines.infer import generate, load
 from avatarctl.pipelines.job import Job, check_job
 from avatarctl.registry import configure, find_model
 
-PICTURE = picture_from_array(np.zeros((16, 16, 3), np.uint8), "black")
+IMAGE = image_from_array(np.zeros((16, 16, 3), np.uint8), "black")
 FAMILIES = {
     "cartoon-i2v": ("sampling.steps=1", "long_video.num_frames=33", "long_video.audio_window=5"),
     "stableavatar-tiny": ("sampling.steps=2", "long_video.num_frames=17", "long_video.overlap_frames=5"),
@@ -23,8 +23,8 @@ LEFT = {"cartoon-i2v": (slice(5, None), 125 * 192 * 4), "stableavatar-tiny": (sl
 def peak_and_rest(model: str, seconds: float) -> tuple[int, list[int]]:
     """Peak live bytes of a run of `seconds`, and the live bytes after each block."""
     noise = np.random.default_rng(0).standard_normal(int(seconds * 16_000), np.float32)
-    sound = sound_from_array(noise, 16_000, "noise")
-    job, row = Job(PICTURE, sound, "", ""), find_model(model)
+    audio = audio_from_array(noise, 16_000, "noise")
+    job, row = Job(IMAGE, audio, "", ""), find_model(model)
     cfg = configure(f"model.name={model}", "output.width=16", "output.height=16", *FAMILIES[model])
     plan = check_job(cfg, row, job, lambda event: None)
     modules = load(row, plan)

@@ -35,9 +35,7 @@ def test_prompts_are_cleaned_for_the_family_whose_script_cleans_them(
 
     text.tokenizer = note
     cfg = configure(f"model.name={row}", "sampling.guidance_scale=2")
-    picture = torch.zeros(1, 3, 64, 64)
-    inputs = Inputs(
-        picture, cast(Any, None), 3200, 0.0, 1.0, "Tom &amp; Ann \n talk", "静态，字幕", 0, silent
-    )
+    image = torch.zeros(1, 3, 64, 64)
+    inputs = Inputs(image, cast(Any, None), 3200, 0.0, 1.0, "Tom &amp; Ann \n talk", "静态，字幕", 0, silent)
     family_named(find_model(row).family).open(modules, inputs, cfg)
     assert read == {prompt, negative}

@@ -21,7 +21,7 @@ from avatarctl.errors import UnusableWeights
 from avatarctl.events import Event, Notice
 from avatarctl.family import Modules
 from avatarctl.loading.model_row import row_named
-from avatarctl.media import load_picture, open_sound
+from avatarctl.media import load_image, open_audio
 from avatarctl.pipelines.infer import generate, load
 from avatarctl.pipelines.job import Job, JobPlan, check_job
 from avatarctl.registry import ROWS, Row, configure
@@ -43,7 +43,7 @@ class Place:
     model = "omniavatar-14b"
     overlapping: tuple[str, ...] = ("long_video.num_frames=5", "long_video.overlap_frames=1")
     samples, frames_made = 3_200, 6  # 3200 / 640, and one of silence: audio offset 1
-    loaded: tuple[str, ...] = ("text encoder", "VAE", "sound encoder", "transformer")
+    loaded: tuple[str, ...] = ("text encoder", "VAE", "audio encoder", "transformer")
     said: tuple[str, ...] = (
         "published with width 5120; these weights have 48", "targets at scale", "from config.json",
     )  # fmt: skip
@@ -74,7 +74,7 @@ class Place:
             *assignments, row_named=row_named,
         )  # fmt: skip
         row = row_named(model)
-        job = Job(load_picture(str(self.face)), open_sound(str(self.voice)), "a person.", "")
+        job = Job(load_image(str(self.face)), open_audio(str(self.voice)), "a person.", "")
         return row, job, check_job(cfg, row, job, events.append), events
 
     def modules(self, model: str = "omniavatar-14b", *assignments: str) -> Modules:
@@ -96,7 +96,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 
 class StablePlace(Place):
-    """A full model with an encoder for the picture, in windows that are blended."""
+    """A full model with an encoder for the image, in windows that are blended."""
 
     model = "stableavatar-1.3b"
     overlapping = ("long_video.num_frames=9", "long_video.overlap_frames=5")
@@ -179,7 +179,7 @@ def test_what_a_bare_adapter_leaves_to_be_guessed_is_said(place: Place, tmp_path
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
     assert "no alpha is stated: 0.5, the published ratio" in result.stderr
-    assert "audio offset 1: taken as published picture-to-video weights" in result.stderr
+    assert "audio offset 1: taken as published image-to-video weights" in result.stderr
 
 
 def test_frames_are_those_of_networks_put_together_by_hand(

@@ -104,14 +104,14 @@ DAMAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "vae lacks one": (lambda r: drop(r.vae, "conv2.bias"), ("1 tensor is missing: conv2.bias",)),
     "vae has one more": (lambda r: r.vae.update(odd=torch.ones(2)), ("odd", "no place")),
     "vae holds NaN": (lambda r: spoil(r.vae, "decoder.head.2.bias"), ("decoder.head.2.bias holds NaN",)),
-    "sound lacks one": (
-        lambda r: drop(r.sound, "wav2vec2.encoder.layer_norm.bias"), ("encoder.layer_norm.bias", "missing"),
+    "audio lacks one": (
+        lambda r: drop(r.audio, "wav2vec2.encoder.layer_norm.bias"), ("encoder.layer_norm.bias", "missing"),
     ),
-    "sound has one more": (
-        lambda r: r.sound.update({"wav2vec2.adapter.x": torch.ones(2)}), ("adapter.x", "no place"),
+    "audio has one more": (
+        lambda r: r.audio.update({"wav2vec2.adapter.x": torch.ones(2)}), ("adapter.x", "no place"),
     ),
-    "sound has another shape": (
-        lambda r: reshape(r.sound, "wav2vec2.encoder.layers.0.layer_norm.weight"),
+    "audio has another shape": (
+        lambda r: reshape(r.audio, "wav2vec2.encoder.layers.0.layer_norm.weight"),
         (
             "wav2vec2.encoder.layers.0.layer_norm.weight has shape [32]",
             "config.json and the weights are of two models",
@@ -132,7 +132,7 @@ def test_a_damaged_file(what: str, release: tiny.Release, tmp_path: Path) -> Non
 
 
 def test_masked_spec_embed_may_be_absent(release: tiny.Release, tmp_path: Path) -> None:
-    del release.sound["wav2vec2.masked_spec_embed"]
+    del release.audio["wav2vec2.masked_spec_embed"]
     release.write(tmp_path)
     load(tmp_path)
 
@@ -344,11 +344,11 @@ CONFIGS: dict[str, tuple[dict[str, object], str]] = {
 
 
 @pytest.mark.parametrize("what", CONFIGS)
-def test_sound_configs(what: str, release: tiny.Release, tmp_path: Path) -> None:
+def test_audio_configs(what: str, release: tiny.Release, tmp_path: Path) -> None:
     fields, says = CONFIGS[what]
     release.write(tmp_path)
     path = tmp_path / "wav2vec2-base-960h" / "config.json"
-    tiny.write_json(path, tiny.sound_config(tiny.TINY) | fields)
+    tiny.write_json(path, tiny.audio_config(tiny.TINY) | fields)
     assert says in refused(UnusableWeights, tmp_path)
 
 
@@ -363,13 +363,13 @@ def test_a_preprocessor_that_does_not_normalise(release: tiny.Release, tmp_path:
 
 
 @pytest.mark.parametrize("told_by", ["tensors", "config", "nothing"])
-def test_a_sound_encoder_that_was_only_pretrained(
+def test_a_audio_encoder_that_was_only_pretrained(
     told_by: str, release: tiny.Release, tmp_path: Path
 ) -> None:
     """Of the same shapes as the recogniser's, and of other features: nothing else would say so."""
-    config = tiny.sound_config(tiny.TINY)
+    config = tiny.audio_config(tiny.TINY)
     if told_by == "tensors":
-        release.sound |= {"quantizer.codevectors": torch.ones(1, 4, 2), "project_q.bias": torch.ones(2)}
+        release.audio |= {"quantizer.codevectors": torch.ones(1, 4, 2), "project_q.bias": torch.ones(2)}
     if told_by == "config":
         config["architectures"] = ["Wav2Vec2ForPreTraining"]
     release.write(tmp_path)
@@ -378,7 +378,7 @@ def test_a_sound_encoder_that_was_only_pretrained(
     assert said == ([] if told_by == "nothing" else ["warning"])
 
 
-def test_a_bin_file_of_the_sound_encoder(release: tiny.Release, tmp_path: Path) -> None:
+def test_a_bin_file_of_the_audio_encoder(release: tiny.Release, tmp_path: Path) -> None:
     release.write(tmp_path)
     folder = tmp_path / "wav2vec2-base-960h"
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")

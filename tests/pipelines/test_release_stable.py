@@ -77,8 +77,8 @@ def test_a_file_of_ones_own_brings_the_size_that_it_was_trained_for(
     converted = tmp_path / "mine.safetensors"
     assert place.cli("convert-ckpt", oblong, "--out", converted).exit_code == 0
     renamed = shutil.copy(oblong, tmp_path / "unknown.pt")
-    picture = (None, None)  # it decides between landscape and portrait
-    sizes = {oblong: picture, converted: picture, renamed: (512, 512), place.published: (512, 512)}
+    image = (None, None)  # it decides between landscape and portrait
+    sizes = {oblong: image, converted: image, renamed: (512, 512), place.published: (512, 512)}
     for path, size in sizes.items():
         cfg = configure(f"model.name={path}", row_named=row_named)
         assert (cfg.output.width, cfg.output.height) == size, path
@@ -102,7 +102,7 @@ def test_what_is_missing_is_named_with_the_folder_it_goes_to(
     assert "diffusion_pytorch_model" not in str(told.value), "the base is in the file"
 
 
-def test_a_release_folder_as_weights_root_and_a_sound_encoder_of_its_own(
+def test_a_release_folder_as_weights_root_and_a_audio_encoder_of_its_own(
     place: StablePlace, tmp_path: Path
 ) -> None:
     """As the instructions leave it (`--local-dir checkpoints`), and wav2vec2 in its own repository."""
@@ -120,7 +120,7 @@ def test_a_release_folder_as_weights_root_and_a_sound_encoder_of_its_own(
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 def test_a_lora_of_the_published_trainer(strength: float, place: StablePlace, tmp_path: Path) -> None:
-    """Its names (spec i.4): two underscores behind the prefix, alpha in the file; layers for pictures too."""
+    """Its names (spec i.4): two underscores behind the prefix, alpha in the file; layers for images too."""
     generator = torch.Generator().manual_seed(4)
     path, width, pair = tmp_path / "lora-checkpoint-1.pt", stable.DIMS.width, {}
     targets = {"blocks_1_cross_attn_k_img": (width, width), "img_emb_proj_3": (width, stable.CLIP_WIDTH),
@@ -195,8 +195,8 @@ def test_what_conversions_refuse(place: StablePlace, tmp_path: Path) -> None:
     save_file({name: tensor for name, tensor in place.stable.square.items() if "vocal" not in name}, fun)
     shown = place.cli("convert-ckpt", fun, "--inspect").stdout
     assert "Wan 2.1 I2V of width 128" in shown and "no audio layers" in shown
-    on_pictures = place.cli("convert-ckpt", other, "--out", out, "--merge-lora", "--base", fun)
-    assert on_pictures.exit_code == 3 and "made for a text-to-video model" in on_pictures.stderr
+    on_images = place.cli("convert-ckpt", other, "--out", out, "--merge-lora", "--base", fun)
+    assert on_images.exit_code == 3 and "made for a text-to-video model" in on_images.stderr
     difference = place.cli("convert-ckpt", place.published, "--out", out, "--extract", "lora", "--base", fun)
     assert (
         difference.exit_code == 3 and "fun.safetensors" in difference.stderr and "vocal" in difference.stderr
@@ -306,5 +306,5 @@ def test_an_image_encoder_of_another_width(place: StablePlace, tmp_path: Path) -
         for name, tensor in place.stable.clip.items()
     }
     torch.save(held, path)
-    with pytest.raises(UnusableWeights, match=r"gives picture features of width 16, and .* takes 32"):
+    with pytest.raises(UnusableWeights, match=r"gives image features of width 16, and .* takes 32"):
         loaded(place, place.model, f"model.weights.clip={path}")

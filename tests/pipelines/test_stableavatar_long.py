@@ -1,4 +1,4 @@
-"""Every frame hears the sound of its own time, at every length and overlap; what a window needs is made once,
+"""Every frame hears the audio of its own time, at every length and overlap; what a window needs is made once,
 and what a job needs once for all windows."""
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from avatarctl.events import Event, Notice, silent
 from avatarctl.families import StableAvatar
 from avatarctl.family import Inputs, Modules
 from avatarctl.flow_matching import double_shifted_sigmas
-from avatarctl.media import picture_from_array, sound_from_array
+from avatarctl.media import audio_from_array, image_from_array
 from avatarctl.models.encode import window_tokens
 from avatarctl.models.stableavatar import PreparedStable
 from avatarctl.pipelines.infer import generate, load
@@ -64,7 +64,7 @@ def places(tokens: int, frames: int) -> Tensor:
 @functools.cache
 def aims(tokens: int, frames: int) -> Tensor:
     """Weights of the tokens in what each latent frame of a window aims at: the place in the middle of what it
-    hears, and the first that its window hears: which sound, and whose. [tokens, 2 * latent frames]"""
+    hears, and the first that its window hears: which audio, and whose. [tokens, 2 * latent frames]"""
     middle = places(tokens, frames)
     weights = torch.zeros(tokens, 2, len(middle))
     weights[0, 1] = 1
@@ -75,7 +75,7 @@ def aims(tokens: int, frames: int) -> Tensor:
 
 
 class Tape:
-    """Sound that is nothing but its own position: one sample of what is read, the rest is padded."""
+    """Audio that is nothing but its own position: one sample of what is read, the rest is padded."""
 
     heard = 0
 
@@ -170,10 +170,10 @@ def heard(samples: int, cfg: RunConfig, dit: Listener | None = None) -> Tensor:
     """What each frame of the finished video heard, and from where on the window heard that it is of, in pixel
     frames: [2, frames]."""
     tape = Tape()
-    image = SimpleNamespace(encode=lambda picture: torch.zeros(1, 1, 1))
+    image = SimpleNamespace(encode=lambda image: torch.zeros(1, 1, 1))
     modules: Any = Modules(dit or Listener(), Codec(), Words(), Positions(tape), image)  # type: ignore[arg-type]
-    picture = torch.zeros(1, 3, 16, 16)
-    inputs = Inputs(picture, tape, samples, 0.0, 1.0, "prompt", "negative", 7, silent)
+    image = torch.zeros(1, 3, 16, 16)
+    inputs = Inputs(image, tape, samples, 0.0, 1.0, "prompt", "negative", 7, silent)
     denoise = Denoiser(FAMILY, modules.dit, FAMILY.guidance(cfg), SIGMAS, stored)
     with torch.inference_mode():
         blocks = sample_fused(denoise, modules, inputs, FAMILY.plan(samples, cfg), cfg)
@@ -199,7 +199,7 @@ def whose(latents: int, overlap: int) -> Tensor:
 
 @pytest.mark.parametrize("overlap", OVERLAPS)
 def test_every_frame_of_every_video_hears_its_own_time(overlap: int) -> None:
-    """And from the window that it is of. Of the last frame's sound there is more or less."""
+    """And from the window that it is of. Of the last frame's audio there is more or less."""
     cfg = settings(overlap)
     for frames in range(1, 401):
         cut = frames * 37 % SAMPLES_PER_FRAME if frames > 1 else 0
@@ -223,9 +223,9 @@ def test_the_published_order_hears_the_last_window_at_the_wrong_time() -> None:
 
 def job(seconds: float, pixels: tuple[int, int] = (16, 16)) -> Job:
     rng = np.random.default_rng(0)
-    sound = sound_from_array(rng.standard_normal(round(seconds * 16_000)).astype(np.float32), 16_000, "noise")
+    audio = audio_from_array(rng.standard_normal(round(seconds * 16_000)).astype(np.float32), 16_000, "noise")
     return Job(
-        picture_from_array(rng.integers(0, 255, (*pixels, 3), np.uint8), "noise"), sound, "prompt", "negative"
+        image_from_array(rng.integers(0, 255, (*pixels, 3), np.uint8), "noise"), audio, "prompt", "negative"
     )
 
 
@@ -283,30 +283,30 @@ def test_frames_of_a_last_window_that_was_moved_back(overlap: int) -> None:
 
 
 CFG = ("sampling.guidance_scale=3", "sampling.audio_guidance_scale=5")
-SOUNDS = {
+AUDIOS = {
     ("cfg", "zero_context"): {
-        "full": (1, "sound"), "negative": (0, "sound"), "silent_negative": (0, "nothing")
+        "full": (1, "audio"), "negative": (0, "audio"), "silent_negative": (0, "nothing")
     },
     ("cfg", "projected_silence"): {
-        "full": (1, "sound"), "negative": (0, "sound"), "silent_negative": (0, "silence")
+        "full": (1, "audio"), "negative": (0, "audio"), "silent_negative": (0, "silence")
     },
     ("native", "zero_context"): {
-        "full": (1, "sound"), "silent": (1, "silence"), "unpaired": (1, "nothing")
+        "full": (1, "audio"), "silent": (1, "silence"), "unpaired": (1, "nothing")
     },
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("rule", "null"), list(SOUNDS))
+@pytest.mark.parametrize(("rule", "null"), list(AUDIOS))
 def test_what_each_pass_reads_and_hears(rule: str, null: str) -> None:
     dit = Listener()
     cfg = settings(10, *CFG, f"sampling.guidance_rule={rule}", f"sampling.null_audio={null}")
     heard(100 * SAMPLES_PER_FRAME, cfg, dit)
 
-    def sound(vocal: Tensor | None) -> str:
-        return "nothing" if vocal is None else "sound" if bool(vocal.any()) else "silence"
+    def audio(vocal: Tensor | None) -> str:
+        return "nothing" if vocal is None else "audio" if bool(vocal.any()) else "silence"
 
-    found = {name: (int(ready.text), sound(ready.vocal)) for name, ready in dit.passes.items()}
-    assert found == SOUNDS[rule, null]
+    found = {name: (int(ready.text), audio(ready.vocal)) for name, ready in dit.passes.items()}
+    assert found == AUDIOS[rule, null]
     loud = [ready.vocal for ready in dit.passes.values() if ready.vocal is not None and ready.vocal.any()]
     assert len({id(vocal) for vocal in loud}) == 1, "passes that hear the same do not share it"
 
@@ -336,7 +336,7 @@ def test_orders_give_the_same_video_to_the_bit(tiny: Modules, overlap: int) -> N
 
 @pytest.mark.parametrize("rule", ["cfg", "native"])
 def test_passes_as_one_batch_give_the_same_video(tiny: Modules, rule: str) -> None:
-    words = (*CFG, f"sampling.guidance_rule={rule}", "sampling.batch_passes=")
+    words = (*CFG, f"sampling.guidance_rule={rule}", "sampling.batch_branches=")
     apart, together = (video(tiny, 1.0, *words[:-1], words[-1] + value) for value in ("false", "true"))
     torch.testing.assert_close(apart, together, atol=1e-4, rtol=1e-4)
 
@@ -380,7 +380,7 @@ def test_what_is_made_once() -> None:
 @pytest.mark.parametrize(
     ("pixels", "fit", "lines"), [((40, 96), "stretch", 1), ((40, 72), "stretch", 0), ((40, 200), "crop", 0)]
 )
-def test_a_picture_that_is_stretched_out_of_shape(
+def test_a_image_that_is_stretched_out_of_shape(
     row: str, pixels: tuple[int, int], fit: str, lines: int
 ) -> None:
     cfg = configure(f"model.name={row}", f"input.fit={fit}", "output.width=64", "output.height=64")
@@ -395,7 +395,7 @@ def test_native_guidance_says_what_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("picture", "size"),
+    ("image", "size"),
     [
         ((700, 700), (512, 512)),
         ((1080, 1920), (480, 832)),
@@ -405,13 +405,13 @@ def test_native_guidance_says_what_it_is() -> None:
         ((1, 9000), (480, 832)),
     ],
 )
-def test_without_a_size_the_picture_chooses_a_published_one(
-    picture: tuple[int, int], size: tuple[int, int]
+def test_without_a_size_the_image_chooses_a_published_one(
+    image: tuple[int, int], size: tuple[int, int]
 ) -> None:
-    assert FAMILY.frame_size(picture, settings(10)) == size
+    assert FAMILY.frame_size(image, settings(10)) == size
 
 
-def test_a_window_is_normalised_by_its_own_sound_and_padded_with_silence() -> None:
+def test_a_window_is_normalised_by_its_own_audio_and_padded_with_silence() -> None:
     """Padding is silence after normalisation, and no part of the moments."""
     wave = np.random.default_rng(0).standard_normal(5000).astype(np.float32) * 0.2 + 0.5
     given: list[Tensor] = []

@@ -20,9 +20,9 @@ from avatarctl.errors import (
     UnusableWeights,
     UsageError,
 )
-from avatarctl.events import ChunkFinished, Event, Notice, Planned, StepFinished
+from avatarctl.events import Event, Notice, Planned, SpanFinished, StepFinished
 from avatarctl.family import Modules
-from avatarctl.media import picture_from_array, sound_from_array
+from avatarctl.media import audio_from_array, image_from_array
 from avatarctl.pipelines.infer import generate, load, write_video
 from avatarctl.pipelines.job import Job, JobPlan, check_job
 from avatarctl.registry import configure, find_model
@@ -34,16 +34,16 @@ ROW = find_model("cartoon-i2v")
 def noise_burst(seconds: float, rate: int, channels: int = 1) -> np.ndarray:
     """Near silence with one burst a third in: easy to find again after AAC."""
     samples = int(seconds * rate)
-    sound = np.random.default_rng(0).standard_normal((samples, channels)).astype(np.float32)
+    audio = np.random.default_rng(0).standard_normal((samples, channels)).astype(np.float32)
     envelope = np.full(samples, 1e-3, np.float32)
     envelope[samples // 3 : samples // 3 + rate // 10] = 0.3
-    return sound * envelope[:, None]
+    return audio * envelope[:, None]
 
 
 def job(seconds: float = 1.0, rate: int = 16_000, channels: int = 1, prompt: str = "talking") -> Job:
     pixels = np.random.default_rng(1).integers(0, 255, (40, 40, 3), np.uint8)
-    sound = sound_from_array(noise_burst(seconds, rate, channels), rate, "burst")
-    return Job(picture_from_array(pixels, "noise"), sound, prompt, "")
+    audio = audio_from_array(noise_burst(seconds, rate, channels), rate, "burst")
+    return Job(image_from_array(pixels, "noise"), audio, prompt, "")
 
 
 def planned(work: Job, *settings: str, emit: Callable[[Event], None] = lambda event: None) -> JobPlan:
@@ -51,7 +51,7 @@ def planned(work: Job, *settings: str, emit: Callable[[Event], None] = lambda ev
 
 
 def read_back(path: Path) -> tuple[int, Fraction, tuple[int, int], np.ndarray, int]:
-    """Frames, fps, size, sound as heard (mono, placed at its time stamps), sound rate."""
+    """Frames, fps, size, audio as heard (mono, placed at its time stamps), audio rate."""
     with av.open(str(path)) as container:
         video = container.streams.video[0]
         frames = [frame.pts * frame.time_base for frame in container.decode(video)]
@@ -85,7 +85,7 @@ def delay_of(heard: np.ndarray, source: np.ndarray) -> int:
         (("model.audio_offset=1", "output.lead_silence=0.3"), 34, Fraction(34, 100)),
     ],
 )
-def test_frames_sound_length_and_sound_delay(
+def test_frames_audio_length_and_audio_delay(
     tmp_path: Path, settings: tuple[str, ...], frames: int, delay: Fraction, rate: int, channels: int
 ) -> None:
     work = job(1.0, rate, channels)
@@ -97,7 +97,7 @@ def test_frames_sound_length_and_sound_delay(
     assert finished.frames == frames
     assert abs(len(heard) - rate * (1 + delay)) <= 1024, "more than one AAC packet off"
     late = delay_of(heard, noise_burst(1.0, rate, channels))
-    assert abs(late - delay * rate) <= rate // 1000, "sound is off by more than a millisecond"
+    assert abs(late - delay * rate) <= rate // 1000, "audio is off by more than a millisecond"
 
 
 @pytest.mark.parametrize("seconds", [0.04, 0.0401, 0.36, 0.3601, 1.48])
@@ -116,7 +116,7 @@ def frames_of(work: Job, *settings: str) -> torch.Tensor:
 def test_a_result_depends_on_the_job_alone() -> None:
     first = frames_of(job(0.5))
     other = frames_of(job(0.5, prompt="singing"))
-    again = replace(job(0.5), picture=replace(job(0.5).picture, name="another name"))
+    again = replace(job(0.5), image=replace(job(0.5).image, name="another name"))
     assert torch.equal(first, frames_of(again)), "a file name or an earlier job changed the result"
     assert not torch.equal(first, other), "the prompt is not heard"
     assert not torch.equal(first, frames_of(job(0.5), "runtime.seed=7"))
@@ -161,7 +161,7 @@ class StopAfter:
         self.chunks, self.written, self.asked = chunks, 0, False
 
     def emit(self, event: Event) -> None:
-        self.written += isinstance(event, ChunkFinished)
+        self.written += isinstance(event, SpanFinished)
         self.asked |= isinstance(event, StepFinished) and self.written >= self.chunks
 
     def __call__(self) -> bool:
@@ -211,13 +211,13 @@ def test_names_with_spaces_and_other_alphabets(tmp_path: Path) -> None:
 
 
 def test_an_output_that_would_destroy_an_input_is_refused(tmp_path: Path) -> None:
-    from avatarctl.media import open_sound, write_sound
+    from avatarctl.media import open_audio, write_audio
 
-    kept = tmp_path / "hello.partial.mp4"  # what an interrupted run leaves, used as the next run's sound
-    write_sound(tmp_path / "voice.wav", noise_burst(0.2, 16_000), 16_000)
+    kept = tmp_path / "hello.partial.mp4"  # what an interrupted run leaves, used as the next run's audio
+    write_audio(tmp_path / "voice.wav", noise_burst(0.2, 16_000), 16_000)
     (tmp_path / "voice.wav").rename(kept)
     before = kept.read_bytes()
-    work = replace(job(0.2), sound=open_sound(kept))
+    work = replace(job(0.2), audio=open_audio(kept))
     for out in ("hello.mp4", "hello.partial.mp4"):
         with pytest.raises(OutputRefused, match="would destroy the input"):
             write_video(ROW, work, planned(work), tmp_path / out)

@@ -38,20 +38,20 @@ class Dims:
     audio_hidden: int = 8
     rank: int = 4
     alpha: int = 2
-    sound_width: int = 16
-    sound_layers: int = 2
+    wav2vec_width: int = 16
+    wav2vec_layers: int = 2
     vae_base: int = 4
 
     @property
     def audio_width(self) -> int:
         """Of a feature frame: the last layer, the encoder's input and every layer (b.7)."""
-        return self.sound_width * (self.sound_layers + 2)
+        return self.wav2vec_width * (self.wav2vec_layers + 2)
 
 
 TINY = Dims()
 OMNIAVATAR_1_3B = Dims(
     width=1536, heads=12, ffn=8960, layers=30, text_width=4096, frequencies=256, audio_hidden=32, rank=128,
-    alpha=64, sound_width=768, sound_layers=12, vae_base=96,
+    alpha=64, wav2vec_width=768, wav2vec_layers=12, vae_base=96,
 )  # fmt: skip
 """As published, except for the text encoder: two layers and a small table."""
 
@@ -69,7 +69,7 @@ class Release:
     adapter: State
     text: State
     vae: State
-    sound: State
+    audio: State
     dims: Dims = TINY
     config: dict[str, object] = field(default_factory=dict)
 
@@ -88,11 +88,11 @@ class Release:
         adapter.mkdir()
         torch.save(self.adapter, adapter / "pytorch_model.pt")
         write_json(adapter / "config.json", self.config)
-        sound = root / "wav2vec2-base-960h"
-        sound.mkdir()
-        save_file(self.sound, sound / "model.safetensors", {"format": "pt"})
-        write_json(sound / "config.json", sound_config(self.dims))
-        write_json(sound / "preprocessor_config.json", {"do_normalize": True, "sampling_rate": 16000})
+        audio = root / "wav2vec2-base-960h"
+        audio.mkdir()
+        save_file(self.audio, audio / "model.safetensors", {"format": "pt"})
+        write_json(audio / "config.json", audio_config(self.dims))
+        write_json(audio / "preprocessor_config.json", {"do_normalize": True, "sampling_rate": 16000})
 
 
 def tiny_release(dims: Dims = TINY, dtype: torch.dtype = torch.float32) -> Release:
@@ -107,7 +107,7 @@ def tiny_release(dims: Dims = TINY, dtype: torch.dtype = torch.float32) -> Relea
         adapter=random(adapter_shapes(dims), dtype),
         text=random(text_shapes(dims), torch.bfloat16),
         vae=random(vae_shapes(dims.vae_base)),
-        sound=random(sound_shapes(dims)),
+        audio=random(wav2vec_shapes(dims)),
         dims=dims,
         config={
             "model_config": {"in_dim": 33, "audio_hidden_size": dims.audio_hidden},
@@ -151,13 +151,13 @@ def base_config(dims: Dims) -> dict[str, object]:
     }
 
 
-def sound_config(dims: Dims) -> dict[str, object]:
+def audio_config(dims: Dims) -> dict[str, object]:
     """config.json of wav2vec2-base-960h, with a smaller convolution stack."""
     return {
         "architectures": ["Wav2Vec2ForCTC"],
         "model_type": "wav2vec2",
-        "hidden_size": dims.sound_width,
-        "num_hidden_layers": dims.sound_layers,
+        "hidden_size": dims.wav2vec_width,
+        "num_hidden_layers": dims.wav2vec_layers,
         "num_attention_heads": 2,
         "intermediate_size": 32,
         "conv_dim": [8] * 7,
@@ -298,9 +298,9 @@ def _middle(coder: str, width: int) -> Shapes:
     )
 
 
-def sound_shapes(dims: Dims) -> Shapes:
+def wav2vec_shapes(dims: Dims) -> Shapes:
     """wav2vec2-base-960h as published: prefix, old names of weight normalisation, the recogniser's head."""
-    d, ffn, head = dims.sound_width, 32, "wav2vec2."
+    d, ffn, head = dims.wav2vec_width, 32, "wav2vec2."
     shapes: Shapes = {f"{head}masked_spec_embed": (d,), **linear("lm_head", 32, d)}
     for i, kernel in enumerate((10, 3, 3, 3, 3, 2, 2)):
         shapes[f"{head}feature_extractor.conv_layers.{i}.conv.weight"] = (8, 1 if i == 0 else 8, kernel)
@@ -313,7 +313,7 @@ def sound_shapes(dims: Dims) -> Shapes:
         f"{head}encoder.pos_conv_embed.conv.weight_v": (d, d // 2, 16),
     }
     shapes |= norm(f"{head}encoder.layer_norm", d)
-    for i in range(dims.sound_layers):
+    for i in range(dims.wav2vec_layers):
         layer = f"{head}encoder.layers.{i}"
         for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
             shapes |= linear(f"{layer}.attention.{projection}", d, d)

@@ -37,7 +37,7 @@ def shapes(dims: tiny.Dims = DIMS) -> Shapes:
         for projection in ("k_img", "v_img", "k_vocal", "v_vocal"):
             named |= linear(f"blocks.{i}.cross_attn.{projection}", d, d)
         named[f"blocks.{i}.cross_attn.norm_k_img.weight"] = (d,)
-    named["vocal_projector.proj_model.proj.weight"] = (d, dims.sound_width)
+    named["vocal_projector.proj_model.proj.weight"] = (d, dims.wav2vec_width)
     named |= norm("vocal_projector.proj_model.norm", d)
     for j in range(VOCAL_LAYERS):
         block = f"vocal_projector.blocks.{j}"
@@ -79,7 +79,7 @@ class StableRelease:
     text: State
     vae: State
     clip: State
-    sound: State
+    audio: State
 
     def write(self, root: Path) -> None:
         (root / TRANSFORMERS).mkdir(parents=True)
@@ -93,11 +93,11 @@ class StableRelease:
         torch.save(self.vae, base / "Wan2.1_VAE.pth")
         torch.save(self.clip, base / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth")
         tiny.write_tokenizer(base / "google" / "umt5-xxl")
-        sound = root / FOLDER / "wav2vec2-base-960h"
-        sound.mkdir()
-        save_file(self.sound, sound / "model.safetensors", {"format": "pt"})
-        tiny.write_json(sound / "config.json", tiny.sound_config(DIMS))
-        tiny.write_json(sound / "preprocessor_config.json", {"do_normalize": True, "sampling_rate": 16000})
+        audio = root / FOLDER / "wav2vec2-base-960h"
+        audio.mkdir()
+        save_file(self.audio, audio / "model.safetensors", {"format": "pt"})
+        tiny.write_json(audio / "config.json", tiny.audio_config(DIMS))
+        tiny.write_json(audio / "preprocessor_config.json", {"do_normalize": True, "sampling_rate": 16000})
 
 
 def tiny_stable_release() -> StableRelease:
@@ -109,5 +109,5 @@ def tiny_stable_release() -> StableRelease:
         text=tiny.random_state(tiny.text_shapes(DIMS), generator, torch.bfloat16),
         vae=tiny.random_state(tiny.vae_shapes(DIMS.vae_base), generator),
         clip=tiny.random_state(clip_shapes(), generator, torch.float16),
-        sound=tiny.random_state(tiny.sound_shapes(DIMS), generator),
+        audio=tiny.random_state(tiny.wav2vec_shapes(DIMS), generator),
     )

@@ -1,4 +1,4 @@
-"""Blended windows in every order: the same bits, as many passes as the formulas say, and no frame or window
+"""fused windows in every order: the same bits, as many passes as the formulas say, and no frame or window
 held that nobody needs.
 
 F frames per window, o of them shared with the window before, M = ceil(F / (F - o)) - 1 later windows that
@@ -323,7 +323,7 @@ def test_live_latents_do_not_grow_with_the_length(overlap: int) -> None:
             for pixels in run(family, steps, "wavefront", latent_noise, shape):
                 resting.append((live.current - pixels.numel() * 4) / frame)
         peaks.append(live.peak)
-        # Per step all that the overlapping windows span, less in the last; small change for step numbers.
+        # Per step all that the fused windows span, less in the last; small change for step numbers.
         assert max(resting) <= (steps - 1) * (F + m * hop) + overlap + 0.5
         assert max(resting[-1:]) < 0.5, "something is left when all frames are out"
     assert peaks[0] == peaks[1]

@@ -1,4 +1,4 @@
-"""Noise levels against an independent scheduler, to the bit."""
+"""Sigmas against an independent scheduler, to the bit."""
 
 from __future__ import annotations
 

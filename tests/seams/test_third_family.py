@@ -45,7 +45,7 @@ WINDOW, OVERLAP = 4, 2  # latent frames
 
 
 class ThirdNetwork(nn.Module):
-    """Draws the loudness of the sound: the latents it aims at are a constant per frame."""
+    """Draws the loudness of the audio: the latents it aims at are a constant per frame."""
 
     def __init__(self, attention_head_dim: int, num_attention_heads: int, out_channels: int) -> None:
         super().__init__()
@@ -58,16 +58,16 @@ class ThirdNetwork(nn.Module):
 
 @dataclass
 class ThirdState:
-    picture: Tensor  # [1, 16, 1, h, w]
+    image: Tensor  # [1, 16, 1, h, w]
     decoder: Decoder
 
 
 class ThirdFamily:
-    """Windows that hear their own frames; two guidance branches, the picture is blended in."""
+    """Windows that hear their own frames; two guidance branches, the image is blended in."""
 
     name = "third"
 
-    def frame_size(self, picture: tuple[int, int], cfg: RunConfig) -> tuple[int, int]:
+    def frame_size(self, image: tuple[int, int], cfg: RunConfig) -> tuple[int, int]:
         return 16, 16
 
     def guidance(self, cfg: RunConfig) -> Guidance:
@@ -97,7 +97,7 @@ class ThirdFamily:
         return Plan("fused", spans, len(starts), frames, (16, cfg.output.height // 8, cfg.output.width // 8))
 
     def open(self, modules: Modules, inputs: Inputs, cfg: RunConfig) -> ThirdState:
-        return ThirdState(modules.vae.encode(inputs.picture.unsqueeze(2)), modules.vae.decoder())
+        return ThirdState(modules.vae.encode(inputs.image.unsqueeze(2)), modules.vae.decoder())
 
     def encode(self, modules: Modules, inputs: Inputs, span: Span, state: ThirdState, carry: Carry) -> Tensor:
         wave = torch.from_numpy(inputs.waveform.read(*span.audio))
@@ -122,7 +122,7 @@ class ThirdFamily:
         self, dit: nn.Module, x: Tensor, t: Tensor, prepared: Prepared, branches: Sequence[str],
         *, span: Span, step: int, state: ThirdState,
     ) -> dict[str, Tensor]:  # fmt: skip
-        return {name: dit(x - state.picture, t, prepared.branch[name]) for name in branches}
+        return {name: dit(x - state.image, t, prepared.branch[name]) for name in branches}
 
     def combine(self, velocities: Mapping[str, Tensor], guidance: Guidance, step: int) -> Tensor:
         silence = velocities["silence"]
@@ -166,7 +166,7 @@ ROW = registry.Row(
 
 @pytest.fixture
 def third(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current folder beside a voice of 25 frames and a picture, and the family known."""
+    """An empty current folder beside a voice of 25 frames and an image, and the family known."""
     monkeypatch.setitem(families.FAMILIES, "third", ThirdFamily())
     monkeypatch.setitem(loading.TRANSFORMERS, "third", ThirdNetwork)
     monkeypatch.setitem(registry.ROWS, ROW.name, ROW)

@@ -94,7 +94,7 @@ class Toy:
     name = "toy"
     kind: Any = "chunks"
 
-    def frame_size(self, picture: tuple[int, int], cfg: RunConfig) -> tuple[int, int]:
+    def frame_size(self, image: tuple[int, int], cfg: RunConfig) -> tuple[int, int]:
         return 2, 2
 
     def guidance(self, cfg: RunConfig) -> Guidance:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from avatarctl.loading.parts import transformer
 from avatarctl.weights.merge import merge_adapter
-from avatarctl.weights.recognise import read_checkpoint
-from avatarctl.weights.weight_file import Checkpoint
+from avatarctl.weights.recognise import read_weight_file
+from avatarctl.weights.weight_file import WeightFile
 from tests.weights.published_tables import LINEARS, Shapes, audio, lora, wan
 
 WIDTH, FFN, LAYERS, HEADS, RANK, ALPHA = 48, 64, 6, 2, 4, 2.0
@@ -51,25 +51,25 @@ CONFIG = {
 }  # fmt: skip
 
 
-def written(folder: Path) -> tuple[Checkpoint, Checkpoint]:
+def written(folder: Path) -> tuple[WeightFile, WeightFile]:
     """A plain Wan base in one file and a release folder."""
     save_file(BASE, folder / "base.safetensors")
     release = folder / "release"
     release.mkdir()
     torch.save(LORA | OWN, release / "pytorch_model.pt")
     (release / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
-    return read_checkpoint(folder / "base.safetensors"), read_checkpoint(release)
+    return read_weight_file(folder / "base.safetensors"), read_weight_file(release)
 
 
 def inputs(channels: int) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(3)
     shapes = ((1, channels, 2, 4, 6), (1, 8, TEXT), (1, 5, AUDIO))
-    x, text, sound = (torch.randn(shape, generator=generator) for shape in shapes)
-    return x, torch.tensor([500.0]), text, sound
+    x, text, audio = (torch.randn(shape, generator=generator) for shape in shapes)
+    return x, torch.tensor([500.0]), text, audio
 
 
 @pytest.fixture
-def pair(tmp_path: Path) -> tuple[Checkpoint, Checkpoint]:
+def pair(tmp_path: Path) -> tuple[WeightFile, WeightFile]:
     return written(tmp_path)
 
 
@@ -83,7 +83,7 @@ def beside(layer: nn.Module, down: Tensor, up: Tensor) -> None:
 
 
 @torch.no_grad()
-def test_merged_weights_give_what_side_paths_give(pair: tuple[Checkpoint, Checkpoint]) -> None:
+def test_merged_weights_give_what_side_paths_give(pair: tuple[WeightFile, WeightFile]) -> None:
     base, adapter = pair
     merged = transformer(merge_adapter(base, adapter), torch.float32, torch.device("cpu"))
     apart = transformer(merge_adapter(base, adapter, strength=0), torch.float32, torch.device("cpu"))
@@ -101,7 +101,7 @@ def test_merged_weights_give_what_side_paths_give(pair: tuple[Checkpoint, Checkp
     torch.testing.assert_close(merged(*inputs(33)), expected, atol=1e-4, rtol=0)
 
 
-def test_every_weight_is_what_the_rule_says(pair: tuple[Checkpoint, Checkpoint]) -> None:
+def test_every_weight_is_what_the_rule_says(pair: tuple[WeightFile, WeightFile]) -> None:
     state = transformer(merge_adapter(*pair), torch.float32, torch.device("cpu")).state_dict()
     for i in range(LAYERS):
         for name in LINEARS:

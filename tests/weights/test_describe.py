@@ -17,7 +17,7 @@ from avatarctl.files.tensors import TensorInfo
 from avatarctl.weights.describe import describe, lines
 from avatarctl.weights.merge import merge_adapter
 from avatarctl.weights.recognise import recognise
-from avatarctl.weights.weight_file import Checkpoint
+from avatarctl.weights.weight_file import WeightFile
 from tests.weights.published_tables import Shapes, audio, lora, umt5, wan
 
 PATCH: Shapes = {"patch_embedding.weight": (5120, 33, 1, 2, 2), "patch_embedding.bias": (5120,)}
@@ -51,7 +51,7 @@ def checkpoint_of(
     config: dict[str, Any] | None = None,
     metadata: dict[str, str] | None = None,
     notes: tuple[str, ...] = (),
-) -> Checkpoint:
+) -> WeightFile:
     path = Path("folder") / file
     raw = RawWeights(
         path=path,
@@ -221,7 +221,7 @@ def test_a_base_of_avatars_is_what_a_merge_takes(shapes: Shapes, config: dict[st
     assert any(line.startswith("not in") for line in lines(facts)) != taken
 
 
-def test_a_lora_for_a_picture_encoder_needs_a_model_that_has_one() -> None:
+def test_a_lora_for_a_image_encoder_needs_a_model_that_has_one() -> None:
     pair = {f"diffusion_model.blocks.0.cross_attn.k_img.lora_{ab}.weight": (8, 8) for ab in "AB"}
     facts = about(pair)
     assert answers(facts)["avatarctl infer --lora"] == "yes"

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from avatarctl.weights.recognise import read_checkpoint
+from avatarctl.weights.recognise import read_weight_file
 from tests.weights.test_loaders import (
     ALPHA,
     FFN,
@@ -168,7 +168,7 @@ def test_what_diffusers_makes_of_it(name: str, tmp_path: Path) -> None:
     lora = LORAS[name]()
     path = tmp_path / f"{name}.safetensors"
     save_file(lora.state, path)
-    checkpoint = read_checkpoint(path)
+    weight_file = read_weight_file(path)
     for loader, load in (("load_lora_weights", by_pipeline), ("load_lora_adapter", by_adapter)):
-        said = verdict(checkpoint, f"diffusers {loader}")
+        said = verdict(weight_file, f"diffusers {loader}")
         assert said.answer == answer(path, lora, load), (loader, said.reason)

@@ -20,8 +20,8 @@ from avatarctl.pipelines.convert import ConvertRequest, plan_conversion, write
 from avatarctl.registry import configure
 from avatarctl.weights.export import TARGETS, export, with_release_config
 from avatarctl.weights.metadata import file_metadata, mismatch, read_own
-from avatarctl.weights.recognise import read_checkpoint
-from avatarctl.weights.weight_file import Checkpoint
+from avatarctl.weights.recognise import read_weight_file
+from avatarctl.weights.weight_file import WeightFile
 from tests.weights import release
 
 MODULES = [f"blocks.{i}.{target}" for i in range(release.LAYERS) for target in release.TARGETS]
@@ -29,13 +29,13 @@ WHOLE = sorted(release.patch_state() | release.audio_state())
 
 
 @pytest.fixture
-def adapter(tmp_path: Path) -> Checkpoint:
-    return with_release_config(read_checkpoint(release.write_release(tmp_path / "omni")))
+def adapter(tmp_path: Path) -> WeightFile:
+    return with_release_config(read_weight_file(release.write_release(tmp_path / "omni")))
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Checkpoint:
-    return with_release_config(read_checkpoint(release.write_model(tmp_path / "full.safetensors")))
+def model(tmp_path: Path) -> WeightFile:
+    return with_release_config(read_weight_file(release.write_model(tmp_path / "full.safetensors")))
 
 
 def kohya(path: Path, ranks: dict[str, int], alphas: dict[str, float]) -> Path:
@@ -59,7 +59,7 @@ def arguments(network: type) -> set[str]:
 # Names
 
 
-def test_models_get_the_names_of_their_target(model: Checkpoint) -> None:
+def test_models_get_the_names_of_their_target(model: WeightFile) -> None:
     names = list(release.omniavatar_state())
     assert sorted(export(model, "original").tensors) == sorted(names)
     assert sorted(export(model, "diffusers").tensors) == sorted(map(release.diffusers_name, names))
@@ -68,14 +68,14 @@ def test_models_get_the_names_of_their_target(model: Checkpoint) -> None:
         export(model, "peft")
 
 
-def test_an_adapter_for_the_release(adapter: Checkpoint) -> None:
+def test_an_adapter_for_the_release(adapter: WeightFile) -> None:
     made = export(adapter, "original")
     pairs = [f"{module}.lora_{side}.default.weight" for module in MODULES for side in "AB"]
     assert sorted(made.tensors) == sorted([*pairs, *WHOLE]) and not made.companion
     assert made.documents == {"config.json": release.release_config()}
 
 
-def test_an_adapter_for_diffusers(adapter: Checkpoint) -> None:
+def test_an_adapter_for_diffusers(adapter: WeightFile) -> None:
     made = export(adapter, "diffusers")
     targets = [release.diffusers_module(module) for module in MODULES]
     assert sorted(made.tensors) == sorted(f"transformer.{t}.lora_{s}.weight" for t in targets for s in "AB")
@@ -85,7 +85,7 @@ def test_an_adapter_for_diffusers(adapter: Checkpoint) -> None:
     assert sorted(stated["transformer.target_modules"]) == sorted(targets)
 
 
-def test_an_adapter_for_peft(adapter: Checkpoint) -> None:
+def test_an_adapter_for_peft(adapter: WeightFile) -> None:
     made = export(adapter, "peft")
     targets = [release.diffusers_module(module) for module in MODULES]
     expected = [f"{t}.lora_{s}.weight" for t in targets for s in "AB"]
@@ -97,7 +97,7 @@ def test_an_adapter_for_peft(adapter: Checkpoint) -> None:
     ]  # fmt: skip
 
 
-def test_an_adapter_for_comfyui_states_every_alpha(adapter: Checkpoint) -> None:
+def test_an_adapter_for_comfyui_states_every_alpha(adapter: WeightFile) -> None:
     made = export(adapter, "comfyui")
     expected = [f"diffusion_model.{m}.{part}" for m in MODULES for part in ("lora_A.weight", "lora_B.weight")]
     alphas = [f"diffusion_model.{module}.alpha" for module in MODULES]
@@ -112,8 +112,8 @@ def test_a_scale_without_alpha_travels_as_alpha(tmp_path: Path) -> None:
     """The release takes 0.5 where nothing is stated, everybody else 1."""
     state = {name: tensor for name, tensor in release.adapter_state().items() if "lora" in name}
     torch.save(state, tmp_path / "step-10.pt")
-    bare = with_release_config(read_checkpoint(tmp_path / "step-10.pt"))
-    assert bare.scale == 0.5 and all(pair.alpha is None for pair in bare.low_rank.values())
+    bare = with_release_config(read_weight_file(tmp_path / "step-10.pt"))
+    assert bare.scale == 0.5 and all(pair.alpha is None for pair in bare.lora_pairs.values())
     assert read_whole(export(bare, "comfyui").tensors["diffusion_model.blocks.0.ffn.0.alpha"]) == 2
     assert export(bare, "original").documents["config.json"]["lora_alpha"] == 2
     assert (
@@ -127,7 +127,7 @@ def test_a_scale_without_alpha_travels_as_alpha(tmp_path: Path) -> None:
 def test_ranks_of_their_own_become_patterns_or_zeros(tmp_path: Path) -> None:
     q, k = "blocks.0.self_attn.q", "blocks.1.self_attn.k"
     path = kohya(tmp_path / "lora.safetensors", {q: 4, k: 6}, {q: 2.0, k: 3.0})
-    lora = with_release_config(read_checkpoint(path))
+    lora = with_release_config(read_weight_file(path))
     config = export(lora, "peft").documents["adapter_config.json"]
     assert (config["r"], config["lora_alpha"]) == (4, 2)
     assert config["rank_pattern"] == {"blocks.1.attn1.to_k": 6}
@@ -150,7 +150,7 @@ def test_ranks_of_their_own_become_patterns_or_zeros(tmp_path: Path) -> None:
 def test_scales_of_their_own_do_not_fit_the_release(tmp_path: Path) -> None:
     q, k = "blocks.0.self_attn.q", "blocks.1.self_attn.k"
     path = kohya(tmp_path / "lora.safetensors", {q: 4, k: 4}, {q: 2.0, k: 4.0})
-    lora = with_release_config(read_checkpoint(path))
+    lora = with_release_config(read_weight_file(path))
     with pytest.raises(UnusableWeights, match=r"2 different scales.*comfyui"):
         export(lora, "original")
     assert export(lora, "peft").documents["adapter_config.json"]["alpha_pattern"]
@@ -163,14 +163,14 @@ def test_differences_ride_to_comfyui_only(tmp_path: Path) -> None:
         "diffusion_model.blocks.0.ffn.0.diff": torch.ones(release.FFN, release.WIDTH),
     }
     save_file(state, tmp_path / "diff.safetensors")
-    checkpoint = with_release_config(read_checkpoint(tmp_path / "diff.safetensors"))
-    assert export(checkpoint, "comfyui").tensors.keys() == state.keys()
+    weight_file = with_release_config(read_weight_file(tmp_path / "diff.safetensors"))
+    assert export(weight_file, "comfyui").tensors.keys() == state.keys()
     for target in ("original", "diffusers", "peft"):
         with pytest.raises(UnusableWeights, match=r"3 differences.*--merge-lora"):
-            export(checkpoint, target)
+            export(weight_file, target)
 
 
-def test_a_difference_of_a_bare_parameter(adapter: Checkpoint) -> None:
+def test_a_difference_of_a_bare_parameter(adapter: WeightFile) -> None:
     changed = {"blocks.0.modulation": adapter.tensors["patch_embedding.bias"]}
     made = export(replace(adapter, differences=changed), "comfyui")
     assert "diffusion_model.blocks.0.modulation.diff" in made.tensors
@@ -179,7 +179,7 @@ def test_a_difference_of_a_bare_parameter(adapter: Checkpoint) -> None:
 # Configurations
 
 
-def test_the_config_keeps_what_it_does_not_know(adapter: Checkpoint) -> None:
+def test_the_config_keeps_what_it_does_not_know(adapter: WeightFile) -> None:
     config = {
         **release.release_config(),
         "wandb": "x",
@@ -191,12 +191,12 @@ def test_the_config_keeps_what_it_does_not_know(adapter: Checkpoint) -> None:
     assert made["model_config"] == {"in_dim": 49, "num_heads": 1, "z": 2, "audio_hidden_size": 8}
 
 
-def test_a_full_model_does_not_call_itself_a_lora(model: Checkpoint) -> None:
+def test_a_full_model_does_not_call_itself_a_lora(model: WeightFile) -> None:
     made = with_release_config(replace(model, config=release.release_config())).config
     assert made["train_architecture"] == "full" and not any(name.startswith("lora") for name in made)
 
 
-def test_the_diffusers_config_holds_every_constructor_argument(model: Checkpoint, tmp_path: Path) -> None:
+def test_the_diffusers_config_holds_every_constructor_argument(model: WeightFile, tmp_path: Path) -> None:
     from diffusers import WanTransformer3DModel
 
     from avatarctl.models.omniavatar import OmniAvatarTransformer
@@ -204,13 +204,13 @@ def test_the_diffusers_config_holds_every_constructor_argument(model: Checkpoint
     config = export(model, "diffusers").documents["config.json"]
     assert config["_class_name"] == "OmniAvatarTransformer"
     assert config.keys() - {"_class_name"} == arguments(OmniAvatarTransformer)
-    base = read_checkpoint(release.write_base(tmp_path / "base.safetensors"))
+    base = read_weight_file(release.write_base(tmp_path / "base.safetensors"))
     config = export(base, "diffusers").documents["config.json"]
     assert config["_class_name"] == "WanTransformer3DModel"
     assert config.keys() - {"_class_name"} == arguments(WanTransformer3DModel)
 
 
-def test_a_number_of_heads_that_nobody_states_is_not_guessed(model: Checkpoint) -> None:
+def test_a_number_of_heads_that_nobody_states_is_not_guessed(model: WeightFile) -> None:
     with pytest.raises(UnusableWeights, match="number of attention heads is unknown"):
         export(replace(model, heads=0), "diffusers")
 
@@ -218,13 +218,13 @@ def test_a_number_of_heads_that_nobody_states_is_not_guessed(model: Checkpoint) 
 # Metadata
 
 
-def test_conventions_are_those_of_the_family(adapter: Checkpoint) -> None:
+def test_conventions_are_those_of_the_family(adapter: WeightFile) -> None:
     config = configure("model.name=omniavatar-14b")
     stated = read_own(file_metadata(adapter, [], {})).conventions
     assert stated == asdict(OmniAvatar().conventions(config))
 
 
-def test_metadata_says_what_the_file_is(adapter: Checkpoint) -> None:
+def test_metadata_says_what_the_file_is(adapter: WeightFile) -> None:
     source = replace(adapter, metadata={"ss_network_dim": "4", "modelspec.title": "mine", "format": "np"})
     made = file_metadata(source, [{"operation": "write"}], {"avatarctl.companion": "x"})
     assert all(isinstance(value, str) for value in made.values())
@@ -240,7 +240,7 @@ def test_metadata_says_what_the_file_is(adapter: Checkpoint) -> None:
     assert own.config == release.release_config() and own.operations == ({"operation": "write"},)
 
 
-def test_what_became_untrue_is_not_passed_on(adapter: Checkpoint, model: Checkpoint) -> None:
+def test_what_became_untrue_is_not_passed_on(adapter: WeightFile, model: WeightFile) -> None:
     stated = {
         "sshs_model_hash": "0" * 64,
         "sshs_legacy_hash": "0" * 8,
@@ -272,7 +272,7 @@ def test_metadata_that_we_would_not_write_is_refused(key: str, value: str) -> No
         read_own({key: value})
 
 
-def test_other_conventions_are_named_on_both_sides(adapter: Checkpoint, model: Checkpoint) -> None:
+def test_other_conventions_are_named_on_both_sides(adapter: WeightFile, model: WeightFile) -> None:
     assert mismatch(adapter, model) == ""
     assert mismatch(replace(adapter, audio_offset=0), model) == "", "a guess contradicts nobody"
     stated = replace(model, audio_offset_assumed=False)

@@ -14,7 +14,7 @@ from avatarctl.events import Event, Notice
 from avatarctl.loading.assemble import with_loras
 from avatarctl.loading.loras import Lora
 from avatarctl.pipelines.convert import ConvertRequest, plan_conversion, write
-from avatarctl.weights.recognise import read_checkpoint
+from avatarctl.weights.recognise import read_weight_file
 from tests.weights import release
 
 TWICE = "already: merged once more, its changes would count twice"
@@ -47,19 +47,19 @@ def test_a_merge_is_not_repeated(omni: Path, base: Path, tmp_path: Path) -> None
         with pytest.raises(UnusableWeights, match=rf"{again.name}: is in the base .*merged {TWICE}"):
             convert(again, tmp_path / "out", base=merged, merge=True)
         with pytest.raises(UnusableWeights, match=TWICE):
-            with_loras(read_checkpoint(merged), (Lora(again, 1.0),), lambda event: None)
+            with_loras(read_weight_file(merged), (Lora(again, 1.0),), lambda event: None)
 
 
 def test_nor_within_one_run(omni: Path, base: Path) -> None:
     loras = (Lora(omni, 1.0), Lora(omni, 1.0))
     with pytest.raises(UnusableWeights, match=TWICE):
-        with_loras(read_checkpoint(base), loras, lambda event: None)
+        with_loras(read_weight_file(base), loras, lambda event: None)
 
 
 def test_a_plain_lora_may_be_given_twice_but_is_not_merged_twice(base: Path, tmp_path: Path) -> None:
     lora, merged = tmp_path / "lora.safetensors", tmp_path / "merged.safetensors"
     save_file({name: tensor for name, tensor in release.adapter_state().items() if "lora" in name}, lora)
-    with_loras(read_checkpoint(base), (Lora(lora, 0.5), Lora(lora, 0.5)), lambda event: None)
+    with_loras(read_weight_file(base), (Lora(lora, 0.5), Lora(lora, 0.5)), lambda event: None)
     convert(lora, merged, base=base, merge=True)
     with pytest.raises(UnusableWeights, match=TWICE):
         convert(lora, tmp_path / "out", base=merged, merge=True)
@@ -77,7 +77,7 @@ def test_the_record_of_a_base_outlives_a_merge_into_it(omni: Path, base: Path, t
     save_file({"blocks.0.ffn.0.diff_b": torch.ones(release.FFN)}, tmp_path / "raw.safetensors")
     convert(tmp_path / "raw.safetensors", other, "comfyui")  # has a history of its own
     with pytest.raises(UnusableWeights, match=TWICE):
-        with_loras(read_checkpoint(merged), (Lora(other, 1.0), Lora(omni, 1.0)), lambda event: None)
+        with_loras(read_weight_file(merged), (Lora(other, 1.0), Lora(omni, 1.0)), lambda event: None)
 
 
 def test_an_avatars_adapter_on_an_avatar_is_doubted(omni: Path, tmp_path: Path) -> None:

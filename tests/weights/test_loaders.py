@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from avatarctl.weights.loaders import Verdict, verdicts
-from avatarctl.weights.recognise import read_checkpoint
-from avatarctl.weights.weight_file import Checkpoint
+from avatarctl.weights.recognise import read_weight_file
+from avatarctl.weights.weight_file import WeightFile
 from tests.weights.published_tables import LINEARS, Shapes, audio, lora, wan
 
 WIDTH, FFN, LAYERS, RANK = 32, 48, 4, 4
@@ -141,8 +141,8 @@ def applied_scale(model: nn.Module) -> float | None:
     return float((update * product).sum().detach() / product.square().sum())
 
 
-def verdict(checkpoint: Checkpoint, loader: str) -> Verdict:
-    return next(each for each in verdicts(checkpoint) if each.loader == loader)
+def verdict(weight_file: WeightFile, loader: str) -> Verdict:
+    return next(each for each in verdicts(weight_file) if each.loader == loader)
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -156,9 +156,9 @@ def test_loras_in_diffusers(
     state, metadata = FILES[file]
     path = tmp_path / f"{file}.safetensors"
     save_file(state, path, metadata=metadata or None)
-    checkpoint = read_checkpoint(path)
-    ours = checkpoint.scale_of(checkpoint.low_rank[TARGET])
-    said = verdict(checkpoint, loader)
+    weight_file = read_weight_file(path)
+    ours = weight_file.scale_of(weight_file.lora_pairs[TARGET])
+    said = verdict(weight_file, loader)
     try:
         theirs = applied_scale(load(path))
     except (ValueError, IndexError):
@@ -184,7 +184,7 @@ def test_models_in_diffusers(prefix: str, parts: Shapes, answer: str, tmp_path: 
     state = random(wan(WIDTH, FFN, LAYERS, channels, text=7, freq=10) | parts)
     path = tmp_path / "model.safetensors"
     save_file({f"{prefix}{name}": tensor for name, tensor in state.items()}, path)
-    said = verdict(read_checkpoint(path), "diffusers from_single_file")
+    said = verdict(read_weight_file(path), "diffusers from_single_file")
     (tmp_path / "config.json").write_text(json.dumps({**network().config, "in_channels": channels}))
     try:
         model = WanTransformer3DModel.from_single_file(path, config=str(tmp_path))
@@ -219,9 +219,9 @@ def test_dictionaries_around_the_tensors(name: str, zipped: bool, tmp_path: Path
     state = random(wan(WIDTH, FFN, LAYERS, 16, text=7, freq=10))
     path = tmp_path / "model.pt"
     torch.save(around(state), path, _use_new_zipfile_serialization=zipped)
-    checkpoint = read_checkpoint(path)
-    assert verdict(checkpoint, "diffusers from_single_file").answer == diffusers
-    assert verdict(checkpoint, "ComfyUI diffusion model").answer == comfyui_takes
+    weight_file = read_weight_file(path)
+    assert verdict(weight_file, "diffusers from_single_file").answer == diffusers
+    assert verdict(weight_file, "ComfyUI diffusion model").answer == comfyui_takes
     (tmp_path / "config.json").write_text(json.dumps(dict(network().config)))
     try:
         model = WanTransformer3DModel.from_single_file(path, config=str(tmp_path))
@@ -241,7 +241,7 @@ def test_prefixes_of_models_in_comfyui(prefix: str, answer: str, tmp_path: Path)
     path = tmp_path / "model.safetensors"
     state = random(wan(WIDTH, FFN, LAYERS, 16, text=7, freq=10))
     save_file({f"{prefix}{name}": tensor for name, tensor in state.items()}, path)
-    assert verdict(read_checkpoint(path), "ComfyUI diffusion model").answer == answer
+    assert verdict(read_weight_file(path), "ComfyUI diffusion model").answer == answer
 
 
 @pytest.mark.parametrize("wrapper", ["state_dict", "model"])
@@ -254,9 +254,9 @@ def test_dictionaries_around_an_adapter(wrapper: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     for saved, answer in ((state, "yes"), ({wrapper: state}, "no")):
         torch.save(saved, tmp_path / "pytorch_model.pt")
-        assert verdict(read_checkpoint(tmp_path), "OmniAvatar scripts, as exp_path").answer == answer
+        assert verdict(read_weight_file(tmp_path), "OmniAvatar scripts, as exp_path").answer == answer
     lora = {f"diffusion_model.{name.replace('.default', '')}": tensor for name, tensor in LORA.items()}
     torch.save({wrapper: lora, "epoch": 3}, tmp_path / "lora.pt")
-    checkpoint = read_checkpoint(tmp_path / "lora.pt")
-    assert verdict(checkpoint, "diffusers load_lora_weights").answer == "no"
-    assert verdict(checkpoint, "ComfyUI LoRA").answer == ("yes" if wrapper == "state_dict" else "no")
+    weight_file = read_weight_file(tmp_path / "lora.pt")
+    assert verdict(weight_file, "diffusers load_lora_weights").answer == "no"
+    assert verdict(weight_file, "ComfyUI LoRA").answer == ("yes" if wrapper == "state_dict" else "no")

@@ -12,7 +12,7 @@ from avatarctl.weights.layout import Sizes
 from avatarctl.weights.layouts import OMNIAVATAR, WAN
 from avatarctl.weights.published import PUBLISHED, hash_of, published_hash
 from avatarctl.weights.wan import WAN_TRANSFORMER
-from avatarctl.weights.weight_file import Checkpoint, Naming
+from avatarctl.weights.weight_file import Naming, WeightFile
 from tests.weights.published_tables import Shapes, stableavatar, umt5, wan
 
 SPECIFIED = {
@@ -70,12 +70,12 @@ def test_a_name_that_no_text_can_hold_is_hashed() -> None:
     assert len(published_hash({"a\udc80": (1,)})) == 32
 
 
-def _checkpoint(naming: Naming, **changes: object) -> Checkpoint:
+def _checkpoint(naming: Naming, **changes: object) -> WeightFile:
     tensors = {
         name: _Header(TensorInfo("BF16", shape)) for name, shape in SPECIFIED["Wan2.1-T2V-14B"][0].items()
     }
     fields = {"kind": "model", "layout": WAN, **changes}
-    return Checkpoint(path=Path("x"), naming=naming, variant="", sizes=Sizes(), tensors=tensors, **fields)
+    return WeightFile(path=Path("x"), naming=naming, variant="", sizes=Sizes(), tensors=tensors, **fields)
 
 
 class _Header:

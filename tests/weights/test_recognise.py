@@ -14,7 +14,7 @@ from avatarctl.errors import UnusableWeights
 from avatarctl.files.source import RawWeights
 from avatarctl.files.tensors import ArrayTensor
 from avatarctl.weights.recognise import recognise, require_complete
-from avatarctl.weights.weight_file import Checkpoint
+from avatarctl.weights.weight_file import WeightFile
 
 LAYERS, D, FFN, RANK, HIDDEN, AUDIO = 6, 48, 80, 4, 3, 5
 
@@ -111,7 +111,7 @@ def read(
     dtype: str = "F32",
     values: Mapping[str, ArrayTensor] | None = None,
     file: str = "model.safetensors",
-) -> Checkpoint:
+) -> WeightFile:
     storage = {"F32": np.float32, "BF16": np.uint16, "I8": np.int8, "U8": np.uint8}[dtype]
     tensors = {name: ArrayTensor(np.zeros(shape, storage), dtype) for name, shape in shapes.items()}
     path = Path(file)
@@ -145,15 +145,17 @@ NAMINGS = {
 @pytest.mark.parametrize("naming", NAMINGS)
 def test_a_lora_means_the_same_in_every_naming(naming: str) -> None:
     flat = "kohya" in naming
-    checkpoint = read(pairs(NAMINGS[naming], *(("down", "up") if flat else ("A", "B"))))
-    require_complete(checkpoint)
-    assert checkpoint.kind == "adapter"
-    assert checkpoint.layout.family == "wan"
-    assert set(checkpoint.low_rank) == {f"blocks.{i}.{linear}" for i in range(LAYERS) for linear in LINEARS}
-    assert all(pair.shape == ends(module.split(".", 2)[2]) for module, pair in checkpoint.low_rank.items())
+    weight_file = read(pairs(NAMINGS[naming], *(("down", "up") if flat else ("A", "B"))))
+    require_complete(weight_file)
+    assert weight_file.kind == "adapter"
+    assert weight_file.layout.family == "wan"
+    assert set(weight_file.lora_pairs) == {
+        f"blocks.{i}.{linear}" for i in range(LAYERS) for linear in LINEARS
+    }
+    assert all(pair.shape == ends(module.split(".", 2)[2]) for module, pair in weight_file.lora_pairs.items())
     published = naming in ("original", "without default", "trainer's prefix")
-    assert checkpoint.scale_of(checkpoint.low_rank["blocks.0.ffn.0"]) == (0.5 if published else 1.0)
-    assert ("0.5" in checkpoint.scale_rule) == published
+    assert weight_file.scale_of(weight_file.lora_pairs["blocks.0.ffn.0"]) == (0.5 if published else 1.0)
+    assert ("0.5" in weight_file.scale_rule) == published
 
 
 def test_an_adapter_of_omniavatar_is_recognised_with_its_sizes() -> None:
@@ -162,14 +164,14 @@ def test_an_adapter_of_omniavatar_is_recognised_with_its_sizes() -> None:
         "lora_target_modules": "q,k,v,o,ffn.0,ffn.2",
         "model_config": {"in_dim": 33, "num_heads": 6},
     }  # fmt: skip
-    checkpoint = read(pairs() | avatar_parts(), config=config, file="pytorch_model.pt")
-    require_complete(checkpoint)
-    sizes = checkpoint.sizes
-    assert (checkpoint.layout.family, checkpoint.kind, checkpoint.heads) == ("omniavatar", "adapter", 6)
+    weight_file = read(pairs() | avatar_parts(), config=config, file="pytorch_model.pt")
+    require_complete(weight_file)
+    sizes = weight_file.sizes
+    assert (weight_file.layout.family, weight_file.kind, weight_file.heads) == ("omniavatar", "adapter", 6)
     assert (sizes.width, sizes.ffn, sizes.layers, sizes.in_channels) == (D, FFN, LAYERS, 33)
     assert (sizes.audio_hidden_size, sizes.audio_input_dim) == (HIDDEN, AUDIO)
-    assert checkpoint.scale_of(checkpoint.low_rank["blocks.5.cross_attn.o"]) == 3 / RANK
-    assert checkpoint.audio_offset == 1
+    assert weight_file.scale_of(weight_file.lora_pairs["blocks.5.cross_attn.o"]) == 3 / RANK
+    assert weight_file.audio_offset == 1
 
 
 @pytest.mark.parametrize(
@@ -188,8 +190,8 @@ def test_a_files_own_metadata_wins_over_the_rules() -> None:
         "avatarctl.conventions": '{"audio_offset": 0}',
         "avatarctl.network": '{"num_attention_heads": 4, "attention_head_dim": 12}',
     }
-    checkpoint = read(base(33) | avatar_parts(), metadata=metadata)
-    assert (checkpoint.kind, checkpoint.audio_offset, checkpoint.heads) == ("model", 0, 4)
+    weight_file = read(base(33) | avatar_parts(), metadata=metadata)
+    assert (weight_file.kind, weight_file.audio_offset, weight_file.heads) == ("model", 0, 4)
 
 
 @pytest.mark.parametrize(
@@ -204,10 +206,10 @@ def test_a_files_own_metadata_wins_over_the_rules() -> None:
 def test_an_adapter_with_a_part_of_the_avatars_tensors_is_incomplete(lost: str) -> None:
     shapes = pairs() | avatar_parts()
     del shapes[lost]
-    checkpoint = read(shapes)
-    assert checkpoint.missing == (lost,)
+    weight_file = read(shapes)
+    assert weight_file.missing == (lost,)
     with pytest.raises(UnusableWeights, match=lost):
-        require_complete(checkpoint)
+        require_complete(weight_file)
 
 
 def test_an_adapter_without_any_audio_but_with_a_patch_embedding_is_incomplete() -> None:
@@ -269,15 +271,15 @@ def test_a_config_tells_that_a_part_is_missing() -> None:
         read(base(), config={"in_channels": 36})
     without_ffn = {name: shape for name, shape in pairs().items() if ".ffn." not in name} | avatar_parts()
     for targets in ("q,k,v,o,ffn.0,ffn.2", ["q", "k", "v", "o", "ffn.0", "ffn.2"]):
-        checkpoint = read(without_ffn, config={**config, "lora_target_modules": targets})
-        assert len(checkpoint.missing) == 2 * LAYERS and "blocks.0.ffn.0.lora" in checkpoint.missing
+        weight_file = read(without_ffn, config={**config, "lora_target_modules": targets})
+        assert len(weight_file.missing) == 2 * LAYERS and "blocks.0.ffn.0.lora" in weight_file.missing
 
 
 def test_pefts_biases_replace_the_bases() -> None:
     bias = {"base_model.model.blocks.0.attn1.to_q.base_layer.bias": (D,)}
-    checkpoint = read(pairs(NAMINGS["peft, diffusers"]) | bias)
-    require_complete(checkpoint)
-    assert set(checkpoint.tensors) == {"blocks.0.self_attn.q.bias"}
+    weight_file = read(pairs(NAMINGS["peft, diffusers"]) | bias)
+    require_complete(weight_file)
+    assert set(weight_file.tensors) == {"blocks.0.self_attn.q.bias"}
 
 
 @pytest.mark.parametrize(
@@ -285,9 +287,9 @@ def test_pefts_biases_replace_the_bases() -> None:
     ["_orig_mod.", "model.", "dit.", "module._orig_mod.", "model.diffusion_model.", "_fsdp_wrapped_module."],
 )
 def test_what_wrappers_put_in_front_is_taken_off_and_said(prefix: str) -> None:
-    checkpoint = read({f"{prefix}{name}": shape for name, shape in base().items()})
-    require_complete(checkpoint)
-    assert any(prefix in note for note in checkpoint.notes)
+    weight_file = read({f"{prefix}{name}": shape for name, shape in base().items()})
+    require_complete(weight_file)
+    assert any(prefix in note for note in weight_file.notes)
 
 
 def test_wrappers_inside_a_name_are_taken_off_and_said() -> None:
@@ -299,27 +301,27 @@ def test_wrappers_inside_a_name_are_taken_off_and_said() -> None:
         ): shape
         for name, shape in base().items()
     }
-    checkpoint = read(wrapped)
-    require_complete(checkpoint)
-    assert set(checkpoint.tensors) == set(base())
+    weight_file = read(wrapped)
+    require_complete(weight_file)
+    assert set(weight_file.tensors) == set(base())
     for word in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."):
-        assert any(word in note for note in checkpoint.notes)
+        assert any(word in note for note in weight_file.notes)
 
 
 @pytest.mark.parametrize("name", ["norm3.set_weight", "norm3.bias.set_weight", "modulation.set_weight"])
 def test_a_file_that_only_replaces_tensors_is_an_adapter(name: str) -> None:
     shape = (1, 6, D) if "modulation" in name else (D,)
-    checkpoint = read({f"diffusion_model.blocks.0.{name}": shape})
-    require_complete(checkpoint)
-    assert checkpoint.kind == "adapter" and checkpoint.missing == ()
+    weight_file = read({f"diffusion_model.blocks.0.{name}": shape})
+    require_complete(weight_file)
+    assert weight_file.kind == "adapter" and weight_file.missing == ()
     plain = name.removesuffix(".set_weight")
-    assert set(checkpoint.tensors) == {"blocks.0.norm3.weight" if plain == "norm3" else f"blocks.0.{plain}"}
-    assert "width 0" not in checkpoint.variant
+    assert set(weight_file.tensors) == {"blocks.0.norm3.weight" if plain == "norm3" else f"blocks.0.{plain}"}
+    assert "width 0" not in weight_file.variant
 
 
 def test_vace_is_no_plain_model() -> None:
-    checkpoint = read(base() | {"vace_blocks.0.self_attn.q.weight": (D, D)})
-    assert checkpoint.variant.startswith("Wan VACE") and not checkpoint.layout.supported
+    weight_file = read(base() | {"vace_blocks.0.self_attn.q.weight": (D, D)})
+    assert weight_file.variant.startswith("Wan VACE") and not weight_file.layout.supported
 
 
 def test_a_config_without_alpha_is_refused_with_what_to_write() -> None:
@@ -330,24 +332,24 @@ def test_a_config_without_alpha_is_refused_with_what_to_write() -> None:
 
 def test_alpha_of_a_target_wins_over_everything_else() -> None:
     alpha = {"blocks.1.ffn.0.alpha": ArrayTensor(np.array(6.0, np.float32), "F32")}
-    checkpoint = read(pairs(), values=alpha, config={"train_architecture": "lora", "lora_alpha": 2})
-    assert checkpoint.scale_of(checkpoint.low_rank["blocks.1.ffn.0"]) == 6 / RANK
-    assert checkpoint.scale_of(checkpoint.low_rank["blocks.1.ffn.2"]) == 2 / RANK
-    assert "1 of 60" in checkpoint.scale_rule
+    weight_file = read(pairs(), values=alpha, config={"train_architecture": "lora", "lora_alpha": 2})
+    assert weight_file.scale_of(weight_file.lora_pairs["blocks.1.ffn.0"]) == 6 / RANK
+    assert weight_file.scale_of(weight_file.lora_pairs["blocks.1.ffn.2"]) == 2 / RANK
+    assert "1 of 60" in weight_file.scale_rule
 
 
 def test_pefts_patterns_and_root_of_rank_are_obeyed() -> None:
     config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 8, "alpha_pattern": {"blocks.0.attn1.to_q": 2}}
     naming = NAMINGS["peft, diffusers"]
-    checkpoint = read(pairs(naming), config=config)
-    assert checkpoint.scale_of(checkpoint.low_rank["blocks.0.self_attn.q"]) == 2 / RANK
-    assert checkpoint.scale_of(checkpoint.low_rank["blocks.1.self_attn.q"]) == 8 / RANK
+    weight_file = read(pairs(naming), config=config)
+    assert weight_file.scale_of(weight_file.lora_pairs["blocks.0.self_attn.q"]) == 2 / RANK
+    assert weight_file.scale_of(weight_file.lora_pairs["blocks.1.self_attn.q"]) == 8 / RANK
     rooted = read(pairs(naming), config={"peft_type": "LORA", "lora_alpha": 8, "use_rslora": True})
-    assert rooted.scale_of(rooted.low_rank["blocks.1.self_attn.q"]) == 8 / RANK**0.5
+    assert rooted.scale_of(rooted.lora_pairs["blocks.1.self_attn.q"]) == 8 / RANK**0.5
 
 
 def test_differences_and_whole_weights_of_comfyui_are_read() -> None:
-    checkpoint = read(
+    weight_file = read(
         {
             "diffusion_model.blocks.0.ffn.0.diff": (FFN, D),
             "diffusion_model.blocks.0.ffn.0.diff_b": (FFN,),
@@ -355,14 +357,14 @@ def test_differences_and_whole_weights_of_comfyui_are_read() -> None:
             "diffusion_model.blocks.0.norm3.diff_b": (D,),
         }
     )
-    require_complete(checkpoint)
-    assert set(checkpoint.differences) == {
+    require_complete(weight_file)
+    assert set(weight_file.differences) == {
         "blocks.0.ffn.0.weight",
         "blocks.0.ffn.0.bias",
         "blocks.0.norm3.bias",
     }
-    assert set(checkpoint.tensors) == {"blocks.1.ffn.2.weight"}
-    assert (checkpoint.naming, checkpoint.kind) == ("comfyui", "adapter")
+    assert set(weight_file.tensors) == {"blocks.1.ffn.2.weight"}
+    assert (weight_file.naming, weight_file.kind) == ("comfyui", "adapter")
 
 
 @pytest.mark.parametrize(
@@ -403,9 +405,9 @@ def test_every_model_is_called_what_it_is() -> None:
         (base(48) | {"head.head.weight": (192, D), "head.head.bias": (192,)}, "Wan 2.2 TI2V of width"),
         (base(49), "with 49 input channels, no audio layers"),
     ):
-        checkpoint = read(shapes)
-        require_complete(checkpoint)
-        assert name in checkpoint.variant
+        weight_file = read(shapes)
+        require_complete(weight_file)
+        assert name in weight_file.variant
     stable = read(image | {"vocal_projector.proj_in.weight": (4, 4)})
     assert stable.layout.family == "stableavatar" and "StableAvatar of width" in stable.variant
     live = read({"base_model.model.audio_injector.injector.0.q.lora_A.default.weight": (4, D)} | {
@@ -449,7 +451,7 @@ def test_two_names_of_one_tensor_are_refused() -> None:
 
 
 def test_names_without_a_place_are_listed_not_lost() -> None:
-    checkpoint = read(base() | {"blocks.0.self_attn.extra_gate.weight": (D,), "optimizer_step": (1,)})
-    assert checkpoint.unknown == ("blocks.0.self_attn.extra_gate.weight", "optimizer_step")
+    weight_file = read(base() | {"blocks.0.self_attn.extra_gate.weight": (D,), "optimizer_step": (1,)})
+    assert weight_file.unknown == ("blocks.0.self_attn.extra_gate.weight", "optimizer_step")
     with pytest.raises(UnusableWeights, match="extra_gate"):
-        require_complete(checkpoint)
+        require_complete(weight_file)

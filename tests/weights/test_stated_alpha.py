@@ -14,9 +14,9 @@ from avatarctl.errors import UnusableWeights
 from avatarctl.files.source import RawWeights
 from avatarctl.files.tensors import ArrayTensor
 from avatarctl.weights.describe import describe, lines
-from avatarctl.weights.recognise import read_checkpoint, recognise
+from avatarctl.weights.recognise import read_weight_file, recognise
 from avatarctl.weights.stated_alpha import CHANGES_THE_UPDATE, HARMLESS
-from avatarctl.weights.weight_file import Checkpoint
+from avatarctl.weights.weight_file import WeightFile
 
 WIDTH, RANK = 48, 4
 MODULES = [
@@ -30,7 +30,7 @@ def read(
     config: dict[str, Any] | None = None,
     metadata: dict[str, str] | None = None,
     rank: int = RANK,
-) -> Checkpoint:
+) -> WeightFile:
     """A LoRA of diffusers' modules under names of `form`."""
     tensors = {}
     for module in MODULES:
@@ -44,8 +44,8 @@ def read(
     return recognise(raw)
 
 
-def scales(checkpoint: Checkpoint) -> set[float]:
-    return {checkpoint.scale_of(pair) for pair in checkpoint.low_rank.values()}
+def scales(weight_file: WeightFile) -> set[float]:
+    return {weight_file.scale_of(pair) for pair in weight_file.lora_pairs.values()}
 
 
 TRANSFORMER = "transformer.{module}.lora_{ab}.weight"
@@ -66,15 +66,15 @@ def of_diffusers(**fields: object) -> dict[str, str]:
 @pytest.mark.parametrize(("form", "scale"), [(KOHYA, 0.25), (COMFYUI, 1), (TRANSFORMER, 1), (ORIGINAL, 1)])
 def test_kohyas_alpha_counts_beside_kohyas_names_only(form: str, scale: float) -> None:
     """`convert_lora.py --target other` has multiplied it into the matrices (spec/field.md 4a)."""
-    checkpoint = read(form, metadata={"ss_network_alpha": "1.0", "ss_network_dim": "4"})
-    assert scales(checkpoint) == {scale}
-    assert any("ss_network_alpha 1.0 is not applied" in note for note in checkpoint.notes) == (scale == 1)
+    weight_file = read(form, metadata={"ss_network_alpha": "1.0", "ss_network_dim": "4"})
+    assert scales(weight_file) == {scale}
+    assert any("ss_network_alpha 1.0 is not applied" in note for note in weight_file.notes) == (scale == 1)
 
 
 def test_a_header_of_kohya_is_no_reason_to_speak_where_something_states_alpha() -> None:
-    checkpoint = read(COMFYUI, config=PEFT, metadata={"ss_network_alpha": "1.0"})
-    assert scales(checkpoint) == {2}
-    assert not any("ss_network_alpha" in note for note in checkpoint.notes)
+    weight_file = read(COMFYUI, config=PEFT, metadata={"ss_network_alpha": "1.0"})
+    assert scales(weight_file) == {2}
+    assert not any("ss_network_alpha" in note for note in weight_file.notes)
 
 
 # Patterns
@@ -105,12 +105,12 @@ def by_peft(folder: Path, **fields: Any) -> dict[str, float]:
 
 
 def read_scales(folder: Path) -> dict[str, float]:
-    checkpoint = read_checkpoint(folder)
+    weight_file = read_weight_file(folder)
     return {
-        module.replace("self_attn.", "attn1.to_").replace("cross_attn.", "attn2.to_"): checkpoint.scale_of(
+        module.replace("self_attn.", "attn1.to_").replace("cross_attn.", "attn2.to_"): weight_file.scale_of(
             pair
         )
-        for module, pair in checkpoint.low_rank.items()
+        for module, pair in weight_file.lora_pairs.items()
     }
 
 
@@ -139,10 +139,10 @@ def test_other_regular_expressions_are_refused(field: str, pattern: str) -> None
 
 
 def test_a_pattern_that_names_nothing_is_told() -> None:
-    checkpoint = read(config=PEFT | {"alpha_pattern": {"blocks.7.attn1.to_q": 1, "to_k": 4}})
-    assert scales(checkpoint) == {2, 1}
-    assert "4 targets by its patterns" in checkpoint.scale_rule
-    assert any("1 patterns" in note and "blocks.7.attn1.to_q" in note for note in checkpoint.notes)
+    weight_file = read(config=PEFT | {"alpha_pattern": {"blocks.7.attn1.to_q": 1, "to_k": 4}})
+    assert scales(weight_file) == {2, 1}
+    assert "4 targets by its patterns" in weight_file.scale_rule
+    assert any("1 patterns" in note and "blocks.7.attn1.to_q" in note for note in weight_file.notes)
 
 
 # What is no plain LoRA
@@ -177,8 +177,8 @@ def test_every_field_of_pefts_config_is_known() -> None:
 
 
 def test_a_field_that_peft_does_not_have_yet_is_told() -> None:
-    checkpoint = read(config=PEFT | {"use_tomorrow": True, "use_yesterday": False})
-    assert [note for note in checkpoint.notes if "use_" in note] == [
+    weight_file = read(config=PEFT | {"use_tomorrow": True, "use_yesterday": False})
+    assert [note for note in weight_file.notes if "use_" in note] == [
         "adapter_config.json says use_tomorrow, which is not known here and is ignored"
     ]
 
@@ -198,11 +198,11 @@ def test_fan_in_fan_out_has_no_effect_on_linear_layers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("architecture", [None, "lora", "LoRA", "dit"])
 def test_a_stated_alpha_counts_whatever_the_config_calls_the_training(architecture: str | None) -> None:
     config = {"lora_rank": RANK, "lora_alpha": 8}
-    checkpoint = read(
+    weight_file = read(
         ORIGINAL, config if architecture is None else config | {"train_architecture": architecture}
     )
-    assert scales(checkpoint) == {2}
-    assert checkpoint.scale_rule == "alpha 8 / rank 4 from config.json"
+    assert scales(weight_file) == {2}
+    assert weight_file.scale_rule == "alpha 8 / rank 4 from config.json"
 
 
 def test_a_config_of_a_full_model_beside_lora_tensors_is_refused() -> None:
@@ -243,8 +243,8 @@ def test_a_damaged_header_is_refused(text: str) -> None:
 
 
 def test_a_rank_stabilised_alpha_is_shown_as_it_is_stated() -> None:
-    checkpoint = read(config=PEFT | {"r": 16, "use_rslora": True}, rank=16)
-    facts = describe(checkpoint)
+    weight_file = read(config=PEFT | {"r": 16, "use_rslora": True}, rank=16)
+    facts = describe(weight_file)
     assert (facts["alphas"], facts["scales"]) == ([8], [2])
     shown = "\n".join(" ".join(line.split()) for line in lines(facts))
     assert "alpha 8\nscale 2 (alpha 8 / sqrt(rank 16) from adapter_config.json)" in shown

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from avatarctl.errors import UnusableWeights
-from avatarctl.files.tensors import ArrayTensor, Tensor, read_whole
+from avatarctl.files.tensors import ArrayTensor, StoredTensor, read_whole
 from avatarctl.weights.transforms import (
     cast,
     drop_channels,
     plus_difference,
-    plus_low_rank,
+    plus_lora,
     widen_channels,
 )
-from avatarctl.weights.weight_file import LowRank
+from avatarctl.weights.weight_file import LoraPair
 
 TORCH = {
     "F64": torch.float64,
@@ -30,14 +30,14 @@ TORCH = {
 _BITS = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8, torch.float8_e5m2: torch.uint8}
 
 
-def stored(value: torch.Tensor) -> Tensor:
+def stored(value: torch.Tensor) -> StoredTensor:
     """A torch tensor as this project's."""
     name = {kind: name for name, kind in TORCH.items()}[value.dtype]
     bits = value.view(_BITS[value.dtype]) if value.dtype in _BITS else value
     return ArrayTensor(bits.numpy(), name)
 
 
-def value_of(tensor: Tensor) -> torch.Tensor:
+def value_of(tensor: StoredTensor) -> torch.Tensor:
     """This project's tensor as torch's."""
     whole = torch.from_numpy(read_whole(tensor))
     return whole.view(TORCH[tensor.info.dtype])
@@ -111,17 +111,17 @@ def test_channels_that_stay_or_cannot_be_counted() -> None:
 # ---------------------------------------------------------------- updates
 
 
-def low_rank(out: int, width: int, rank: int, dtype: str = "F32") -> LowRank:
+def lora_pairs(out: int, width: int, rank: int, dtype: str = "F32") -> LoraPair:
     down, up = normal(rank, width, seed=2, dtype=dtype), normal(out, rank, seed=3, dtype=dtype)
-    return LowRank(stored(down), stored(up))
+    return LoraPair(stored(down), stored(up))
 
 
 @pytest.mark.parametrize("factors", ["F32", "BF16", "F16"])
 @pytest.mark.parametrize("scale", [0.5, 1.0, -0.3])
 def test_float32_weights_gain_the_low_rank_product(factors: str, scale: float) -> None:
     w = normal(150, 96)
-    pair = low_rank(150, 96, 16, factors)
-    result = value_of(plus_low_rank(stored(w), pair, scale))
+    pair = lora_pairs(150, 96, 16, factors)
+    result = value_of(plus_lora(stored(w), pair, scale))
     exact = w.double() + scale * value_of(pair.up).double() @ value_of(pair.down).double()
     assert ((result.double() - exact).abs() / exact.abs().amax()).max() < 1e-6
 
@@ -129,8 +129,8 @@ def test_float32_weights_gain_the_low_rank_product(factors: str, scale: float) -
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
 def test_narrow_weights_are_rounded_once(dtype: str) -> None:
     w = normal(200, 80, dtype=dtype)
-    pair = low_rank(200, 80, 8, dtype)
-    result = value_of(plus_low_rank(stored(w), pair, 0.5))
+    pair = lora_pairs(200, 80, 8, dtype)
+    result = value_of(plus_lora(stored(w), pair, 0.5))
     expected = (w.float() + 0.5 * value_of(pair.up).float() @ value_of(pair.down).float()).to(TORCH[dtype])
     assert ulps(result, expected) <= 1
     assert (result != expected).float().mean() < 1e-3
@@ -141,10 +141,10 @@ def test_narrow_weights_are_rounded_once(dtype: str) -> None:
 
 def test_a_small_update_survives_a_chain_that_rounds_last() -> None:
     w = torch.full((4, 4), 256.0, dtype=torch.bfloat16)  # the next bfloat16 is 258
-    pair = LowRank(stored(torch.ones(1, 4)), stored(torch.full((4, 1), 0.75)))
-    once = plus_low_rank(plus_low_rank(cast(stored(w), "F32"), pair, 1.0), pair, 1.0)
+    pair = LoraPair(stored(torch.ones(1, 4)), stored(torch.full((4, 1), 0.75)))
+    once = plus_lora(plus_lora(cast(stored(w), "F32"), pair, 1.0), pair, 1.0)
     assert (value_of(cast(once, "BF16")) == 258).all()
-    assert (value_of(plus_low_rank(plus_low_rank(stored(w), pair, 1.0), pair, 1.0)) == 256).all()
+    assert (value_of(plus_lora(plus_lora(stored(w), pair, 1.0), pair, 1.0)) == 256).all()
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_convolutions_take_updates_of_their_own_shape(
     weight: tuple[int, ...], down: tuple[int, ...], up: tuple[int, ...]
 ) -> None:
     w, a, b = normal(*weight), normal(*down, seed=1), normal(*up, seed=2)
-    result = value_of(plus_low_rank(stored(w), LowRank(stored(a), stored(b)), 2.0))
+    result = value_of(plus_lora(stored(w), LoraPair(stored(a), stored(b)), 2.0))
     update = b.reshape(b.shape[0], -1) @ a.reshape(a.shape[0], -1)
     torch.testing.assert_close(result, w + 2.0 * update.reshape(weight), rtol=1e-6, atol=1e-6)
 
@@ -182,9 +182,9 @@ def test_convolutions_take_updates_of_their_own_shape(
 def test_shapes_that_disagree_are_refused_by_name(
     weight: tuple[int, ...], down: tuple[int, ...], up: tuple[int, ...]
 ) -> None:
-    pair = LowRank(stored(normal(*down)), stored(normal(*up)))
+    pair = LoraPair(stored(normal(*down)), stored(normal(*up)))
     with pytest.raises(UnusableWeights) as caught:
-        plus_low_rank(stored(normal(*weight)), pair, 1.0)
+        plus_lora(stored(normal(*weight)), pair, 1.0)
     for shape in (weight, down, up):
         assert f"F32 {list(shape)}" in str(caught.value)
 
@@ -203,7 +203,7 @@ def test_what_cannot_be_added_is_refused() -> None:
     with pytest.raises(UnusableWeights, match="integers"):
         plus_difference(ArrayTensor(np.arange(3), "I64"), stored(normal(3)))
     with pytest.raises(UnusableWeights, match="float8"):
-        plus_low_rank(stored(normal(6, 5, dtype="F8_E4M3")), low_rank(6, 5, 2), 1.0)
+        plus_lora(stored(normal(6, 5, dtype="F8_E4M3")), lora_pairs(6, 5, 2), 1.0)
 
 
 # ---------------------------------------------------------------- ranges
@@ -213,15 +213,15 @@ CHAINS = {
     "cast back": lambda: cast(stored(normal(37, 19, dtype="BF16")), "F32"),
     "wider": lambda: widen_channels(stored(normal(9, 16, 1, 2, 2)), 33),
     "narrower": lambda: drop_channels(stored(normal(9, 33, 1, 2, 2)), 16),
-    "low rank": lambda: plus_low_rank(stored(normal(200, 33)), low_rank(200, 33, 7), 0.5),
-    "low rank, bf16": lambda: plus_low_rank(stored(normal(130, 40, dtype="BF16")), low_rank(130, 40, 5), 0.3),
-    "one column": lambda: plus_low_rank(stored(normal(130, 1)), low_rank(130, 1, 3), 0.3),
+    "low rank": lambda: plus_lora(stored(normal(200, 33)), lora_pairs(200, 33, 7), 0.5),
+    "low rank, bf16": lambda: plus_lora(stored(normal(130, 40, dtype="BF16")), lora_pairs(130, 40, 5), 0.3),
+    "one column": lambda: plus_lora(stored(normal(130, 1)), lora_pairs(130, 1, 3), 0.3),
     "difference": lambda: plus_difference(stored(normal(9, 70)), stored(normal(9, 70, seed=1)), 0.1),
     "chain": lambda: cast(
         plus_difference(
-            plus_low_rank(
+            plus_lora(
                 cast(widen_channels(stored(normal(70, 4, 1, 1, 1, dtype="BF16")), 6), "F32"),
-                low_rank(70, 6, 3),
+                lora_pairs(70, 6, 3),
                 1.0,
             ),
             stored(normal(70, 6, 1, 1, 1)),
@@ -233,7 +233,7 @@ CHAINS = {
 
 @pytest.mark.parametrize("make", CHAINS.values(), ids=CHAINS.keys())
 def test_any_range_has_the_bits_of_the_whole(make) -> None:  # type: ignore[no-untyped-def]
-    tensor: Tensor = make()
+    tensor: StoredTensor = make()
     whole = tensor.read(0, tensor.info.numel)
     assert whole.shape == (tensor.info.numel,)
     draw = random.Random(4)
@@ -248,7 +248,7 @@ def test_any_range_has_the_bits_of_the_whole(make) -> None:  # type: ignore[no-u
 
 def test_wide_rows_in_blocks_merge_as_at_once() -> None:
     """At true width a BLAS takes other paths for other numbers of rows; the bits must not tell."""
-    tensor = plus_low_rank(stored(normal(300, 1536)), low_rank(300, 1536, 128), 0.5)
+    tensor = plus_lora(stored(normal(300, 1536)), lora_pairs(300, 1536, 128), 0.5)
     whole = tensor.read(0, tensor.info.numel)
     for rows in (1, 7, 100):
         step = rows * 1536

@@ -17,7 +17,7 @@ from avatarctl.weights.describe import describe, lines
 from avatarctl.weights.merge import merge_adapter
 from avatarctl.weights.metadata import file_metadata, stated_network
 from avatarctl.weights.recognise import recognise, require_complete
-from avatarctl.weights.weight_file import Checkpoint
+from avatarctl.weights.weight_file import WeightFile
 from tests.weights.published_tables import Shapes, stableavatar, vocal, wan
 
 EXAMPLES = {
@@ -29,7 +29,7 @@ EXAMPLES = {
 }
 
 
-def read(shapes: Shapes, where: str = "", stated: Mapping[str, int] | None = None) -> Checkpoint:
+def read(shapes: Shapes, where: str = "", stated: Mapping[str, int] | None = None) -> WeightFile:
     """stated: what the file's metadata or a config beside it says, or the part of that for the network."""
     zero = np.zeros((), np.float32)
     tensors = {name: ArrayTensor(np.broadcast_to(zero, shape), "F32") for name, shape in shapes.items()}
@@ -164,7 +164,7 @@ def test_inspection_shows_what_hears() -> None:
     facts = describe(read(stableavatar()))
     assert (facts["vocal_layers"], facts["vocal_heads"], facts["vocal_hidden_dim"]) == (2, 8, None)
     (network,) = [line for line in lines(facts) if line.startswith("network")]
-    assert "sound tokens 768, layers of their projector 2, its heads 8" in network
+    assert "audio tokens 768, layers of their projector 2, its heads 8" in network
     as_part = [each for each in facts["loaders"] if each["loader"] == "avatarctl infer --weights"]
     assert [each["reason"] for each in as_part] == ["as dit=PATH"], "there are no adapters of this family"
 

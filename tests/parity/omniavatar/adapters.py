@@ -17,11 +17,11 @@ from avatarctl.events import silent
 from avatarctl.files.source import open_weights
 from avatarctl.files.tensors import read_whole
 from avatarctl.loading.parts import transformer
-from avatarctl.weights.extract import extract_low_rank
+from avatarctl.weights.extract import extract_adapter
 from avatarctl.weights.merge import merge_adapter
-from avatarctl.weights.recognise import read_checkpoint, require_complete
+from avatarctl.weights.recognise import read_weight_file, require_complete
 from avatarctl.weights.transforms import drop_channels, widen_channels
-from avatarctl.weights.weight_file import Checkpoint
+from avatarctl.weights.weight_file import WeightFile
 
 from ..golden import Checks, Reader
 from .building import width_of_head
@@ -36,7 +36,7 @@ _PATCH = "patch_embedding.weight"
 
 
 @contextmanager
-def _written(reader: Reader) -> Iterator[tuple[Checkpoint, Checkpoint]]:
+def _written(reader: Reader) -> Iterator[tuple[WeightFile, WeightFile]]:
     """The recorded base and adapter as a release has them on the disk, opened by the product."""
     base, adapter = reader.group("base."), reader.group("ckpt.")
     width, channels = base[_PATCH].shape[:2]
@@ -58,9 +58,9 @@ def _written(reader: Reader) -> Iterator[tuple[Checkpoint, Checkpoint]]:
                 "lora_target_modules": reader.metadata["target_modules"],
             },
         )
-        opened = tuple(read_checkpoint(folder) for folder in folders.values())
-        for checkpoint in opened:
-            require_complete(checkpoint)
+        opened = tuple(read_weight_file(folder) for folder in folders.values())
+        for weight_file in opened:
+            require_complete(weight_file)
         yield opened[0], opened[1]
 
 
@@ -69,7 +69,7 @@ def _write_json(folder: Path, fields: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def _output(model: Checkpoint, reader: Reader) -> Tensor:
+def _output(model: WeightFile, reader: Reader) -> Tensor:
     """One forward pass of the product's network with the recorded inputs."""
     taken = {name: reader.take(f"input.{name}") for name in ("x", "y", "timestep", "context", "audio_emb")}
     network = transformer(model, torch.float32, torch.device("cpu"))
@@ -87,9 +87,9 @@ def merged_adapter(reader: Reader) -> None:
 def extracted_adapter(reader: Reader) -> None:
     """The adapter that is taken out of the merged model, merged again."""
     with _written(reader) as (base, adapter):
-        found = extract_low_rank(merge_adapter(base, adapter), base, emit=silent)
-        assert found.low_rank.keys() == adapter.low_rank.keys()
-        assert {pair.rank for pair in found.low_rank.values()} == {int(reader.metadata["lora_rank"])}
+        found = extract_adapter(merge_adapter(base, adapter), base, emit=silent)
+        assert found.lora_pairs.keys() == adapter.lora_pairs.keys()
+        assert {pair.rank for pair in found.lora_pairs.values()} == {int(reader.metadata["lora_rank"])}
         reader.compare("output", _output(merge_adapter(base, found), reader), atol=_OUTPUT)
         without = (_output(base, reader) - reader.take("output")).abs().max()
         assert without > 10 * _OUTPUT, "the recorded adapter changes nothing: this check would prove nothing"

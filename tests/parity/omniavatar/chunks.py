@@ -1,4 +1,4 @@
-"""Chunk plans, size buckets and the fit of a picture (spec/omniavatar.md f.3, f.4).
+"""Chunk plans, size buckets and the fit of an image (spec/omniavatar.md f.3, f.4).
 
 The plans are executed, not computed: the real chunk loop and family run with networks that do nothing but
 note what they are given.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from avatarctl.conditioning.chunks import plan_chunks
-from avatarctl.conditioning.geometry import choose_bucket, chunk_frames, cover_size, fit_picture
+from avatarctl.conditioning.geometry import choose_bucket, chunk_frames, cover_size, fit_image
 from avatarctl.config import LongVideo, Model, Output, RunConfig, Sampling
 from avatarctl.events import silent
 from avatarctl.families.omniavatar import OmniAvatar
@@ -29,7 +29,7 @@ checks = Checks()
 
 PLANS = "chunk_plans.json"
 BUCKETS = "size_buckets.json"
-PICTURE = "resize_pad.safetensors"
+IMAGE = "resize_pad.safetensors"
 _PLAN_INPUTS = ("*.samples", "*.image_size_wh", "*.max_tokens", "*.overlap", "*.max_hw")
 _PLANNED = (
     "height",
@@ -79,16 +79,16 @@ def _config(reader: Reader, case: str) -> RunConfig:
 def plans(reader: Reader) -> None:
     for case in _cases(reader):
         cfg, samples = _config(reader, case), reader.take(f"{case}.samples")
-        sound = reference_frames_of_samples(samples)
+        audio = reference_frames_of_samples(samples)
         height, width = cfg.output.height, cfg.output.width
         length = chunk_frames(cfg.long_video.max_tokens, height, width)
-        plan = plan_chunks(sound, length=length, overlap=cfg.long_video.overlap_frames, offset=1)
+        plan = plan_chunks(audio, length=length, overlap=cfg.long_video.overlap_frames, offset=1)
         planned = {
             "height": height,
             "width": width,
             "L": length,
             "T": latent_frames(length),
-            "audio_frames": plan.sound_frames,
+            "audio_frames": plan.audio_frames,
             "padded_audio_frames": plan.padded_frames,
             "padded_samples": plan.padded_frames * SAMPLES_PER_FRAME,
             "num_chunks": plan.count,
@@ -155,11 +155,11 @@ class _Witness(OmniAvatar):
 
 
 def _execute(cfg: RunConfig, samples: int) -> tuple[list[Condition], list[FrameBlock]]:
-    """The chunk loop on a picture of one latent: what each chunk was given and which frames it gave."""
+    """The chunk loop on an image of one latent: what each chunk was given and which frames it gave."""
     family = _Witness()
     plan = replace(family.plan(samples, cfg), shape=(16, 1, 1))
     inputs = Inputs(
-        picture=torch.zeros(1, 3, 8, 8),
+        image=torch.zeros(1, 3, 8, 8),
         waveform=SimpleNamespace(read=lambda start, stop: torch.zeros(stop - start).numpy()),
         samples=samples,
         mean=0.0,
@@ -179,7 +179,7 @@ def _observed(index: int, condition: Condition) -> dict[str, int]:
     """A chunk's row of the recorded table, from its condition."""
     heard = condition.audio["features"][0, :, 0].to(torch.int64).tolist()
     prefix = next(place for place, number in enumerate(heard) if number)
-    assert heard[prefix:] == list(range(heard[prefix], heard[-1] + 1)), "frames of sound out of order"
+    assert heard[prefix:] == list(range(heard[prefix], heard[-1] + 1)), "frames of audio out of order"
     return {
         "index": index,
         "latent_frames": condition.channels.shape[2],
@@ -232,7 +232,7 @@ def size_buckets(reader: Reader) -> None:
         reader.compare(f"{case}.scaled_hw", list(cover_size(height, width, chosen)))
 
 
-@checks(PICTURE, compares=("output",), needs=("image", "target_hw"))
-def fitted_picture(reader: Reader) -> None:
+@checks(IMAGE, compares=("output",), needs=("image", "target_hw"))
+def fitted_image(reader: Reader) -> None:
     target = tuple(reader.take("target_hw").tolist())
-    reader.compare("output", fit_picture(reader.take("image"), target), atol=1e-5)
+    reader.compare("output", fit_image(reader.take("image"), target), atol=1e-5)

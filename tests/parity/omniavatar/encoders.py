@@ -1,4 +1,4 @@
-"""Sound, text and video encoders (spec/omniavatar.md b, c, d)."""
+"""Audio, text and video encoders (spec/omniavatar.md b, c, d)."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from .building import load, settings
 
 checks = Checks()
 
-SOUND = "wav2vec_features.safetensors"
+AUDIO = "wav2vec_features.safetensors"
 TEXT = "text_encoder.safetensors"
 VIDEO = "vae.safetensors"
-_SOUND = 1e-4
+_AUDIO = 1e-4
 _TEXT = 1e-5
 _VIDEO = 1e-5
 
@@ -55,7 +55,7 @@ class _Recording:
 
 
 def _features(reader: Reader, frames: int) -> Tensor:
-    """[frames, width] the way the pipeline gets them, from raw sound."""
+    """[frames, width] the way the pipeline gets them, from raw audio."""
     audio = reader.take("audio")
     mean, variance = _moments(audio)
     source = AudioFeatures(
@@ -71,27 +71,27 @@ def _features(reader: Reader, frames: int) -> Tensor:
     return source.rows(0, frames)[0]
 
 
-@checks(SOUND, compares=("features_padded",), needs=("state.*", "audio"))
+@checks(AUDIO, compares=("features_padded",), needs=("state.*", "audio"))
 def features_padded(reader: Reader) -> None:
     frames = len(reader.take("features_padded"))
-    reader.compare("features_padded", _features(reader, frames), atol=_SOUND)
+    reader.compare("features_padded", _features(reader, frames), atol=_AUDIO)
 
 
-@checks(SOUND, compares=("features_natural",), needs=("state.*", "audio"))
+@checks(AUDIO, compares=("features_natural",), needs=("state.*", "audio"))
 def features_natural(reader: Reader) -> None:
     frames = len(reader.take("features_natural"))
-    reader.compare("features_natural", _features(reader, frames), atol=_SOUND)
+    reader.compare("features_natural", _features(reader, frames), atol=_AUDIO)
 
 
-@checks(SOUND, compares=("input_values",), needs=("audio",))
-def normalised_sound(reader: Reader) -> None:
+@checks(AUDIO, compares=("input_values",), needs=("audio",))
+def normalised_audio(reader: Reader) -> None:
     audio = reader.take("audio")
     reader.compare("input_values", normalise_waveform(audio, *_moments(audio)), atol=1e-6, rtol=1e-6)
 
 
-@checks(SOUND, compares=("input_values_padded",), needs=("audio",))
-def padded_sound(reader: Reader) -> None:
-    """What the encoder is given for the padded frame count: zeros behind the normalised sound."""
+@checks(AUDIO, compares=("input_values_padded",), needs=("audio",))
+def padded_audio(reader: Reader) -> None:
+    """What the encoder is given for the padded frame count: zeros behind the normalised audio."""
     given: list[Tensor] = []
 
     class Listener:
@@ -118,14 +118,14 @@ def padded_sound(reader: Reader) -> None:
     reader.compare("input_values_padded", given[0][0], atol=1e-6, rtol=1e-6)
 
 
-@checks(SOUND, compares=("cnn_features",), needs=("state.*", "audio"))
+@checks(AUDIO, compares=("cnn_features",), needs=("state.*", "audio"))
 @torch.no_grad()
 def convolution_features(reader: Reader) -> None:
-    """The convolution stack alone, on the padded sound, before interpolation."""
+    """The convolution stack alone, on the padded audio, before interpolation."""
     audio, frames = reader.take("audio"), int(reader.metadata["padded_frames"])
     waveform = normalise_waveform(audio, *_moments(audio))
     waveform = torch.nn.functional.pad(waveform, (0, frames * SAMPLES_PER_FRAME - len(audio)))
-    reader.compare("cnn_features", _wav2vec(reader).feature_extractor(waveform[None])[0], atol=_SOUND)
+    reader.compare("cnn_features", _wav2vec(reader).feature_extractor(waveform[None])[0], atol=_AUDIO)
 
 
 def _text_states(reader: Reader) -> Tensor:

@@ -1,4 +1,4 @@
-"""Noise levels, one step, training noise and weights (spec/omniavatar.md e)."""
+"""Sigmas, one step, training noise and weights (spec/omniavatar.md e)."""
 
 from __future__ import annotations
 

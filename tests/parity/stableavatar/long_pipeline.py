@@ -1,6 +1,6 @@
 """A whole long video through the public pipeline (spec/stableavatar.md c to g), from files.
 
-Sound and picture are files, wav2vec and the transformer have the recorded weights, a last window is short.
+Audio and image are files, wav2vec and the transformer have the recorded weights, a last window is short.
 Text tokens, image tokens, the masked video's latents and the noise are the recorded ones.
 """
 
@@ -25,8 +25,8 @@ from avatarctl.config import RunConfig
 from avatarctl.events import Event, StepFinished, silent
 from avatarctl.families.stableavatar import StableAvatar
 from avatarctl.family import Guidance, Modules
-from avatarctl.media import load_picture, open_sound
-from avatarctl.models.encode import picture_tensor
+from avatarctl.media import load_image, open_audio
+from avatarctl.models.encode import image_tensor
 from avatarctl.models.wav2vec import FrameWav2Vec2
 from avatarctl.pipelines.infer import generate
 from avatarctl.pipelines.job import Job, check_job
@@ -42,7 +42,7 @@ checks = Checks()
 FILE = "set6_long_pipeline.safetensors"
 ENCODER, ENCODER_CONFIG = "set6_wav2vec_state.safetensors", "set6_wav2vec_config.json"
 _RELATIVE = 1e-5  # of the norm
-_PICTURE = 1e-6  # absolute, on pixels in [-1, 1]
+_IMAGE = 1e-6  # absolute, on pixels in [-1, 1]
 _NEEDS = (
     "audio", "init", "masked_video_latents", "clip_fea", "context_pos", "context_neg", "cond_image_rgb_uint8",
 )  # fmt: skip
@@ -74,7 +74,7 @@ class _Seen:
     y: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     velocities: dict[tuple[int, int], dict[str, Tensor]] = field(default_factory=dict)
     tokens: list[Tensor] = field(default_factory=list)
-    picture: Tensor | None = None
+    image: Tensor | None = None
     video: Tensor | None = None
     final: Tensor | None = None
 
@@ -138,7 +138,7 @@ def _run(reader: Reader, cfg: RunConfig, family: StableAvatar | None = None) -> 
             emit=note_step,
         )
         seen.final = torch.cat([block.pixels for block in blocks], dim=1)[None]
-    (seen.picture,), (seen.video,) = image.shown, codec.shown
+    (seen.image,), (seen.video,) = image.shown, codec.shown
     return seen
 
 
@@ -156,11 +156,11 @@ def _seen(reader: Reader, run: str) -> _Seen:
 
 
 def _job(reader: Reader, folder: Path) -> Job:
-    """Picture and sound as files."""
-    picture, sound = folder / "picture.png", folder / "voice.wav"
-    PIL.Image.fromarray(reader.take("cond_image_rgb_uint8").numpy()).save(picture)
-    soundfile.write(sound, reader.take("audio").numpy(), SAMPLE_RATE, subtype="FLOAT")
-    return Job(load_picture(picture), open_sound(sound), prompt="positive", negative_prompt="negative")
+    """Image and audio as files."""
+    image, audio = folder / "image.png", folder / "voice.wav"
+    PIL.Image.fromarray(reader.take("cond_image_rgb_uint8").numpy()).save(image)
+    soundfile.write(audio, reader.take("audio").numpy(), SAMPLE_RATE, subtype="FLOAT")
+    return Job(load_image(image), open_audio(audio), prompt="positive", negative_prompt="negative")
 
 
 def _runs(reader: Reader) -> list[str]:
@@ -181,7 +181,7 @@ def results(reader: Reader) -> None:
 def results_in_wavefront_order(reader: Reader) -> None:
     """With the passes of a step as one batch."""
     for run in _runs(reader):
-        cfg = _config(reader, run, "sampling.batch_passes=true", "long_video.schedule=wavefront")
+        cfg = _config(reader, run, "sampling.batch_branches=true", "long_video.schedule=wavefront")
         reader.compare(f"{run}.final", _run(reader, cfg).final, relative_l2=_RELATIVE)
 
 
@@ -208,27 +208,27 @@ def passes_of_the_windows(reader: Reader) -> None:
 
 
 @checks(FILE, compares=("clip_input",), needs=("cond_image_rgb_uint8",))
-def picture_for_the_image_encoder(reader: Reader) -> None:
-    reader.compare("clip_input", _picture(reader)[0, :, None], atol=_PICTURE)
+def image_for_the_image_encoder(reader: Reader) -> None:
+    reader.compare("clip_input", _image(reader)[0, :, None], atol=_IMAGE)
 
 
 @checks(FILE, compares=("vae_input_frame0", "vae_input_frame1_absmax"), needs=_NEEDS)
 def video_for_the_vae(reader: Reader) -> None:
-    """The picture, then grey; the image encoder sees the same picture."""
+    """The image, then grey; the image encoder sees the same image."""
     seen = _seen(reader, _runs(reader)[0])
-    assert seen.video is not None and seen.picture is not None
-    reader.compare("vae_input_frame0", seen.video[:, :, 0], atol=_PICTURE)
+    assert seen.video is not None and seen.image is not None
+    reader.compare("vae_input_frame0", seen.video[:, :, 0], atol=_IMAGE)
     reader.compare("vae_input_frame1_absmax", seen.video[:, :, 1:].abs().max())
-    assert torch.equal(seen.picture, seen.video[:, :, 0])
+    assert torch.equal(seen.image, seen.video[:, :, 0])
 
 
-def _picture(reader: Reader) -> Tensor:
+def _image(reader: Reader) -> Tensor:
     """[1, 3, H, W] from a file, as `generate` makes it."""
     height, width = (reader.take("clip_input").shape[i] for i in (2, 3))
     with tempfile.TemporaryDirectory() as name:
-        path = Path(name) / "picture.png"
+        path = Path(name) / "image.png"
         PIL.Image.fromarray(reader.take("cond_image_rgb_uint8").numpy()).save(path)
-        return picture_tensor(load_picture(path).pixels, (height, width), "stretch")
+        return image_tensor(load_image(path).pixels, (height, width), "stretch")
 
 
 @checks(ENCODER, compares=("*",))

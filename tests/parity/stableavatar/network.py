@@ -115,7 +115,7 @@ def patches_and_image_tokens(reader: Reader) -> None:
 
 
 @checks(FILE, compares=("b1.vocal_context",), needs=_NEEDS)
-def sound_of_the_frames(reader: Reader) -> None:
+def audio_of_the_frames(reader: Reader) -> None:
     _compare_parts(reader, "vocal_context")
 
 
@@ -136,13 +136,13 @@ def silence(reader: Reader) -> None:
 
 @checks(FILE, compares=("clip_level.out",), needs=_NEEDS)
 @torch.no_grad()
-def sound_of_the_whole_clip(reader: Reader) -> None:
+def audio_of_the_whole_clip(reader: Reader) -> None:
     out = transformer(reader)(**_arguments(reader), clip_level=True)
     compare_output(reader, "clip_level.out", out)
 
 
 def _short(reader: Reader) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """A window that is padded with zero tokens, and the sound of a full one: arguments and options."""
+    """A window that is padded with zero tokens, and the audio of a full one: arguments and options."""
     given = _arguments(reader, "short.vocal_embeddings")
     frames = reader.take("short.out").shape[2]
     given["hidden_states"] = given["hidden_states"][:, :, :frames]
@@ -201,7 +201,7 @@ def _compare_triple(reader: Reader, *, batched: bool) -> None:
     mixed, *blocks = blocks
     assert len(mixed) == 1, "the first self-attention runs once for the three"
     if batched:
-        # The branch without sound stands last.
+        # The branch without audio stands last.
         compare_output(reader, "cfg3.block0", blocks[0].roll(1, dims=0))
     else:
         compare_output(reader, "cfg3.block0", torch.cat(blocks))

@@ -31,7 +31,7 @@ def _scales(reader: Reader, run: str) -> tuple[float, float]:
 
 
 def _compare_run(reader: Reader, run: str, *, batched: bool) -> None:
-    """Every step with the family's own opening, passes and combination; channels and sound as recorded."""
+    """Every step with the family's own opening, passes and combination; channels and audio as recorded."""
     family, dit = StableAvatar(), transformer(reader)
     init, (text, audio) = reader.take("init"), _scales(reader, run)
     frames, height, width = init.shape[2:]
@@ -41,7 +41,7 @@ def _compare_run(reader: Reader, run: str, *, batched: bool) -> None:
         text=text,
         audio=audio,
         size=(8 * height, 8 * width),
-        batch_passes=batched,
+        batch_branches=batched,
     )
     state = family.open(*_opened(reader, dit, frames, cfg), cfg)
     condition = Condition(
@@ -85,7 +85,7 @@ def _opened(reader: Reader, dit: Any, frames: int, cfg: Any) -> tuple[Modules, I
         dit=dit, vae=Codec(), text=Text(_texts(reader)), audio=None, image=Image(reader.take("clip_fea"))
     )
     inputs = Inputs(
-        picture=torch.zeros(1, 3, cfg.output.height, cfg.output.width),
+        image=torch.zeros(1, 3, cfg.output.height, cfg.output.width),
         waveform=None,
         samples=SAMPLES_PER_FRAME * pixel_frames(frames),
         mean=0.0,

@@ -1,4 +1,4 @@
-"""Noise levels: shifted twice (spec/stableavatar.md g)."""
+"""Sigmas: shifted twice (spec/stableavatar.md g)."""
 
 from __future__ import annotations
 

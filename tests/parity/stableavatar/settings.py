@@ -66,7 +66,7 @@ def sizes_of_the_window(reader: Reader) -> None:
 
 
 def _plan_of(reader: Reader, file: str) -> Any:
-    """Spans of a recorded run. Samples: of its sound where there is one."""
+    """Spans of a recorded run. Samples: of its audio where there is one."""
     run = reader.folder.open(file)
     stated = {name: reader.take(f"{file}.{name}") for name in ("n_frames", "clip_frames", "overlap", "steps")}
     samples = len(run.take("audio")) if run.keys("audio") else stated["n_frames"] * SAMPLES_PER_FRAME

@@ -53,13 +53,13 @@ class Text:
 
 @dataclass
 class Image:
-    """Recorded image tokens; keeps the pictures it was shown."""
+    """Recorded image tokens; keeps the images it was shown."""
 
     tokens: Tensor
     shown: list[Tensor] = field(default_factory=list)
 
-    def encode(self, picture: Tensor) -> Tensor:
-        self.shown.append(picture)
+    def encode(self, image: Tensor) -> Tensor:
+        self.shown.append(image)
         return self.tokens
 
 

@@ -1,4 +1,4 @@
-"""Windows, their sound and their cross-fade (spec/stableavatar.md e).
+"""Windows, their audio and their cross-fade (spec/stableavatar.md e).
 
 Plans are executed, not only computed: the real loop and family run with networks that note what they are
 given. The recorded fusion runs with a network that is a formula.
@@ -41,7 +41,7 @@ _ROUNDED_LATENTS = 1e-7
 
 
 @dataclass
-class _Sound:
+class _Audio:
     """Silence and its encoder, noting which samples are read and how many are heard."""
 
     width = token_width = 1
@@ -90,7 +90,7 @@ class _Formula(nn.Module):
 class _Run:
     """What a run of the loop asked for and gave."""
 
-    sound: _Sound
+    audio: _Audio
     network: _Formula
     noises: list[tuple[int, int]]  # first frame and frames
     latents: Tensor
@@ -100,7 +100,7 @@ def _run(
     cfg: RunConfig, samples: int, init: Tensor, factors: Sequence[float], offsets: Sequence[float]
 ) -> _Run:
     """The loop of fused windows on the formula, from `init` [1, C, I, h, w]."""
-    family, sound, noises = StableAvatar(), _Sound(), list[tuple[int, int]]()
+    family, audio, noises = StableAvatar(), _Audio(), list[tuple[int, int]]()
     height, width = cfg.output.height, cfg.output.width
     assert height is not None and width is not None and cfg.sampling.steps is not None
 
@@ -117,12 +117,12 @@ def _run(
         dit=network,
         vae=Codec(),
         text=Text({"prompt": nothing, "negative": nothing}),
-        audio=sound,
+        audio=audio,
         image=Image(nothing),
     )
     inputs = Inputs(
-        picture=torch.zeros(1, 3, height, width),
-        waveform=sound,
+        image=torch.zeros(1, 3, height, width),
+        waveform=audio,
         samples=samples,
         mean=0.0,
         variance=0.0,
@@ -133,7 +133,7 @@ def _run(
     )
     plan = replace(family.plan(samples, cfg), shape=tuple(init.shape[i] for i in (1, 3, 4)))
     blocks = [block.pixels for block in sample_fused(denoise, modules, inputs, plan, cfg)]
-    return _Run(sound, network, noises, torch.cat(blocks, dim=1)[None])
+    return _Run(audio, network, noises, torch.cat(blocks, dim=1)[None])
 
 
 def _cases(reader: Reader) -> list[str]:
@@ -144,7 +144,7 @@ def _cases(reader: Reader) -> list[str]:
 
 
 def _plan_config(reader: Reader, case: str) -> RunConfig:
-    """On a picture of 2 x 2 latents, one step."""
+    """On an image of 2 x 2 latents, one step."""
     return reference_config(
         clip_frames=reader.take(f"{case}.clip_frames"),
         overlap=reader.take(f"{case}.overlap"),
@@ -158,7 +158,7 @@ def _plan_config(reader: Reader, case: str) -> RunConfig:
 def _observed_windows(spans: Sequence[Span], run: _Run) -> list[dict[str, int]]:
     """Rows of the recorded table, from what happened; the plan's own words must agree."""
     rows = []
-    for span, (first, frames), heard in zip(spans, run.noises, run.sound.heard, strict=True):
+    for span, (first, frames), heard in zip(spans, run.noises, run.audio.heard, strict=True):
         assert (span.start, span.frames) == (first, frames)
         assert span.audio[1] - span.audio[0] == heard
         rows.append(
@@ -171,7 +171,7 @@ def _observed_windows(spans: Sequence[Span], run: _Run) -> list[dict[str, int]]:
                 "audio_samples": heard,
             }
         )
-    reads = run.sound.read_spans
+    reads = run.audio.read_spans
     assert [row["audio_start"] for row in rows] == [start for start, _ in reads]
     assert [row["audio_end"] for row in rows] == [stop for _, stop in reads]
     return rows

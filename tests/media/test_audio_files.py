@@ -1,4 +1,4 @@
-"""Opening sound by content, and writing it."""
+"""Opening audio by content, and writing it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 import soundfile
 
 from avatarctl.errors import OutputRefused, PathNotFound, UnusableAudio, WriteFailed
-from avatarctl.media import Sound, open_sound, sound_from_array, survey, write_sound
+from avatarctl.media import Audio, audio_from_array, open_audio, survey, write_audio
 
 RATE = 16_000
 NOISE = "not an audio file|cannot be decoded|channels|rate"
@@ -30,8 +30,8 @@ def voice(seconds: float = 1.0, rate: int = RATE, channels: int = 1) -> np.ndarr
     return np.stack([tone / (1 + index) for index in range(channels)], axis=1).astype(np.float32)
 
 
-def whole(sound: Sound) -> np.ndarray:
-    return np.concatenate(list(sound.blocks()))
+def whole(audio: Audio) -> np.ndarray:
+    return np.concatenate(list(audio.blocks()))
 
 
 def lag(heard: np.ndarray, wanted: np.ndarray) -> int:
@@ -43,7 +43,7 @@ def lag(heard: np.ndarray, wanted: np.ndarray) -> int:
 
 
 def check_alike(heard: np.ndarray, wanted: np.ndarray) -> None:
-    """The same sound after lossy compression: in place, at its level, alike."""
+    """The same audio after lossy compression: in place, at its level, alike."""
     assert lag(heard, wanted) == 0
     assert np.corrcoef(heard, wanted)[0, 1] > 0.97
     assert 0.9 < heard.std() / wanted.std() < 1.1
@@ -55,13 +55,13 @@ def encode(path: Path, codec: str, samples: np.ndarray, rate: int, video: bool =
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate, layout=layout)
         if video:
-            picture = container.add_stream("mpeg4", rate=25)
-            picture.width = picture.height = 32
-            picture.pix_fmt = "yuv420p"
+            image = container.add_stream("mpeg4", rate=25)
+            image.width = image.height = 32
+            image.pix_fmt = "yuv420p"
             for _ in range(25 * len(samples) // rate):
                 black = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8))
-                container.mux(picture.encode(black))
-            container.mux(picture.encode(None))
+                container.mux(image.encode(black))
+            container.mux(image.encode(None))
         frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples.T), format="fltp", layout=layout)
         frame.rate, frame.pts = rate, 0
         wanted = stream.codec_context.format.name if stream.codec_context.format else "fltp"
@@ -108,22 +108,22 @@ def test_formats_at_their_right_level(
     tmp_path: Path, container: str, subtype: str, error: float | None, channels: int
 ) -> None:
     samples = voice(3.0, 48_000, channels)
-    path = tmp_path / "sound.bin"  # the name says nothing
-    with soundfile.SoundFile(path, "w", 48_000, channels, subtype, format=container) as handle:
+    path = tmp_path / "audio.bin"  # the name says nothing
+    with soundfile.AudioFile(path, "w", 48_000, channels, subtype, format=container) as handle:
         for start in range(0, len(samples), 10_000):
             handle.write(samples[start : start + 10_000])
-    sound = open_sound(path)
-    assert (sound.rate, sound.channels, sound.name) == (48_000, channels, str(path))
-    assert sound.sha256() == hashlib.sha256(path.read_bytes()).hexdigest()
-    heard = whole(sound)
+    audio = open_audio(path)
+    assert (audio.rate, audio.channels, audio.name) == (48_000, channels, str(path))
+    assert audio.sha256() == hashlib.sha256(path.read_bytes()).hexdigest()
+    heard = whole(audio)
     assert heard.dtype == np.float32 and heard.shape == samples.shape
     if error is not None:
         assert np.abs(heard - samples).max() <= error
     else:
         check_alike(heard[:, 0], samples[:, 0])
-    assert max(len(block) for block in sound.blocks()) <= 100_000
-    assert (whole(sound) == heard).all(), "a second pass starts over"
-    assert sound.doubts == ()
+    assert max(len(block) for block in audio.blocks()) <= 100_000
+    assert (whole(audio) == heard).all(), "a second pass starts over"
+    assert audio.doubts == ()
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_formats_at_their_right_level(
     ],
 )
 @pytest.mark.parametrize("video", [False, True])
-def test_compressed_sound_has_no_codec_delay(
+def test_compressed_audio_has_no_codec_delay(
     tmp_path: Path, name: str, codec: str, padding: int, video: bool
 ) -> None:
     if video and name.endswith((".mp3", ".flac", ".webm")):
@@ -147,10 +147,10 @@ def test_compressed_sound_has_no_codec_delay(
     samples = voice(2.0, 48_000, 2)
     encode(tmp_path / "plain.wav", "pcm_s16le", samples, 48_000)
     encode(tmp_path / name, codec, samples, 48_000, video)
-    (tmp_path / name).rename(tmp_path / "sound.wav")  # content counts
-    sound = open_sound(tmp_path / "sound.wav")
-    assert (sound.rate, sound.channels) == (48_000, 2)
-    heard = whole(sound)
+    (tmp_path / name).rename(tmp_path / "audio.wav")  # content counts
+    audio = open_audio(tmp_path / "audio.wav")
+    assert (audio.rate, audio.channels) == (48_000, 2)
+    heard = whole(audio)
     assert 0 <= len(heard) - len(samples) <= padding
     check_alike(heard[: len(samples), 0], samples[:, 0])
 
@@ -158,16 +158,16 @@ def test_compressed_sound_has_no_codec_delay(
 @pytest.mark.parametrize(
     ("samples", "rate"), [(voice(0.02), 16_000), (voice(0.5, 96_000), 96_000), (voice(0.5, 8_000), 8_000)]
 )
-def test_sound_from_array(samples: np.ndarray, rate: int) -> None:
-    sound = sound_from_array(samples[:, 0], rate, "made")
-    assert (sound.rate, sound.channels, sound.name) == (rate, 1, "made")
-    assert (whole(sound) == samples).all()
-    assert sound.sha256() == sound_from_array(samples, rate, "other").sha256()
-    assert sound.sha256() != sound_from_array(samples, rate + 1, "made").sha256()
+def test_audio_from_array(samples: np.ndarray, rate: int) -> None:
+    audio = audio_from_array(samples[:, 0], rate, "made")
+    assert (audio.rate, audio.channels, audio.name) == (rate, 1, "made")
+    assert (whole(audio) == samples).all()
+    assert audio.sha256() == audio_from_array(samples, rate, "other").sha256()
+    assert audio.sha256() != audio_from_array(samples, rate + 1, "made").sha256()
     with pytest.raises(TypeError, match="float64"):
-        sound_from_array(samples.astype(np.float64), rate, "made")
+        audio_from_array(samples.astype(np.float64), rate, "made")
     with pytest.raises(UnusableAudio, match="sample rate of 0"):
-        sound_from_array(samples, 0, "made")
+        audio_from_array(samples, 0, "made")
 
 
 def test_wav_headers_that_lie(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_wav_headers_that_lie(tmp_path: Path) -> None:
 
     def warnings_for(content: bytes, samples: int) -> tuple[str, ...]:
         path.write_bytes(content)
-        found = survey(open_sound(path))
+        found = survey(open_audio(path))
         assert found.samples == samples
         return found.warnings
 
@@ -192,18 +192,18 @@ def test_wav_headers_that_lie(tmp_path: Path) -> None:
 def test_a_cut_aiff_is_noticed(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.aiff", voice(), RATE, format="AIFF")
     content = (tmp_path / "a.aiff").read_bytes()
-    assert survey(open_sound(tmp_path / "a.aiff")).warnings == ()
+    assert survey(open_audio(tmp_path / "a.aiff")).warnings == ()
     (tmp_path / "a.aiff").write_bytes(content[: len(content) // 2])
-    assert "declares 16000 samples" in survey(open_sound(tmp_path / "a.aiff")).warnings[0]
+    assert "declares 16000 samples" in survey(open_audio(tmp_path / "a.aiff")).warnings[0]
 
 
 @pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
 def test_a_cut_ogg_is_noticed(tmp_path: Path, subtype: str) -> None:
     path = tmp_path / "a.ogg"
-    write_sound(path, voice(30.0), RATE, subtype)
-    assert survey(open_sound(path)).warnings == ()
+    write_audio(path, voice(30.0), RATE, subtype)
+    assert survey(open_audio(path)).warnings == ()
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    found = survey(open_sound(path))
+    found = survey(open_audio(path))
     assert 100_000 < found.samples < 400_000
     assert "cut short" in found.warnings[0]
 
@@ -229,30 +229,30 @@ def test_a_cut_ogg_is_noticed(tmp_path: Path, subtype: str) -> None:
 def test_refused_content(tmp_path: Path, content: bytes, cause: str) -> None:
     (tmp_path / "name.wav").write_bytes(content)
     with pytest.raises(UnusableAudio, match=cause) as caught:
-        survey(open_sound(tmp_path / "name.wav"))
+        survey(open_audio(tmp_path / "name.wav"))
     assert "name.wav" in str(caught.value)
 
 
 def test_absent_files_and_streams(tmp_path: Path) -> None:
     with pytest.raises(PathNotFound):
-        open_sound(tmp_path / "absent.wav")
+        open_audio(tmp_path / "absent.wav")
     with av.open(str(tmp_path / "mute.mp4"), "w") as container:
-        picture = container.add_stream("mpeg4", rate=25)
-        picture.width = picture.height = 32
-        picture.pix_fmt = "yuv420p"
-        container.mux(picture.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8))))
-        container.mux(picture.encode(None))
+        image = container.add_stream("mpeg4", rate=25)
+        image.width = image.height = 32
+        image.pix_fmt = "yuv420p"
+        container.mux(image.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8))))
+        container.mux(image.encode(None))
     with pytest.raises(UnusableAudio, match="no audio"):
-        open_sound(tmp_path / "mute.mp4")
+        open_audio(tmp_path / "mute.mp4")
 
 
 def test_a_raw_or_odd_extension_does_not_choose_the_decoder(tmp_path: Path) -> None:
     for name in ("a.raw", "a.vox", "-a.mp3", "concat:a|b.wav", "a b\nc.wav"):
         (tmp_path / name).write_bytes(wav((voice(0.1) * 32767).astype("<i2").tobytes()))
-        assert survey(open_sound(tmp_path / name)).samples == 1_600
+        assert survey(open_audio(tmp_path / name)).samples == 1_600
     encode(tmp_path / "b.mp3", "libmp3lame", voice(0.5, 48_000), 48_000)
     (tmp_path / "b.mp3").rename(tmp_path / "concat:a|b.mp3")
-    assert survey(open_sound(tmp_path / "concat:a|b.mp3")).native_samples == 24_000
+    assert survey(open_audio(tmp_path / "concat:a|b.mp3")).native_samples == 24_000
 
 
 # --- playlists -----------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ def test_playlists_open_nothing_else(tmp_path: Path) -> None:
             path = tmp_path / f"list.{extension}"
             path.write_text(text)
             with pytest.raises(UnusableAudio, match="not an audio file"):
-                open_sound(path)
+                open_audio(path)
             with pytest.raises(BlockingIOError):
                 listener.accept()[0].close()
             assert kind
@@ -302,7 +302,7 @@ def test_a_cut_flac_is_used_up_to_the_cut(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.flac", voice(3.0), RATE)
     content = (tmp_path / "a.flac").read_bytes()
     (tmp_path / "a.flac").write_bytes(content[: len(content) // 2])
-    found = survey(open_sound(tmp_path / "a.flac"))
+    found = survey(open_audio(tmp_path / "a.flac"))
     assert 10_000 < found.samples < 40_000
     assert any("declares 48000 samples" in warning for warning in found.warnings)
 
@@ -320,10 +320,10 @@ def with_damage(path: Path, codec: str, samples: np.ndarray) -> None:
 def test_damage_in_the_middle_does_not_shift_what_follows(tmp_path: Path, name: str, codec: str) -> None:
     samples = voice(4.0, 48_000)
     with_damage(tmp_path / name, codec, samples)
-    sound = open_sound(tmp_path / name)
-    heard = whole(sound)
+    audio = open_audio(tmp_path / name)
+    heard = whole(audio)
     assert abs(lag(heard[3 * 48_000 :, 0], samples[3 * 48_000 :, 0])) <= 96, "2 ms"
-    assert sound.doubts
+    assert audio.doubts
 
 
 @pytest.mark.parametrize(("name", "codec"), [("a.m4a", "aac"), ("a.flac", "flac"), ("a.mka", "aac")])
@@ -339,16 +339,16 @@ def test_a_single_lost_packet_is_replaced_by_silence_of_its_length(
     content = path.read_bytes()
     assert content.count(packets[9]) == 1
     path.write_bytes(content.replace(packets[9], b"\xff" * len(packets[9])))
-    sound = open_sound(path)
-    heard = whole(sound)[:, 0]
+    audio = open_audio(path)
+    heard = whole(audio)[:, 0]
     assert abs(lag(heard[72_000:96_000], samples[72_000:, 0])) <= 96, "2 ms"
-    assert sound.doubts
+    assert audio.doubts
 
 
 @pytest.mark.parametrize(("name", "codec"), [("a.mp3", "libmp3lame"), ("a.mka", "aac")])
 def test_damage_is_told_where_the_timeline_cannot_be_kept(tmp_path: Path, name: str, codec: str) -> None:
     with_damage(tmp_path / name, codec, voice(4.0, 48_000))
-    found = survey(open_sound(tmp_path / name))
+    found = survey(open_audio(tmp_path / name))
     assert found.native_samples > 48_000
     assert any("damaged" in warning or "cut short" in warning for warning in found.warnings)
 
@@ -371,7 +371,7 @@ def test_fuzzed_files_are_read_or_refused(tmp_path: Path, capfd: pytest.CaptureF
                 damaged[at] = draw.integers(256)
             (tmp_path / "x").write_bytes(damaged)
             try:
-                survey(open_sound(tmp_path / "x"))
+                survey(open_audio(tmp_path / "x"))
             except UnusableAudio as error:
                 assert str(tmp_path / "x") in str(error)
     assert capfd.readouterr() == ("", ""), "decoders keep quiet"
@@ -390,27 +390,27 @@ def test_fuzzed_files_are_read_or_refused(tmp_path: Path, capfd: pytest.CaptureF
     ],
 )
 @pytest.mark.parametrize("channels", [1, 2])
-def test_written_sound_is_read_back(
+def test_written_audio_is_read_back(
     tmp_path: Path, name: str, subtype: str, error: float, channels: int
 ) -> None:
     samples = voice(4.0, 44_100, channels)
-    write_sound(tmp_path / name, iter(np.array_split(samples, 3)), 44_100, subtype)
-    sound = open_sound(tmp_path / name)
-    assert (sound.rate, sound.channels) == (44_100, channels)
-    assert np.abs(whole(sound) - samples).max() <= error
-    write_sound(tmp_path / name, samples[:9_999, 0], 16_000, subtype)
-    assert whole(open_sound(tmp_path / name)).shape == (9_999, 1), "replaced"
+    write_audio(tmp_path / name, iter(np.array_split(samples, 3)), 44_100, subtype)
+    audio = open_audio(tmp_path / name)
+    assert (audio.rate, audio.channels) == (44_100, channels)
+    assert np.abs(whole(audio) - samples).max() <= error
+    write_audio(tmp_path / name, samples[:9_999, 0], 16_000, subtype)
+    assert whole(open_audio(tmp_path / name)).shape == (9_999, 1), "replaced"
 
 
 def test_one_large_array_is_written_in_pieces(tmp_path: Path) -> None:
     """libsndfile's Vorbis encoder overflows the stack on a call with millions of samples."""
-    write_sound(tmp_path / "a.ogg", np.zeros((3_000_000, 2), np.float32), 48_000, "VORBIS")
+    write_audio(tmp_path / "a.ogg", np.zeros((3_000_000, 2), np.float32), 48_000, "VORBIS")
     assert soundfile.info(tmp_path / "a.ogg").frames == 3_000_000
 
 
 def test_integers_clip_and_do_not_wrap(tmp_path: Path) -> None:
-    write_sound(tmp_path / "a.wav", np.array([3.0, -3.0, 0.5], np.float32), RATE)
-    assert np.allclose(whole(open_sound(tmp_path / "a.wav"))[:, 0], [1, -1, 0.5], atol=1e-4)
+    write_audio(tmp_path / "a.wav", np.array([3.0, -3.0, 0.5], np.float32), RATE)
+    assert np.allclose(whole(open_audio(tmp_path / "a.wav"))[:, 0], [1, -1, 0.5], atol=1e-4)
 
 
 def test_writing_is_refused_where_it_cannot_be(tmp_path: Path) -> None:
@@ -420,7 +420,7 @@ def test_writing_is_refused_where_it_cannot_be(tmp_path: Path) -> None:
         (tmp_path / "no" / "a.wav", "PCM_16"),
     ):
         with pytest.raises(OutputRefused):
-            write_sound(path, voice(), RATE, subtype)
+            write_audio(path, voice(), RATE, subtype)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -430,7 +430,7 @@ def test_a_failing_source_leaves_nothing(tmp_path: Path) -> None:
         raise UnusableAudio("broken", where="source")
 
     with pytest.raises(UnusableAudio):
-        write_sound(tmp_path / "a.wav", source(), RATE)
+        write_audio(tmp_path / "a.wav", source(), RATE)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -441,7 +441,7 @@ def test_a_full_disk_is_an_error_that_leaves_nothing(tmp_path: Path, name: str) 
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
         with pytest.raises(WriteFailed, match=name) as told:
-            write_sound(tmp_path / name, noise, RATE)
+            write_audio(tmp_path / name, noise, RATE)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert told.value.exit_code == 3

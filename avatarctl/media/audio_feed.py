@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import soxr
 
-__all__ = ["AAC_RATES", "AudioBlocks", "SoundFeed"]
+__all__ = ["AAC_RATES", "AudioBlocks", "AudioFeed"]
 
 Samples = npt.NDArray[np.float32]
 
@@ -22,7 +22,7 @@ _NOT_NUMBERS = "the soundtrack holds values that are no numbers (NaN or infinity
 
 
 class AudioBlocks(Protocol):
-    """Sound that can be read once from its beginning: `rate` in Hz, blocks float32 [n, channels]."""
+    """Audio that can be read once from its beginning: `rate` in Hz, blocks float32 [n, channels]."""
 
     @property
     def rate(self) -> int: ...
@@ -31,7 +31,7 @@ class AudioBlocks(Protocol):
     def blocks(self) -> Iterator[Samples]: ...
 
 
-class SoundFeed:
+class AudioFeed:
     """Reads `source` lazily and hands out any number of samples at a time.
 
     Rate and channels are kept where AAC has them; other rates are resampled to the nearest one
@@ -83,7 +83,7 @@ class SoundFeed:
 
     def _fit(self, block: Samples) -> Samples:
         if block.ndim != 2 or block.shape[1] != self._source_channels:
-            raise ValueError(f"a block of sound is {block.shape}, expected [n, {self._source_channels}]")
+            raise ValueError(f"a block of audio is {block.shape}, expected [n, {self._source_channels}]")
         if not np.isfinite(block).all():
             block = np.nan_to_num(block, nan=0.0, posinf=1.0, neginf=-1.0)
             if _NOT_NUMBERS not in self.notices:

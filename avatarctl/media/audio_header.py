@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["SoundHeader", "ogg_is_complete", "read_header"]
+__all__ = ["AudioHeader", "ogg_is_complete", "read_header"]
 
 _UNKNOWN_SIZE = 0xFFFFFFFF  # "until the end of the file", written when streaming into a pipe
 _LARGEST_OGG_PAGE = 65_307  # bytes: header, 255 lengths, 255 * 255 of content
@@ -19,7 +19,7 @@ _UNCOMPRESSED_TAGS = frozenset({1, 3, 6, 7, 0xFFFE})  # PCM, float, A-law, mu-la
 
 
 @dataclass(frozen=True)
-class SoundHeader:
+class AudioHeader:
     """The promise of a header. `declared`: sample frames, None when unknown or compressed."""
 
     rate: int
@@ -28,7 +28,7 @@ class SoundHeader:
     size_left_at_zero: bool  # the data chunk says 0 bytes and yet more than chunks follow
 
 
-def read_header(path: Path) -> SoundHeader | None:
+def read_header(path: Path) -> AudioHeader | None:
     """The header of a RIFF, RIFX, RF64 or AIFF file; None for any other content or a broken one."""
     size = path.stat().st_size
     with path.open("rb") as handle:
@@ -54,7 +54,7 @@ def ogg_is_complete(path: Path) -> bool:
     return flags >= 5 and flags < len(end) and bool(end[flags] & 4)
 
 
-def _read_wave(handle: BinaryIO, file_size: int, order: str) -> SoundHeader | None:
+def _read_wave(handle: BinaryIO, file_size: int, order: str) -> AudioHeader | None:
     fmt: tuple[int, int, int, int] | None = None  # tag, channels, rate, bytes per sample frame
     data_size_64 = None
     while len(head := handle.read(8)) == 8:
@@ -79,7 +79,7 @@ def _read_wave(handle: BinaryIO, file_size: int, order: str) -> SoundHeader | No
                 size = data_size_64
             known = size is not None and tag in _UNCOMPRESSED_TAGS and frame_bytes > 0
             declared = size // frame_bytes if known and not left_at_zero else None
-            return SoundHeader(rate, channels, declared, left_at_zero)
+            return AudioHeader(rate, channels, declared, left_at_zero)
         handle.seek(body + size + size % 2)
     return None
 
@@ -96,7 +96,7 @@ def _only_chunks_follow(handle: BinaryIO, position: int, file_size: int, order: 
     return position in (file_size, file_size + 1)
 
 
-def _read_aiff(handle: BinaryIO, file_size: int) -> SoundHeader | None:
+def _read_aiff(handle: BinaryIO, file_size: int) -> AudioHeader | None:
     while len(head := handle.read(8)) == 8:
         name, size = head[:4], struct.unpack(">I", head[4:])[0]
         body = handle.tell()
@@ -105,7 +105,7 @@ def _read_aiff(handle: BinaryIO, file_size: int) -> SoundHeader | None:
             if len(content) < 18:
                 return None
             channels, frames = struct.unpack(">HI", content[:6])
-            return SoundHeader(_extended(content[8:18]), channels, frames, size_left_at_zero=False)
+            return AudioHeader(_extended(content[8:18]), channels, frames, size_left_at_zero=False)
         handle.seek(body + size + size % 2)
     return None
 

@@ -1,4 +1,4 @@
-"""The first pass over a sound: statistics, warnings, refusals."""
+"""The first pass over audio: statistics, warnings, refusals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from avatarctl.errors import UnusableAudio
-from avatarctl.media import open_sound, sound_from_array, survey
+from avatarctl.media import audio_from_array, open_audio, survey
 
 SPEECH = Path(__file__).resolve().parents[3] / "shared" / "media" / "speech_a.wav"
 
@@ -22,7 +22,7 @@ def noise(count: int, channels: int = 1, level: float = 0.2) -> np.ndarray:
 
 def test_mean_and_variance_are_those_of_the_whole() -> None:
     samples = noise(100_003) + np.linspace(-0.3, 0.5, 100_003, dtype=np.float32)[:, None]
-    found = survey(sound_from_array(samples, 16_000, "noise"))
+    found = survey(audio_from_array(samples, 16_000, "noise"))
     exact = samples[:, 0].astype(np.float64).tolist()
     assert found.mean == pytest.approx(statistics.fmean(exact), abs=1e-12)
     assert found.variance == pytest.approx(float(np.var(exact)), rel=1e-12)
@@ -38,28 +38,28 @@ def test_variance_survives_a_large_offset() -> None:
     assert [step / 2**14 for step in steps[:100]] == samples[:100].tolist()
     count = len(steps)
     exact = float(Fraction(count * sum(step**2 for step in steps) - sum(steps) ** 2, (count * 2**14) ** 2))
-    found = survey(sound_from_array(samples, 16_000, "offset"))
+    found = survey(audio_from_array(samples, 16_000, "offset"))
     assert found.variance == pytest.approx(exact, rel=1e-9)
 
 
 def test_statistics_are_of_the_mean_over_channels() -> None:
     samples = noise(32_000, 7)
-    found = survey(sound_from_array(samples, 16_000, "seven"))
+    found = survey(audio_from_array(samples, 16_000, "seven"))
     assert found.variance == pytest.approx(float(np.var(samples.mean(axis=1, dtype=np.float64))), rel=1e-5)
     assert found.peak == float(np.abs(samples).max())
 
 
 @pytest.mark.parametrize("count", [1, 320])
-def test_short_sounds_are_accepted(count: int) -> None:
-    found = survey(sound_from_array(noise(count), 16_000, "short"))
+def test_short_audios_are_accepted(count: int) -> None:
+    found = survey(audio_from_array(noise(count), 16_000, "short"))
     assert found.samples == count and np.isfinite(found.variance)
 
 
 def test_no_samples_and_less_than_one_sample_are_refused() -> None:
     with pytest.raises(UnusableAudio, match="no samples"):
-        survey(sound_from_array(noise(0), 16_000, "nothing"))
+        survey(audio_from_array(noise(0), 16_000, "nothing"))
     with pytest.raises(UnusableAudio, match="too short: 1 samples at 96000 Hz"):
-        survey(sound_from_array(noise(1), 96_000, "speck"))
+        survey(audio_from_array(noise(1), 96_000, "speck"))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -69,15 +69,15 @@ def test_samples_that_are_not_finite_are_counted_and_placed(bad: float, rate: in
     samples[rate * 2, 1] = bad
     samples[rate * 3 : rate * 3 + 5, 0] = np.nan
     with pytest.raises(UnusableAudio, match=r"voice: 6 samples are not finite .* first at 2\.000 s"):
-        survey(sound_from_array(samples, rate, "voice"))
+        survey(audio_from_array(samples, rate, "voice"))
 
 
 @pytest.mark.parametrize("value", [2e6, -2e6, 3e29])
-def test_amplitudes_beyond_sound_are_refused(value: float) -> None:
+def test_amplitudes_beyond_audio_are_refused(value: float) -> None:
     samples = noise(50_000)
     samples[40_000] = value
     with pytest.raises(UnusableAudio, match="amplitude out of range"):
-        survey(sound_from_array(samples, 48_000, "huge"))
+        survey(audio_from_array(samples, 48_000, "huge"))
 
 
 @pytest.mark.parametrize(
@@ -93,19 +93,19 @@ def test_amplitudes_beyond_sound_are_refused(value: float) -> None:
     ],
 )
 def test_warnings(samples: np.ndarray, said: str | None) -> None:
-    found = survey(sound_from_array(samples, 16_000, "voice"))
+    found = survey(audio_from_array(samples, 16_000, "voice"))
     assert len(found.warnings) == (0 if said is None else 1)
     assert said is None or said in found.warnings[0]
 
 
 def test_a_peak_above_full_scale_is_kept() -> None:
     samples = 3.0 * np.sin(np.arange(16_000) * 0.1).astype(np.float32)
-    assert survey(sound_from_array(samples, 16_000, "loud")).variance == pytest.approx(4.5, rel=0.01)
+    assert survey(audio_from_array(samples, 16_000, "loud")).variance == pytest.approx(4.5, rel=0.01)
 
 
 def test_a_minute_of_stereo_takes_well_under_a_third_of_a_second() -> None:
-    sound = sound_from_array(noise(48_000 * 60, 2), 48_000, "minute")
-    fastest = min(_seconds(lambda: survey(sound)) for _ in range(3))
+    audio = audio_from_array(noise(48_000 * 60, 2), 48_000, "minute")
+    fastest = min(_seconds(lambda: survey(audio)) for _ in range(3))
     assert fastest < 0.3
 
 
@@ -117,6 +117,6 @@ def _seconds(work) -> float:
 
 @pytest.mark.skipif(not SPEECH.is_file(), reason="../shared/media is absent")
 def test_real_speech() -> None:
-    found = survey(open_sound(SPEECH))
+    found = survey(open_audio(SPEECH))
     assert found.samples == found.native_samples == 92_800
     assert found.warnings == () and 0.2 < found.peak < 0.4 and abs(found.mean) < 1e-3

@@ -1,4 +1,4 @@
-"""16 kHz mono by position, and the user's own sound for the output."""
+"""16 kHz mono by position, and the user's own audio for the output."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 import soxr
 
-from avatarctl.media import Sound, Soundtrack, Waveform, sound_from_array, survey
+from avatarctl.media import Audio, Soundtrack, Waveform, audio_from_array, survey
 
 
 def noise(count: int, channels: int = 1, seed: int = 0) -> np.ndarray:
     return (np.random.default_rng(seed).standard_normal((count, channels)) * 0.2).astype(np.float32)
 
 
-class Counted(Sound):
-    """Passes another sound through and counts how often it is started and how much is decoded."""
+class Counted(Audio):
+    """Passes another audio through and counts how often it is started and how much is decoded."""
 
-    def __init__(self, inner: Sound) -> None:
+    def __init__(self, inner: Audio) -> None:
         self.name, self.rate, self.channels, self._inner = inner.name, inner.rate, inner.channels, inner
         self.passes = self.decoded = 0
 
@@ -34,7 +34,7 @@ class Counted(Sound):
         return self._inner.sha256()
 
 
-class Endless(Sound):
+class Endless(Audio):
     """Ten hours of quiet noise that nobody could hold."""
 
     name, rate, channels = "endless", 48_000, 2
@@ -53,9 +53,9 @@ class Endless(Sound):
 def test_resampling_equals_one_shot_soxr(rate: int, channels: int) -> None:
     samples = noise(rate * 3 + 17, channels)
     expected = soxr.resample(samples.mean(axis=1, dtype=np.float64).astype(np.float32), rate, 16_000, "HQ")
-    sound = sound_from_array(samples, rate, "noise")
-    assert survey(sound).samples == len(expected)
-    with Waveform(sound) as waveform:
+    audio = audio_from_array(samples, rate, "noise")
+    assert survey(audio).samples == len(expected)
+    with Waveform(audio) as waveform:
         heard = waveform.read(0, len(expected))
         # The mean over channels may differ in its last bit; the resampling itself adds nothing.
         assert np.abs(heard - expected).max() <= (0 if channels == 1 else 1e-6)
@@ -67,8 +67,8 @@ def test_resampling_does_not_shift(rate: int) -> None:
     """The lag against a signal computed at 16 kHz, below a tenth of a sample."""
     time = lambda at: np.arange(2 * at) / at  # noqa: E731
     burst = lambda t: np.exp(-(((t - 1.0) / 0.005) ** 2)) * np.cos(2 * np.pi * 700 * (t - 1.0))  # noqa: E731
-    sound = sound_from_array((burst(time(rate)) * 0.5).astype(np.float32), rate, "burst")
-    with Waveform(sound) as waveform:
+    audio = audio_from_array((burst(time(rate)) * 0.5).astype(np.float32), rate, "burst")
+    with Waveform(audio) as waveform:
         heard = waveform.read(0, 32_000)
     expected = burst(time(16_000)) * 0.5
     assert np.abs(heard - expected).max() < 2e-3  # a tenth of a sample would be 0.014
@@ -78,25 +78,25 @@ def test_resampling_does_not_shift(rate: int) -> None:
 
 def test_content_above_8_khz_is_removed() -> None:
     tone = (0.5 * np.sin(2 * np.pi * 11_000 * np.arange(96_000) / 48_000)).astype(np.float32)
-    found = survey(sound_from_array(tone, 48_000, "tone"))
+    found = survey(audio_from_array(tone, 48_000, "tone"))
     assert found.variance < 1e-6 and found.peak > 0.49
 
 
 def test_sixteen_kilohertz_mono_is_untouched() -> None:
     samples = noise(50_000)
-    with Waveform(sound_from_array(samples, 16_000, "noise")) as waveform:
+    with Waveform(audio_from_array(samples, 16_000, "noise")) as waveform:
         assert (waveform.read(0, 50_000) == samples[:, 0]).all()
 
 
 @pytest.mark.parametrize("rate", [16_000, 44_100])
 @pytest.mark.parametrize("lead", [0, 4_800])
 def test_any_slicing_gives_the_same_bits(rate: int, lead: int) -> None:
-    sound = sound_from_array(noise(rate * 20, 2), rate, "noise")
-    with Waveform(sound) as waveform:
+    audio = audio_from_array(noise(rate * 20, 2), rate, "noise")
+    with Waveform(audio) as waveform:
         signal = waveform.read(0, 320_000)
     padded = np.concatenate([np.zeros(50_000 + lead, np.float32), signal, np.zeros(100_000, np.float32)])
     draw = np.random.default_rng(5)
-    with Waveform(sound, lead_samples=lead) as waveform:
+    with Waveform(audio, lead_samples=lead) as waveform:
         position = -40_000
         for _ in range(60):  # forwards with overlap, sometimes far ahead, sometimes back
             start = position + int(draw.integers(-30_000, 30_000))
@@ -108,31 +108,31 @@ def test_any_slicing_gives_the_same_bits(rate: int, lead: int) -> None:
 
 
 def test_overlapping_windows_decode_once_and_going_back_starts_over() -> None:
-    sound = Counted(sound_from_array(noise(48_000 * 60), 48_000, "noise"))
-    with Waveform(sound) as waveform:
+    audio = Counted(audio_from_array(noise(48_000 * 60), 48_000, "noise"))
+    with Waveform(audio) as waveform:
         for start in range(0, 900_000, 60_000):
             waveform.read(start - 16_000, start + 60_000 + 16_000)
-        assert sound.passes == 1
-        assert sound.decoded <= 48_000 * 60
+        assert audio.passes == 1
+        assert audio.decoded <= 48_000 * 60
         waveform.read(0, 1_000)
-        assert sound.passes == 2
+        assert audio.passes == 2
 
 
 def test_windows_that_overlap_by_more_than_three_seconds_decode_once() -> None:
-    sound = Counted(sound_from_array(noise(16_000 * 60), 16_000, "noise"))
-    with Waveform(sound) as waveform:
+    audio = Counted(audio_from_array(noise(16_000 * 60), 16_000, "noise"))
+    with Waveform(audio) as waveform:
         for start in range(0, 16_000 * 40, 16_000):
             waveform.read(start, start + 16_000 * 15)
-    assert sound.passes == 1
+    assert audio.passes == 1
 
 
 def test_only_what_is_asked_for_is_decoded() -> None:
-    sound = Counted(sound_from_array(noise(16_000 * 60), 16_000, "noise"))
-    with Waveform(sound) as waveform:
+    audio = Counted(audio_from_array(noise(16_000 * 60), 16_000, "noise"))
+    with Waveform(audio) as waveform:
         assert not waveform.read(-500, 0).any()
-        assert sound.decoded == 0
+        assert audio.decoded == 0
         waveform.read(0, 10)
-    assert sound.decoded <= 40_000
+    assert audio.decoded <= 40_000
 
 
 def test_memory_stays_flat_over_ten_hours() -> None:
@@ -150,8 +150,8 @@ def test_memory_stays_flat_over_ten_hours() -> None:
 
 
 def test_misuse() -> None:
-    sound = sound_from_array(noise(100), 16_000, "noise")
-    waveform = Waveform(sound)
+    audio = audio_from_array(noise(100), 16_000, "noise")
+    waveform = Waveform(audio)
     with pytest.raises(ValueError, match="backwards"):
         waveform.read(5, 4)
     assert waveform.read(5, 5).shape == (0,)
@@ -159,13 +159,13 @@ def test_misuse() -> None:
     with pytest.raises(ValueError, match="closed"):
         waveform.read(0, 1)
     with pytest.raises(ValueError, match="negative"):
-        Waveform(sound, lead_samples=-1)
+        Waveform(audio, lead_samples=-1)
 
 
 @pytest.mark.parametrize(("rate", "zeros"), [(16_000, 640), (44_100, 1_764), (11_025, 441), (22_050, 882)])
 def test_a_soundtrack_is_the_native_sound_later(rate: int, zeros: int) -> None:
     samples = noise(rate, 2)
-    track = Soundtrack(sound_from_array(samples, rate, "noise"), Fraction(1, 25))
+    track = Soundtrack(audio_from_array(samples, rate, "noise"), Fraction(1, 25))
     heard = np.concatenate(list(track.blocks()))
     assert (track.rate, track.channels, track.delay_samples) == (rate, 2, zeros)
     assert heard.dtype == np.float32 and not heard[:zeros].any() and (heard[zeros:] == samples).all()
@@ -173,10 +173,10 @@ def test_a_soundtrack_is_the_native_sound_later(rate: int, zeros: int) -> None:
 
 
 def test_a_soundtrack_without_delay_and_with_a_long_one() -> None:
-    sound = sound_from_array(noise(1_000, 6), 48_000, "noise")
-    assert sum(map(len, Soundtrack(sound).blocks())) == 1_000
-    blocks = list(Soundtrack(sound, Fraction(60)).blocks())
+    audio = audio_from_array(noise(1_000, 6), 48_000, "noise")
+    assert sum(map(len, Soundtrack(audio).blocks())) == 1_000
+    blocks = list(Soundtrack(audio, Fraction(60)).blocks())
     assert sum(map(len, blocks)) == 60 * 48_000 + 1_000
     assert max(map(len, blocks)) < 100_000
     with pytest.raises(ValueError, match="negative"):
-        Soundtrack(sound, Fraction(-1))
+        Soundtrack(audio, Fraction(-1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from avatarctl.weights.low_rank import factorise
+from avatarctl.weights.svd import factorise
 
 
 def matrix(values: np.ndarray, rows: int, columns: int, seed: int = 0) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The first pass over a sound: its length, level and soundness, before any model is loaded."""
+"""The first pass over audio: its length, level and soundness, before any model is loaded."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from dataclasses import dataclass
 import numpy as np
 
 from avatarctl.errors import UnusableAudio
-from avatarctl.media.sound_readers import Samples, Sound
+from avatarctl.media.audio_readers import Audio, Samples
 from avatarctl.media.waveform import model_signal
 
-__all__ = ["SoundSurvey", "survey"]
+__all__ = ["AudioSurvey", "survey"]
 
-_LOUDEST = 1e6  # of full scale 1.0; beyond it the numbers are no sound, and float32 energy loses sense
-_SILENT = 2.0**-16  # half a step of 16-bit sound
+_LOUDEST = 1e6  # of full scale 1.0; beyond it the numbers are no audio, and float32 energy loses sense
+_SILENT = 2.0**-16  # half a step of 16-bit audio
 _ABOVE_SCALE = 1.5  # decoders overshoot full scale by a little; this is no overshoot
-_CLIPPED = 0.999  # full scale of 8-bit sound lies at 0.992 or -1.0, of every other width above
-_CLIPPED_SHARE = 0.02  # sound that is merely mastered loudly stays below
+_CLIPPED = 0.999  # full scale of 8-bit audio lies at 0.992 or -1.0, of every other width above
+_CLIPPED_SHARE = 0.02  # audio that is merely mastered loudly stays below
 
 
 @dataclass(frozen=True)
-class SoundSurvey:
-    """What one pass over a sound found.
+class AudioSurvey:
+    """What one pass over audio found.
 
     samples:        length at 16 kHz mono, exactly as many as `Waveform` delivers without its lead
-    native_samples: length at the sound's own rate
+    native_samples: length at the audio's own rate
     mean, variance: of the 16 kHz mono signal, float64, population variance (spec b.2)
     peak:           the largest magnitude among all native samples
     warnings:       doubts that a person should read, without the file's name
@@ -40,26 +40,26 @@ class SoundSurvey:
     warnings: tuple[str, ...]
 
 
-def survey(sound: Sound) -> SoundSurvey:
-    """Read a sound once, block by block, and judge whether it can be used.
+def survey(audio: Audio) -> AudioSurvey:
+    """Read audio once, block by block, and judge whether it can be used.
 
     Raises UnusableAudio for no samples, samples that are not finite, an amplitude beyond 1e6 and
     damage that the decoder cannot pass.
     """
-    scan = _Scan(sound)
+    scan = _Scan(audio)
     moments = _Moments()
-    for chunk in model_signal(scan.blocks(), sound.rate):
+    for chunk in model_signal(scan.blocks(), audio.rate):
         moments.add(chunk)
     scan.refuse_unusable()
     if moments.count == 0:
-        raise UnusableAudio(f"too short: {scan.count} samples at {sound.rate} Hz", where=sound.name)
-    return SoundSurvey(
+        raise UnusableAudio(f"too short: {scan.count} samples at {audio.rate} Hz", where=audio.name)
+    return AudioSurvey(
         samples=moments.count,
         native_samples=scan.count,
         mean=moments.mean,
         variance=moments.squares / moments.count,
         peak=scan.peak,
-        warnings=(*sound.doubts, *scan.doubts()),
+        warnings=(*audio.doubts, *scan.doubts()),
     )
 
 
@@ -89,8 +89,8 @@ class _Moments:
 class _Scan:
     """Looks at native blocks while they pass; from the first unusable sample on it lets none through."""
 
-    def __init__(self, sound: Sound) -> None:
-        self._sound = sound
+    def __init__(self, audio: Audio) -> None:
+        self._audio = audio
         self.count = 0
         self.peak = 0.0
         self._clipped = 0
@@ -98,7 +98,7 @@ class _Scan:
         self._first_bad: int | None = None
 
     def blocks(self) -> Iterator[Samples]:
-        for block in self._sound.blocks():
+        for block in self._audio.blocks():
             # NaN wins every comparison of min and max, so one look at the extremes finds it.
             extreme = max(float(block.max()), -float(block.min())) if len(block) else 0.0
             if not math.isfinite(extreme):
@@ -119,11 +119,11 @@ class _Scan:
         self._not_finite += int(np.count_nonzero(bad))
 
     def refuse_unusable(self) -> None:
-        where = self._sound.name
+        where = self._audio.name
         if self.count == 0:
-            raise UnusableAudio("no samples: the sound is empty", where=where)
+            raise UnusableAudio("no samples: the audio is empty", where=where)
         if self._first_bad is not None:
-            seconds = self._first_bad / self._sound.rate
+            seconds = self._first_bad / self._audio.rate
             many = "1 sample is" if self._not_finite == 1 else f"{self._not_finite} samples are"
             raise UnusableAudio(f"{many} not finite (NaN or Inf), the first at {seconds:.3f} s", where=where)
         if self.peak > _LOUDEST:
@@ -135,7 +135,7 @@ class _Scan:
         elif self.peak < _SILENT:
             yield f"is as good as silent (peak {self.peak:.1e} of full scale)"
         elif self.peak > _ABOVE_SCALE:
-            yield f"peaks at {self.peak:.1f} times full scale: the output's sound may distort"
-        share = self._clipped / (self.count * self._sound.channels)
+            yield f"peaks at {self.peak:.1f} times full scale: the output's audio may distort"
+        share = self._clipped / (self.count * self._audio.channels)
         if self.peak <= _ABOVE_SCALE and share >= _CLIPPED_SHARE:
             yield f"is heavily clipped: {share:.0%} of its samples are at full scale"

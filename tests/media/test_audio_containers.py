@@ -1,4 +1,4 @@
-"""Sound with many channels in a container."""
+"""Audio with many channels in a container."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from avatarctl.errors import UnusableAudio
-from avatarctl.media import open_sound, survey, write_sound
+from avatarctl.media import open_audio, survey, write_audio
 
 
 @pytest.mark.parametrize("channels", [6, 8])
@@ -27,9 +27,9 @@ def test_surround_in_a_container_is_read_to_the_last_channel(tmp_path: Path, cha
         frame.sample_rate = 48_000
         for packet in (*stream.encode(frame), *stream.encode(None)):
             container.mux(packet)
-    sound = open_sound(path)
-    heard = np.concatenate(list(sound.blocks()))
-    assert heard.shape[1] == sound.channels == channels
+    audio = open_audio(path)
+    heard = np.concatenate(list(audio.blocks()))
+    assert heard.shape[1] == audio.channels == channels
     loud = np.sqrt((heard[8_000:40_000] ** 2).mean(0))
     loud = np.delete(loud, 3)  # the low-frequency channel does not carry 440 Hz
     assert loud.min() > 0.02, "a channel is missing"
@@ -37,22 +37,22 @@ def test_surround_in_a_container_is_read_to_the_last_channel(tmp_path: Path, cha
 
 
 @pytest.mark.parametrize("samples", [3_000, None])
-def test_a_sound_that_changes_between_two_passes_is_refused(tmp_path: Path, samples: int | None) -> None:
+def test_a_audio_that_changes_between_two_passes_is_refused(tmp_path: Path, samples: int | None) -> None:
     path = tmp_path / "a.wav"
-    write_sound(path, np.zeros(16_000, np.float32), 16_000)
-    sound = open_sound(path)
-    assert sum(len(block) for block in sound.blocks()) == 16_000
+    write_audio(path, np.zeros(16_000, np.float32), 16_000)
+    audio = open_audio(path)
+    assert sum(len(block) for block in audio.blocks()) == 16_000
     path.unlink()
     if samples is not None:
-        write_sound(path, np.zeros(samples, np.float32), 16_000)
+        write_audio(path, np.zeros(samples, np.float32), 16_000)
     says = r"changed while|cannot be read any more"
     with pytest.raises(UnusableAudio, match=says):
-        list(sound.blocks())
+        list(audio.blocks())
     with pytest.raises(UnusableAudio, match=says):
-        sound.sha256()
+        audio.sha256()
 
 
-def test_sound_that_starts_late_in_its_container_is_whole_and_said(tmp_path: Path) -> None:
+def test_audio_that_starts_late_in_its_container_is_whole_and_said(tmp_path: Path) -> None:
     path = tmp_path / "late.mkv"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("pcm_s16le", rate=16_000, layout="mono")
@@ -60,6 +60,6 @@ def test_sound_that_starts_late_in_its_container_is_whole_and_said(tmp_path: Pat
         frame.sample_rate, frame.pts = 16_000, 24_000  # 1.5 s late
         for packet in (*stream.encode(frame), *stream.encode(None)):
             container.mux(packet)
-    heard = survey(open_sound(path))
+    heard = survey(open_audio(path))
     assert heard.samples == 16_000
     assert not any("cut short" in text for text in heard.warnings), heard.warnings

@@ -1,4 +1,4 @@
-"""Sounds as streams of blocks: one class for each place that samples come from."""
+"""Audios as streams of blocks: one class for each place that samples come from."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from avatarctl.errors import UnusableAudio
 from avatarctl.media.containers import cause_of, open_container
 from avatarctl.media.files import file_sha256
 
-__all__ = ["BLOCK_SAMPLES", "ArraySound", "ContainerSound", "LibsndfileSound", "Samples", "Sound"]
+__all__ = ["BLOCK_SAMPLES", "ArrayAudio", "Audio", "ContainerAudio", "LibsndfileAudio", "Samples"]
 
 Samples = np.ndarray  # float32; [n, channels] native, [n] once mono
 
 BLOCK_SAMPLES = 32_768
-"""Sample frames per block, about; what bounds the memory of everything that reads sound."""
+"""Sample frames per block, about; what bounds the memory of everything that reads audio."""
 
 _RATES = range(1_000, 768_001)
 _MAX_CHANNELS = 64
@@ -36,8 +36,8 @@ _LATE = Fraction(1, 10)  # s; less is the delay of an encoder
 _TIGHT = Fraction(1, 500)  # s; after a damaged packet (Matroska counts in ms) and in FLAC (counts samples)
 
 
-class Sound(ABC):
-    """A sound that can be read from the start any number of times, without ever being held whole.
+class Audio(ABC):
+    """Audio that can be read from the start any number of times, without ever being held whole.
 
     name:     for messages
     rate:     native samples per second
@@ -77,7 +77,7 @@ def cut_short(declared: int, present: int) -> str:
     return f"is cut short: the header declares {declared} samples, {present} are present"
 
 
-class ArraySound(Sound):
+class ArrayAudio(Audio):
     """Samples that are already in memory, float32 [n, channels]; not copied."""
 
     def __init__(self, samples: Samples, rate: int, name: str) -> None:
@@ -99,8 +99,8 @@ class ArraySound(Sound):
         return self._sha256
 
 
-class _FileSound(Sound):
-    """What sounds from files share: the path, its hash, and doubts of the latest pass."""
+class _FileAudio(Audio):
+    """What audios from files share: the path, its hash, and doubts of the latest pass."""
 
     def __init__(self, path: Path, doubts: tuple[str, ...]) -> None:
         self.name = str(path)
@@ -120,7 +120,7 @@ class _FileSound(Sound):
         return self._doubts
 
     def _check_unchanged(self) -> None:
-        """A sound is read more than once: another file under its name would be heard with the first
+        """Audio is read more than once: another file under its name would be heard with the first
         one's length and level."""
         if _identity(self._path) != self._identity:
             raise UnusableAudio("changed while it was in use", where=self.name)
@@ -136,7 +136,7 @@ def _identity(path: Path) -> tuple[int, ...]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-class LibsndfileSound(_FileSound):
+class LibsndfileAudio(_FileAudio):
     """What libsndfile reads: WAV, RF64, W64, AIFF, CAF, Ogg Vorbis and Opus.
 
     declared: sample frames that the header promises, None when unknown
@@ -161,11 +161,11 @@ class LibsndfileSound(_FileSound):
         if self._declared is not None and present < self._declared:
             self._doubts = (*self._known, cut_short(self._declared, present))
 
-    def _open(self) -> soundfile.SoundFile:
+    def _open(self) -> soundfile.AudioFile:
         # By descriptor: given a name, soundfile would judge by the extension ("x.raw") as well.
-        return soundfile.SoundFile(os.open(self._path, os.O_RDONLY | os.O_CLOEXEC), closefd=True)
+        return soundfile.AudioFile(os.open(self._path, os.O_RDONLY | os.O_CLOEXEC), closefd=True)
 
-    def _read(self, handle: soundfile.SoundFile, present: int) -> Samples:
+    def _read(self, handle: soundfile.AudioFile, present: int) -> Samples:
         try:
             block: Samples = handle.read(BLOCK_SAMPLES, dtype="float32", always_2d=True)
         except soundfile.LibsndfileError as error:
@@ -174,13 +174,13 @@ class LibsndfileSound(_FileSound):
         return block
 
 
-class ContainerSound(_FileSound):
+class ContainerAudio(_FileAudio):
     """The first audio stream of anything that FFmpeg reads: MP3, AAC, FLAC, MP4, MKV, WebM ...
 
     Encoder delay that the file declares (LAME tag, Opus pre-skip, edit list) is removed by FFmpeg; up to
     one codec frame of padding at the end may stay. A packet that cannot be decoded, or a jump of the
     time stamps, becomes silence of the same length and a doubt, so that what follows stays in step with
-    the picture.
+    the image.
 
     doubts: known before the first pass, kept in front of what a pass finds.
     Raises UnusableAudio when there is no audio stream or nothing in it can be decoded.
@@ -232,7 +232,7 @@ class ContainerSound(_FileSound):
             if (frame.sample_rate, len(frame.layout.channels)) != (self.rate, self.channels):
                 now = f"{frame.sample_rate} Hz, {len(frame.layout.channels)} channels"
                 raise UnusableAudio(
-                    f"the sound changes its format after {count / self.rate:.2f} s (now {now})",
+                    f"the audio changes its format after {count / self.rate:.2f} s (now {now})",
                     where=self.name,
                     fix="convert it to WAV first",
                 )
@@ -275,7 +275,7 @@ class _Decoding:
             raise UnusableAudio("no audio stream in it", where=name)
         self._stream = container.streams.audio[0]
         if self._stream.codec_context is None:
-            raise UnusableAudio("unsupported format: its sound has a codec that cannot be read", where=name)
+            raise UnusableAudio("unsupported format: its audio has a codec that cannot be read", where=name)
 
     def frames(self) -> Iterator[av.audio.AudioFrame]:
         packets = self._container.demux(self._stream)

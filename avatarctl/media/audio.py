@@ -1,4 +1,4 @@
-"""Opening and writing sound: one entry point for every format, by content and never by extension."""
+"""Opening and writing audio: one entry point for every format, by content and never by extension."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import numpy as np
 import soundfile
 
 from avatarctl.errors import OutputRefused, UnusableAudio, WriteFailed
-from avatarctl.media.files import check_regular_file
-from avatarctl.media.sound_header import ogg_is_complete, read_header
-from avatarctl.media.sound_readers import (
-    ArraySound,
-    ContainerSound,
-    LibsndfileSound,
+from avatarctl.media.audio_header import ogg_is_complete, read_header
+from avatarctl.media.audio_readers import (
+    ArrayAudio,
+    Audio,
+    ContainerAudio,
+    LibsndfileAudio,
     Samples,
-    Sound,
     check_format,
 )
+from avatarctl.media.files import check_regular_file
 
-__all__ = ["Sound", "open_sound", "sound_from_array", "write_sound"]
+__all__ = ["Audio", "audio_from_array", "open_audio", "write_audio"]
 
 _W64_MAGIC = b"riff\x2e\x91\xcf\x11"
 _OGG_MAGIC = b"OggS"
@@ -29,20 +29,20 @@ _WRITTEN_FORMATS = {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG"}
 _WRITE_BLOCK = 16_384  # libsndfile's Vorbis encoder puts a whole call's samples on the stack
 
 
-def open_sound(path: str | Path) -> Sound:
-    """The sound of a file: WAV, AIFF, CAF, W64 and Ogg through libsndfile, everything else through FFmpeg.
+def open_audio(path: str | Path) -> Audio:
+    """The audio of a file: WAV, AIFF, CAF, W64 and Ogg through libsndfile, everything else through FFmpeg.
 
     Each reads what it reads better: libsndfile cuts Ogg to the sample, FFmpeg knows FLAC of unknown
-    length and gets over damage. From a file with pictures it is the first audio stream. Only the
+    length and gets over damage. From a file with images it is the first audio stream. Only the
     header and a first block are read; damage further in comes to light while reading.
 
-    Raises PathNotFound when nothing is there, UnusableAudio when it is not a sound that can be read.
+    Raises PathNotFound when nothing is there, UnusableAudio when it is not audio that can be read.
     """
     checked = check_regular_file(path, UnusableAudio)
     with checked.open("rb") as handle:
         start = handle.read(len(_W64_MAGIC))
     if not start.startswith(_LIBSNDFILE_MAGIC):
-        return ContainerSound(checked)
+        return ContainerAudio(checked)
     if start.startswith(_OGG_MAGIC):
         cut = not ogg_is_complete(checked)
         return _open_libsndfile(checked, None, ("is cut short: its last page is missing",) if cut else ())
@@ -52,23 +52,23 @@ def open_sound(path: str | Path) -> Sound:
     check_format(str(checked), header.rate, header.channels)
     if header.size_left_at_zero:
         note = "has a header that says 0 samples (an interrupted recording?); what follows it is used"
-        return ContainerSound(checked, (note,))
+        return ContainerAudio(checked, (note,))
     return _open_libsndfile(checked, header.declared, ())
 
 
-def _open_libsndfile(path: Path, declared: int | None, doubts: tuple[str, ...]) -> Sound:
+def _open_libsndfile(path: Path, declared: int | None, doubts: tuple[str, ...]) -> Audio:
     try:
-        return LibsndfileSound(path, declared, doubts)
+        return LibsndfileAudio(path, declared, doubts)
     except soundfile.LibsndfileError as libsndfile_error:
         try:  # the same containers carry codecs that only FFmpeg knows, such as AAC in CAF
-            return ContainerSound(path, doubts)
+            return ContainerAudio(path, doubts)
         except UnusableAudio as error:
             cause = libsndfile_error.error_string.strip().rstrip(".").lower()
             raise UnusableAudio(f"not an audio file that can be read: {cause}", where=path) from error
 
 
-def sound_from_array(samples: Samples, rate: int, name: str) -> Sound:
-    """A Sound over float32 [n] or [n, channels] samples in memory, which are not copied.
+def audio_from_array(samples: Samples, rate: int, name: str) -> Audio:
+    """A Audio over float32 [n] or [n, channels] samples in memory, which are not copied.
 
     Raises TypeError or ValueError for another type or shape, UnusableAudio for an impossible rate.
     """
@@ -76,10 +76,10 @@ def sound_from_array(samples: Samples, rate: int, name: str) -> Sound:
         raise TypeError(f"samples are {samples.dtype}, float32 is expected")
     if samples.ndim not in (1, 2):
         raise ValueError(f"samples have shape {samples.shape}, [n] or [n, channels] is expected")
-    return ArraySound(samples[:, None] if samples.ndim == 1 else samples, rate, name)
+    return ArrayAudio(samples[:, None] if samples.ndim == 1 else samples, rate, name)
 
 
-def write_sound(
+def write_audio(
     path: str | Path, samples: Samples | Iterable[Samples], rate: int, subtype: str = "PCM_16"
 ) -> None:
     """Write float samples [n] or [n, channels], or an iterable of such blocks, as WAV, FLAC or OGG.
@@ -96,7 +96,7 @@ def write_sound(
     if container is None:
         known = ", ".join(_WRITTEN_FORMATS)
         raise OutputRefused(
-            f"sound is not written as {target.suffix!r}", where=path, fix=f"use one of {known}"
+            f"audio is not written as {target.suffix!r}", where=path, fix=f"use one of {known}"
         )
     if not soundfile.check_format(container, subtype):
         raise OutputRefused(f"{container} cannot hold {subtype} samples", where=path)
@@ -109,7 +109,7 @@ def write_sound(
         raise OutputRefused(f"cannot be written: {error.strerror}", where=path) from error
     try:
         written = len(first)
-        with soundfile.SoundFile(str(target), "w", rate, first.shape[1], subtype, format=container) as handle:
+        with soundfile.AudioFile(str(target), "w", rate, first.shape[1], subtype, format=container) as handle:
             handle.write(first)
             for block in blocks:
                 handle.write(block)

@@ -1,4 +1,4 @@
-"""Still pictures: one RGB array out of whatever people call a picture."""
+"""Still images: one RGB array out of whatever people call an image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import ExifTags, Image
 from avatarctl.errors import UnusableImage
 from avatarctl.media.files import check_regular_file, file_sha256
 
-__all__ = ["BACKGROUND", "Picture", "load_picture", "picture_from_array"]
+__all__ = ["BACKGROUND", "StillImage", "image_from_array", "load_image"]
 
 BACKGROUND = 128
 """The grey level (R = G = B) that shows through transparent pixels: neutral for the models."""
@@ -34,12 +34,12 @@ _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     7: lambda rgb: rgb[::-1, ::-1].swapaxes(0, 1),
     8: lambda rgb: np.rot90(rgb, 1),
 }
-_BAND_PIXELS = 1 << 22  # converted at a time, so that large pictures need little beside themselves
+_BAND_PIXELS = 1 << 22  # converted at a time, so that large images need little beside themselves
 
 
 @dataclass(frozen=True, eq=False)
-class Picture:
-    """An upright picture without transparency.
+class StillImage:
+    """An upright image without transparency.
 
     pixels:   uint8 [H, W, 3], RGB, C-contiguous
     name:     for messages
@@ -53,8 +53,8 @@ class Picture:
     warnings: tuple[str, ...] = ()
 
 
-def load_picture(path: str | Path) -> Picture:
-    """The picture of a PNG, JPEG, WebP, GIF, BMP or TIFF file, recognised by content.
+def load_image(path: str | Path) -> StillImage:
+    """The image of a PNG, JPEG, WebP, GIF, BMP or TIFF file, recognised by content.
 
     EXIF orientation is applied, transparency is composited on grey 128, 16-bit grey is divided by 257
     and rounded, CMYK, grey, palette and bilevel become RGB; of several frames the first is used.
@@ -67,11 +67,11 @@ def load_picture(path: str | Path) -> Picture:
         warnings.simplefilter("always")
         pixels, doubts = _read(checked)
     told = tuple(dict.fromkeys(f"image decoder: {note.message}" for note in caught if _worth_telling(note)))
-    return Picture(pixels, str(path), file_sha256(checked), (*doubts, *told))
+    return StillImage(pixels, str(path), file_sha256(checked), (*doubts, *told))
 
 
-def picture_from_array(pixels: np.ndarray, name: str) -> Picture:
-    """A Picture of uint8 [H, W, 3] RGB pixels in memory.
+def image_from_array(pixels: np.ndarray, name: str) -> StillImage:
+    """A Image of uint8 [H, W, 3] RGB pixels in memory.
 
     Raises TypeError or ValueError for another type or shape, UnusableImage for impossible sizes.
     """
@@ -83,11 +83,11 @@ def picture_from_array(pixels: np.ndarray, name: str) -> Picture:
     contiguous = np.ascontiguousarray(pixels)
     digest = hashlib.sha256(f"{pixels.shape} uint8 ".encode())
     digest.update(contiguous.tobytes())
-    return Picture(contiguous, name, digest.hexdigest())
+    return StillImage(contiguous, name, digest.hexdigest())
 
 
 def _worth_telling(note: warnings.WarningMessage) -> bool:
-    # Large pictures have their own limit here; deprecations are for programmers.
+    # Large images have their own limit here; deprecations are for programmers.
     return not issubclass(note.category, Image.DecompressionBombWarning | DeprecationWarning)
 
 
