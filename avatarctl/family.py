@@ -294,7 +294,7 @@ class Family(Protocol):
 
 
 class FusedFamily(Family, Protocol):
-    """A family whose fused windows are blended in every step."""
+    """A family whose overlapping windows are fused in every step."""
 
     def fuse(self, new: Tensor, written: Tensor, span: Span, step: int, state: Any) -> Tensor:
         """Blend a window's new latents with what earlier windows of this step wrote into its head; both

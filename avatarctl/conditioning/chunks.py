@@ -3,7 +3,7 @@
 A video is sampled in chunks of L pixel frames; each later chunk starts with the last `overlap` frames of
 the one before. Two conventions exist for how audio meets image:
 
-offset 1 (published image-to-video weights): frame 0 is the reference image and hears nothing; audio
+offset 1 (published image-to-video weights): frame 0 is the reference image, driven by nothing; audio
 frame k drives video frame k + 1. The video has A + 1 frames and its soundtrack starts one frame late.
 offset 0 (weights trained by the public fork, and ours): audio frame k drives video frame k; A frames.
 """

@@ -1,4 +1,4 @@
-"""The plan of a video in windows that are blended in every step, in integers.
+"""The plan of a video in windows that are fused in every step, in integers.
 
 The family that uses it names its specification. A video of I latent frames is covered by windows of F, each
 starting F - o frames after the one before; o is the overlap. A window's audio starts 4 * 640 samples into the
@@ -6,11 +6,11 @@ recording for every latent frame before it. Two plans:
 
 whole windows  every frame of audio is kept, I = ceil((A - 1) / 4) + 1 for A = ceil(samples / 640) pixel
                frames, and the last window is moved back until it is as long as the others. A window of f
-               frames hears the (4 f - 3) * 640 samples that it shows. A video shorter than a window has one
+               frames gets the (4 f - 3) * 640 samples that it shows. A video shorter than a window has one
                window of its own length, at least 2 frames, and is cut to A.
 published      A = floor(samples / 640), the rest of the audio is dropped; the last window is as short as
-               what is left. A window hears 4 F * 640 samples, three pixel frames more than it shows, and the
-               last one hears all that is left. Where one window would hold the video the published script
+               what is left. A window gets 4 F * 640 samples, three pixel frames more than it shows, and the
+               last one gets all that is left. Where one window would hold the video the published script
                does not work; here its only window is treated as a last one.
 """
 

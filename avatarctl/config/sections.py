@@ -101,24 +101,25 @@ class Sampling:
 
     steps: int | None = key(None, "sampling steps", low=1, high=1000, from_row=True)
     guidance_scale: float | None = key(
-        None, "guidance by the prompt; 1 runs the conditional pass only", low=0, high=100, from_row=True
+        None, "guidance by the prompt; 1 runs the conditional branch only", low=0, high=100, from_row=True
     )
     audio_guidance_scale: float | None = key(
         None, "guidance by the audio; the same as guidance_scale unless given", low=0, high=100
     )
     guidance_rule: Literal["cfg", "native"] = key(
-        "cfg", "how the passes of a step are combined: classifier-free guidance, or audio native guidance"
+        "cfg", "how the branches of a step are combined: classifier-free guidance, or audio native guidance"
     )
     null_audio: Literal["zero_context", "projected_silence"] = key(
-        "zero_context", "what a pass without audio hears: nothing at all, or silence as the model hears it"
+        "zero_context",
+        "what a branch without audio gets: nothing at all, or silence as the audio encoder encodes it",
     )
     batch_branches: bool | None = key(
         None,
-        "run the passes of a step as one batch, which needs more memory; unless given, where a pass looks at "
+        "run the branches of a step as one batch, which needs more memory; unless given, where a branch has "
         "512 video tokens or fewer: only there small networks gain from it",
     )
     latents_dtype: Literal["float32", "bfloat16"] = key(
-        "float32", "how latents are kept between the steps of windows that are blended"
+        "float32", "how latents are kept between the steps of fused windows"
     )
     guidance_interval: tuple[float, float] | None = key(
         None, "part of the steps that is guided, as two fractions", low=0, high=1, rule=rules.INTERVAL,
@@ -127,7 +128,9 @@ class Sampling:
     shift: float | None = key(None, "shift of the sigma schedule", above=0, high=100, from_row=True)
     solver: Literal["euler", "dpm++", "unipc"] = key("euler", "solver", not_yet=("dpm++", "unipc"))
     cache: Literal["none", "teacache", "first_block", "mag"] = key(
-        "none", "step cache: skip passes that would change little", not_yet=("teacache", "first_block", "mag")
+        "none",
+        "step cache: skip branches that would change little",
+        not_yet=("teacache", "first_block", "mag"),
     )
     cache_threshold: float | None = key(
         None, "how much change the step cache ignores", above=0, high=10, not_yet=ANY
@@ -144,7 +147,7 @@ class LongVideo:
     strategy: Literal["off", "chunks", "fused", "stream"] = key(
         "chunks",
         "off: one window only; chunks: one after another, each continues the last; fused: windows that "
-        "are blended in every step; stream: blocks that attend to what came before; a model offers some",
+        "are fused in every step; stream: blocks that attend to what came before; a model offers some",
     )
     num_frames: int | None = key(
         None, "pixel frames of a chunk or window; wins over max_tokens", low=5, high=MAX_FRAMES,

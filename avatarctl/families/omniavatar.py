@@ -240,10 +240,10 @@ class OmniAvatar:
         _ready_text(dit, state, {name: condition.text[name] for name in texts})
         if state.silence_ready is None and set(branches) - {"full"}:
             state.silence_ready = dit(mode="prepare", audio=torch.zeros_like(features))
-        heard = dit(mode="prepare", audio=features) if "full" in branches else None
+        spoken = dit(mode="prepare", audio=features) if "full" in branches else None
         ready: dict[str, Any] = {}
         for branch in branches:
-            audio = heard if branch == "full" else state.silence_ready
+            audio = spoken if branch == "full" else state.silence_ready
             assert audio is not None
             ready[branch] = PreparedTensors(
                 text=state.text_ready[_BRANCH_TEXT[branch]].text, audio=audio.audio, rotary=state.rotary

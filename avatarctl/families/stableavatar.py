@@ -1,7 +1,7 @@
 """StableAvatar: an image and a voice -> windows over the whole video, cross-faded in every step.
 
 Specification: spec/stableavatar.md c, d, e, f, g. Every window starts from the same image, as the first of
-its frames and as CLIP tokens, and hears its own audio. The audio adapter in the network sees latents and time
+its frames and as CLIP tokens, and gets its own audio. The audio adapter in the network sees latents and time
 step: a window's audio is encoded once, the network listens again in every step.
 """
 
@@ -54,8 +54,8 @@ _BATCHED_TOKENS = 512
 # (height, width) of the published checkpoints (spec f).
 _PUBLISHED_SIZES = ((512, 512), (480, 832), (832, 480))
 
-# What each pass reads and hears: the audio, silence as the network hears it, or nothing at all, not even what
-# the audio adapter makes of the latents. None: as `sampling.null_audio` says.
+# What each branch reads: a prompt, and of audio the job's, encoded silence, or nothing at all, not even
+# what the audio adapter makes of the latents. None: as `sampling.null_audio` says.
 _TEXT: Final[Mapping[str, Literal["prompt", "negative"]]] = {
     "full": "prompt", "negative": "negative", "silent_negative": "negative", "silent": "prompt",
     "unpaired": "prompt",
@@ -166,7 +166,8 @@ class StableAvatar:
             require_offered(cfg, f"{self.name} under compat reference", choices=published)
         if cfg.sampling.guidance_rule == "native" and cfg.sampling.null_audio != "zero_context":
             raise UsageError(
-                "audio native guidance decides itself what its passes hear", where="sampling.null_audio"
+                "audio native guidance decides itself what audio its branches get",
+                where="sampling.null_audio",
             )
 
     def guidance(self, cfg: RunConfig) -> Guidance:
@@ -245,34 +246,34 @@ class StableAvatar:
             state.image_ready = dit(mode="prepare", image=condition.extra["image"])
         for name in {_TEXT[branch] for branch in branches} - state.text_ready.keys():
             state.text_ready[name] = dit(mode="prepare", text=condition.text[name])
-        audios = self._audios(dit, condition.audio["tokens"], frames, branches, state)
+        vocals = self._vocals(dit, condition.audio["tokens"], frames, branches, state)
         ready = {
             branch: replace(
                 state.text_ready[_TEXT[branch]],
                 image=state.image_ready.image,
-                vocal=audios[_AUDIO[branch] or state.null_audio],
+                vocal=vocals[_AUDIO[branch] or state.null_audio],
                 rotary=state.rotary[frames],
             )
             for branch in branches
         }
         return Prepared(shared=state.channels[frames], branch=ready)
 
-    def _audios(
+    def _vocals(
         self, dit: nn.Module, tokens: Tensor, frames: int, branches: Sequence[str], state: _State
     ) -> dict[str, Tensor | None]:
-        """What the passes hear, by name; two passes that hear the same get the same tensor."""
-        heard = {_AUDIO[branch] or state.null_audio for branch in branches}
+        """The audio of the branches, by name; two branches with the same audio share one tensor."""
+        wanted = {_AUDIO[branch] or state.null_audio for branch in branches}
         pixels = pixel_frames(state.padded or frames)
-        audios: dict[str, Tensor | None] = {"nothing": None}
-        if "audio" in heard:
-            audios["audio"] = dit(mode="prepare", vocal=tokens, frames=pixels).vocal
-        if "silence" in heard:
+        vocals: dict[str, Tensor | None] = {"nothing": None}
+        if "audio" in wanted:
+            vocals["audio"] = dit(mode="prepare", vocal=tokens, frames=pixels).vocal
+        if "silence" in wanted:
             key = (tokens.shape[1], frames)
             if key not in state.silence:
                 silence = dit(mode="prepare", vocal=torch.zeros_like(tokens), frames=pixels)
                 state.silence[key] = silence.vocal
-            audios["silence"] = state.silence[key]
-        return audios
+            vocals["silence"] = state.silence[key]
+        return vocals
 
     def predict(
         self,
@@ -321,7 +322,7 @@ def _weights(guidance: Guidance) -> dict[str, float]:
 
 
 def _batched(frames: int, size: tuple[int, int], cfg: RunConfig) -> bool:
-    """Whether the passes of a step run as one batch; frames: latent, of a window; size: height, width."""
+    """Whether the branches of a step run as one batch; frames: latent, of a window; size: height, width."""
     if cfg.sampling.batch_branches is not None:
         return cfg.sampling.batch_branches
     rows, columns = (length // _PIXELS_PER_TOKEN for length in size)

@@ -349,7 +349,7 @@ def _in_memory(name: str, tensor: torch.Tensor, path: Path) -> ArrayTensor:
 
 
 def _torch_load(file: BinaryIO, path: Path, map_location: str | None = None) -> object:
-    """torch.load with weights_only, its warnings unheard and its errors in one line.
+    """torch.load with weights_only, its warnings dropped and its errors in one line.
 
     Broken files lead it to exceptions of every kind (KeyError, AttributeError, AssertionError, ...).
     """

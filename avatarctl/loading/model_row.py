@@ -101,7 +101,7 @@ def _like(held: WeightFile) -> Row:
     if held.layout.family == "wan":
         place = "; this file is found, or named by --weights dit=PATH" if avatars_on(held) else ""
         raise UnusableWeights(
-            f"is {held.variant}, which hears nothing: it has no audio layers",
+            f"is {held.variant}, which has no audio layers",
             where=held.path,
             fix=f"name an avatar model or its adapter by --model{place}",
         )

@@ -147,7 +147,7 @@ def _built_in(row: Row, sources: Sources, dtype: torch.dtype, device: torch.devi
     if sources.loras:
         modules.dit = _with_loras(row, modules.dit, sources, emit)
     dtypes = {"dit": dtype, "text": dtype, "vae": _vae_dtype(dtype, device, emit)}
-    for part in ("dit", "text", "vae", "audio", "image"):  # what hears and sees is always float32
+    for part in ("dit", "text", "vae", "audio", "image"):  # audio and image encoders are always float32
         module = getattr(modules, part)
         if isinstance(module, nn.Module):
             cast(module, dtypes.get(part, torch.float32)).to(device)

@@ -220,7 +220,7 @@ def _warn_of_pretraining(config: Path, held: WeightFile, emit: Emit) -> None:
         why = f"it holds {printable(head)[:100]}" if head else "config.json says Wav2Vec2ForPreTraining"
         emit(
             Notice(
-                f"{held.path} was only pretrained ({why}); published models hear by wav2vec2-base-960h, and "
+                f"{held.path} was only pretrained ({why}); published models use wav2vec2-base-960h, and "
                 "lips may not follow the audio",
                 "warning",
             )
@@ -273,7 +273,7 @@ def _wav2vec_config(folder: Path) -> dict[str, Any]:
         raise UnusableWeights(f"{', '.join(_LISTS)} differ in length", where=path)
     if (step := math.prod(chosen["conv_stride"])) != _AUDIO_STEP:
         raise UnusableWeights(
-            f"conv_stride gives one vector for {step} samples, and published models hear by {_AUDIO_STEP}",
+            f"conv_stride gives one vector for {step} samples, and published models need {_AUDIO_STEP}",
             where=path,
         )
     for name, allowed in _WORDS.items():
@@ -301,7 +301,8 @@ def _read_preprocessor(folder: Path, emit: Emit) -> None:
     fields = read_object(path, _LONGEST_CONFIG) if os.path.lexists(path) else {}
     if fields.get("sampling_rate", SAMPLE_RATE) != SAMPLE_RATE:
         raise UnusableWeights(
-            f"hears {printable(fields['sampling_rate'])[:60]} samples a second, not {SAMPLE_RATE}", where=path
+            f"is for {printable(fields['sampling_rate'])[:60]} samples a second, not {SAMPLE_RATE}",
+            where=path,
         )
     if fields.get("do_normalize", True) is not True:
         # The published features are of normalised audio (spec/omniavatar.md b.2), and so is ours, always.

@@ -107,7 +107,7 @@ def _stereo_mix(channels: int) -> Samples:
 
     Seven channels are 6.1 (FL FR FC LFE BC SL SR) mixed as ITU-R BS.775 has it: centre, back and
     sides 3 dB lower, no bass channel. What more than eight channels mean is not known: each is
-    heard equally on both sides.
+    equally loud on both sides.
     """
     if channels != 7:
         return np.full((channels, 2), 1 / channels, np.float32)

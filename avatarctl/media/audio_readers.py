@@ -1,4 +1,4 @@
-"""Audios as streams of blocks: one class for each place that samples come from."""
+"""Audio as streams of blocks: one class for each place that samples come from."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class ArrayAudio(Audio):
 
 
 class _FileAudio(Audio):
-    """What audios from files share: the path, its hash, and doubts of the latest pass."""
+    """What audio from files shares: the path, its hash, and doubts of the latest pass."""
 
     def __init__(self, path: Path, doubts: tuple[str, ...]) -> None:
         self.name = str(path)
@@ -120,7 +120,7 @@ class _FileAudio(Audio):
         return self._doubts
 
     def _check_unchanged(self) -> None:
-        """Audio is read more than once: another file under its name would be heard with the first
+        """Audio is read more than once: another file under its name would be played with the first
         one's length and level."""
         if _identity(self._path) != self._identity:
             raise UnusableAudio("changed while it was in use", where=self.name)

@@ -1,4 +1,4 @@
-"""Audio as the models hear it (16 kHz mono, by sample position) and as the output plays it."""
+"""Audio as the models read it (16 kHz mono, by sample position) and as the output plays it."""
 
 from __future__ import annotations
 

@@ -64,10 +64,10 @@ def window_tokens(
     Normalised by the window's own moments; what lies behind the recording is silence after that.
     """
     start, stop = window
-    heard = torch.from_numpy(waveform.read(start, min(stop, samples)))
-    variance, mean = torch.var_mean(heard.double(), correction=0)
-    heard = normalise_waveform(heard, float(mean), float(variance))
-    padded = torch.nn.functional.pad(heard, (0, stop - start - len(heard)))
+    piece = torch.from_numpy(waveform.read(start, min(stop, samples)))
+    variance, mean = torch.var_mean(piece.double(), correction=0)
+    piece = normalise_waveform(piece, float(mean), float(variance))
+    padded = torch.nn.functional.pad(piece, (0, stop - start - len(piece)))
     return encoder.tokens(padded.unsqueeze(0).to(device))
 
 
@@ -149,7 +149,7 @@ class AudioFeatures:
     def rows(self, start: int, stop: int) -> Tensor:
         """Features of frames [start, stop): float32 [1, stop - start, width].
 
-        Frames before 0 are all-zero rows (nothing is heard). Calls must not go back in time by more than
+        Frames before 0 are all-zero rows (no audio). Calls must not go back in time by more than
         they overlap: what lies before `start` is dropped. Raises ValueError outside the padded recording.
         """
         if stop > self.frames:

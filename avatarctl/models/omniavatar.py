@@ -184,7 +184,7 @@ class OmniAvatarTransformer(AvatarTransformer):
 
     def _audio_residuals(self, audio: Tensor) -> Tensor:
         """[B, L, A] -> [B, P, T, D]. The first frame is repeated to fill the first latent's group of four:
-        latent 0 hears frame 0 alone, latent g >= 1 the frames 4g - 3 .. 4g."""
+        latent 0 gets frame 0 alone, latent g >= 1 the frames 4g - 3 .. 4g."""
         audio = audio.to(self.audio_proj.proj.weight.dtype)
         packed = self.audio_proj(torch.cat([audio[:, :1].expand(-1, 3, -1), audio], dim=1))
         return torch.stack([projection(packed) for projection in self.audio_cond_projs], dim=1)

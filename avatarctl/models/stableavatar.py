@@ -1,4 +1,4 @@
-"""The StableAvatar diffusion transformer: Wan 2.1 image-to-video that hears in every cross-attention.
+"""The StableAvatar diffusion transformer: Wan 2.1 image-to-video with audio in every cross-attention.
 
 Specification: spec/stableavatar.md a, b. Internal names are those of diffusers, with `attn2.vocal_k` and
 `attn2.vocal_v` added; the projector keeps its original names.
@@ -99,22 +99,22 @@ class ThreefoldAttnProcessor(AvatarAttnProcessor):
 
     def _vocal_attention(self, attn: WanAttention, query: Tensor, vocal: Tensor | None) -> Tensor:
         """Attention to audio [B', G, n, D] of the first B' samples; each of G equal runs of video tokens
-        hears its own n. The other samples hear a context of zeros: every value is then the bias of
+        attends to its own n. The other samples attend to a context of zeros: every value is then the bias of
         `vocal_v`, and so is their mean, whatever the keys. Neither keys nor queries are rotated, and the
         keys have no norm."""
         if vocal is None:
             return attn.vocal_v.bias
         samples, groups = vocal.shape[:2]
         context = rearrange(vocal, "b g n d -> (b g) n d")
-        heard = self.attend(
+        vocals = self.attend(
             rearrange(query[:samples], "b (g s) n d -> (b g) s n d", g=groups),
             attn.vocal_k(context).unflatten(2, (attn.heads, -1)),
             attn.vocal_v(context).unflatten(2, (attn.heads, -1)),
         )
-        heard = rearrange(heard, "(b g) s d -> b (g s) d", g=groups)
+        vocals = rearrange(vocals, "(b g) s d -> b (g s) d", g=groups)
         if samples == len(query):
-            return heard
-        return torch.cat([heard, attn.vocal_v.bias.expand(len(query) - samples, *heard.shape[1:])])
+            return vocals
+        return torch.cat([vocals, attn.vocal_v.bias.expand(len(query) - samples, *vocals.shape[1:])])
 
 
 class VocalBlock(AvatarBlock):
@@ -259,7 +259,7 @@ class StableAvatarTransformer(AvatarTransformer):
         frames: pixel frames that the audio is split for, 4T - 3 unless given.
         padded_frames: latent frames to which the tokens are filled up with zeros, as the published pipeline
         does with a short window; they are attended, and `frames` then counts them.
-        clip_level: every video token hears the audio of the whole clip.
+        clip_level: every video token attends to the audio of the whole clip.
         """
         embedded = _padded(self._embed(hidden_states, timestep), padded_frames)
         _, _, length, height, width = hidden_states.shape
@@ -315,9 +315,9 @@ class StableAvatarTransformer(AvatarTransformer):
     ) -> dict[str, Tensor]:
         """As `_raw`, from prepared tensors, for every guidance branch: they share latents, timestep and grid,
         so these are embedded once, the projector runs once for each prepared `vocal` tensor, and the
-        self-attention of the first block, before which nothing is read or heard, runs once.
+        self-attention of the first block, before which neither text nor audio is read, runs once.
 
-        batched: one pass for all branches, stacked along the batch.
+        batched: one forward pass for all branches, stacked along the batch.
         """
         parts = [part for ready in prepared.values() for part in (ready.text, ready.image, ready.rotary)]
         if any(part is None for part in parts):
@@ -327,7 +327,7 @@ class StableAvatarTransformer(AvatarTransformer):
         for ready in prepared.values():
             if ready.vocal is not None and id(ready.vocal) not in contexts:
                 contexts[id(ready.vocal)] = self._project(embedded, ready.vocal)
-        heard = {name: contexts.get(id(ready.vocal)) for name, ready in prepared.items()}
+        vocals = {name: contexts.get(id(ready.vocal)) for name, ready in prepared.items()}
         table = next(iter(prepared.values())).rotary
         assert table is not None  # checked above
         rotary = _padded_rotary(table, embedded)
@@ -336,13 +336,13 @@ class StableAvatarTransformer(AvatarTransformer):
 
         def run(names: Sequence[str]) -> Tensor:
             return self._branches(
-                embedded, rotary, [prepared[name] for name in names], [heard[name] for name in names]
+                embedded, rotary, [prepared[name] for name in names], [vocals[name] for name in names]
             )
 
         if not batched:
             return {name: run([name]) for name in prepared}
-        # Those with audio first: blocks let the rest of a batch hear none.
-        order = sorted(prepared, key=lambda name: heard[name] is None)
+        # Those with audio first: blocks give the rest of a batch no audio.
+        order = sorted(prepared, key=lambda name: vocals[name] is None)
         stacked = run(order)
         velocities = dict(zip(order, stacked.chunk(len(order)), strict=True))
         return {name: velocities[name] for name in prepared}
@@ -352,10 +352,10 @@ class StableAvatarTransformer(AvatarTransformer):
         embedded: Embedded,
         rotary: Tensor,
         readies: Sequence[PreparedStable],
-        heard: Sequence[Tensor | None],
+        vocals: Sequence[Tensor | None],
     ) -> Tensor:
-        """One pass for branches that are stacked along the batch, those without audio last, from the tokens
-        behind the first self-attention."""
+        """One forward pass for stacked branches, those without audio last, from the tokens behind the first
+        self-attention."""
         if (times := len(readies)) > 1:
             embedded = replace(
                 embedded,
@@ -363,8 +363,8 @@ class StableAvatarTransformer(AvatarTransformer):
                 time=embedded.time.repeat(times, 1),
                 modulation=embedded.modulation.repeat(times, 1, 1),
             )
-        audios = [context for context in heard if context is not None]
-        vocal = torch.cat(audios) if audios else None
+        given = [context for context in vocals if context is not None]
+        vocal = torch.cat(given) if given else None
         return self._run(embedded, rotary, vocal, readies=readies, is_mixed=True)
 
     def _text(self, text: Tensor) -> Tensor:
@@ -374,7 +374,7 @@ class StableAvatarTransformer(AvatarTransformer):
         return self.condition_embedder.image_embedder(image.to(self._compute_dtype))
 
     def _project(self, embedded: Embedded, audio: Tensor) -> Tensor:
-        """Windows of audio [B, F, n, D] -> what the blocks hear, [B, F, n, D]."""
+        """Windows of audio [B, F, n, D] -> what the blocks attend to, [B, F, n, D]."""
         frames = embedded.tokens.shape[1] // math.prod(embedded.grid[1:])
         if audio.shape[1] != frames:
             # Any divisor of the token count would be accepted below, and audio would meet other frames.

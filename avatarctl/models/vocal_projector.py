@@ -22,7 +22,7 @@ _MARGIN = 4  # tokens that every window is widened by, on both sides
 
 
 def vocal_windows(tokens: int, frames: int) -> tuple[Tensor, Tensor]:
-    """Which of `tokens` audio tokens each latent frame of `frames` pixel frames hears (spec b.1).
+    """Which of `tokens` audio tokens each latent frame of `frames` pixel frames gets (spec b.1).
 
     Returns indices int64 [F, n] and valid bool [F, n]. Tokens outside the audio are left out, so the others
     stand at the front of the row even where the missing ones would have stood before them. Indices of places
@@ -130,7 +130,7 @@ class ProjectorHead(nn.Module):
 
 
 class VocalProjector(nn.Module):
-    """Windows of audio tokens -> what the blocks of the transformer hear."""
+    """Windows of audio tokens -> what the blocks of the transformer attend to."""
 
     def __init__(
         self,

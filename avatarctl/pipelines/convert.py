@@ -144,8 +144,8 @@ def plan_conversion(request: ConvertRequest, emit: Emit) -> ConvertPlan:
     did += [step.line for step in steps]
     if weight_file.audio_offset_assumed:
         did.append(
-            f"audio offset {weight_file.audio_offset} is assumed, not written: {weight_file.audio_offset_rule} "
-            "(--audio-offset states it)"
+            f"audio offset {weight_file.audio_offset} is assumed, not written: "
+            f"{weight_file.audio_offset_rule} (--audio-offset states it)"
         )
     operations += [step.operation for step in steps if step.operation]
     operations.append({"operation": "write", "to": request.to, "source": plain_name(source)})

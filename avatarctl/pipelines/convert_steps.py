@@ -58,7 +58,7 @@ def plain_name(weight_file: WeightFile) -> str:
 def state_audio_offset(weight_file: WeightFile, offset: int) -> Step:
     """A person's word for what no tensor tells: which frame a frame of audio drives.
 
-    Raises UsageError for a network that hears nothing.
+    Raises UsageError for a network without audio layers.
     """
     if weight_file.audio_offset is None:
         raise UsageError(f"{weight_file.variant} has no audio layers", where="--audio-offset")

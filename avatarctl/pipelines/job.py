@@ -56,7 +56,7 @@ class JobPlan:
 
     @property
     def samples(self) -> int:
-        """Samples at 16 kHz that the model hears."""
+        """Samples at 16 kHz that drive the model."""
         return self.lead_samples + self.survey.samples
 
     @property
@@ -102,8 +102,8 @@ def check_job(cfg: RunConfig, row: Row, job: Job, emit: Emit) -> JobPlan:
     require_supported(cfg, "infer")
     family = family_named(row.family)
     emit(Stage("reading the audio"))
-    heard = survey(job.audio)
-    for material, warnings in ((job.image, job.image.warnings), (job.audio, heard.warnings)):
+    surveyed = survey(job.audio)
+    for material, warnings in ((job.image, job.image.warnings), (job.audio, surveyed.warnings)):
         for warning in warnings:
             emit(Notice(f"{material.name}: {warning}", "warning"))
     image = job.image.pixels.shape[:2]
@@ -116,9 +116,9 @@ def check_job(cfg: RunConfig, row: Row, job: Job, emit: Emit) -> JobPlan:
         asked = cfg.model.audio_offset
         emit(Notice(f"{row.name} was made with audio offset {stated}; {asked} moves the lips", "warning"))
     lead = round(cfg.output.lead_silence * SAMPLE_RATE)
-    mean, variance = _with_silence(heard, lead)
-    _require_a_frame(lead + heard.samples, job.audio.name)
-    plan = family.plan(lead + heard.samples, cfg)
+    mean, variance = _with_silence(surveyed, lead)
+    _require_a_frame(lead + surveyed.samples, job.audio.name)
+    plan = family.plan(lead + surveyed.samples, cfg)
     if doubt := _misfit(image, (height, width), cfg, row):
         emit(Notice(f"{job.image.name}: {doubt}", "warning"))
     for notice in family.notices(cfg):
@@ -135,7 +135,7 @@ def check_job(cfg: RunConfig, row: Row, job: Job, emit: Emit) -> JobPlan:
         cfg=cfg,
         family=family,
         plan=plan,
-        survey=heard,
+        survey=surveyed,
         lead_samples=lead,
         mean=mean,
         variance=variance,
@@ -166,10 +166,10 @@ def _require_a_frame(samples: int, name: str) -> None:
         )
 
 
-def _with_silence(heard: AudioSurvey, lead: int) -> tuple[float, float]:
+def _with_silence(surveyed: AudioSurvey, lead: int) -> tuple[float, float]:
     """Mean and population variance of `lead` zeros followed by the audio."""
     if lead == 0:
-        return heard.mean, heard.variance
-    share = heard.samples / (heard.samples + lead)
-    mean = heard.mean * share
-    return mean, (heard.variance + heard.mean**2) * share - mean**2
+        return surveyed.mean, surveyed.variance
+    share = surveyed.samples / (surveyed.samples + lead)
+    mean = surveyed.mean * share
+    return mean, (surveyed.variance + surveyed.mean**2) * share - mean**2

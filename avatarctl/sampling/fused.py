@@ -1,4 +1,4 @@
-"""Long video as fused windows that are blended in every step.
+"""Long video as overlapping windows that are fused in every step.
 
     for (window, step) in order: x = latents of the step before; latents = fuse(Euler(predict(x)))
 

@@ -1,8 +1,8 @@
-"""Guidance: which passes a step runs, and how their predictions are summed.
+"""Guidance: which branches a step runs, and how their predictions are summed.
 
-A rule gives the weight of each pass by name; a family chooses its rules. The guided velocity is the weighted
-sum; the weights sum to 1 and a pass of weight zero is not run. t and a are the guidance scales of text and
-audio (a = t unless given).
+A rule gives the weight of each branch by name; a family chooses its rules. The guided velocity is the
+weighted sum; the weights sum to 1 and a branch of weight zero is not run. t and a are the guidance scales of
+text and audio (a = t unless given).
 
     text first    v_negative + t (v_silent - v_negative) + a (v_full - v_silent)
                   full: prompt and audio; silent: prompt, no audio; negative: negative prompt, no audio

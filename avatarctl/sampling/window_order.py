@@ -1,10 +1,10 @@
 """In which order the windows of a fused video go through the steps.
 
-A window reads at step i + 1 what all windows that overlap it wrote at step i, and is blended with what the
+A window reads at step i + 1 what all windows that overlap it wrote at step i, and is fused with what the
 window before it wrote at step i + 1. Every order that respects both gives the same numbers, bit for bit. With
 at most M later windows overlapping one, S steps and W windows:
 
-    step       window passes before the first frames are final: (S - 1) W + 1; windows alive: W
+    step       window steps before the first frames are final: (S - 1) W + 1; windows alive: W
     wavefront  S + M S (S - 1) / 2; at most min(M (S - 1) + 1, W)
 """
 

@@ -131,7 +131,7 @@ class WeightLayout:
     conventions: what the published weights were made with (`avatarctl.family.Conventions`), the audio offset
                 excepted, which differs from file to file. The family object says the same; asking it imports
                 torch.
-    offsets:  how the audio offset of a file is told, first match; none for networks that hear nothing.
+    offsets:  how the audio offset of a file is told, first match; none for networks without audio.
     bases:    what an adapter of this family changes, None where there are no such adapters.
     scripts:  the published ones, None where none is known.
     repository: of the published code.

@@ -81,7 +81,7 @@ def _block(block: str, sizes: Sizes) -> Shapes:
 
 
 def omniavatar_shapes(sizes: Sizes) -> Shapes:
-    """A Wan transformer with AudioPack and one projection for each layer that hears (omniavatar.md a.4)."""
+    """A Wan transformer with AudioPack and one projection per layer that takes audio (omniavatar.md a.4)."""
     hidden = sizes.audio_hidden_size
     # No image encoder: the avatar's image comes as input channels (a.2).
     shapes = wan_shapes(replace(sizes, image_dim=0)) | _linear(

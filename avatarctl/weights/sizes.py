@@ -35,7 +35,7 @@ def read_sizes(shapes: Mapping[str, Shape], names: Iterable[str]) -> Sizes:
     names = list(names)
     layers = _count(_BLOCK, names)
     if with_audio := _count(_AUDIO_LAYER, names):
-        # One projection for each layer that hears: L // 2 - 1 of them.
+        # One projection for each layer that takes audio: L // 2 - 1 of them.
         layers = layers if layers // 2 - 1 >= with_audio else 2 * (with_audio + 1)
     images = any("_img" in name for name in names)
 

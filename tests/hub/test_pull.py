@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants, hf_hub_download, scan_cache_dir
-from tests.weights.conftest import CONFIG, WEIGHTS
 
 from avatarctl.errors import Interrupted
 from avatarctl.hub.locate import locate, snapshots
 from avatarctl.hub.pull import plan_pull, run_pull
 from avatarctl.loading.needs import wanted_by_names
 from avatarctl.registry import find
+from tests.hub.conftest import CONFIG, WEIGHTS
 from tests.hub.hub_server import Break, HubServer, Repo, Status, Wrong, digest_of
 from tests.hub.pulling import FILES, NAME, REPO, error_of, incomplete, models
 

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.weights.conftest import WEIGHTS
 
+from tests.hub.conftest import WEIGHTS
 from tests.hub.hub_server import HubServer, Slow
 from tests.hub.pulling import NAME, incomplete
 

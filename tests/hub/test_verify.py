@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants, hf_hub_download
-from tests.weights.conftest import CONFIG, WEIGHTS
 
+from tests.hub.conftest import CONFIG, WEIGHTS
 from tests.hub.hub_server import HubServer
 from tests.hub.test_pull import FILES, NAME, REPO, error_of, models
 

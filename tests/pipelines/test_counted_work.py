@@ -141,8 +141,11 @@ def test_every_call_of_windows_is_needed(branches: str, batched: bool, order: st
 
 def test_silence_as_the_model_hears_it_is_projected_once_per_job() -> None:
     small = (
-        "long_video.num_frames=9", "long_video.overlap_frames=5", "sampling.batch_branches=false", *guided("3")
-    )  # fmt: skip
+        "long_video.num_frames=9",
+        "long_video.overlap_frames=5",
+        "sampling.batch_branches=false",
+        *guided("3"),
+    )
     _, nothing = work(settings(WINDOWS, *small), 640 * 21)
     _, silence = work(settings(WINDOWS, *small, "sampling.null_audio=projected_silence"), 640 * 21)
     more = Counter(silence) - Counter(nothing)
