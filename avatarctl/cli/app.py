@@ -29,7 +29,7 @@ from avatarctl.errors import (
     printable,
 )
 
-__all__ = ["CommandGroup", "app", "main"]
+__all__ = ["CommandGroup", "app", "main", "one_line"]
 
 _UNREACHABLE = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
 """What the system says about a person's path already when it is looked at."""
@@ -147,7 +147,7 @@ def _known(error: BaseException) -> AvatarctlError | None:
     if isinstance(error, AvatarctlError):
         return error
     if isinstance(error, click.ClickException):
-        return UsageError(_one_line(error))
+        return UsageError(one_line(error))
     if isinstance(error, (click.Abort, KeyboardInterrupt, _Stopped)):
         return Interrupted("interrupted")
     if isinstance(error, OSError) and error.errno in _UNREACHABLE and error.filename is not None:
@@ -166,7 +166,8 @@ def _is_of_a_result(error: OSError) -> bool:
     return any(frame.f_code is click.echo.__code__ for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
-def _one_line(error: click.ClickException) -> str:
+def one_line(error: click.ClickException) -> str:
+    """What click says, as one line in the style of ours."""
     message = " ".join(error.format_message().split())
     return printable(message[:1].lower() + message[1:].rstrip("."))
 

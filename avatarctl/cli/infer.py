@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,8 +42,22 @@ Examples:
 """
 
 
+def _row(name: str) -> Row:
+    """The row of a registry name, which needs no weights room, or of a file."""
+    if name in ROWS:
+        return find_model(name)
+    from avatarctl.loading.model_row import row_named
+
+    return row_named(name)
+
+
+def _read(params: Mapping[str, Any]) -> Request:
+    return read_request("infer", params, lambda name: _row(name).for_config, COMPAT, DEFAULT_MODEL)
+
+
 @click.command(
     cls=ConfigCommand,
+    read=_read,
     epilog=EXAMPLES,
     context_settings={"help_option_names": ["-h", "--help"]},
     short_help="Make a talking video from an image and a voice.",
@@ -55,7 +69,7 @@ def infer(**params: Any) -> None:
     Without --model it is the built-in cartoon model, and without --image or --audio its built-in face and
     voice. The path of the video is printed on standard output.
     """
-    request = read_request("infer", params, lambda name: _row(name).for_config, COMPAT, DEFAULT_MODEL)
+    request = _read(params)
     cfg = request.resolved.cfg
     require_supported(cfg, "infer", request.resolved.origins)
     assert cfg.model.name is not None
@@ -75,15 +89,6 @@ def infer(**params: Any) -> None:
             _dry_run(request, row, job, sources, screen)
         else:
             _run(request, row, job, sources, screen)
-
-
-def _row(name: str) -> Row:
-    """The row of a registry name, which needs no weights room, or of a file."""
-    if name in ROWS:
-        return find_model(name)
-    from avatarctl.loading.model_row import row_named
-
-    return row_named(name)
 
 
 def _introduction(request: Request, row: Row) -> list[str]:

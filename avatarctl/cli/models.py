@@ -135,7 +135,7 @@ def _facts(row: Row) -> Iterator[tuple[str, Any]]:
 PULL_EXAMPLES = f"""\b
 Examples:
   avatarctl models pull {EXAMPLE_MODEL}
-  avatarctl models pull --for 'train v2v --model {EXAMPLE_MODEL} --aux sync,lpips' --dry-run
+  avatarctl models pull --for 'infer --model {EXAMPLE_MODEL} --lora someone/loras/style.safetensors' --dry-run
   avatarctl models pull someone/loras/style.safetensors --weights-root ~/weights
 """
 
@@ -165,14 +165,15 @@ def pull_models(
     (org/name, org/name/path). Files that are on this disk already are not fetched again. Sizes and licences
     are shown first; every file is checked; what was interrupted goes on where it stopped.
     """
-    from avatarctl.cli.options import words_of
+    from avatarctl.cli.typed import read_typed
     from avatarctl.hub.pull import plan_pull, run_pull
-    from avatarctl.loading.needs import Wants, wanted_by_names, wanted_for
+    from avatarctl.loading.needs import needs, wanted_by_names
 
     if not names and command is None:
         raise UsageError("nothing is named", fix="give names, or a command with --for")
-    of_command = wanted_for(command, words_of) if command is not None else Wants((), ())
-    wants = wanted_by_names(names) + of_command
+    wants = wanted_by_names(names)
+    if command is not None:
+        wants += needs(read_typed(command).resolved.cfg)
     _quiet_hub()
     with Screen("info") as screen:
         plan = plan_pull(wants, _root(weights_root), screen)

@@ -29,7 +29,7 @@ from avatarctl.config.values import kind_of
 from avatarctl.errors import ConfigError
 from avatarctl.registry import ROWS
 
-__all__ = ["EXAMPLE_MODEL", "ConfigCommand", "Request", "config_options", "read_request", "words_of"]
+__all__ = ["EXAMPLE_MODEL", "ConfigCommand", "Request", "config_options", "read_request"]
 
 SHORT_FORMS: Final[Mapping[str, tuple[str, ...]]] = {
     "model.name": ("--model",),
@@ -86,7 +86,14 @@ class KeyOption(click.Option):
 
 
 class ConfigCommand(Command):
-    """A command whose help lists its options by section."""
+    """A command on a RunConfig; its help lists its options by section.
+
+    read: makes the request out of the parsed parameters; `models pull --for` asks it as well.
+    """
+
+    def __init__(self, *args: Any, read: Callable[[Mapping[str, Any]], Request], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.read = read
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {title: [] for title in TITLES.values()}
@@ -105,16 +112,6 @@ def config_options(command: str) -> list[click.Parameter]:
     """An option for every key that `command` reads, and the common options; for `click.command(params=)`."""
     of_keys = [_option(spec) for spec in keys().values() if spec.section in COMMAND_SECTIONS[command]]
     return [*of_keys, *_size_options(), *_common_options()]
-
-
-def words_of(command: str) -> dict[str, bool]:
-    """Every option that `command` takes -> whether a value follows it. A command that does not exist yet
-    takes those of all keys."""
-    sections = COMMAND_SECTIONS.get(command)
-    specs = [spec for spec in keys().values() if sections is None or spec.section in sections]
-    options = [*map(_option, specs), *_size_options(), *_common_options()]
-    words = ((word, option) for option in options for word in (*option.opts, *option.secondary_opts))
-    return {word: not option.is_flag for word, option in words} | {"-h": False, "--help": False}
 
 
 def _size_options() -> list[click.Option]:

@@ -12,7 +12,7 @@ from avatarctl.errors import ConfigError, PathNotFound, WeightsMissing
 from avatarctl.files.named_path import expanded
 from avatarctl.hub.locate import locate_hub_name, read_hub_name
 
-__all__ = ["Lora", "absolute_lora", "find_lora", "split_scale"]
+__all__ = ["Lora", "absolute_lora", "find_here", "find_lora", "split_scale"]
 
 _SCALED: Final = re.compile(r"(?P<path>.+):(?P<scale>[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?)", re.ASCII)
 _SUFFIXES: Final = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
@@ -43,10 +43,10 @@ def find_lora(text: str, weights_root: str | None) -> Lora:
 
     Raises PathNotFound for a path, WeightsMissing with the command that fetches it for a hub name.
     """
-    if (whole := _here(text)) is not None:  # a file may be called `a:1`
+    if (whole := find_here(text)) is not None:  # a file may be called `a:1`
         return Lora(whole, 1.0)
     name, strength = split_scale(text)
-    if (here := _here(name)) is not None:
+    if (here := find_here(name)) is not None:
         return Lora(here, strength)
     hub_name = read_hub_name(name)
     if hub_name is None or (not hub_name.path and name.endswith(_SUFFIXES)):
@@ -63,12 +63,13 @@ def find_lora(text: str, weights_root: str | None) -> Lora:
 
 def absolute_lora(text: str) -> str:
     """`text` so that it means the same from every folder; a hub name stays as it is."""
-    name = text if _here(text) is not None else split_scale(text)[0]
-    here = _here(name)
+    name = text if find_here(text) is not None else split_scale(text)[0]
+    here = find_here(name)
     return text if here is None else f"{here.absolute()}{text[len(name) :]}"
 
 
-def _here(name: str) -> Path | None:
+def find_here(name: str) -> Path | None:
+    """The file or folder of this name on this disk, None where there is none."""
     path = expanded(name)
     try:
         return path if path.exists() else None
