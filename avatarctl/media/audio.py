@@ -109,7 +109,7 @@ def write_audio(
         raise OutputRefused(f"cannot be written: {error.strerror}", where=path) from error
     try:
         written = len(first)
-        with soundfile.AudioFile(str(target), "w", rate, first.shape[1], subtype, format=container) as handle:
+        with soundfile.SoundFile(str(target), "w", rate, first.shape[1], subtype, format=container) as handle:
             handle.write(first)
             for block in blocks:
                 handle.write(block)

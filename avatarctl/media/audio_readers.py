@@ -161,11 +161,11 @@ class LibsndfileAudio(_FileAudio):
         if self._declared is not None and present < self._declared:
             self._doubts = (*self._known, cut_short(self._declared, present))
 
-    def _open(self) -> soundfile.AudioFile:
+    def _open(self) -> soundfile.SoundFile:
         # By descriptor: given a name, soundfile would judge by the extension ("x.raw") as well.
-        return soundfile.AudioFile(os.open(self._path, os.O_RDONLY | os.O_CLOEXEC), closefd=True)
+        return soundfile.SoundFile(os.open(self._path, os.O_RDONLY | os.O_CLOEXEC), closefd=True)
 
-    def _read(self, handle: soundfile.AudioFile, present: int) -> Samples:
+    def _read(self, handle: soundfile.SoundFile, present: int) -> Samples:
         try:
             block: Samples = handle.read(BLOCK_SAMPLES, dtype="float32", always_2d=True)
         except soundfile.LibsndfileError as error:

@@ -267,7 +267,7 @@ def test_long_compressed_silence_in_little_memory(here: Path, forks: Forks) -> N
     audio = HOSTILE / "audio" / "flac_bomb_25min_8ch.flac"
     if not audio.is_file():
         audio = here.parent / "bomb.flac"
-        with soundfile.AudioFile(audio, "w", 48_000, 8, "PCM_16") as file:
+        with soundfile.SoundFile(audio, "w", 48_000, 8, "PCM_16") as file:
             for _ in range(25 * 60):
                 file.write(np.zeros((48_000, 8), np.int16))
     words = ("infer", "--dry-run", "--json", "--audio", str(audio))

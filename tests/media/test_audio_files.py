@@ -109,7 +109,7 @@ def test_formats_at_their_right_level(
 ) -> None:
     samples = voice(3.0, 48_000, channels)
     path = tmp_path / "audio.bin"  # the name says nothing
-    with soundfile.AudioFile(path, "w", 48_000, channels, subtype, format=container) as handle:
+    with soundfile.SoundFile(path, "w", 48_000, channels, subtype, format=container) as handle:
         for start in range(0, len(samples), 10_000):
             handle.write(samples[start : start + 10_000])
     audio = open_audio(path)
