@@ -1,4 +1,5 @@
-"""The pins hold what an installation needs, all of it and nothing that breaks it, and make uses them."""
+"""The pins hold what an installation needs, all of it and nothing that breaks it, and make uses them. What is
+built from the checkout carries its licence."""
 
 from __future__ import annotations
 
@@ -7,7 +8,10 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import tarfile
 import tomllib
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,6 +93,34 @@ def test_commands_of_the_readme_and_the_makefile_name_the_pinned_torch() -> None
     for file in ("README.md", "Makefile"):
         named = re.findall(r"torch==([0-9.]+[0-9])", (ROOT / file).read_text(encoding="utf-8"))
         assert named and set(named) == {str(PINS["torch"])}, file
+
+
+def test_the_licence_is_stated_and_travels_with_what_is_built(tmp_path: Path) -> None:
+    """In the metadata and as whole texts, in the wheel and in the source archive."""
+    checkout, built = tmp_path / "checkout", tmp_path / "built"
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for folder in ("avatarctl", "configs"):
+        shutil.copytree(ROOT / folder, checkout / folder, ignore=ignore)
+    files = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "constraints.txt", "LICENSE", "NOTICE")
+    for file in files:
+        shutil.copyfile(ROOT / file, checkout / file)
+    built.mkdir()
+    build = "from setuptools import build_meta as b; b.build_sdist('../built'); b.build_wheel('../built')"
+    subprocess.run([sys.executable, "-c", build], cwd=checkout, check=True, capture_output=True)
+
+    (wheel,), (source,) = built.glob("*.whl"), built.glob("*.tar.gz")
+    base = source.name.removesuffix(".tar.gz")
+    with zipfile.ZipFile(wheel) as archive, tarfile.open(source) as sources:
+        metadata = archive.read(f"{base}.dist-info/METADATA").decode().splitlines()
+        for name in ("LICENSE", "NOTICE"):
+            text = (ROOT / name).read_bytes()
+            assert archive.read(f"{base}.dist-info/licenses/{name}") == text
+            member = sources.extractfile(f"{base}/{name}")
+            assert member is not None and member.read() == text
+    for line in ("License-Expression: Apache-2.0", "License-File: NOTICE", "Author: avatarctl contributors"):
+        assert line in metadata
+    licence = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert "Version 2.0, January 2004" in licence and "END OF TERMS AND CONDITIONS" in licence
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed; the README has the commands")
