@@ -199,15 +199,8 @@ def test_they_ship_in_the_wheel_and_are_found_there(tmp_path: Path) -> None:
     """
     tree, target = tmp_path / "tree", tmp_path / "target"
     tree.mkdir()
-    for name in (
-        "pyproject.toml",
-        "setup.py",
-        "MANIFEST.in",
-        "README.md",
-        "constraints.txt",
-        "LICENSE",
-        "NOTICE",
-    ):
+    files = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "constraints.txt", "LICENSE", "NOTICE")
+    for name in files:
         shutil.copyfile(ROOT / name, tree / name)
     for name in ("avatarctl", "configs"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
