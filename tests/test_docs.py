@@ -19,9 +19,10 @@ def test_the_library_example_runs_as_printed(
     assert "hello.mp4 25" in capsys.readouterr().out
 
 
-def test_files_named_in_the_architecture_exist() -> None:
+@pytest.mark.parametrize("page", ["architecture.md", "contributing.md"])
+def test_files_named_in_the_house_exist(page: str) -> None:
     """A page about the house that names rooms which are not there misleads more than none."""
-    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     rooms = {path.name for path in (ROOT / "avatarctl").rglob("*") if "__pycache__" not in path.parts}
     named = set(re.findall(r"`([a-z_0-9]+\.py)`", text))
     assert named and named <= rooms, f"not in the house: {sorted(named - rooms)}"
