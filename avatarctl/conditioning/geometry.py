@@ -88,7 +88,7 @@ def fit_image(image: Tensor, target: tuple[int, int]) -> Tensor:
 
 
 def chunk_frames(max_tokens: int, height: int, width: int) -> int:
-    """Pixel frames of a chunk under a token budget, always 4n + 1 (spec f.4).
+    """Pixel frames of a chunk under a token budget, always 4n + 1 (spec/omniavatar.md f.3 point 4).
 
     The divisions run left to right in float64 and are truncated once, as published.
     """

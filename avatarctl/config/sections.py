@@ -2,7 +2,7 @@
 
 All sections and keys exist and are validated whoever uses them; a command declares the sections it
 reads. A field that is None and marked `from_row` takes its value from the model's registry row.
-Sources of the numbers: the reference's published configuration (spec 0) and its trainer (g.4, g.5).
+Sources of the numbers: a published configuration and trainer (spec/omniavatar.md 0, g.4, g.5).
 """
 
 from __future__ import annotations

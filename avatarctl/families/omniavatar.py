@@ -161,7 +161,8 @@ class OmniAvatar:
         )
 
     def guidance(self, cfg: RunConfig) -> Guidance:
-        """The scales of a run. The reference drops audio guidance when text guidance is 1 (spec f.5)."""
+        """The scales of a run. The reference drops audio guidance when text guidance is 1
+        (spec/omniavatar.md f.5)."""
         text, audio = cfg.sampling.guidance_scale, cfg.sampling.audio_guidance_scale
         assert text is not None
         if cfg.model.compat == "reference" and text == 1:

@@ -51,7 +51,7 @@ _PIXELS_PER_TOKEN = 2 * _PIXELS_PER_LATENT  # patches of 2 x 2
 # nothing is gained. Measured on a CPU, see docs/benchmarks.md.
 _BATCHED_TOKENS = 512
 
-# (height, width) of the published checkpoints (spec f).
+# (height, width) of the published checkpoints (spec/stableavatar.md f).
 _PUBLISHED_SIZES = ((512, 512), (480, 832), (832, 480))
 
 # What each branch reads: a prompt, and of audio the job's, encoded silence, or nothing at all, not even
@@ -302,7 +302,7 @@ class StableAvatar:
 
     def fuse(self, new: Tensor, written: Tensor, span: Span, step: int, state: _State) -> Tensor:
         """The earlier window owns the first shared frame, the later one the last; in the first step, and
-        without an overlap, the later one owns them all (spec e.2)."""
+        without an overlap, the later one owns them all (spec/stableavatar.md e.2)."""
         shared = written.shape[2]
         if shared == 0 or step == 0 or state.overlap == 0:
             return new

@@ -201,7 +201,7 @@ _HEADS: Final = ("lm_head.", *_PRETRAINING)
 """What stands behind the encoder in published files: the recogniser's head and what pretraining needed."""
 
 _UNUSED: Final = ("masked_spec_embed",)
-"""Replaces masked steps while a model is trained; in evaluation mode nothing is masked (spec b.8)."""
+"""Replaces masked steps in training; in evaluation mode nothing is masked (spec/omniavatar.md b.8)."""
 
 # Weight normalisation as torch wrote it before 2.0, and as its parametrisation is called now.
 _RENAMED: Final = {

@@ -27,7 +27,7 @@ class AudioSurvey:
 
     samples:        length at 16 kHz mono, exactly as many as `Waveform` delivers without its lead
     native_samples: length at the audio's own rate
-    mean, variance: of the 16 kHz mono signal, float64, population variance (spec b.2)
+    mean, variance: of the 16 kHz mono signal, float64, population variance (spec/omniavatar.md b.2)
     peak:           the largest magnitude among all native samples
     warnings:       doubts that a person should read, without the file's name
     """

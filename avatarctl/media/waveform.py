@@ -16,7 +16,7 @@ from avatarctl.media.audio_readers import BLOCK_SAMPLES, Audio, Samples
 __all__ = ["MODEL_RATE", "Soundtrack", "Waveform", "model_signal"]
 
 MODEL_RATE = 16_000
-"""Samples per second that the audio encoders expect (Wav2Vec2: spec b.1)."""
+"""Samples per second that the audio encoders expect (Wav2Vec2: spec/omniavatar.md b.1)."""
 
 _KEPT = 3 * MODEL_RATE  # what is kept behind a request, whatever its length
 
@@ -37,7 +37,7 @@ def _to_mono(block: Samples) -> Samples:
 def model_signal(blocks: Iterable[Samples], rate: int) -> Iterator[Samples]:
     """Blocks [n, channels] at `rate` as blocks [m] of 16 kHz mono, aligned with the input.
 
-    soxr in its HQ setting (what librosa uses, spec b.1), streaming, float32: the concatenation equals
+    soxr in its HQ setting (librosa's, spec/omniavatar.md b.1), streaming, float32: the concatenation equals
     `soxr.resample` of the whole to the bit, in values and in length. 16 kHz mono passes unchanged.
     """
     if rate == MODEL_RATE:

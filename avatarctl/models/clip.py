@@ -18,7 +18,7 @@ from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 
 __all__ = ["ClipImageEncoder", "clip_config"]
 
-# Of CLIP's training images, red, green, blue in [0, 1] (spec f).
+# Of CLIP's training images, red, green, blue in [0, 1] (spec/stableavatar.md f).
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -50,7 +50,7 @@ class _Embeddings(CLIPVisionEmbeddings):
 class ClipImageEncoder(CLIPVisionModel):
     """`CLIPVisionModel` without its last layer and the norm behind it, behind the `ImageEncoder` protocol.
 
-    Build it from `clip_config`. Weights are float32 under any run dtype (spec f).
+    Build it from `clip_config`. Weights are float32 under any run dtype (spec/stableavatar.md f).
     """
 
     def __init__(self, config: CLIPVisionConfig) -> None:

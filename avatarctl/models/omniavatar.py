@@ -25,7 +25,7 @@ __all__ = ["AudioPack", "OmniAvatarTransformer", "PreparedTensors"]
 
 
 class AudioPack(nn.Module):
-    """Four consecutive audio frames -> one vector per latent frame (spec a.4)."""
+    """Four consecutive audio frames -> one vector per latent frame (spec/omniavatar.md a.4)."""
 
     def __init__(self, audio_width: int, hidden_size: int) -> None:
         super().__init__()

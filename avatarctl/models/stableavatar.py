@@ -46,7 +46,7 @@ class PreparedStable:
 
 
 class ExactSinusoid(nn.Module):
-    """Timesteps [B] -> float32 [B, width], cosines then sines (spec a.4 point 3).
+    """Timesteps [B] -> float32 [B, width], cosines then sines (spec/stableavatar.md a.4 point 3).
 
     Angles are float64: the parent's float32 is wrong by 2e-5 near t = 1000, more than the rest of the
     network together.
@@ -63,7 +63,8 @@ class ExactSinusoid(nn.Module):
 
 
 class ThreefoldAttnProcessor(AvatarAttnProcessor):
-    """One query over text, over the image's tokens and over audio; the sum is projected (spec a.5).
+    """One query over text, over the image's tokens and over audio; the sum is projected
+    (spec/stableavatar.md a.5).
 
     Three attentions, not one over the joined contexts: each has its own softmax.
     """

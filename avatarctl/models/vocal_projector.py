@@ -22,7 +22,8 @@ _MARGIN = 4  # tokens that every window is widened by, on both sides
 
 
 def vocal_windows(tokens: int, frames: int) -> tuple[Tensor, Tensor]:
-    """Which of `tokens` audio tokens each latent frame of `frames` pixel frames gets (spec b.1).
+    """Which of `tokens` audio tokens each latent frame of `frames` pixel frames gets
+    (spec/stableavatar.md b.1).
 
     Returns indices int64 [F, n] and valid bool [F, n]. Tokens outside the audio are left out, so the others
     stand at the front of the row even where the missing ones would have stood before them. Indices of places
@@ -51,7 +52,7 @@ def vocal_windows(tokens: int, frames: int) -> tuple[Tensor, Tensor]:
 
 class AudioTokens(nn.Module):
     """wav2vec's last hidden state -> tokens of the projector's width, by one projection, or by two where the
-    width between them is given (the 14B layout, spec b.3)."""
+    width between them is given (the 14B layout, spec/stableavatar.md b.3)."""
 
     def __init__(self, audio_dim: int, width: int, hidden_dim: int | None) -> None:
         super().__init__()

@@ -43,7 +43,7 @@ def _norm(name: str, width: int) -> Shapes:
 
 
 def wan_shapes(sizes: Sizes) -> Shapes:
-    """Every tensor of a Wan 2.1 transformer (omniavatar.md a.2)."""
+    """Every tensor of a Wan 2.1 transformer (spec/omniavatar.md a.2)."""
     d = sizes.width
     shapes: Shapes = {
         "patch_embedding.weight": (d, sizes.in_channels, 1, 2, 2),
@@ -81,9 +81,10 @@ def _block(block: str, sizes: Sizes) -> Shapes:
 
 
 def omniavatar_shapes(sizes: Sizes) -> Shapes:
-    """A Wan transformer with AudioPack and one projection per layer that takes audio (omniavatar.md a.4)."""
+    """A Wan transformer with AudioPack and one projection for each layer that takes audio
+    (spec/omniavatar.md a.4)."""
     hidden = sizes.audio_hidden_size
-    # No image encoder: the avatar's image comes as input channels (a.2).
+    # No image encoder: the avatar's image comes as input channels (spec/omniavatar.md a.2).
     shapes = wan_shapes(replace(sizes, image_dim=0)) | _linear(
         "audio_proj.proj", hidden, _FRAMES_PER_LATENT * sizes.audio_input_dim
     )
@@ -95,7 +96,7 @@ def omniavatar_shapes(sizes: Sizes) -> Shapes:
 
 def stableavatar_shapes(sizes: Sizes) -> Shapes:
     """An image-to-video Wan transformer with keys and values of audio tokens in every block, and the
-    projector that makes these tokens (stableavatar.md a.2, b.2; b.3 where `vocal_hidden_dim` is not 0)."""
+    projector that makes these tokens (spec/stableavatar.md a.2, b.2; b.3 if `vocal_hidden_dim` is not 0)."""
     d = sizes.width
     shapes = wan_shapes(replace(sizes, image_dim=sizes.image_dim or CLIP_WIDTH))
     for index in range(sizes.layers):
@@ -145,7 +146,7 @@ OMNIAVATAR: Final = WeightLayout(
     class_name="OmniAvatarTransformer",
     conventions={"mask_keep": 0, "hole": 0.0, "fps": FPS, "sigma_shift": 5.0},
     # Published image-to-video weights have offset 1, those of the trainer and of video to video 0. The
-    # names of tensors are the same, so that only file names tell them apart (omniavatar.md g.6).
+    # names of tensors are the same, so that only file names tell them apart (spec/omniavatar.md g.6).
     offsets=(
         OffsetRule(0, "video to video", channels=(49, 65)),
         OffsetRule(0, "video to video", config=("v2v", True)),
@@ -158,7 +159,7 @@ OMNIAVATAR: Final = WeightLayout(
         ),
         OffsetRule(1, "taken as published image-to-video weights", assumed=True),
     ),
-    # A text-to-video model, or one whose patch embedding was widened for an avatar (a.2, g.4).
+    # A text-to-video model, or one whose patch embedding was widened (spec/omniavatar.md a.2, g.4).
     bases=Bases(
         "text-to-video",
         (16, 33, 49, 65),
@@ -229,7 +230,8 @@ STABLEAVATAR: Final = WeightLayout(
         "image_dim": "image_dim", "vocal_dim": "vocal_dim", "vocal_hidden_dim": "vocal_hidden_dim",
         "vocal_layers": "vocal_layers", "vocal_heads": "vocal_heads", "vocal_ffn_dim": "vocal_ffn",
     },
-    # Of the projector of audio tokens (b.2): without its last block the others would look complete.
+    # Of the projector of audio tokens (spec/stableavatar.md b.2): without its last block the
+    # others would look complete.
     assumed={"vocal_layers": 2, "vocal_heads": 8},
     float32=(*_FLOAT32, "time_projection", "norm", "norm_1", "norm_2", "img_emb.proj.0", "img_emb.proj.4"),
 )  # fmt: skip
@@ -264,12 +266,13 @@ LAYOUTS: Final = (OMNIAVATAR, STABLEAVATAR, _LIVEAVATAR, _VACE, WAN)
 
 
 PATCHED_ADAPTERS: Final = OMNIAVATAR
-"""Whose adapter a LoRA with a patch embedding is: nothing else widens it (omniavatar.md i)."""
+"""Whose adapter a LoRA with a patch embedding is: nothing else widens it (spec/omniavatar.md i)."""
 
 UNSTATED_SCALES: Final[Mapping[str, tuple[float, str]]] = {
     "original": (0.5, "0.5, the published ratio, by OmniAvatar's names")
 }
-"""By naming: alpha / rank of a LoRA whose alpha nothing states, and why; 1 for all others (field.md 4a)."""
+"""By naming: alpha / rank of a LoRA whose alpha nothing states, and why; 1 for all others
+(spec/field.md 4a)."""
 
 
 def _component(title: str, *own: str, key_map: KeyMap | None = None) -> WeightLayout:

@@ -58,7 +58,7 @@ def test_every_video_frame_is_made_once_and_hears_its_own_audio(offset: int) -> 
 def test_frame_count_is_exact_and_the_reference_quirk_is_reproduced() -> None:
     assert [frames_of_samples(n) for n in (0, 1, 640, 641, 64_000)] == [0, 1, 1, 2, 100]
     quirks = [k for k in range(1, 20_001) if reference_frames_of_samples(640 * k) != k]
-    assert quirks[:6] == [7, 14, 28, 55, 56, 109] and len(quirks) == 1148  # spec b.3
+    assert quirks[:6] == [7, 14, 28, 55, 56, 109] and len(quirks) == 1148  # spec/omniavatar.md b.3
     assert all(reference_frames_of_samples(640 * k) == k + 1 for k in quirks)
     table = {640: 1, 641: 2, 4480: 8, 8960: 15, 16_000: 25, 35_200: 56, 92_800: 145, 97_600: 153}
     assert {n: reference_frames_of_samples(n) for n in table} == table

@@ -81,7 +81,7 @@ def test_tokens_are_those_of_the_tower(encoder: ClipImageEncoder, image: Tensor)
 
 
 def test_tokens_are_the_last_but_one_of_a_whole_tower(encoder: ClipImageEncoder, image: Tensor) -> None:
-    """transformers' own model with one layer more, whose `hidden_states[-2]` the spec names."""
+    """transformers' own model with one layer more, whose `hidden_states[-2]` spec/stableavatar.md o names."""
     whole = CLIPVisionModel(clip_config(**{**TINY, "num_hidden_layers": LAYERS + 1})).eval()
     missing = whole.load_state_dict(encoder.state_dict(), strict=False)
     assert not missing.unexpected_keys
@@ -121,7 +121,7 @@ def test_pixels_are_resized_without_smoothing_and_normalised(encoder: ClipImageE
 
 
 def test_the_published_tower() -> None:
-    """630,766,080 parameters (spec/building-blocks.md), less the last layer and the norm behind it; 257
+    """630,766,080 parameters (spec/building-blocks.md 10), less the last layer and the norm behind it; 257
     tokens; nothing that a file would have to fill beside parameters."""
     with on_meta():
         tower = ClipImageEncoder(clip_config())

@@ -66,7 +66,7 @@ def arguments(batch: int = 1, text: int = 5, audio: int = 17) -> dict[str, Tenso
 
 
 def windows_by_loop(tokens: int, frames: int) -> list[list[int | None]]:
-    """Spec b.1 as it is written: inclusive ranges, widened by four, zero rows (None) at the right."""
+    """spec/stableavatar.md b.1 as written: inclusive ranges, widened by four, zero rows (None) at the end."""
     r = tokens / frames
     half = int(r * 4 / 2)
     ranges = []
@@ -161,7 +161,7 @@ def test_cross_attention_is_the_sum_of_three(
 def projected_slowly(
     projector: VocalProjector, audio: Tensor, latents: Tensor, e0: Tensor, e: Tensor
 ) -> Tensor:
-    """Spec b.2 for one sample: audio [F, n, V], latents [F P, V], e0 [6, V], e [V]."""
+    """spec/stableavatar.md b.2 for one sample: audio [F, n, V], latents [F P, V], e0 [6, V], e [V]."""
     for block in projector.blocks:
         m = block.modulation[0] + e0
         audio = audio + m[2] * (norm(audio) * (1 + m[1]) + m[0])
@@ -345,7 +345,7 @@ def test_time_and_norms_stay_float32_under_bfloat16_weights() -> None:
 
 
 def test_the_published_layout() -> None:
-    """Numbers of spec section 0 and a.2."""
+    """Numbers of spec/stableavatar.md 0 and a.2."""
     with on_meta():
         model = StableAvatarTransformer()
     state = model.state_dict()

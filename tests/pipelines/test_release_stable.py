@@ -120,7 +120,8 @@ def test_a_release_folder_as_weights_root_and_a_audio_encoder_of_its_own(
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 def test_a_lora_of_the_published_trainer(strength: float, place: StablePlace, tmp_path: Path) -> None:
-    """Its names (spec i.4): two underscores behind the prefix, alpha in the file; layers for images too."""
+    """Its names (spec/stableavatar.md i.4): two underscores behind the prefix, alpha in the file;
+    layers for images too."""
     generator = torch.Generator().manual_seed(4)
     path, width, pair = tmp_path / "lora-checkpoint-1.pt", stable.DIMS.width, {}
     targets = {"blocks_1_cross_attn_k_img": (width, width), "img_emb_proj_3": (width, stable.CLIP_WIDTH),

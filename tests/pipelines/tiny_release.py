@@ -44,7 +44,7 @@ class Dims:
 
     @property
     def audio_width(self) -> int:
-        """Of a feature frame: the last layer, the encoder's input and every layer (b.7)."""
+        """Of a feature frame: the last layer, the encoder's input, every layer (spec/omniavatar.md b.7)."""
         return self.wav2vec_width * (self.wav2vec_layers + 2)
 
 

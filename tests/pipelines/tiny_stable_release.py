@@ -28,7 +28,7 @@ BASE = FOLDER / "Wan2.1-Fun-V1.1-1.3B-InP"
 
 
 def shapes(dims: tiny.Dims = DIMS) -> Shapes:
-    """The transformer (a.2, b.2)."""
+    """The transformer (spec/stableavatar.md a.2, b.2)."""
     d = dims.width
     named = tiny.wan_shapes(dims, channels=36)
     named |= norm("img_emb.proj.0", CLIP_WIDTH) | linear("img_emb.proj.1", CLIP_WIDTH, CLIP_WIDTH)

@@ -1,7 +1,7 @@
 """The seams, driven by toy families: two loops are the product's, one stands here until a family needs it.
 
-`sample_chunks` and `sample_fused` are product code. The causal loop is written out below as design.md 3
-states it, against the same protocol: a signature that could not carry it fails here (and in mypy, which reads
+`sample_chunks` and `sample_fused` are product code. The causal loop is written out below
+against the same protocol: a signature that could not carry it fails here (and in mypy, which reads
 this file) before the family arrives. Networks are tiny and random; nothing is trained.
 """
 

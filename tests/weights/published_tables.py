@@ -1,4 +1,4 @@
-"""Names and shapes of published files and of small ones like them, from spec omniavatar.md a.2, d, i."""
+"""Names and shapes of published files and of small ones like them, from spec/omniavatar.md a.2, d, i."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def test_the_published_adapter() -> None:
     assert (facts["targets"], facts["ranks"], facts["alphas"], facts["scales"]) == (400, [128], [64], [0.5])
     assert facts["train_architecture"] == "lora" and facts["random_prefix_frames"] is True
     assert facts["audio_offset"] == 1 and facts["audio_offset_rule"]
-    # omniavatar.md i: 844 tensors; g.4: 613 million LoRA parameters.
+    # spec/omniavatar.md i, g.4: 844 tensors, 613 million LoRA parameters.
     assert facts["tensors"] == 844 and facts["dtypes"] == {"BF16": 844}
     whole = 32 * 43_008 + 3 * 32 + 19 * (5120 * 32 + 5120) + 5120 * 33 * 4 + 5120
     assert facts["parameters"] == 613_416_960 + whole

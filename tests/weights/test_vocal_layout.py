@@ -42,7 +42,8 @@ def read(shapes: Shapes, where: str = "", stated: Mapping[str, int] | None = Non
 
 def test_the_published_model() -> None:
     shapes = stableavatar()
-    assert (len(shapes), sum(map(math.prod, shapes.values()))) == (1143, 1_747_426_112)  # spec 0
+    # spec/stableavatar.md 0
+    assert (len(shapes), sum(map(math.prod, shapes.values()))) == (1143, 1_747_426_112)
     held = read(shapes)
     require_complete(held)
     assert held.variant == "StableAvatar 1.3B, 36 channels" and held.heads == 12
@@ -53,7 +54,7 @@ def test_the_published_model() -> None:
 def test_the_14b_layout_is_told_from_its_tensors() -> None:
     shapes = wan(5120, 13_824, 40, 36, image=1280) | vocal(5120, 40, hidden=2048)
     own = [math.prod(shape) for name, shape in shapes.items() if name.startswith("vocal_projector.")]
-    assert round(sum(own) / 1e6, 1) == 457.9  # b.3
+    assert round(sum(own) / 1e6, 1) == 457.9  # spec/stableavatar.md b.3
     held = read(shapes)
     require_complete(held)
     assert held.sizes.vocal_hidden_dim == 2048
@@ -170,6 +171,6 @@ def test_inspection_shows_what_hears() -> None:
 
 
 def test_a_projector_of_another_width_is_refused() -> None:
-    """Its modulation is the transformer's own (a.1): widths are equal."""
+    """Its modulation is the transformer's own (spec/stableavatar.md a.1): widths are equal."""
     with pytest.raises(UnusableWeights, match=r"final_proj\.weight has shape"):
         read(stableavatar() | {"vocal_projector.final_head.final_proj.weight": (768, 768)})

@@ -15,16 +15,16 @@ _WAITS_FOR = (
 )
 
 _DEFECTS = (
-    Listed("scheduler.safetensors", "train1000.timesteps_bf16", "spec j 7: timesteps rounded to bf16"),
+    Listed("scheduler.safetensors", "train1000.timesteps_bf16", "spec/omniavatar.md j.7: timesteps in bf16"),
     Listed(
         "scheduler.safetensors",
         "train1000.index_after_bf16_rounding",
-        "spec j 7: the index looked up again from a rounded timestep",
+        "spec/omniavatar.md j.7: the index looked up again from a rounded timestep",
     ),
     Listed(
         "denoise.safetensors",
         "teacache.*reference_bug*",
-        "spec j 15: the middle cache of three passes made anew in every step",
+        "spec/omniavatar.md j.15: the middle cache of three passes made anew in every step",
     ),
 )
 

@@ -10,7 +10,7 @@ _WAITS_FOR = (
     Listed("set5_loss_info.json", "*", "training"),
 )
 
-_PROBE = "spec e.3: no frames, or no end, where the audio fits into one window"
+_PROBE = "spec/stableavatar.md e.3: no frames, or no end, where the audio fits into one window"
 _DEFECTS = (
     Listed("set4_window_plan.json", "plans.*.probe", _PROBE),
     Listed("set4_window_plan.json", "plans.*.transformer_calls", _PROBE),

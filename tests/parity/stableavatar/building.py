@@ -43,7 +43,7 @@ def transformer(reader: Reader) -> StableAvatarTransformer:
     width, channels = patch.shape[:2]
     heads = setting(reader, "num_heads")
     projector = {key: value for key, value in state.items() if key.startswith("vocal_projector.")}
-    # One projection of audio, or two with a width between them (b.3).
+    # One projection of audio, or two with a width between them (spec/stableavatar.md b.3).
     entries = [projector[key] for key in sorted(projector) if ".proj_model.proj" in key]
     model = StableAvatarTransformer(
         patch_size=tuple(patch.shape[2:]),

@@ -242,7 +242,7 @@ def encoder_weights(reader: Reader) -> None:
 
 @checks(ENCODER_CONFIG, compares=("*",))
 def encoder_config(reader: Reader) -> None:
-    """Also what the published feature extractor does, which is ours without asking (spec c)."""
+    """Also what the published feature extractor does, ours without asking (spec/stableavatar.md c)."""
     stated = {"feature_extractor.do_normalize": True, "feature_extractor.sampling_rate": SAMPLE_RATE}
     ours = _wav2vec(reader).config.to_dict() | stated
     mask = "feature_extractor.return_attention_mask"  # all ones either way: nothing is padded

@@ -15,7 +15,7 @@ checks = Checks()
 
 FILE = "set1_vocal_projector.safetensors"
 TABLE = "set1_split_table.json"
-_MARGIN = 4  # by which the windows are wider than the recorded ranges, on both sides (b.1)
+_MARGIN = 4  # by which the windows are wider than the recorded ranges, each side (spec/stableavatar.md b.1)
 
 
 def _compare_splits(reader: Reader, table: str, lengths: str) -> None:

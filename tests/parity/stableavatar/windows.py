@@ -203,7 +203,8 @@ def plans(reader: Reader) -> None:
 
 @checks(PLANS, compares=("plans.*.latent_frames_total",), needs=(*_GIVEN, "plans.*.status"))
 def lengths(reader: Reader) -> None:
-    """Also of the plans on which the reference breaks down (spec e.3): ours end, and cover every frame."""
+    """Also of the plans on which the reference breaks down (spec/stableavatar.md e.3): ours end,
+    and cover every frame."""
     complete = _cases(reader)
     for key in reader.keys("plans.*.n_frames"):
         case = key.removesuffix(".n_frames")
