@@ -15,9 +15,10 @@ import numpy as np
 
 from avatarctl.errors import UnusableWeights
 from avatarctl.events import Emit, Notice, Stage
-from avatarctl.files.tensors import DTYPES, ArrayTensor, StoredTensor, block_ranges, to_float32
+from avatarctl.files.tensors import BLOCK_BYTES, DTYPES, ArrayTensor, StoredTensor, block_ranges, to_float32
 from avatarctl.weights.metadata import without_history
 from avatarctl.weights.recognise import require_complete
+from avatarctl.weights.rounding import Squares, rounding_floor, rounding_norm
 from avatarctl.weights.sizes import variant_of
 from avatarctl.weights.svd import Factors, factorise
 from avatarctl.weights.weight_file import LoraPair, WeightFile
@@ -29,22 +30,17 @@ Array = np.ndarray[Any, Any]
 PUBLISHED_RANK: Final = 128
 """Rank of the published adapters."""
 
-_ROUNDOFF: Final = {
-    "F64": 2.0**-24, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8,
-    "F8_E4M3": 2.0**-4, "F8_E5M2": 2.0**-3,
-}  # fmt: skip
-"""Largest relative rounding error by dtype; float64 is read as float32."""
-
 _SHARED_SIZES: Final = ("width", "ffn", "layers", "out_channels", "text_dim", "freq_dim", "image_dim")
 
 
 @dataclass(frozen=True)
 class _Change:
-    """values: model - base of one tensor, float32; norm: of these; weight_norm: of the model's values."""
+    """values: model - base of one tensor, float32; squares: of these; weight: of the model's values. Both as
+    of a matrix with the rows of the tensor."""
 
     values: Array
-    norm: float
-    weight_norm: float
+    squares: Squares
+    weight: Squares
 
 
 @dataclass
@@ -56,10 +52,41 @@ class _Worst:
     of_weight: float = 0.0
 
     def see(self, name: str, change: _Change, factors: Factors) -> None:
-        error = factors.residual / change.norm
+        error = factors.residual / change.squares.norm
         if error > self.error:
             self.name, self.error = name, error
-            self.of_weight = factors.residual / change.weight_norm if change.weight_norm else 0.0
+            self.of_weight = factors.residual / change.weight.norm if change.weight.norm else 0.0
+
+
+@dataclass
+class _LeftOut:
+    """What the floor of rounding took from the targets. lowest, highest: the floors; hidden: targets of which
+    no value is above it; more: targets of which more is left out than rounding gives."""
+
+    targets: int = 0
+    lowest: float = math.inf
+    highest: float = 0.0
+    hidden: int = 0
+    more: int = 0
+
+    def see(self, change: _Change, dtype: str, floor: Array, factors: Factors) -> None:
+        at = float(floor[factors.rank - 1])
+        self.targets += 1
+        self.lowest, self.highest = min(self.lowest, at), max(self.highest, at)
+        self.hidden += bool(factors.values[0] <= floor[0])
+        rounding = rounding_norm(change.weight.rows.sum(), change.squares.rows.sum(), dtype, factors.rank)
+        self.more += bool(factors.residual > rounding)
+
+    def line(self) -> str:
+        span = " to ".join(dict.fromkeys(f"{floor:.2g}" for floor in (self.lowest, self.highest)))
+        said = (
+            f"changes under the floor of rounding cannot be seen: singular values up to {span} are left out"
+        )
+        if self.hidden:
+            said += f"; {self.hidden} of {self.targets} weights have none above it and keep their largest"
+        if self.more:
+            said += f"; in {self.more} of {self.targets} weights more is left out than rounding gives"
+        return said
 
 
 def extract_adapter(
@@ -75,15 +102,13 @@ def extract_adapter(
     Every 2-D weight that differs is a target: up @ down is the best approximation of the difference. alpha
     is the rank of each pair: scale 1.
 
-    rank: that many singular values. None: as many as stand out of the rounding of the model's file, at most
-    128 (the published rank). Values up to 2 e (sqrt(m) + sqrt(n)) / sqrt(12) cannot be told from rounding:
-    that is the largest singular value of an m x n matrix of independent errors, each uniform over one unit
-    in the last place. e is the largest relative rounding error of the dtype times the root mean square of
-    the weight, and the same of the difference in float32, in which it was added and is taken. A change of
-    rank <= `rank` that was merged in float32 comes back exactly up to that rounding.
+    rank: that many singular values. None: as many as stand out of rounding (rounding.py), at most 128 (the
+    published rank). A change of rank <= `rank` that was merged in float32 comes back exactly up to that
+    rounding.
 
-    The remainder is measured for every target and the worst is reported through `emit`; nothing is dropped
-    in silence. Same inputs, same adapter: the randomised part is seeded by tensor names.
+    The remainder is measured for every target and the worst is reported through `emit`, with the values up to
+    which rounding hides a change; nothing is dropped in silence. Same inputs, same adapter: the randomised
+    part is seeded by tensor names.
 
     on_differences: gets the names of the tensors that become differences before the first pair is computed,
     to refuse what the result could not be written as.
@@ -144,15 +169,20 @@ def _differences(model: WeightFile, base: WeightFile) -> dict[str, StoredTensor]
 def _pairs(model: WeightFile, base: WeightFile, rank: int | None, emit: Emit) -> dict[str, LoraPair]:
     """By module, of every linear weight that differs and that an adapter does not carry whole."""
     pairs: dict[str, LoraPair] = {}
-    worst = _Worst()
+    worst, left_out = _Worst(), _LeftOut()
     limit = PUBLISHED_RANK if rank is None else rank
     linear = [name for name in model.tensors if _is_linear(model, name) and not _is_whole(model, base, name)]
     for name in _announced(linear, emit):
         change = _change(model, base, name)
         if change is None:
             continue
-        floor = _floor(change, model.tensors[name].info.dtype) if rank is None else 0.0
-        factors = factorise(change.values, limit, floor=floor, seed=name)
+        dtype = model.tensors[name].info.dtype
+        if rank is None:
+            floor = rounding_floor(change.weight, change.squares, dtype, limit)
+            factors = factorise(change.values, limit, floor=floor, seed=name)
+            left_out.see(change, dtype, floor, factors)
+        else:
+            factors = factorise(change.values, limit, seed=name)
         worst.see(name, change, factors)
         pairs[name.removesuffix(".weight")] = LoraPair(
             ArrayTensor(factors.down, "F32"), ArrayTensor(factors.up, "F32"), alpha=float(factors.rank)
@@ -166,6 +196,8 @@ def _pairs(model: WeightFile, base: WeightFile, rank: int | None, emit: Emit) ->
                 f"({worst.of_weight:.2g} of the weight), in {worst.name}"
             )
         )
+    if left_out.targets:
+        emit(Notice(left_out.line()))
     return pairs
 
 
@@ -249,15 +281,19 @@ def _change(model: WeightFile, base: WeightFile, name: str) -> _Change | None:
     Raises UnusableWeights for values that are not finite.
     """
     ours, theirs = model.tensors[name], base.tensors[name]
-    values = np.empty(ours.info.numel, np.float32)
-    energy = weight_energy = 0.0
-    for start, stop in block_ranges(ours.info):
-        block = to_float32(ours.read(start, stop), ours.info.dtype)
-        weight_energy += float(np.square(block, dtype=np.float64).sum())
+    rows = ours.info.shape[0] if ours.info.shape else 1
+    values = np.empty((rows, ours.info.numel // max(rows, 1)), np.float32)
+    squares, weight = Squares(*values.shape), Squares(*values.shape)
+    row_bytes = values.shape[1] * DTYPES[ours.info.dtype].itemsize
+    for start, stop in block_ranges(ours.info, max(BLOCK_BYTES, row_bytes)):  # whole rows
+        first = start // values.shape[1]
+        block = to_float32(ours.read(start, stop), ours.info.dtype).reshape(-1, values.shape[1])
+        weight.add(first, block)
         with np.errstate(invalid="ignore", over="ignore"):  # found below
-            block -= to_float32(theirs.read(start, stop), theirs.info.dtype)
-        energy += float(np.square(block, dtype=np.float64).sum())
-        values[start:stop] = block
+            block -= to_float32(theirs.read(start, stop), theirs.info.dtype).reshape(block.shape)
+        squares.add(first, block)
+        values[first : first + len(block)] = block
+    energy = squares.rows.sum()
     if not math.isfinite(energy):
         raise UnusableWeights(
             f"{name[:100]} has values that are not finite, here or in the base {base.path}",
@@ -265,12 +301,4 @@ def _change(model: WeightFile, base: WeightFile, name: str) -> _Change | None:
         )
     if not energy:
         return None
-    return _Change(values.reshape(ours.info.shape), math.sqrt(energy), math.sqrt(weight_energy))
-
-
-def _floor(change: _Change, dtype: str) -> float:
-    """The largest singular value that rounding alone gives (see `extract_adapter`)."""
-    rows, columns = change.values.shape
-    rounded = _ROUNDOFF[dtype] * change.weight_norm + _ROUNDOFF["F32"] * change.norm
-    error = 2 / math.sqrt(12) * rounded / math.sqrt(rows * columns)
-    return error * (math.sqrt(rows) + math.sqrt(columns))
+    return _Change(values.reshape(ours.info.shape), squares, weight)
