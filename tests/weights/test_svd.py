@@ -46,6 +46,20 @@ def test_values_at_the_floor_are_dropped_and_the_largest_never() -> None:
     assert factorise(given, 4).rank == 4
 
 
+def test_each_value_has_its_own_floor() -> None:
+    given = matrix(np.array([4.0, 2.0, 0.5, 0.25]), 30, 20)
+    assert factorise(given, 3, floor=np.array([1.0, 1.9, 0.6])).rank == 2
+    assert factorise(given, 3, floor=np.array([1.0, 2.1, 2.1])).rank == 1
+
+
+def test_a_large_matrix_of_rank_one_has_no_second_value() -> None:
+    """Small whole numbers: every element is exact."""
+    random = np.random.default_rng(0)
+    given = np.outer(random.integers(-99, 99, 700), random.integers(-99, 99, 620)).astype(np.float32)
+    values = factorise(given, 2).values
+    assert values[1] < 1e-12 * values[0]
+
+
 def test_no_more_values_than_the_shorter_side() -> None:
     assert factorise(matrix(np.ones(3), 3, 50), 128).rank == 3
 
