@@ -1,9 +1,9 @@
 """Which singular values of a change rounding alone can give.
 
 Errors of rounding that do not depend on each other, as a matrix, have singular values up to about the norm of
-its largest row plus that of its largest column (Bandeira and van Handel 2016, "Sharp nonasymptotic bounds on
-the norm of random matrices with independent entries", theorem 3.1). Rows differ much where a change is large:
-the merged value is what is rounded, and a few rows and columns hold most of a change of rank 1.
+their largest row plus that of their largest column (Bandeira and van Handel 2016, "Sharp nonasymptotic bounds
+on the norm of random matrices with independent entries", theorem 3.1). Rows differ much where a change is
+large: the merged value is what is rounded, and a few rows and columns hold most of a change of rank 1.
 
 The mean square of the error of a value w is at most (2 e w)^2 / 12, e being the largest relative error of the
 dtype: errors are uniform over one unit in the last place, which is at most 2 e |w|. Rounded are
@@ -14,8 +14,13 @@ dtype: errors are uniform over one unit in the last place, which is at most 2 e 
   errors that do not depend on each other). From rank 6 on this is most of what a large change has;
 - in float32, the difference of the two models.
 
-Errors do depend on each other where the base has the narrow dtype of the file and a change has only a few
-different values, such as +-0.01: they repeat themselves, and a part of them can stand above the floor.
+So the floor of rank k is, summed over s = largest row and s = largest column,
+
+    sqrt((e^2 |s of merged|^2 + e32^2 (k + 3) / 2 |s of change|^2) / 3)
+
+Errors do depend on each other where base and file have one dtype and a change is simple: it has few different
+values (+-0.01), or rank 1 or 2 and about the size of a unit in the last place. They repeat themselves then,
+and a part of them is kept as rank: measured in bfloat16, at rank 1 from 512 x 512 on, at rank 2 from 1024.
 """
 
 from __future__ import annotations
