@@ -18,16 +18,14 @@ import click
 
 from avatarctl.cli import app
 from avatarctl.cli.options import flags_of, is_without_code
-from avatarctl.config import ANY, COMMAND_SECTIONS, KeySpec, expected, keys, read_config
+from avatarctl.config import ANY, COMMANDS, KeySpec, expected, keys, keys_of, read_config
+from avatarctl.config.keys import Mark
 from avatarctl.config.sections import section_types
 from avatarctl.registry import COMPAT, ROWS
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 100
 """Columns of the printed help, whatever terminal this runs in."""
-
-COMMAND = "infer"
-"""The command whose options and unsupported values docs/configuration.md shows."""
 
 HEAD = "<!-- Made by `python docs/generate.py`; change the code and run that. -->\n"
 
@@ -89,8 +87,8 @@ def configuration_page() -> str:
     """Every section and key of RunConfig, and what models and compat modes set."""
     text = HEAD + CONFIGURATION_INTRODUCTION
     for section, cls in section_types().items():
-        text += f"\n## {section}\n\n{inspect.getdoc(cls)} {_readers(section)}\n\n"
         specs = [spec for spec in keys().values() if spec.section == section]
+        text += f"\n## {section}\n\n{inspect.getdoc(cls)} {_readers(specs)}\n\n"
         text += _table(("key", "flag", "takes", "default", "meaning"), map(_key_row, specs))
     return text + _models_part() + _compat_part()
 
@@ -100,8 +98,9 @@ CONFIGURATION_INTRODUCTION = """# Configuration
 Every key can stand in a file (`--config FILE`), below its section, and be set by `-o section.key=value`; many
 have a flag as well. Later wins: the default, the model's row, the compat mode, the environment
 (`AVATARCTL_WEIGHTS` for `model.weights_root`), the file, the command line. A key that does not exist or a
-value that does not fit is refused with its place. Values marked *not yet* are valid; a command that would use
-them ends with "not yet supported".
+value that does not fit is refused with its place, whether the command reads it or not; what you set and the
+command does not read is named in one line and has no effect, so one file may serve several commands. Values
+marked *not yet* are valid; the commands that are named there end with "not yet supported".
 
 ```yaml
 model:
@@ -115,11 +114,25 @@ the names of [shipped files](../configs/README.md).
 """
 
 
-def _readers(section: str) -> str:
-    readers = [f"`avatarctl {command}`" for command, read in COMMAND_SECTIONS.items() if section in read]
+def _readers(specs: Sequence[KeySpec]) -> str:
+    """Which commands read a section, and which of its keys where it is not all."""
+    readers = [_reader(command, specs) for command in COMMANDS if _read(command, specs)]
     if readers:
         return f"Read by {', '.join(readers)}."
     return "No command reads this section yet: its values are checked and have no effect."
+
+
+def _reader(command: str, specs: Sequence[KeySpec]) -> str:
+    read = _read(command, specs)
+    others = [spec for spec in specs if spec not in read]
+    if not others:
+        return f"`avatarctl {command}`"
+    few, word = (others, "all but") if len(others) < len(read) else (read, "only")
+    return f"`avatarctl {command}` ({word} {', '.join(f'`{spec.name}`' for spec in few)})"
+
+
+def _read(command: str, specs: Sequence[KeySpec]) -> list[KeySpec]:
+    return [spec for spec in specs if spec.dotted in keys_of(command)]
 
 
 def _key_row(spec: KeySpec) -> Sequence[str]:
@@ -127,9 +140,10 @@ def _key_row(spec: KeySpec) -> Sequence[str]:
 
 
 def _flags(spec: KeySpec) -> str:
-    if spec.section not in COMMAND_SECTIONS[COMMAND] or is_without_code(spec):
-        return ""
-    return ", ".join(f"`{flag}`" for flag in flags_of(spec))
+    """Its flags in the commands where it does something; mostly they are the same in all."""
+    able = [each for each in COMMANDS if _read(each, [spec]) and not is_without_code(spec, each)]
+    flags = dict.fromkeys(flag for command in able for flag in flags_of(command)[spec.dotted])
+    return ", ".join(f"`{flag}`" for flag in flags)
 
 
 def _default(spec: KeySpec) -> str:
@@ -139,11 +153,13 @@ def _default(spec: KeySpec) -> str:
 
 
 def _not_yet(spec: KeySpec) -> str:
-    """Which values `COMMAND` refuses today."""
-    mark = spec.key.not_yet
-    if mark == ANY:
-        return "; *not yet: any value but the default*"
-    return f"; *not yet: {', '.join(f'`{_value(value)}`' for value in mark)}*" if mark else ""
+    """Which values which command refuses today."""
+    marks = {command: spec.not_yet(command) for command in COMMANDS if _read(command, [spec])}
+    return "".join(f"; *not yet in `{command}`: {_marked(mark)}*" for command, mark in marks.items() if mark)
+
+
+def _marked(mark: Mark) -> str:
+    return "any value but the default" if mark == ANY else ", ".join(f"`{_value(value)}`" for value in mark)
 
 
 def _models_part() -> str:

@@ -18,11 +18,10 @@ from PIL import Image
 from avatarctl.cli import app
 from avatarctl.cli.options import is_without_code
 from avatarctl.config import (
-    COMMAND_SECTIONS,
     Resolved,
     dump_run,
     find_config,
-    keys,
+    keys_of,
     preset_folder,
     preset_names,
     read_assignment,
@@ -89,11 +88,10 @@ def test_each_holds_every_value_that_its_command_takes(name: str) -> None:
     """Complete: a later change of a default does not change what a shipped file makes."""
     file = read_config(find_config(name, "infer"))
     cfg = resolved(find_config(name, "infer")).cfg
-    taken = [spec for spec in keys().values() if spec.section in COMMAND_SECTIONS["infer"]]
-    for spec in taken:
-        if spec.dotted not in file.settings:
-            nothing = value_of(cfg, spec.dotted) in (None, (), {})
-            assert nothing or is_without_code(spec), spec.dotted
+    for dotted, spec in keys_of("infer").items():
+        if dotted not in file.settings:
+            nothing = value_of(cfg, dotted) in (None, (), {})
+            assert nothing or is_without_code(spec, "infer"), dotted
 
 
 @pytest.mark.parametrize("name", FOR_A_MODEL)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, get_args, get_origin
 
 import click
@@ -12,17 +13,20 @@ import click
 from avatarctl.cli.command import Command
 from avatarctl.config import (
     ANY,
-    COMMAND_SECTIONS,
+    COMMANDS,
     ConfigFile,
     KeySpec,
     Resolved,
     Setting,
     find_config,
+    is_shipped,
     keys,
+    keys_of,
     read_assignment,
     read_config,
     read_text,
     resolve,
+    unread,
 )
 from avatarctl.config.rules import PATH
 from avatarctl.config.values import kind_of
@@ -40,6 +44,7 @@ SHORT_FORMS: Final[Mapping[str, tuple[str, ...]]] = {
     "long_video.strategy": ("--long-video",),
     "long_video.overlap_frames": ("--overlap", "--overlap-frames"),
     "memory.mode": ("--memory",),
+    "data.num_frames": ("--frames", "--num-frames"),
 }
 """Flags of keys that have a short form, or whose own name says too little alone."""
 
@@ -57,8 +62,16 @@ TITLES: Final[Mapping[str, str]] = {
     "long_video": "Long video",
     "output": "Output",
     "memory": "Memory",
+    "data": "Data",
+    "train": "Training",
+    "aux": "Auxiliary losses",
+    "checkpoint": "Checkpoints",
+    "validation": "Validation",
     "runtime": "Machine",
 }
+
+SIZE_SECTIONS: Final = ("data", "output")
+"""`--size` is the width and height of the first of these that a command reads."""
 
 WEIGHTS_VARIABLE: Final = "AVATARCTL_WEIGHTS"
 
@@ -110,14 +123,25 @@ class ConfigCommand(Command):
 
 def config_options(command: str) -> list[click.Parameter]:
     """An option for every key that `command` reads, and the common options; for `click.command(params=)`."""
-    of_keys = [_option(spec) for spec in keys().values() if spec.section in COMMAND_SECTIONS[command]]
-    return [*of_keys, *_size_options(), *_common_options()]
+    return [*_options(command, flags_of(command))]
 
 
-def _size_options() -> list[click.Option]:
-    chunked = click.Option(["--chunked"], is_flag=True, help="The same as --long-video chunks.")
-    size = click.Option(["--size"], multiple=True, metavar="WxH", help="Width and height in pixels.")
-    return [chunked, size]
+def _options(command: str, flags: Mapping[str, tuple[str, ...]]) -> list[click.Option]:
+    """flags: of every key that the command reads."""
+    options = [_option(keys()[dotted], own, command) for dotted, own in flags.items() if own]
+    if "long_video.strategy" in flags:
+        options.append(click.Option(["--chunked"], is_flag=True, help="The same as --long-video chunks."))
+    if _size_section(flags):
+        options.append(
+            click.Option(["--size"], multiple=True, metavar="WxH", help="Width and height in pixels.")
+        )
+    return [*options, *_common_options()]
+
+
+def _size_section(read: Container[str]) -> str | None:
+    return next(
+        (each for each in SIZE_SECTIONS if f"{each}.width" in read and f"{each}.height" in read), None
+    )
 
 
 def _common_options() -> list[click.Option]:
@@ -135,39 +159,63 @@ def _common_options() -> list[click.Option]:
     ]
 
 
-def flags_of(spec: KeySpec) -> tuple[str, ...]:
-    """The flags of a key, the preferred one first."""
+def flags_of(command: str) -> dict[str, tuple[str, ...]]:
+    """Every key that `command` reads -> its flags, the preferred one first.
+
+    A flag that keys of several sections could have belongs to the command's main sections alone, even if the
+    command reads only one of these keys: where sampling is not a main section, `--steps` must not come to
+    mean validation.steps. A key without a flag is set by `-o`.
+    """
+    keys_with = Counter(flag for spec in keys().values() for flag in _possible_flags(spec))
+    main = COMMANDS[command].main
+    return {
+        dotted: tuple(flag for flag in _possible_flags(spec) if keys_with[flag] == 1 or spec.section in main)
+        for dotted, spec in keys_of(command).items()
+    }
+
+
+def _possible_flags(spec: KeySpec) -> tuple[str, ...]:
     return SHORT_FORMS.get(spec.dotted, (f"--{spec.name.replace('_', '-')}",))
 
 
-def _option(spec: KeySpec) -> click.Option:
-    flags, parameter = flags_of(spec), spec.dotted.replace(".", "__")
+def _option(spec: KeySpec, flags: tuple[str, ...], command: str) -> click.Option:
+    parameter = _parameter(spec.dotted)
     kind, help_line = kind_of(spec.type), _help(spec)
-    hidden = is_without_code(spec)
+    hidden = is_without_code(spec, command)
     if kind is bool:
         switch = f"{flags[0]}/--no-{flags[0][2:]}"
         return KeyOption([switch, parameter], default=None, help=help_line, hidden=hidden, spec=spec)
     return KeyOption(
-        [*flags, parameter], multiple=True, metavar=_metavar(spec), help=help_line, hidden=hidden, spec=spec
+        [*flags, parameter],
+        multiple=True,
+        metavar=_metavar(spec, command),
+        help=help_line,
+        hidden=hidden,
+        spec=spec,
     )
 
 
-def is_without_code(spec: KeySpec) -> bool:
-    """Whether no value of the key but the default would be accepted today."""
-    if spec.key.not_yet == ANY:
+def _parameter(dotted: str) -> str:
+    return dotted.replace(".", "__")
+
+
+def is_without_code(spec: KeySpec, command: str) -> bool:
+    """Whether `command` would accept no value of the key but the default today."""
+    if spec.not_yet(command) == ANY:
         return True
     choices = get_args(kind_of(spec.type)) if get_origin(kind_of(spec.type)) is Literal else ()
-    return bool(choices) and len(_supported(spec, choices)) <= 1
+    return bool(choices) and len(_supported(spec, choices, command)) <= 1
 
 
-def _supported(spec: KeySpec, choices: tuple[Any, ...]) -> list[Any]:
-    return [choice for choice in choices if choice not in spec.key.not_yet]
+def _supported(spec: KeySpec, choices: tuple[Any, ...], command: str) -> list[Any]:
+    mark = spec.not_yet(command)
+    return [] if mark == ANY else [choice for choice in choices if choice not in mark]
 
 
-def _metavar(spec: KeySpec) -> str:
+def _metavar(spec: KeySpec, command: str) -> str:
     kind = kind_of(spec.type)
     if get_origin(kind) is Literal:
-        return "|".join(map(str, _supported(spec, get_args(kind)) or get_args(kind)))
+        return "|".join(map(str, _supported(spec, get_args(kind), command) or get_args(kind)))
     if spec.dotted in METAVARS:
         return METAVARS[spec.dotted]
     if spec.key.rule is PATH:
@@ -196,10 +244,12 @@ def read_request(
 ) -> Request:
     """The options of a command, its configuration file and the environment, resolved.
 
+    One notice names all that a person asked for and the command does not read. What a shipped file asks for
+    is not the person's, nor are the resolved values of a run file.
     row_of, compat, default_model: see `avatarctl.config.resolve`. Raises ConfigError, PathNotFound.
     """
     asked: dict[str, Setting] = {}
-    for dotted, setting in _asked(params):
+    for dotted, setting in _asked(command, params):
         other = asked.setdefault(dotted, setting)
         if isinstance(setting.value, Mapping) and _agree(other.value, setting.value):
             asked[dotted] = Setting({**other.value, **setting.value}, setting.origin)
@@ -211,12 +261,17 @@ def read_request(
     files = params["config"]
     if len(files) > 1:
         raise ConfigError("given twice; one configuration file is read", where="--config")
-    file: ConfigFile | None = read_config(find_config(files[0], command), command=command) if files else None
+    path = find_config(files[0], command) if files else None
+    file: ConfigFile | None = read_config(path, command=command) if path else None
     ambient = {}
     if os.environ.get(WEIGHTS_VARIABLE):
         spec = keys()["model.weights_root"]
         ambient[spec.dotted] = read_text(spec, os.environ[WEIGHTS_VARIABLE], WEIGHTS_VARIABLE)
     resolved = resolve(row_of, compat, file, asked, default_model=default_model, ambient=ambient)
+    in_file = file.asked if file and path and not is_shipped(path) else frozenset()
+    if idle := unread(asked.keys() | in_file, command):
+        line = f"no effect: `avatarctl {command}` does not read {', '.join(idle)}"
+        resolved = replace(resolved, notices=(*resolved.notices, line))
     return Request(resolved, dry_run=params["dry_run"], json=params["as_json"])
 
 
@@ -229,12 +284,12 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:59]}…"
 
 
-def _asked(params: Mapping[str, Any]) -> Iterator[tuple[str, Setting]]:
-    for spec in keys().values():
-        given = params.get(spec.dotted.replace(".", "__"))
+def _asked(command: str, params: Mapping[str, Any]) -> Iterator[tuple[str, Setting]]:
+    for dotted, flags in flags_of(command).items():
+        given = params.get(_parameter(dotted))
         if given is None or given == ():
             continue
-        origin = flags_of(spec)[0]
+        spec, origin = keys()[dotted], flags[0]
         if isinstance(given, bool):
             yield spec.dotted, Setting(given, origin)
         elif get_origin(kind_of(spec.type)) is tuple:
@@ -247,16 +302,16 @@ def _asked(params: Mapping[str, Any]) -> Iterator[tuple[str, Setting]]:
     if params.get("chunked"):
         yield "long_video.strategy", Setting("chunks", "--chunked")
     for text in params.get("size", ()):
-        yield from _size(text)
+        yield from _width_and_height(text, _size_section(keys_of(command)))
     if params["verbose"]:
         yield "runtime.log_level", Setting("debug", "--verbose")
     if params["quiet"]:
         yield "runtime.log_level", Setting("warning", "--quiet")
 
 
-def _size(text: str) -> Iterator[tuple[str, Setting]]:
+def _width_and_height(text: str, section: str | None) -> Iterator[tuple[str, Setting]]:
     width, by, height = text.lower().partition("x")
     if not by:
         raise ConfigError(f"expected WIDTHxHEIGHT such as 720x400, got {text[:60]!r}", where="--size")
-    yield "output.width", read_text(keys()["output.width"], width, "--size")
-    yield "output.height", read_text(keys()["output.height"], height, "--size")
+    for dotted, pixels in ((f"{section}.width", width), (f"{section}.height", height)):
+        yield dotted, read_text(keys()[dotted], pixels, "--size")

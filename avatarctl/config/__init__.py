@@ -2,14 +2,16 @@
 
 keys.py      what a key is                      reader.py   files and `section.key=value` to settings
 sections.py  all keys, as frozen dataclasses    resolve.py  layers to one RunConfig
-rules.py     conditions on single values        checks.py   conditions on several; what has no code yet
-values.py    text to typed value                runfile.py  RunConfig to a file that repeats the run
-tree.py      YAML without interpretation        presets.py  shipped configurations
+commands.py  which keys each command reads      checks.py   conditions on several; what has no code yet
+rules.py     conditions on single values        runfile.py  RunConfig to a file that repeats the run
+values.py    text to typed value                presets.py  shipped configurations
+tree.py      YAML without interpretation        suggest.py  what a mistyped name was meant to be
 """
 
-from avatarctl.config.checks import COMMAND_SECTIONS, require_supported, value_of
+from avatarctl.config.checks import require_supported, value_of
+from avatarctl.config.commands import COMMANDS, CommandKeys, keys_of, unread
 from avatarctl.config.keys import ANY, Key, KeySpec
-from avatarctl.config.presets import find_config, preset_folder, preset_names
+from avatarctl.config.presets import find_config, is_shipped, preset_folder, preset_names
 from avatarctl.config.reader import ConfigFile, Setting, read_assignment, read_config, read_text
 from avatarctl.config.resolve import ModelRowDefaults, Resolved, resolve
 from avatarctl.config.runfile import dump_run
@@ -35,8 +37,9 @@ from avatarctl.config.values import expected
 
 __all__ = [
     "ANY",
-    "COMMAND_SECTIONS",
+    "COMMANDS",
     "Aux",
+    "CommandKeys",
     "ConfigFile",
     "Data",
     "Input",
@@ -58,7 +61,9 @@ __all__ = [
     "dump_run",
     "expected",
     "find_config",
+    "is_shipped",
     "keys",
+    "keys_of",
     "nearest",
     "preset_folder",
     "preset_names",
@@ -68,5 +73,6 @@ __all__ = [
     "require_supported",
     "resolve",
     "section_names",
+    "unread",
     "value_of",
 ]

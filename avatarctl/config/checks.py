@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
+from avatarctl.config.commands import keys_of
 from avatarctl.config.keys import ANY, KeySpec
-from avatarctl.config.sections import RunConfig, keys
+from avatarctl.config.sections import RunConfig
 from avatarctl.errors import ConfigError, NotYetSupported
 
 if TYPE_CHECKING:
     from avatarctl.config.reader import Setting
 
-__all__ = ["COMMAND_SECTIONS", "check_compat", "check_together", "require_supported", "value_of"]
-
-COMMAND_SECTIONS: Final[Mapping[str, tuple[str, ...]]] = {
-    "infer": ("model", "input", "sampling", "long_video", "output", "memory", "runtime"),
-}
-"""The sections each command reads; the others are validated and ignored."""
+__all__ = ["check_compat", "check_together", "require_supported", "value_of"]
 
 
 def value_of(cfg: RunConfig, dotted: str) -> Any:
@@ -71,7 +67,7 @@ def _from(origins: Mapping[str, str], dotted: str) -> str:
 
 
 def require_supported(cfg: RunConfig, command: str, origins: Mapping[str, str] | None = None) -> None:
-    """Refuse values that are valid but without code, in the sections that `command` reads.
+    """Refuse values that are valid but without code in `command`, of the keys that it reads.
 
     Raises NotYetSupported naming key and value; `origins` (see `Resolved`) adds the place.
     """
@@ -84,10 +80,8 @@ def require_supported(cfg: RunConfig, command: str, origins: Mapping[str, str] |
 
 
 def _without_code(cfg: RunConfig, command: str) -> Iterator[tuple[KeySpec, Any]]:
-    for spec in keys().values():
-        if spec.section not in COMMAND_SECTIONS[command]:
-            continue
-        value, mark = value_of(cfg, spec.dotted), spec.key.not_yet
+    for spec in keys_of(command).values():
+        value, mark = value_of(cfg, spec.dotted), spec.not_yet(command)
         if mark == ANY:
             found = [value] if value != spec.default else []
         else:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-__all__ = ["ANY", "Key", "KeySpec", "Rule", "key"]
+__all__ = ["ANY", "Key", "KeySpec", "Mark", "Rule", "key"]
 
 ANY: Final = "any"
 """`not_yet` of a key whose every value other than the default is still without code."""
+
+Mark = str | tuple[Any, ...]
+"""Valid values without code: `ANY`, or those values (of a mapping its keys)."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,8 @@ class Key:
 
     low, high: inclusive bounds of a number, or of each number of a list; `above` is exclusive.
     from_row:  None until the model row fills it.
-    not_yet:   valid values without code: `ANY`, or those values (of a mapping its keys). Deleted when the
-               code lands.
+    not_yet:   a `Mark` that counts in every command that reads the key, or marks by command; commands that
+               are not named then take all values. Deleted when the code lands.
     split:     separator that makes a list of one text ("sync,lpips"); None where items may hold it.
     """
 
@@ -38,7 +41,7 @@ class Key:
     high: float | None = None
     rule: Rule | None = None
     from_row: bool = False
-    not_yet: str | tuple[Any, ...] = ()
+    not_yet: Mark | Mapping[str, Mark] = ()
     split: str | None = ","
 
 
@@ -55,6 +58,11 @@ class KeySpec:
     @property
     def dotted(self) -> str:
         return f"{self.section}.{self.name}"
+
+    def not_yet(self, command: str) -> Mark:
+        """The valid values that `command` has no code for."""
+        mark = self.key.not_yet
+        return mark.get(command, ()) if isinstance(mark, Mapping) else mark
 
 
 def key(default: Any, help: str, **metadata: Any) -> Any:

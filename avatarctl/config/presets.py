@@ -7,7 +7,7 @@ from pathlib import Path
 from avatarctl.config.suggest import nearest
 from avatarctl.errors import PathNotFound
 
-__all__ = ["find_config", "preset_folder", "preset_names"]
+__all__ = ["find_config", "is_shipped", "preset_folder", "preset_names"]
 
 
 def preset_folder() -> Path:
@@ -23,6 +23,11 @@ def preset_names() -> tuple[str, ...]:
     return tuple(
         sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.glob("*/*.yaml"))
     )
+
+
+def is_shipped(path: Path) -> bool:
+    """Whether this file is one of the shipped configurations, by whatever path it was named."""
+    return preset_folder().resolve() in path.resolve().parents
 
 
 def find_config(name: str, command: str) -> Path:

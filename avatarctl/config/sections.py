@@ -1,7 +1,7 @@
 """RunConfig: every setting of every command, as nested frozen dataclasses.
 
-All sections and keys exist and are validated whoever uses them; a command declares the sections it
-reads. A field that is None and marked `from_row` takes its value from the model's registry row.
+All sections and keys exist and are validated whoever uses them; commands.py states which command reads
+which. A field that is None and marked `from_row` takes its value from the model's registry row.
 Sources of the numbers: a published configuration and trainer (spec/omniavatar.md 0, g.4, g.5).
 """
 

@@ -197,7 +197,7 @@ def first_half(weight_file: WeightFile) -> str:
 
 
 def has_channels_without_code(weight_file: WeightFile) -> bool:
-    mark = keys()["model.channels"].key.not_yet
+    mark = keys()["model.channels"].not_yet("infer")
     return isinstance(mark, tuple) and weight_file.sizes.in_channels in mark
 
 

@@ -9,23 +9,22 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 from click.testing import Result
 
-from avatarctl.config import ANY, COMMAND_SECTIONS, keys
+from avatarctl.config import ANY, keys_of
 from avatarctl.config.values import kind_of
 from avatarctl.registry import ROWS
 
 TEXTS = {  # one value other than the default, where the type does not give it
     "input.face": "largest",
     "sampling.guidance_interval": "0.2,0.8",
-    "runtime.trackers": "wandb",
     "output.fps": "24",
 }
 
 
 def without_code() -> Iterator[tuple[str, str]]:
-    """(key, text) of every value in infer's sections that is marked as not supported."""
-    for dotted, spec in keys().items():
-        mark, kind = spec.key.not_yet, kind_of(spec.type)
-        if not mark or spec.section not in COMMAND_SECTIONS["infer"]:
+    """(key, text) of every value that is marked as not supported, of the keys that infer reads."""
+    for dotted, spec in keys_of("infer").items():
+        mark, kind = spec.not_yet("infer"), kind_of(spec.type)
+        if not mark:
             continue
         if mark != ANY:
             # Of a mapping its keys are marked.
@@ -68,9 +67,9 @@ def test_what_is_known_to_have_no_code() -> None:
 
 def supported() -> Iterator[Any]:
     """The other choices of keys that are supported in part, and one value of simple keys."""
-    for dotted, spec in keys().items():
-        mark = spec.key.not_yet
-        if spec.section in COMMAND_SECTIONS["infer"] and mark != ANY:
+    for dotted, spec in keys_of("infer").items():
+        mark = spec.not_yet("infer")
+        if mark != ANY:
             choices = get_args(kind_of(spec.type)) if get_origin(kind_of(spec.type)) is Literal else ()
             yield from ((dotted, str(choice)) for choice in choices if choice not in mark)
 
@@ -94,14 +93,6 @@ def test_supported_choices_pass_where_a_family_offers_them(
             assert result.exit_code == 2 and dotted in line, line
             assert " offers " in line or "leave it out" in line or "--long-video" in line, line
     assert offered != ((dotted, text) in NOBODY_OFFERS)
-
-
-def test_unused_sections_are_checked_and_otherwise_ignored(
-    run: Callable[..., Result], refused: Callable[..., str], voice: Path
-) -> None:
-    words = ("infer", "--dry-run", "--audio", str(voice), "-o")
-    assert run(*words, "train.optimizer=adamw8bit").exit_code == 0
-    assert "train.optimizer" in refused(2, *words, "train.optimizer=sgd")
 
 
 @pytest.mark.parametrize("name", ["liveavatar-14b"])

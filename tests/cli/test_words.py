@@ -12,7 +12,7 @@ from click.testing import Result
 
 import avatarctl
 from avatarctl.cli import app
-from avatarctl.config import COMMAND_SECTIONS, keys
+from avatarctl.config import keys_of
 from avatarctl.registry import ROWS
 
 Run = Callable[..., Result]
@@ -57,12 +57,7 @@ def test_every_key_that_infer_reads_has_an_option(run: Run) -> None:
     from avatarctl.cli.infer import infer
 
     parameters = {param.name for param in infer.params}
-    wanted = {
-        spec.dotted.replace(".", "__")
-        for spec in keys().values()
-        if spec.section in COMMAND_SECTIONS["infer"]
-    }
-    assert wanted <= parameters
+    assert {dotted.replace(".", "__") for dotted in keys_of("infer")} <= parameters
     flags = [flag for param in infer.params for flag in (*param.opts, *param.secondary_opts)]
     assert len(flags) == len(set(flags)), "no flag stands for two things"
 

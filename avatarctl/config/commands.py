@@ -1,0 +1,57 @@
+"""Which keys each command reads. The others are checked as well, and have no effect."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from avatarctl.config.keys import KeySpec
+from avatarctl.config.sections import keys
+
+__all__ = ["COMMANDS", "CommandKeys", "keys_of", "unread"]
+
+
+@dataclass(frozen=True)
+class CommandKeys:
+    """What one command reads, key by key: a new key of a section is read by nobody until it stands here.
+
+    main: the sections that the command is about. A flag that keys of several sections could have belongs to
+          these; the other keys are set by `-o`.
+    read: names of keys by section, separated by spaces.
+    """
+
+    main: tuple[str, ...]
+    read: Mapping[str, str]
+
+
+COMMANDS: Final[dict[str, CommandKeys]] = {
+    "infer": CommandKeys(
+        main=("sampling", "long_video", "output"),
+        read={
+            "model": "name channels audio_offset weights_root weights lora compat",
+            "input": "image fit video audio prompt negative_prompt jobs latents face face_detector",
+            "sampling": "steps guidance_scale audio_guidance_scale guidance_rule null_audio batch_branches "
+            "latents_dtype guidance_interval shift solver cache cache_threshold preset",
+            "long_video": "strategy num_frames overlap_frames schedule blend carry max_tokens max_size "
+            "audio_window",
+            "output": "path fps width height lead_silence length soundtrack paste crf preview save_latents "
+            "overwrite",
+            "memory": "mode base_precision swap_blocks",  # the others are about training
+            "runtime": "seed device dtype attention compile gpus log_level",
+        },
+    ),
+}
+"""By the words of the command: "infer"; of a command inside a group all of them."""
+
+
+def keys_of(command: str) -> Mapping[str, KeySpec]:
+    """The keys that `command` reads, by dotted name, in the order of `RunConfig`."""
+    read = {section: names.split() for section, names in COMMANDS[command].read.items()}
+    return {dotted: spec for dotted, spec in keys().items() if spec.name in read.get(spec.section, ())}
+
+
+def unread(asked: Container[str], command: str) -> tuple[str, ...]:
+    """The keys of `asked` that `command` does not read, in the order of `RunConfig`."""
+    read = keys_of(command)
+    return tuple(dotted for dotted in keys() if dotted in asked and dotted not in read)
