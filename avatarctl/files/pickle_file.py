@@ -1,14 +1,15 @@
 """Files of torch.save (.pt, .pth, .bin, .ckpt), read without carrying out what strangers wrote.
 
 Two formats: a zip archive (torch 1.6 and newer) and the older row of pickles. Which one it is, is found from
-the bytes, never from the name. The pickle is looked through first (`pickle_scan`). Then:
+the bytes, never from the name. The pickle is looked through first (`pickle_scan`); then torch reads it with
+`weights_only=True`:
 
-- zip: an ordinary pickle is followed without torch (`pickle_reading`), any other one torch reads with
-  `weights_only=True` onto the meta device, so that no tensor is read. Either way it is known where in the
-  file each storage lies; that is checked against the archive, and the tensors stay lazy.
-- older format: torch reads it with `weights_only=True`, once with fake tensors, which gives the sizes, then
-  for real and whole, because its storages have no directory; torch compares each with the size that the file
-  states before it reads it.
+- zip: onto the meta device, so that no tensor is read. torch notes where in the file each storage lies; that
+  is checked against the archive, and the tensors stay lazy.
+- older format: once with fake tensors, which gives the sizes, then for real and whole, because its storages
+  have no directory; torch compares each with the size that the file states before it reads it.
+
+torch is imported when the first pickle is read, and for nothing else here.
 """
 
 from __future__ import annotations
@@ -25,20 +26,19 @@ from typing import TYPE_CHECKING, BinaryIO, Final, Literal
 import numpy as np
 
 from avatarctl.errors import EnvironmentMissing, UnusableWeights
-from avatarctl.files.pickle_reading import (
+from avatarctl.files.pickle_scan import (
+    MAX_PICKLE,
     TORCH_DTYPES,
-    PickleContents,
-    PickledTensor,
-    View,
-    read_plain,
+    code_refused,
+    is_plain_pickle,
+    scan_pickle,
 )
-from avatarctl.files.pickle_scan import MAX_PICKLE, code_refused, is_plain_pickle, scan_pickle
 from avatarctl.files.safetensors_file import is_possible_shape, refuse_placeholder
 from avatarctl.files.stamp import FileStamp
-from avatarctl.files.state_dict import TensorKind, Wrapper, open_wrappers, tensors_in
+from avatarctl.files.state_dict import Wrapper, open_wrappers, tensors_in
 from avatarctl.files.strict_json import clip, file_size
 from avatarctl.files.tensors import DTYPES, Array, ArrayTensor, FileTensor, StoredTensor, TensorInfo
-from avatarctl.files.zip_archive import Record, is_ordinary, read_records, storage_offsets
+from avatarctl.files.zip_archive import Record, read_records
 
 if TYPE_CHECKING:
     import torch
@@ -59,21 +59,6 @@ _LEGACY_PICKLES: Final = 5
 
 _NUMBERS: Final = ("version", ".format_version", ".storage_alignment")
 """Records of a zip archive that hold one positive number."""
-
-_IDENTITY: Final = ".data/serialization_id"
-"""Digits, which torch reads as text."""
-
-_FORMAT_VERSIONS: Final = {b"3\n", b"3"}
-"""What torch.save writes as record "version", from torch 1.6 on; torch refuses some others."""
-
-_KNOWN_RECORD: Final = re.compile(
-    r"data\.pkl|byteorder|version|\.format_version|\.storage_alignment|\.data/serialization_id|data/[0-9]+"
-)
-"""All that torch.save writes. Others may mean something to torch, `.data/version` for instance."""
-
-_PICKLED: Final = TensorKind(
-    PickledTensor, lambda tensor: DTYPES[tensor.view.dtype].floating and bool(tensor.view.shape)
-)
 
 
 @dataclass(frozen=True)
@@ -107,11 +92,9 @@ class StridedTensor:
             return np.empty(0, DTYPES[self.base.info.dtype].storage)
         row = self.info.numel // self.shape[0]
         first, last = start // row, (stop - 1) // row
-        inner = zip(self.shape[1:], self.strides[1:], strict=True)
-        begin = first * self.strides[0]
-        end = last * self.strides[0] + sum((size - 1) * stride for size, stride in inner) + 1
-        elements = self.base.read(begin, end)
         shape = (last - first + 1, *self.shape[1:])
+        begin = first * self.strides[0]
+        elements = self.base.read(begin, begin + _extent(shape, self.strides))
         steps = [stride * elements.itemsize for stride in self.strides]
         view = np.lib.stride_tricks.as_strided(elements, shape, steps, writeable=False)
         return np.ascontiguousarray(view).reshape(-1)[start - first * row : stop - first * row]
@@ -161,54 +144,22 @@ def _refuse_other_things(start: bytes, file: BinaryIO, path: Path) -> None:
 def _read_zip(file: BinaryIO, size: int, path: Path) -> PickleFile:
     stamp = FileStamp.of(os.fstat(file.fileno()))
     records = read_records(file, size, path)
-    contents = _small_records(file, records, path)
-    storages = {record.offset: record for name, record in records.items() if name.startswith("data/")}
-    placed: list[tuple[int, str, StoredTensor]] = []
-    ordinary = is_ordinary(file, size, path)
-    if ordinary and (plain := _read_without_torch(contents, records)) is not None:
-        found, offsets = plain
-        stated = open_wrappers(found.value, _PICKLED, path)
-        wrappers, notes = stated.wrappers, stated.notes
-        for name, one in stated.tensors.items():
-            record = _record_at(offsets[one.key], one.view.storage_bytes, storages, name, path)
-            placed.append(_lazy(name, one.view, record, path, stamp))
-    else:
-        file.seek(0)
-        loaded = _torch_load(file, path, map_location="meta")
-        opened = open_wrappers(loaded, _torch_kind(), path)
-        wrappers, notes = opened.wrappers, opened.notes
-        for name, tensor in opened.tensors.items():
-            record = _record_at(*_torch_storage(tensor, path), storages, name, path)
-            placed.append(_lazy(name, _torch_view(name, tensor, path), record, path, stamp))
+    _check_small_records(file, records, path)
+    storages = {record.offset: record.size for name, record in records.items() if name.startswith("data/")}
+    file.seek(0)
+    found = open_wrappers(_torch_load(file, path, map_location="meta"), path)
+    placed = [_lazy(name, tensor, storages, path, stamp) for name, tensor in found.tensors.items()]
     placed.sort(key=lambda item: item[0])
-    return PickleFile("zip", {name: tensor for _, name, tensor in placed}, wrappers, notes)
+    tensors = {name: tensor for _, name, tensor in placed}
+    return PickleFile("zip", tensors, found.wrappers, found.notes)
 
 
-def _read_without_torch(
-    contents: Mapping[str, bytes], records: Mapping[str, Record]
-) -> tuple[PickleContents, dict[str, int]] | None:
-    """What an archive states, and the first byte of each storage; None where only torch can tell.
-
-    contents: of the records that hold no tensor, as `_small_records` has let them through.
-    """
-    if contents.get("version") not in _FORMAT_VERSIONS or not all(map(_KNOWN_RECORD.fullmatch, records)):
-        return None
-    if not contents.get(_IDENTITY, b"0").isdigit():
-        return None
-    alignment = int(contents.get(".storage_alignment", b"64")) if ".format_version" in contents else None
-    if (found := read_plain(contents["data.pkl"])) is None:
-        return None
-    offsets = storage_offsets(found.storages, records, alignment)
-    return None if offsets is None else (found, offsets)
-
-
-def _small_records(file: BinaryIO, records: Mapping[str, Record], path: Path) -> dict[str, bytes]:
-    """What torch reads whole, checked: the pickle, and a few numbers that it believes.
+def _check_small_records(file: BinaryIO, records: Mapping[str, Record], path: Path) -> None:
+    """What torch reads whole: the pickle, and a few numbers that it believes.
 
     An alignment of 0, for instance, ends the process with an arithmetic exception (torch 2.13), and so does
     one in `.Storage_Alignment`: torch does not tell upper from lower case.
     """
-    contents: dict[str, bytes] = {}
     for name, record in records.items():
         if name.startswith("data/"):
             continue
@@ -222,92 +173,76 @@ def _small_records(file: BinaryIO, records: Mapping[str, Record], path: Path) ->
             raise UnusableWeights(f"has the byte order {clip(content, 20)}; only little is read", where=path)
         elif name.lower() in _NUMBERS and not re.fullmatch(rb"[1-9][0-9]{0,6}\n?", content):
             raise UnusableWeights(f"corrupt: record {name} holds {clip(content, 20)}", where=path)
-        if name in ("data.pkl", _IDENTITY, *_NUMBERS):
-            contents[name] = content
-    return contents
-
-
-def _record_at(offset: int, size: int, storages: Mapping[int, Record], name: str, path: Path) -> Record:
-    """The record of a tensor's storage, `size` bytes from byte `offset` of the file on."""
-    if (record := storages.get(offset)) is None:
-        raise UnusableWeights(
-            f"corrupt or repacked: the storage of {clip(name)!r} is not where torch.save puts it", where=path,
-            fix="load and save it again with torch",
-        )  # fmt: skip
-    if record.size != size:
-        raise _broken(name, f"has a storage of {size} bytes, its record holds {record.size}", path)
-    return record
 
 
 def _lazy(
-    name: str, view: View, record: Record, path: Path, stamp: FileStamp
+    name: str, tensor: torch.Tensor, storages: Mapping[int, int], path: Path, stamp: FileStamp
 ) -> tuple[int, str, StoredTensor]:
-    """(first byte in the file, name, reader) of a tensor whose storage is `record`."""
-    info = _checked(name, view, path)
-    begin = record.offset + view.first * DTYPES[info.dtype].itemsize
-    if _is_contiguous(view):
+    """(first byte in the file, name, reader) of a tensor on the meta device.
+
+    storages: bytes by place of the records of the archive that hold one storage each.
+    """
+    begin = _storage_begin(name, tensor, storages, path)
+    info, strides = _checked(name, tensor, path)
+    begin += int(tensor.storage_offset()) * tensor.element_size()
+    if tensor.is_contiguous():
         return begin, name, FileTensor(path, begin, info, stamp)
-    base = FileTensor(path, begin, TensorInfo(info.dtype, (view.extent,)), stamp)
     # A dimension of one element may state any stride; numpy takes none that leaves its numbers.
-    strides = (0 if side == 1 else stride for side, stride in zip(info.shape, view.strides, strict=True))
-    return begin, name, StridedTensor(base, info.shape, tuple(strides))
+    strides = tuple(0 if side == 1 else stride for side, stride in zip(info.shape, strides, strict=True))
+    base = FileTensor(path, begin, TensorInfo(info.dtype, (_extent(info.shape, strides),)), stamp)
+    return begin, name, StridedTensor(base, info.shape, strides)
 
 
-def _checked(name: str, view: View, path: Path) -> TensorInfo:
-    """dtype and shape of a tensor that lies within its storage."""
-    info = TensorInfo(view.dtype, view.shape)
-    # torch checks no shape on the meta device: there it may be negative.
-    if not is_possible_shape(info.shape, DTYPES[info.dtype].itemsize):
-        raise _broken(name, f"has the impossible shape {clip(list(info.shape), 60)}", path)
-    held = view.storage_bytes // DTYPES[info.dtype].itemsize
-    if info.numel > held:
-        shape = clip(list(info.shape), 60)
-        raise _broken(name, f"has the shape {shape} over a storage of {held} elements", path)
-    if view.first < 0 or min(view.strides, default=0) < 0 or view.first + view.extent > held:
-        raise _broken(name, f"reaches outside its storage of {held} elements", path)
-    return info
-
-
-def _is_contiguous(view: View) -> bool:
-    """Whether the elements lie in C order without gaps."""
-    expected = 1
-    for size, stride in zip(reversed(view.shape), reversed(view.strides), strict=True):
-        if size != 1 and stride != expected and 0 not in view.shape:
-            return False
-        expected *= size
-    return True
-
-
-def _torch_kind() -> TensorKind[torch.Tensor]:
+def _storage_begin(name: str, tensor: torch.Tensor, storages: Mapping[int, int], path: Path) -> int:
+    """First byte in the file of the storage of a tensor on the meta device, which a record must fill."""
     import torch
 
-    return TensorKind(torch.Tensor, lambda tensor: tensor.is_floating_point() and tensor.dim() > 0)
-
-
-def _torch_storage(tensor: torch.Tensor, path: Path) -> tuple[int, int]:
-    """(first byte in the file, bytes) of the storage of a tensor on the meta device."""
-    import torch
-
-    storage = torch.Tensor.untyped_storage(tensor)
-    if (offset := getattr(storage, "_checkpoint_offset", None)) is None:
+    storage = tensor.untyped_storage()
+    offset: int | None = getattr(storage, "_checkpoint_offset", None)
+    if offset is None:
         raise EnvironmentMissing(
             f"torch {torch.__version__} does not say where in a file a tensor lies", where=path,
             fix="install torch 2.13 to read this format",
         )  # fmt: skip
-    return offset, storage.nbytes()
+    if offset not in storages:
+        raise UnusableWeights(
+            f"corrupt or repacked: the storage of {clip(name)!r} is not where torch.save puts it", where=path,
+            fix="load and save it again with torch",
+        )  # fmt: skip
+    if storages[offset] != storage.nbytes():
+        what = f"has a storage of {storage.nbytes()} bytes, its record holds {storages[offset]}"
+        raise _broken(name, what, path)
+    return offset
 
 
-def _torch_view(name: str, tensor: torch.Tensor, path: Path) -> View:
+def _checked(name: str, tensor: torch.Tensor, path: Path) -> tuple[TensorInfo, tuple[int, ...]]:
+    """What a tensor is, and its strides in elements; it lies within its storage.
+
+    torch checks no view on the meta device: there even a size may be negative.
+    """
     import torch
 
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_neg() or tensor.is_conj():
         raise _broken(name, "is quantized, sparse or a lazy negation, which is unsupported", path)
     if (dtype := TORCH_DTYPES.get(str(tensor.dtype).removeprefix("torch."))) is None:
         raise _broken(name, f"has the unsupported dtype {tensor.dtype}", path)
-    strides, first = torch.Tensor.stride(tensor), int(torch.Tensor.storage_offset(tensor))
-    return View(
-        dtype, tuple(tensor.shape), tuple(strides), first, torch.Tensor.untyped_storage(tensor).nbytes()
-    )
+    info, strides, first = TensorInfo(dtype, tuple(tensor.shape)), tensor.stride(), tensor.storage_offset()
+    shape = clip(list(info.shape), 60)
+    if not is_possible_shape(info.shape, tensor.element_size()):
+        raise _broken(name, f"has the impossible shape {shape}", path)
+    held = tensor.untyped_storage().nbytes() // tensor.element_size()
+    if info.numel > held:
+        raise _broken(name, f"has the shape {shape} over a storage of {held} elements", path)
+    if first < 0 or min(strides, default=0) < 0 or first + _extent(info.shape, strides) > held:
+        raise _broken(name, f"reaches outside its storage of {held} elements", path)
+    return info, strides
+
+
+def _extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Elements from the first to the last of a view, whose strides are in elements and not negative."""
+    if 0 in shape:
+        return 0
+    return sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1
 
 
 def _broken(name: str, what: str, path: Path) -> UnusableWeights:
@@ -321,17 +256,16 @@ def _read_legacy(file: BinaryIO, size: int, path: Path) -> PickleFile:
         scan_pickle(data, path)
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    kind = _torch_kind()
     file.seek(0)
     with FakeTensorMode():
         shapes = _torch_load(file, path)
-    declared = max((tensor.untyped_storage().nbytes() for tensor in tensors_in(shapes, kind.type)), default=0)
+    declared = max((tensor.untyped_storage().nbytes() for tensor in tensors_in(shapes)), default=0)
     if declared > size:
         raise UnusableWeights(
             f"corrupt or truncated: a storage of {declared} bytes in a file of {size}", where=path
         )
     file.seek(0)
-    found = open_wrappers(_torch_load(file, path, map_location="cpu"), kind, path)
+    found = open_wrappers(_torch_load(file, path, map_location="cpu"), path)
     notes = (*found.notes, "a torch file in the format from before 1.6: read whole into memory")
     tensors = {name: _in_memory(name, tensor, path) for name, tensor in found.tensors.items()}
     return PickleFile("legacy", tensors, found.wrappers, notes)
@@ -341,10 +275,10 @@ def _in_memory(name: str, tensor: torch.Tensor, path: Path) -> ArrayTensor:
     """A tensor that torch has read, as the array of its stored elements."""
     import torch
 
-    info = _checked(name, _torch_view(name, tensor, path), path)
+    info, _ = _checked(name, tensor, path)
     # numpy has no bfloat16 or float8: the bits travel as integers of the same size.
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    array = tensor.detach().contiguous().reshape(-1).view(bits).numpy()
+    array = tensor.contiguous().reshape(-1).view(bits).numpy()
     return ArrayTensor(array.view(DTYPES[info.dtype].storage).reshape(info.shape), info.dtype)
 
 

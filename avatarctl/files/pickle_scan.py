@@ -1,10 +1,9 @@
 """What a pickle asks for, read from its instructions; nothing of it is carried out.
 
-`torch.load(weights_only=True)` is the only thing here that ever carries out a pickle, and only where
-`pickle_reading` cannot tell what the pickle states. It allows more than weights need: `bytearray(2**40)` and
-tensors without data, for instance, and its errors are pages long. So a pickle is looked through first (stdlib
-`pickletools`), and only the instructions of protocol 2 and the few names that a dictionary of tensors needs
-get any further.
+`torch.load(weights_only=True)` is the only thing here that ever carries out a pickle. It allows more than
+weights need: `bytearray(2**40)` and tensors without data, for instance, and its errors are pages long. So a
+pickle is looked through first (stdlib `pickletools`), and only the instructions of protocol 2 and the few
+names that a dictionary of tensors needs get any further.
 """
 
 from __future__ import annotations
@@ -17,7 +16,14 @@ from typing import BinaryIO, Final
 from avatarctl.errors import UnusableWeights
 from avatarctl.files.strict_json import clip
 
-__all__ = ["MAX_PICKLE", "code_refused", "is_plain_pickle", "scan_pickle"]
+__all__ = ["MAX_PICKLE", "TORCH_DTYPES", "code_refused", "is_plain_pickle", "scan_pickle"]
+
+TORCH_DTYPES: Final = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint64": "U64",
+    "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+"""Names of the dtypes of torch that a weight file may hold, as in `DTYPES`."""
 
 MAX_PICKLE: Final = 4 << 20
 """Bytes of a pickle without its tensors. One byte may become an object of 100; 1100 tensors take 0.2 MB."""
@@ -61,13 +67,9 @@ _NAMES: Final = frozenset(
         "torch._utils._rebuild_parameter_with_state",
     }
 )
-_DTYPES: Final = frozenset(
-    {
-        "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int64", "int32",
-        "int16", "int8", "uint64", "uint32", "uint16", "uint8", "bool", "complex32", "complex64",
-        "complex128",
-    }
-)  # fmt: skip
+_COMPLEX: Final = ("complex32", "complex64", "complex128")
+"""Dtypes that are refused later, when the tensor that has one can be named."""
+
 _UNSUPPORTED: Final = {
     "_rebuild_qtensor": "a quantized tensor",
     "_rebuild_sparse_tensor": "a sparse tensor",
@@ -153,7 +155,7 @@ def _instructions(data: BinaryIO, path: Path) -> Iterator[tuple[str, object]]:
 
 def _check_name(name: str, path: Path) -> None:
     module, _, attribute = name.rpartition(".")
-    plain = module == "torch" and (attribute.endswith("Storage") or attribute in _DTYPES)
+    plain = module == "torch" and (attribute.endswith("Storage") or attribute in (*TORCH_DTYPES, *_COMPLEX))
     if plain or name in _NAMES:
         return
     if module in ("torch._utils", "torch._tensor") and attribute in _UNSUPPORTED:

@@ -6,17 +6,18 @@ opened, and everything that is left out is named; where two could be meant, neit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeGuard
 
 from avatarctl.errors import UnusableWeights
 from avatarctl.files.strict_json import clip
 
-__all__ = ["WRAPPERS", "Opened", "TensorKind", "Wrapper", "open_wrappers", "tensors_in"]
+if TYPE_CHECKING:
+    import torch
 
-T = TypeVar("T")
+__all__ = ["WRAPPERS", "Opened", "Wrapper", "open_wrappers", "tensors_in"]
 
 WRAPPERS: Final = ("state_dict", "model_state", "model_state_dict", "model", "module")
 """Entries that hold the weights of a model by everybody's convention."""
@@ -28,17 +29,6 @@ MAX_WRAPPERS: Final = 8
 
 
 @dataclass(frozen=True)
-class TensorKind(Generic[T]):
-    """What a tensor is here: one of torch, or one that was only read about.
-
-    is_weight: whether it is of floating point and no scalar.
-    """
-
-    type: type[T]
-    is_weight: Callable[[T], bool]
-
-
-@dataclass(frozen=True)
 class Wrapper:
     """A dictionary around the tensors: the name of its entry that holds them; alone: nothing is beside it."""
 
@@ -47,16 +37,16 @@ class Wrapper:
 
 
 @dataclass(frozen=True)
-class Opened(Generic[T]):
+class Opened:
     """tensors: by name; wrappers: what was opened to reach them, outermost first; notes: that, and what was
     left out, for people."""
 
-    tensors: dict[str, T]
+    tensors: dict[str, torch.Tensor]
     wrappers: tuple[Wrapper, ...]
     notes: tuple[str, ...]
 
 
-def open_wrappers(loaded: object, kind: TensorKind[T], path: Path) -> Opened[T]:
+def open_wrappers(loaded: object, path: Path) -> Opened:
     """The tensors of what a pickle holds.
 
     Raises UnusableWeights where that is not a dictionary of tensors, or more than one.
@@ -64,10 +54,10 @@ def open_wrappers(loaded: object, kind: TensorKind[T], path: Path) -> Opened[T]:
     notes: list[str] = []
     wrappers: list[Wrapper] = []
     for _ in range(MAX_WRAPPERS):
-        entries = _entries(loaded, kind, path)
-        wrapper = _wrapper(entries, kind, path)
+        entries = _entries(loaded, path)
+        wrapper = _wrapper(entries, path)
         if wrapper is None:
-            return Opened(_tensors(entries, kind, notes, path), tuple(wrappers), tuple(notes))
+            return Opened(_tensors(entries, notes, path), tuple(wrappers), tuple(notes))
         wrappers.append(Wrapper(wrapper, alone=len(entries) == 1))
         notes.append(f"opened the wrapper {wrapper!r}")
         _note_left_out([name for name in entries if name != wrapper], notes)
@@ -75,7 +65,7 @@ def open_wrappers(loaded: object, kind: TensorKind[T], path: Path) -> Opened[T]:
     raise UnusableWeights(f"wraps its tensors in more than {MAX_WRAPPERS} dictionaries", where=path)
 
 
-def tensors_in(value: object, tensor_type: type[T]) -> Iterator[T]:
+def tensors_in(value: object) -> Iterator[torch.Tensor]:
     """Every tensor within nested dictionaries, lists and tuples; what is met twice comes once."""
     seen: set[int] = set()
     waiting = [value]
@@ -84,7 +74,7 @@ def tensors_in(value: object, tensor_type: type[T]) -> Iterator[T]:
         if id(item) in seen:
             continue
         seen.add(id(item))
-        if isinstance(item, tensor_type):
+        if _is_tensor(item):
             yield item
         elif isinstance(item, dict):
             waiting.extend(dict.keys(item))
@@ -93,9 +83,15 @@ def tensors_in(value: object, tensor_type: type[T]) -> Iterator[T]:
             waiting.extend(item)
 
 
-def _entries(loaded: object, kind: TensorKind[T], path: Path) -> dict[str, Any]:
+def _is_tensor(value: object) -> TypeGuard[torch.Tensor]:
+    import torch
+
+    return isinstance(value, torch.Tensor)
+
+
+def _entries(loaded: object, path: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
-        found = "a bare tensor" if isinstance(loaded, kind.type) else f"a {type(loaded).__name__}"
+        found = "a bare tensor" if _is_tensor(loaded) else f"a {type(loaded).__name__}"
         raise UnusableWeights(f"holds {found}, where a dictionary of tensors is expected", where=path)
     # dict.items: an OrderedDict from a pickle may carry an attribute of that name.
     entries = dict(dict.items(loaded))
@@ -112,14 +108,14 @@ def _entries(loaded: object, kind: TensorKind[T], path: Path) -> dict[str, Any]:
     return entries
 
 
-def _wrapper(entries: dict[str, Any], kind: TensorKind[T], path: Path) -> str | None:
+def _wrapper(entries: dict[str, Any], path: Path) -> str | None:
     """The entry that holds the weights, None where `entries` are the weights themselves."""
     held = [
         name
         for name, value in entries.items()
-        if not isinstance(value, kind.type)
+        if not _is_tensor(value)
         and not any(part in name.lower() for part in _NOT_WEIGHTS)
-        and next(tensors_in(value, kind.type), None) is not None
+        and next(tensors_in(value), None) is not None
     ]
     known = [name for name in held if name in WRAPPERS and isinstance(entries[name], dict)]
     if not held:
@@ -130,9 +126,8 @@ def _wrapper(entries: dict[str, Any], kind: TensorKind[T], path: Path) -> str | 
             f"its tensors are nested under {listed}; only {', '.join(WRAPPERS)} are opened", where=path,
             fix="save that dictionary alone",
         )  # fmt: skip
-    beside = [
-        name for name, value in entries.items() if isinstance(value, kind.type) and kind.is_weight(value)
-    ]
+    tensors = {name: value for name, value in entries.items() if _is_tensor(value)}
+    beside = [name for name, value in tensors.items() if value.dtype.is_floating_point and value.ndim]
     if len(held) > 1 or beside:
         names = [*known, *(name for name in held if name not in known), *beside]
         listed = ", ".join(repr(clip(name, 40)) for name in names[:3])
@@ -143,9 +138,12 @@ def _wrapper(entries: dict[str, Any], kind: TensorKind[T], path: Path) -> str | 
     return known[0]
 
 
-def _tensors(entries: dict[str, Any], kind: TensorKind[T], notes: list[str], path: Path) -> dict[str, T]:
+def _tensors(entries: dict[str, Any], notes: list[str], path: Path) -> dict[str, torch.Tensor]:
     """`entries` as weights; dictionaries and lists without weights are left out and noted."""
-    tensors = {name: value for name, value in entries.items() if isinstance(value, kind.type)}
+    import torch
+
+    # Detached from the attributes that a pickle may give a parameter: one named `stride` hides the method.
+    tensors = {name: torch.Tensor.detach(value) for name, value in entries.items() if _is_tensor(value)}
     others = [name for name in entries if name not in tensors]
     for name in others:
         value = entries[name]

@@ -15,15 +15,15 @@ from __future__ import annotations
 import itertools
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Final, cast
+from typing import BinaryIO, Final
 
 from avatarctl.errors import UnusableWeights
 from avatarctl.files.strict_json import clip
 
-__all__ = ["Record", "is_ordinary", "read_records", "storage_offsets"]
+__all__ = ["Record", "read_records"]
 
 MAX_DIRECTORY: Final = 16 << 20
 """Bytes of the list of members; 1100 tensors take 0.1 MB."""
@@ -38,40 +38,16 @@ _LOCATOR: Final = struct.Struct("<4sIQI")
 _END64: Final = struct.Struct("<4sQ2H2I4Q")
 """Zip64 end record (4.3.14): signature, its size, two versions, two disks, two counts, size, offset."""
 
-_ENTRY: Final = struct.Struct("<8xH10x2I4H6xI")
-"""An entry of the directory (4.3.12): flags, two sizes, lengths of name, extra and comment, disk, offset."""
-_FLAGS: Final = 0x0808
-"""A data descriptor, and names in UTF-8 (4.4.4)."""
 _FOLDER: Final = 0x10
 """The attribute of a folder in MS-DOS (4.4.15): torch reads such a member as whatever is in its memory."""
-
-_WIDE: Final = 0xFFFFFFFF
-"""A size or place from here on is written in 64 bits (4.5.3)."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """name: without the folder; member: with it; offset, size: bytes of its contents within the file."""
+    """offset, size: bytes of its contents within the file."""
 
-    name: str
-    member: str
     offset: int
     size: int
-
-
-class _Bounded:
-    """A file that refuses to be read in one go beyond a bound: zipfile reads as much as the file claims."""
-
-    def __init__(self, file: BinaryIO, size: int, path: Path) -> None:
-        self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
-        self._file, self._size, self._path = file, size, path
-
-    def read(self, count: int = -1) -> bytes:
-        left = max(self._size - self._file.tell(), 0)
-        count = left if count < 0 else min(count, left)
-        if count > MAX_DIRECTORY:
-            raise UnusableWeights("invalid: the archive's list of members is too large", where=self._path)
-        return self._file.read(count)
 
 
 def read_records(file: BinaryIO, size: int, path: Path) -> dict[str, Record]:
@@ -79,9 +55,9 @@ def read_records(file: BinaryIO, size: int, path: Path) -> dict[str, Record]:
 
     size: bytes of the whole file. Raises UnusableWeights.
     """
-    count, directory, _ = _directory(file, size, path)
+    count, directory = _directory(file, size, path)
     try:
-        with zipfile.ZipFile(cast("BinaryIO", _Bounded(file, size, path))) as archive:
+        with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError) as error:
         raise _no_end(path) from error
@@ -98,12 +74,10 @@ def read_records(file: BinaryIO, size: int, path: Path) -> dict[str, Record]:
         name = _inner_name(member, folder, path)
         if name in records:
             raise UnusableWeights(f"refused: archive member {clip(name)!r} is there twice", where=path)
-        records[name] = Record(
-            name, member.filename, _contents(file, member, directory, path), member.file_size
-        )
+        records[name] = Record(_contents(file, member, directory, path), member.file_size)
     if len({name.lower() for name in records}) < len(records):
         raise _ambiguous("two members whose names differ only in case", path)
-    _refuse_overlap(members, records, path)
+    _refuse_overlap(members, records.values(), path)
     for member in members:
         stated = member.filename.encode("ascii")
         file.seek(member.header_offset + _LOCAL_HEADER - 4)
@@ -113,61 +87,8 @@ def read_records(file: BinaryIO, size: int, path: Path) -> dict[str, Record]:
     return records
 
 
-def is_ordinary(file: BinaryIO, size: int, path: Path) -> bool:
-    """Whether the directory that `read_records` has let through is one that torch reads, too.
-
-    torch refuses other flags, other disks, and lengths that do not add up.
-    """
-    count, offset, length = _directory(file, size, path)
-    file.seek(offset)
-    entries = file.read(length)
-    at = 0
-    for _ in range(count):
-        if at + _ENTRY.size > length:
-            return False
-        flags, *places, name, extra, comment, disk, begin = _ENTRY.unpack_from(entries, at)
-        unneeded = extra and _WIDE not in (*places, begin)
-        if flags & ~_FLAGS or unneeded or comment or disk:
-            return False
-        at += _ENTRY.size + name + extra
-    return at == length
-
-
-def storage_offsets(
-    storages: Mapping[str, int], records: Mapping[str, Record], alignment: int | None
-) -> dict[str, int] | None:
-    """First byte of each storage by key, where torch finds them at just these places; else None.
-
-    storages: bytes by key, in the order in which the pickle asks for them; alignment: in bytes, None for an
-    archive without a format version, where torch looks into the list of members. Otherwise it counts on from
-    the first storage as its writer does (torch 2.13: torch/serialization.py, `_get_offset`, and
-    caffe2/serialize/inline_container.cc, `getRecordOffsetNoRead`).
-    """
-    offsets: dict[str, int] = {}
-    header = 0
-    for number, (key, size) in enumerate(storages.items()):
-        record = records.get(f"data/{key}")
-        if record is None or record.size != size:
-            return None
-        offsets[key] = record.offset
-        if alignment is None:
-            continue
-        wide_place, wide_size = header >= _WIDE, size >= _WIDE
-        if number:
-            begin = header + _LOCAL_HEADER + len(record.member) + 4
-            begin += 4 * (wide_place or wide_size) + 8 * wide_place + 16 * wide_size
-            if record.offset != begin + -begin % alignment:
-                return None
-        elif key != "0" or record.offset >= _WIDE:
-            return None
-        header = record.offset + size
-        if size:
-            header += 24 if wide_place or wide_size else 16
-    return offsets
-
-
-def _directory(file: BinaryIO, size: int, path: Path) -> tuple[int, int, int]:
-    """(members, first byte, bytes) of the archive's only directory, which ends where the end begins."""
+def _directory(file: BinaryIO, size: int, path: Path) -> tuple[int, int]:
+    """(members, first byte) of the archive's only directory, which ends where the end begins."""
     tail = _END64.size + _LOCATOR.size + _END.size
     file.seek(max(size - tail, 0))
     end = file.read(tail)
@@ -189,7 +110,9 @@ def _directory(file: BinaryIO, size: int, path: Path) -> tuple[int, int, int]:
         count, length, offset = count64, length64, offset64
     if offset + length != begin:
         raise _ambiguous("a list of members that is not just before its end", path)
-    return count, offset, length
+    if length > MAX_DIRECTORY:  # zipfile reads all of it at once
+        raise UnusableWeights("invalid: the archive's list of members is too large", where=path)
+    return count, offset
 
 
 def _no_end(path: Path) -> UnusableWeights:
@@ -245,11 +168,9 @@ def _contents(file: BinaryIO, member: zipfile.ZipInfo, directory: int, path: Pat
     )
 
 
-def _refuse_overlap(members: list[zipfile.ZipInfo], records: dict[str, Record], path: Path) -> None:
-    places = sorted(zip(members, records.values(), strict=True), key=lambda place: place[0].header_offset)
-    for (_, record), (following, _) in itertools.pairwise(places):
+def _refuse_overlap(members: list[zipfile.ZipInfo], records: Iterable[Record], path: Path) -> None:
+    places = sorted(zip(members, records, strict=True), key=lambda place: place[0].header_offset)
+    for (member, record), (following, _) in itertools.pairwise(places):
         if record.offset + record.size > following.header_offset:
-            raise UnusableWeights(
-                f"refused: archive members {clip(record.name)!r} and {clip(following.filename)!r} overlap",
-                where=path,
-            )
+            names = f"{clip(member.filename)!r} and {clip(following.filename)!r}"
+            raise UnusableWeights(f"refused: archive members {names} overlap", where=path)

@@ -9,7 +9,10 @@ import os
 import pickle
 import re
 import struct
+import subprocess
+import sys
 import tarfile
+import time
 import tracemalloc
 import warnings
 import zipfile
@@ -21,6 +24,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.serialization import skip_data
 
 from avatarctl.errors import UnusableWeights
 from avatarctl.files.pickle_file import StridedTensor
@@ -120,7 +124,8 @@ def tensors() -> dict[str, torch.Tensor]:
 def test_every_tensor_comes_back_bit_for_bit(tmp_path: Path, zipped: bool) -> None:
     made = tensors()
     if zipped:  # torch itself does not read these back from the older format
-        made |= {str(kind): made["base"].to(kind) for kind in (torch.float8_e4m3fn, torch.float8_e5m2)}
+        newer = (torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.uint32, torch.uint64)
+        made |= {str(kind): made["base"].abs().to(kind) for kind in newer}
     raw = open_weights(saved(tmp_path / "a.pt", made, _use_new_zipfile_serialization=zipped))
     assert raw.format == ("zip" if zipped else "legacy")
     assert raw.tensors.keys() == made.keys()
@@ -157,6 +162,27 @@ def test_a_dimension_of_one_may_have_any_stride(
     assert read_whole(found).tolist() == made.tolist()
 
 
+def test_torch_is_imported_for_a_pickle_and_nothing_else_is(tmp_path: Path) -> None:
+    """Not before one is read that the scan has let through, and never what takes seconds more."""
+    refused = saved(tmp_path / "a.pt", {"x": Payload()})
+    path = saved(tmp_path / "b.pt", {"state_dict": {"w": torch.ones(2)}, "epoch": 3})
+    code = (
+        "import sys, pathlib\n"
+        "from avatarctl.errors import UnusableWeights\n"
+        "from avatarctl.files.source import open_weights\n"
+        "try:\n"
+        "    open_weights(pathlib.Path(sys.argv[1]))\n"
+        "except UnusableWeights:\n"
+        "    print('torch' in sys.modules)\n"
+        "open_weights(pathlib.Path(sys.argv[2]))\n"
+        "print(sorted({'torch', 'diffusers', 'transformers', 'peft'} & sys.modules.keys()))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, refused, path], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == ["False", "['torch']"]
+
+
 def test_a_zip_stays_on_the_disk_and_in_its_order(tmp_path: Path) -> None:
     state = {name: torch.full((1 << 20,), float(at)) for at, name in enumerate("dcba")}
     path = saved(tmp_path / "a.pt", state)
@@ -165,6 +191,28 @@ def test_a_zip_stays_on_the_disk_and_in_its_order(tmp_path: Path) -> None:
         raw = open_weights(path)
     assert list(raw.tensors) == list("dcba")
     assert raw.tensors["b"].read(1000, 1002).tolist() == [2.0, 2.0]
+
+
+def test_a_zip_of_12_gb_is_opened_without_reading_a_tensor(tmp_path: Path) -> None:
+    """Two storages lie beyond 4 GiB, where places are written otherwise; torch finds the same bytes."""
+    hole, size = str(tmp_path / "hole"), 3 << 30
+    large = {name: torch.from_file(hole, shared=True, size=size, dtype=torch.bfloat16) for name in "ab"}
+    with skip_data():  # torch leaves holes in the file, which take no room on the disk
+        path = saved(tmp_path / "a.pt", {**large, "c": torch.empty(2, 3)})
+    assert path.stat().st_size > 12e9
+    start = time.process_time()
+    tensors = open_weights(path).tensors
+    assert time.process_time() - start < 1, "of work: waiting for other programs does not count"
+    assert list(tensors) == ["a", "b", "c"]
+    for name in "bc":
+        tensor = tensors[name]
+        assert isinstance(tensor, FileTensor)
+        with path.open("r+b") as file:
+            file.seek(tensor.offset)
+            file.write(struct.pack("<4f", 1, 2, 3, 4))
+    ours, theirs = open_weights(path).tensors, torch.load(path, mmap=True)
+    assert ours["c"].read(0, 4).tolist() == theirs["c"].reshape(-1)[:4].tolist() == [1, 2, 3, 4]
+    assert ours["b"].read(0, 8).tobytes() == stored_bytes(theirs["b"][:8]) == struct.pack("<4f", 1, 2, 3, 4)
 
 
 def test_tensors_saved_on_a_gpu_are_read_without_one(tmp_path: Path) -> None:
@@ -185,12 +233,12 @@ WEIGHTS = {"blocks.0.weight": torch.ones(2, 2), "blocks.0.bias": torch.zeros(2)}
 def test_a_wrapper_is_opened_and_what_is_left_out_is_said(tmp_path: Path, wrapper: str) -> None:
     optimizer = {"state": {0: {"exp_avg": torch.ones(2)}}}
     around = {"epoch": 3, "optimizer": optimizer, wrapper: WEIGHTS, "rng_state": torch.get_rng_state(),
-              "milestones": Counter({3: 1}), "loss": torch.tensor(0.5)}  # fmt: skip
+              "milestones": Counter({3: 1}), "seeds": (2**70, -5), "loss": torch.tensor(0.5)}  # fmt: skip
     raw = open_weights(saved(tmp_path / "a.pt", around))
     assert raw.tensors.keys() == WEIGHTS.keys()
     told = " ".join(raw.notes)
     assert f"opened the wrapper '{wrapper}'" in told
-    assert "left out, not weights: epoch, optimizer, rng_state, milestones, loss" in told
+    assert "left out, not weights: epoch, optimizer, rng_state, milestones, seeds and 1 more" in told
 
 
 def test_nested_wrappers_and_metadata_of_a_state_dict(tmp_path: Path) -> None:
@@ -204,6 +252,17 @@ def test_nested_wrappers_and_metadata_of_a_state_dict(tmp_path: Path) -> None:
 def test_lists_without_tensors_beside_tensors_are_left_out_aloud(tmp_path: Path) -> None:
     raw = open_weights(saved(tmp_path / "a.pt", {**WEIGHTS, "history": [1, 2], "\x1b[2J": {}}))
     assert raw.notes == (r"left out, not weights: history, \x1b[2J",)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [{1, 2}, Counter("ab"), torch.Size([2]), torch.float32, torch.device("cpu"), True, (1, [None])],
+    ids=str,
+)
+def test_plain_values_in_a_list_beside_tensors_are_left_out(tmp_path: Path, value: object) -> None:
+    raw = open_weights(saved(tmp_path / "a.pt", {**WEIGHTS, "x": [value], "y": {(1, 2): 3}}))
+    assert raw.tensors.keys() == WEIGHTS.keys()
+    assert raw.notes == ("left out, not weights: x, y",)
 
 
 @pytest.mark.parametrize(
@@ -311,6 +370,99 @@ def test_a_pickle_that_wants_more_than_tensors_is_refused(tmp_path: Path, pickle
     assert says in refusal(repacked(tmp_path / "a.pt", good, **{"data.pkl": pickled}))
 
 
+PROTOCOL = b"\x80\x02"
+ORDERED = b"ccollections\nOrderedDict\n)R"
+HUGE = b"\x8a\x08" + struct.pack("<q", 1 << 62)
+BEYOND = b"\x8a\x09" + (1 << 64).to_bytes(9, "little")
+MINUS = b"J" + struct.pack("<i", -1)
+INTEGERS = b"ctorch\nIntStorage\n"
+
+
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
+
+
+def storage(key: str = "0", kind: bytes = b"ctorch\nFloatStorage\n", numel: bytes = b"K\4",
+            word: str = "storage", location: str = "cpu") -> bytes:  # fmt: skip
+    return b"(" + text(word) + kind + text(key) + text(location) + numel + b"tQ"
+
+
+def tensor(source: bytes | None = None, first: bytes = b"K\0", shape: bytes = b"K\4\x85",
+           strides: bytes = b"K\1\x85", grad: bytes = b"\x89") -> bytes:  # fmt: skip
+    source = storage() if source is None else source
+    function = b"ctorch._utils\n_rebuild_tensor_v2\n"
+    return function + b"(" + source + first + shape + strides + grad + ORDERED + b"tR"
+
+
+def dictionary(**values: bytes) -> bytes:
+    return b"}(" + b"".join(text(name) + value for name, value in values.items()) + b"u"
+
+
+def handmade(path: Path, pickled: bytes) -> Path:
+    """An archive with this pickle over one storage of four floats: 0, 1, 2, 3."""
+    good = saved(path.with_name("good.pt"), {"w": torch.arange(4.0)})
+    return repacked(path, good, **{"data.pkl": PROTOCOL + pickled + b"."})
+
+
+HANDMADE = {
+    "beyond the end": (tensor(first=b"K\1"), "its record holds 16"),
+    "too large": (tensor(shape=b"K\5\x85"), "its record holds 16"),
+    "a huge shape": (tensor(shape=HUGE + b"\x85", strides=b"K\0\x85"), "impossible shape"),
+    "a huge stride": (tensor(strides=HUGE + b"\x85"), "reaches outside its storage of 4 elements"),
+    "too many elements": (tensor(shape=HUGE + HUGE + b"\x86", strides=b"K\0K\0\x86"), "torch cannot read it"),
+    "a size below zero": (tensor(shape=MINUS + b"\x85"), "torch cannot read it"),
+    "a stride below zero": (tensor(first=b"K\3", strides=MINUS + b"\x85"), "its record holds 16"),
+    "a beginning below zero": (tensor(first=MINUS), "torch cannot read it"),
+    "a beginning beyond numbers": (tensor(first=BEYOND, shape=b"K\0\x85"), "torch cannot read it"),
+    "more strides than sizes": (tensor(strides=b"K\1K\1\x86"), "torch cannot read it"),
+    "a huge storage": (tensor(storage(numel=HUGE)), "torch cannot read it"),
+    "a storage too short": (tensor(storage(numel=b"K\3"), shape=b"K\3\x85"), "its record holds 16"),
+    "another size the second time": (
+        tensor() + text("v") + tensor(storage(numel=b"K\2"), shape=b"K\2\x85"), "'v' has a storage of 8 bytes"
+    ),
+    "a path as key": (tensor(storage(key="../data/0")), "../data/0 is missing"),
+    "other digits as key": (tensor(storage(key="00")), "data/00 is missing"),
+    "a missing key": (tensor(storage(key="9")), "data/9 is missing"),
+    "quantised": (tensor(storage(kind=b"ctorch\nQInt8Storage\n")), "torch cannot read it"),
+    "a class that is a text": (tensor(storage(kind=text("torch FloatStorage"))), "torch cannot read it"),
+    "a class of a GPU": (tensor(storage(kind=b"ctorch.cuda\nFloatStorage\n")), "torch.cuda.FloatStorage"),
+    "another word than storage": (tensor(storage(word="module")), "torch cannot read it"),
+    "a gradient of integers": (tensor(storage(kind=INTEGERS), grad=b"\x88"), "torch cannot read it"),
+    "a tensor of a tensor": (tensor(tensor()), "torch cannot read it"),
+    "a tensor of no storage": (tensor(b"K\0"), "torch cannot read it"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("pickled", "says"), HANDMADE.values(), ids=HANDMADE.keys())
+def test_a_tensor_made_by_hand_that_is_wrong_is_refused(tmp_path: Path, pickled: bytes, says: str) -> None:
+    assert says in refusal(handmade(tmp_path / "a.pt", dictionary(w=pickled)))
+
+
+PARAMETER = b"ctorch._utils\n_rebuild_parameter_with_state\n("
+METHODS = ("stride", "is_neg", "detach", "untyped_storage", "element_size", "contiguous")
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        dictionary(w=tensor(storage(location="cuda:7"))),
+        dictionary(w=tensor(storage(location="../../etc/passwd"))),
+        b"}(" + text("w") + b"K\1" + text("w") + tensor() + b"u",
+        dictionary(w=tensor(), x=b"]q\1h\1a"),
+        dictionary(w=tensor(), x=b")" + b"\x85" * 50_000),
+        *(
+            dictionary(w=PARAMETER + tensor() + b"\x88" + ORDERED + dictionary(**{method: b"K\1"}) + b"tR")
+            for method in METHODS
+        ),
+    ],
+    ids=["of a GPU", "of nowhere", "a key twice", "a list within itself", "a deep tuple", *METHODS],
+)
+def test_unusual_pickles_of_tensors_are_read(tmp_path: Path, pickled: bytes) -> None:
+    """Among them a parameter that carries attributes with the names of methods."""
+    found = open_weights(handmade(tmp_path / "a.pt", pickled)).tensors
+    assert {name: read_whole(one).tolist() for name, one in found.items()} == {"w": [0, 1, 2, 3]}
+
+
 def test_a_stored_namespace_is_named(tmp_path: Path) -> None:
     value = {"state_dict": WEIGHTS, "args": argparse.Namespace(lr=1e-4)}
     assert "argparse.Namespace" in refusal(saved(tmp_path / "a.pt", value))
@@ -365,10 +517,15 @@ def test_a_storage_of_a_tebibyte_in_the_older_format(tmp_path: Path, numel: int)
     assert re.search("corrupt|truncated", refusal(path))
 
 
-def test_one_storage_of_several_tensors_in_the_older_format(tmp_path: Path) -> None:
+@pytest.mark.parametrize("zipped", [True, False])
+def test_one_storage_of_several_tensors(tmp_path: Path, zipped: bool) -> None:
     base = torch.randn(40, 50)
-    state = {str(row): base[row] for row in range(40)}
-    path = saved(tmp_path / "a.pt", state, _use_new_zipfile_serialization=False)
+    state = {str(row): base[row] for row in range(40)} | {
+        "whole": base,
+        "columns": base[:, 1:3],
+        "t": base.t(),
+    }
+    path = saved(tmp_path / "a.pt", state, _use_new_zipfile_serialization=zipped)
     got = open_weights(path).tensors
     assert all(read_whole(got[name]).tobytes() == stored_bytes(row) for name, row in state.items())
 
@@ -467,22 +624,28 @@ def test_torch_stays_silent(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
 
 
 def test_bytes_changed_at_random_lead_to_weights_or_to_one_line(tmp_path: Path) -> None:
+    """In an archive as torch lays it out, where it counts to find the storages, and in a repacked one."""
     random = np.random.default_rng(7)
     good = saved(tmp_path / "good.pt", tensors())
+    whole = good.read_bytes()
     with zipfile.ZipFile(good) as made:
         pickled = made.read("good/data.pkl")
-    outcomes = Counter[str]()
-    for _ in range(150):
+    outcomes = Counter[tuple[str, int]]()
+    for number in range(200):
         data = bytearray(pickled)
         for at in random.integers(2, len(data), random.integers(1, 4)):
             data[at] = random.choice(list(b"NKJM}])t\x85\x86RQbh\x88\x8a") + list(random.bytes(2)))
-        path = repacked(tmp_path / "a.pt", good, **{"data.pkl": bytes(data)})
+        path = tmp_path / "a.pt"
+        if number % 2:
+            path.write_bytes(whole.replace(pickled, data))
+        else:
+            repacked(path, good, **{"data.pkl": bytes(data)})
         try:
             for tensor in open_weights(path).tensors.values():
                 assert tensor.info.nbytes <= path.stat().st_size
                 read_whole(tensor)
-            outcomes["read"] += 1
+            outcomes["read", number % 2] += 1
         except UnusableWeights as error:
             assert str(error).isprintable()
-            outcomes["refused"] += 1
-    assert min(outcomes["read"], outcomes["refused"]) > 0
+            outcomes["refused", number % 2] += 1
+    assert len(outcomes) == 4
