@@ -22,8 +22,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Final
 
-from avatarctl.errors import UnusableWeights
 from avatarctl.files.stamp import FileStamp
+from avatarctl.files.strict_json import reading
 
 __all__ = ["FileDigest", "FileHashes"]
 
@@ -84,10 +84,8 @@ class FileHashes:
         Raises UnusableWeights where one cannot be read.
         """
         for path in paths:
-            try:
+            with reading(path):
                 stamp = FileStamp.of(path.stat())
-            except OSError as error:
-                raise _unreadable(path, error) from error
             self._stamps[path] = stamp
             if stamp not in self._work:
                 self._work[stamp] = self._pool.submit(self._digest, path, stamp)
@@ -112,16 +110,13 @@ class FileHashes:
     def _digest(self, path: Path, stamp: FileStamp) -> FileDigest:
         asked = FileDigest.placeholder(stamp.size, whole=self._whole)
         sampled = whole = None
-        try:
-            with path.open("rb", buffering=0) as file:
-                if asked.sampled_sha256:
-                    sampled = self._hash(struct.pack("<Q", stamp.size), _samples(file, stamp.size))
-                if asked.sha256:
-                    file.seek(0)
-                    whole = self._hash(b"", _blocks(file))
-                stamp.refuse_change(os.fstat(file.fileno()), path)
-        except OSError as error:
-            raise _unreadable(path, error) from error
+        with reading(path), path.open("rb", buffering=0) as file:
+            if asked.sampled_sha256:
+                sampled = self._hash(struct.pack("<Q", stamp.size), _samples(file, stamp.size))
+            if asked.sha256:
+                file.seek(0)
+                whole = self._hash(b"", _blocks(file))
+            stamp.refuse_change(os.fstat(file.fileno()), path)
         return FileDigest(whole, sampled)
 
     def _hash(self, start: bytes, parts: Iterator[bytes | memoryview]) -> str:
@@ -153,7 +148,3 @@ def _blocks(file: BinaryIO) -> Iterator[memoryview]:
         while count := file.readinto(buffer):  # type: ignore[attr-defined]
             with buffer[:count] as part:
                 yield part
-
-
-def _unreadable(path: Path, error: OSError) -> UnusableWeights:
-    return UnusableWeights(f"cannot be read: {error.strerror}", where=path)

@@ -36,7 +36,7 @@ from avatarctl.files.pickle_scan import (
 from avatarctl.files.safetensors_file import is_possible_shape, refuse_placeholder
 from avatarctl.files.stamp import FileStamp
 from avatarctl.files.state_dict import Wrapper, open_wrappers, tensors_in
-from avatarctl.files.strict_json import clip, file_size
+from avatarctl.files.strict_json import clip, file_size, reading
 from avatarctl.files.tensors import DTYPES, Array, ArrayTensor, FileTensor, StoredTensor, TensorInfo
 from avatarctl.files.zip_archive import Record, read_records
 
@@ -115,16 +115,12 @@ def read_pickle(path: Path) -> PickleFile:
     Raises UnusableWeights (and PathNotFound).
     """
     size = file_size(path)
-    try:
-        with path.open("rb") as file:
-            start = file.read(512)
-            refuse_placeholder(start, path)
-            if not is_pickle(start):
-                _refuse_other_things(start, file, path)
-            found = _read_zip(file, size, path) if start.startswith(_ZIP) else _read_legacy(file, size, path)
-    except OSError as error:
-        raise UnusableWeights(f"cannot be read: {error.strerror}", where=path) from error
-    return found
+    with reading(path), path.open("rb") as file:
+        start = file.read(512)
+        refuse_placeholder(start, path)
+        if not is_pickle(start):
+            _refuse_other_things(start, file, path)
+        return _read_zip(file, size, path) if start.startswith(_ZIP) else _read_legacy(file, size, path)
 
 
 def _refuse_other_things(start: bytes, file: BinaryIO, path: Path) -> None:
@@ -276,9 +272,8 @@ def _in_memory(name: str, tensor: torch.Tensor, path: Path) -> ArrayTensor:
     import torch
 
     info, _ = _checked(name, tensor, path)
-    # numpy has no bfloat16 or float8: the bits travel as integers of the same size.
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    array = tensor.contiguous().reshape(-1).view(bits).numpy()
+    # numpy has no bfloat16 or float8: what travels are bytes.
+    array = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
     return ArrayTensor(array.view(DTYPES[info.dtype].storage).reshape(info.shape), info.dtype)
 
 

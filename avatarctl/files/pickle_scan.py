@@ -92,18 +92,17 @@ def scan_pickle(data: BinaryIO, path: Path) -> None:
     """
     created = 0
     for opcode, argument in _instructions(data, path):
-        if opcode == "PROTO" and argument != 2:
-            data.seek(0)
-            is_plain_pickle(data, path)  # prefers the name that it asks for to the instruction
-            raise UnusableWeights(
-                f"refused: pickle protocol {argument} is not read", where=path,
-                fix="save it again with torch.save and its default protocol",
-            )  # fmt: skip
+        other_protocol = opcode == "PROTO" and argument != 2
         if opcode == "GLOBAL":
             _check_name(str(argument).replace(" ", ".", 1), path)
-        elif opcode not in _INSTRUCTIONS:
+        elif other_protocol or opcode not in _INSTRUCTIONS:
             data.seek(0)
             is_plain_pickle(data, path)  # prefers the name that it asks for to the instruction
+            if other_protocol:
+                raise UnusableWeights(
+                    f"refused: pickle protocol {argument} is not read", where=path,
+                    fix="save it again with torch.save and its default protocol",
+                )  # fmt: skip
             raise UnusableWeights(f"refused: unsupported pickle instruction {opcode}", where=path)
         created += opcode in _CREATORS
         if created > MAX_OBJECTS:
@@ -115,32 +114,23 @@ def is_plain_pickle(data: BinaryIO, path: Path) -> bool:
 
     Raises UnusableWeights where it asks for a function or class that a dictionary of tensors does not need.
     """
-    name = _first_global(data)
-    if name:
-        _check_name(name, path)
-    return name is not None
-
-
-def _first_global(data: BinaryIO) -> str | None:
-    """Name of the first function or class that a whole pickle of any protocol asks for.
-
-    Empty where it asks for none, None where the bytes are no pickle.
-    """
     strings: list[str] = []
-    found: str | None = None
+    first: str | None = None
     try:
         for opcode, argument, _ in pickletools.genops(data):
-            if found is None and opcode.name in ("GLOBAL", "INST"):
-                found = str(argument).replace(" ", ".", 1)
-            elif found is None and opcode.name == "STACK_GLOBAL":
-                found = ".".join(strings) if len(strings) == 2 else "a name built while it runs"
+            if first is None and opcode.name in ("GLOBAL", "INST"):
+                first = str(argument).replace(" ", ".", 1)
+            elif first is None and opcode.name == "STACK_GLOBAL":
+                first = ".".join(strings) if len(strings) == 2 else "a name built while it runs"
             elif isinstance(argument, str):
                 strings = [*strings[-1:], argument]
             elif opcode.name != "MEMOIZE":
                 strings = []
     except _NOT_A_PICKLE:
-        return None
-    return found or ""
+        return False
+    if first:
+        _check_name(first, path)
+    return True
 
 
 def _instructions(data: BinaryIO, path: Path) -> Iterator[tuple[str, object]]:

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from avatarctl.errors import UnusableWeights
 from avatarctl.files.stamp import FileStamp
-from avatarctl.files.strict_json import clip, file_size, parse_object
+from avatarctl.files.strict_json import clip, file_size, parse_object, reading
 from avatarctl.files.tensors import DTYPES, FileTensor, TensorInfo
 
 __all__ = ["Header", "is_possible_shape", "read_header", "refuse_placeholder"]
@@ -45,28 +45,25 @@ def read_header(path: Path) -> Header:
     Raises UnusableWeights (and PathNotFound).
     """
     size = file_size(path)
-    try:
-        with path.open("rb") as file:
-            stamp = FileStamp.of(os.fstat(file.fileno()))
-            start = file.read(512)
-            refuse_placeholder(start, path)
-            if size < 8:
-                raise UnusableWeights(
-                    f"too small for the length of a header ({size} bytes); truncated", where=path
-                )
-            length = int.from_bytes(start[:8], "little")
-            if length > size - 8 or length < 2:
-                raise UnusableWeights(
-                    f"the header length is invalid: {length} bytes declared, {size - 8} present; "
-                    "truncated, or not a safetensors file",
-                    where=path,
-                )
-            if length > MAX_HEADER:
-                raise UnusableWeights(f"the header is too large: {length} bytes", where=path)
-            file.seek(8)
-            text = file.read(length)
-    except OSError as error:
-        raise UnusableWeights(f"cannot be read: {error.strerror}", where=path) from error
+    with reading(path), path.open("rb") as file:
+        stamp = FileStamp.of(os.fstat(file.fileno()))
+        start = file.read(512)
+        refuse_placeholder(start, path)
+        if size < 8:
+            raise UnusableWeights(
+                f"too small for the length of a header ({size} bytes); truncated", where=path
+            )
+        length = int.from_bytes(start[:8], "little")
+        if length > size - 8 or length < 2:
+            raise UnusableWeights(
+                f"the header length is invalid: {length} bytes declared, {size - 8} present; "
+                "truncated, or not a safetensors file",
+                where=path,
+            )
+        if length > MAX_HEADER:
+            raise UnusableWeights(f"the header is too large: {length} bytes", where=path)
+        file.seek(8)
+        text = file.read(length)
     if not text.startswith(b"{"):
         raise UnusableWeights("the header is invalid: it is not a JSON object", where=path)
     entries = parse_object(text, path, "the header is")

@@ -19,7 +19,7 @@ from avatarctl.errors import UnusableWeights, printable
 from avatarctl.files.pickle_file import is_pickle, read_pickle
 from avatarctl.files.safetensors_file import read_header
 from avatarctl.files.state_dict import Wrapper
-from avatarctl.files.strict_json import clip, file_size, read_object
+from avatarctl.files.strict_json import clip, file_size, read_object, reading
 from avatarctl.files.tensors import StoredTensor
 
 __all__ = ["COMPANION", "COMPANION_OF", "RawWeights", "open_weights"]
@@ -76,7 +76,6 @@ class RawWeights:
     tensors: Mapping[str, StoredTensor]
     metadata: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
-    config_path: Path | None = None
     wrappers: tuple[Wrapper, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -91,7 +90,7 @@ def open_weights(path: Path) -> RawWeights:
     if _is_folder(path):
         chosen = _choose(path, notes)
     elif shard := _part_of_many(path):
-        name, _, count = shard
+        name, count = shard
         index = path.with_name(f"{name}.index.json")
         hint = f"name {index.name} or the folder" if index.exists() else f"its index {index.name} is missing"
         raise UnusableWeights(f"is one of {count} files of a model, not the whole", where=path, fix=hint)
@@ -99,7 +98,7 @@ def open_weights(path: Path) -> RawWeights:
     config_path = _config_beside(chosen, anything=chosen != path)
     config = read_object(config_path, MAX_CONFIG) if config_path else {}
     told = tuple(printable(note) for note in dict.fromkeys((*notes, *raw.notes)))
-    return replace(raw, path=path, config=config, config_path=config_path, notes=told)
+    return replace(raw, path=path, config=config, notes=told)
 
 
 def _is_folder(path: Path) -> bool:
@@ -110,12 +109,12 @@ def _is_folder(path: Path) -> bool:
     return False
 
 
-def _part_of_many(path: Path) -> tuple[str, int, int] | None:
-    """(file name without the number, number, count) of one of several shards."""
+def _part_of_many(path: Path) -> tuple[str, int] | None:
+    """(file name without the number, count) of one of several shards."""
     match = _SHARD.fullmatch(path.name)
     if match is None or int(match["count"]) < 2:
         return None
-    return match["stem"] + match["suffix"], int(match["number"]), int(match["count"])
+    return match["stem"] + match["suffix"], int(match["count"])
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -124,11 +123,8 @@ def _part_of_many(path: Path) -> tuple[str, int, int] | None:
 def _read_file(path: Path) -> RawWeights:
     """One weight file; a name that says otherwise than the contents is refused, not believed."""
     file_size(path)
-    try:
-        with path.open("rb") as file:
-            start = file.read(16)
-    except OSError as error:
-        raise UnusableWeights(f"cannot be read: {error.strerror}", where=path) from error
+    with reading(path), path.open("rb") as file:
+        start = file.read(16)
     header_follows = start[8:9] == b"{" and not is_pickle(start)
     if path.suffix == ".safetensors" and not header_follows and is_pickle(start, of_torch=False):
         raise UnusableWeights(
@@ -268,10 +264,8 @@ def _check_shard(shard: RawWeights, wanted: set[str], places: Mapping[str, str],
 
 def _choose(folder: Path, notes: list[str]) -> Path:
     """The one set of weights of a folder: a file or an index. Raises UnusableWeights."""
-    try:
+    with reading(folder):
         inside = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    except OSError as error:
-        raise UnusableWeights(f"cannot be read: {error.strerror}", where=folder) from error
     names = {entry.name for entry in inside}
     if "model_index.json" in names and (folder / "transformer").is_dir():
         more = [name for name in sorted(names) if re.fullmatch(r"transformer.+", name)]
@@ -352,7 +346,7 @@ def _is_companion(path: Path, others: Sequence[Path]) -> bool:
 
 def _one_model(paths: Sequence[Path]) -> Path | None:
     """The one to read of files with well-known names: safetensors before the same model as `.bin`."""
-    newer = [path for path in paths if ".bin" not in (path.suffix, *path.suffixes)]
+    newer = [path for path in paths if ".bin" not in path.suffixes]
     if len(newer) == 1 and (len(paths) == 1 or ".safetensors" in newer[0].suffixes):
         return newer[0]
     return paths[0] if len(paths) == 1 else None

@@ -6,16 +6,18 @@ numbers that no float or 64-bit integer holds, and half surrogates, which no fil
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import stat
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from avatarctl.errors import PathNotFound, UnusableWeights
 
-__all__ = ["clip", "file_size", "parse_json", "parse_object", "read_object"]
+__all__ = ["clip", "file_size", "parse_json", "parse_object", "read_object", "reading"]
 
 
 def clip(text: object, length: int = 100) -> str:
@@ -24,17 +26,25 @@ def clip(text: object, length: int = 100) -> str:
     return line if len(line) <= length else f"{line[: length - 3]}..."
 
 
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raises UnusableWeights for what the system says while `path` is read."""
+    try:
+        yield
+    except OSError as error:
+        raise UnusableWeights(f"cannot be read: {error.strerror}", where=path) from error
+
+
 def file_size(path: Path) -> int:
     """Bytes of a regular file (or of what a link points at), found without opening it.
 
     Raises PathNotFound where there is none, UnusableWeights for folders, devices and pipes.
     """
-    try:
-        status = path.stat()
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise PathNotFound("does not exist", where=path) from error
-    except OSError as error:
-        raise UnusableWeights(f"cannot be read: {error.strerror}", where=path) from error
+    with reading(path):
+        try:
+            status = path.stat()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise PathNotFound("does not exist", where=path) from error
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a device or pipe"
         raise UnusableWeights(f"is {kind}, not a file", where=path)
@@ -56,11 +66,8 @@ def read_object(path: Path, limit: int) -> dict[str, Any]:
         ) from error
     if size > limit:
         raise UnusableWeights(f"holds {size} bytes, which is too large for a JSON file here", where=path)
-    try:
-        with path.open("rb") as file:
-            data = file.read(limit + 1)
-    except OSError as error:
-        raise UnusableWeights(f"cannot be read: {error.strerror}", where=path) from error
+    with reading(path), path.open("rb") as file:
+        data = file.read(limit + 1)
     return parse_object(data, path, f"{path.name} is")
 
 

@@ -169,7 +169,6 @@ def test_a_release_folder(tmp_path: Path, config: str | None) -> None:
         raw = open_weights(named)
         assert raw.files == (weights,)
         assert raw.config == ({"lora_rank": 128} if config else {})
-        assert raw.config_path == (tmp_path / config if config else None)
 
 
 def test_a_training_run(tmp_path: Path) -> None:
@@ -272,13 +271,13 @@ def test_a_lora_of_diffusers_and_any_only_file(tmp_path: Path) -> None:
 def test_no_config_of_a_release_belongs_to_a_lora_of_diffusers(tmp_path: Path) -> None:
     lora = write_safetensors(tmp_path / "pytorch_lora_weights.safetensors")
     write_json(tmp_path / "config.json", {"train_architecture": "lora", "lora_alpha": 64})
-    assert all(open_weights(named).config_path is None for named in (tmp_path, lora))
+    assert all(open_weights(named).config == {} for named in (tmp_path, lora))
 
 
 def test_a_stray_config_does_not_belong_to_a_file_of_another_name(tmp_path: Path) -> None:
     weights = write_safetensors(tmp_path / "downloaded.safetensors")
     write_json(tmp_path / "config.json", {"dim": 4})
-    assert open_weights(weights).config_path is None
+    assert open_weights(weights).config == {}
     assert open_weights(tmp_path).config == {"dim": 4}
 
 

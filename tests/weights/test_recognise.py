@@ -122,7 +122,6 @@ def read(
         tensors=tensors | dict(values or {}),
         metadata=metadata or {},
         config=config or {},
-        config_path=None,
         notes=(),
     )
     return recognise(raw)
