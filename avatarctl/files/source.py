@@ -19,7 +19,7 @@ from avatarctl.errors import UnusableWeights, printable
 from avatarctl.files.pickle_file import is_pickle, read_pickle
 from avatarctl.files.safetensors_file import read_header
 from avatarctl.files.state_dict import Wrapper
-from avatarctl.files.strict_json import clip, file_size, read_object, reading
+from avatarctl.files.strict_json import clip, file_size, listed, read_object, reading
 from avatarctl.files.tensors import StoredTensor
 
 __all__ = ["COMPANION", "COMPANION_OF", "RawWeights", "open_weights"]
@@ -360,8 +360,7 @@ def _stem(path: Path) -> str:
 
 
 def _listed(paths: Sequence[Path]) -> str:
-    more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
-    return ", ".join(clip(path.name, 60) for path in paths[:5]) + more
+    return listed([path.name for path in paths], 60)
 
 
 def _config_beside(weights: Path, *, anything: bool) -> Path | None:

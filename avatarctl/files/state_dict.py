@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeGuard
 
 from avatarctl.errors import UnusableWeights
-from avatarctl.files.strict_json import clip
+from avatarctl.files.strict_json import clip, listed
 
 if TYPE_CHECKING:
     import torch
@@ -158,6 +158,4 @@ def _tensors(entries: dict[str, Any], notes: list[str], path: Path) -> dict[str,
 
 def _note_left_out(names: list[str], notes: list[str]) -> None:
     if names:
-        shown = ", ".join(clip(name, 40) for name in names[:5])
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        notes.append(f"left out, not weights: {shown}{more}")
+        notes.append(f"left out, not weights: {listed(names, 40)}")

@@ -11,19 +11,25 @@ import json
 import math
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from avatarctl.errors import PathNotFound, UnusableWeights
 
-__all__ = ["clip", "file_size", "parse_json", "parse_object", "read_object", "reading"]
+__all__ = ["clip", "file_size", "listed", "parse_json", "parse_object", "read_object", "reading"]
 
 
 def clip(text: object, length: int = 100) -> str:
     """A stranger's text, short enough for one line."""
     line = str(text)
     return line if len(line) <= length else f"{line[: length - 3]}..."
+
+
+def listed(names: Sequence[str], length: int) -> str:
+    """The first five of some names, each clipped to `length`, and how many more there are."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(clip(name, length) for name in names[:5]) + more
 
 
 @contextlib.contextmanager

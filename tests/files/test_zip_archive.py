@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from avatarctl.errors import UnusableWeights
 from avatarctl.files.pickle_file import read_pickle
+from avatarctl.files.zip_archive import MAX_DIRECTORY
 
 torch = pytest.importorskip("torch")
 
@@ -68,6 +70,22 @@ def test_ends_that_disagree_are_refused(
 ) -> None:
     message = refused(bytes(change(archive)), tmp_path)
     assert any(word in message for word in says.split("|")), message
+
+
+def test_a_list_of_members_that_would_fill_the_memory_is_not_read(tmp_path: Path, archive: bytearray) -> None:
+    end64 = len(archive) - END - LOCATOR - END64
+    length = struct.unpack_from("<Q", archive, end64 + 40)[0]
+    more = MAX_DIRECTORY + 1 - length
+    changed(archive, end64 + 40, "<Q", length + more)
+    changed(archive, len(archive) - END + 12, "<I", length + more)
+    changed(archive, len(archive) - END - LOCATOR + 8, "<Q", end64 + more)
+    data = bytes(archive[:end64]) + bytes(more) + bytes(archive[end64:])
+    tracemalloc.start()
+    try:
+        assert "list of members is too large" in refused(data, tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < MAX_DIRECTORY / 4
+    finally:
+        tracemalloc.stop()
 
 
 def test_fewer_members_than_the_end_says_are_refused(tmp_path: Path, archive: bytearray) -> None:
