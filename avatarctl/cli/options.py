@@ -108,6 +108,10 @@ class ConfigCommand(Command):
         super().__init__(*args, **kwargs)
         self.read = read
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Older flags are read as what they are called now, which is also what messages then name."""
+        return super().parse_args(ctx, [_FORMER_FLAGS.get(word, word) for word in args])
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {title: [] for title in TITLES.values()}
         for param in self.get_params(ctx):
@@ -119,6 +123,14 @@ class ConfigCommand(Command):
             if records:
                 with formatter.section(title):
                     formatter.write_dl(records)
+
+
+_FORMER_FLAGS: Final[Mapping[str, str]] = {
+    f"--{no}{spec.key.formerly.replace('_', '-')}": f"--{no}{spec.name.replace('_', '-')}"
+    for spec in keys().values()
+    if spec.key.formerly
+    for no in ("", "no-")
+}
 
 
 def config_options(command: str) -> list[click.Parameter]:

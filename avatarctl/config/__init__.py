@@ -17,6 +17,7 @@ from avatarctl.config.resolve import ModelRowDefaults, Resolved, resolve
 from avatarctl.config.runfile import dump_run
 from avatarctl.config.sections import (
     Aux,
+    Checkpoint,
     Data,
     Input,
     LongVideo,
@@ -28,7 +29,6 @@ from avatarctl.config.sections import (
     Sampling,
     Train,
     Validation,
-    WeightFile,
     keys,
     section_names,
 )
@@ -39,6 +39,7 @@ __all__ = [
     "ANY",
     "COMMANDS",
     "Aux",
+    "Checkpoint",
     "CommandKeys",
     "ConfigFile",
     "Data",
@@ -57,7 +58,6 @@ __all__ = [
     "Setting",
     "Train",
     "Validation",
-    "WeightFile",
     "dump_run",
     "expected",
     "find_config",

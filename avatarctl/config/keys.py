@@ -33,6 +33,7 @@ class Key:
     not_yet:   a `Mark` that counts in every command that reads the key, or marks by command; commands that
                are not named then take all values. Deleted when the code lands.
     split:     separator that makes a list of one text ("sync,lpips"); None where items may hold it.
+    formerly:  an older name, which keeps working in files, in `-o` and as a flag.
     """
 
     help: str
@@ -43,6 +44,7 @@ class Key:
     from_row: bool = False
     not_yet: Mark | Mapping[str, Mark] = ()
     split: str | None = ","
+    formerly: str = ""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from avatarctl.config.keys import KeySpec
-from avatarctl.config.sections import keys, section_names
+from avatarctl.config.sections import section_names, spec_named
 from avatarctl.config.suggest import unknown_key, unknown_section
 from avatarctl.config.tree import Mapping, Node, Scalar, read_tree
 from avatarctl.config.values import BadValue, parse_items, parse_mapping, parse_scalar
@@ -82,7 +82,7 @@ def read_assignment(text: str, origin: str) -> tuple[str, Setting]:
         what, fix = unknown_section(section)
         raise ConfigError(what, where=origin, fix=fix)
     name, sub, part = name.partition(".")
-    spec = keys().get(f"{section}.{name}")
+    spec = spec_named(section, name)
     if spec is None or (sub and not isinstance(spec.default, dict)):
         what, fix = unknown_key(section, name + sub + part)
         raise ConfigError(what, where=origin, fix=fix)
@@ -122,11 +122,13 @@ def _settings(path: Path, root: Mapping, reserved: tuple[str, ...] = ()) -> Iter
         if not isinstance(node, Mapping):
             raise ConfigError(f"section {section}: expected keys and values", where=f"{path}:{line}")
         for name, (key_line, value) in node.entries.items():
-            spec = keys().get(f"{section}.{name}")
+            spec = spec_named(section, name)
             where = f"{path}:{key_line}"
             if spec is None:
                 what, fix = unknown_key(section, name)
                 raise ConfigError(what, where=where, fix=fix)
+            if spec.name != name and spec.name in node.entries:
+                raise ConfigError(f"{section}.{name} is {spec.dotted}, which is set too", where=where)
             yield spec.dotted, Setting(_value(path, spec, value, where), where)
 
 

@@ -19,6 +19,7 @@ from avatarctl.config.keys import ANY, KeySpec, key
 
 __all__ = [
     "Aux",
+    "Checkpoint",
     "Data",
     "Input",
     "LongVideo",
@@ -30,9 +31,9 @@ __all__ = [
     "Sampling",
     "Train",
     "Validation",
-    "WeightFile",
     "keys",
     "section_names",
+    "spec_named",
 ]
 
 MAX_FRAMES = 100_001
@@ -117,6 +118,7 @@ class Sampling:
         None,
         "run the branches of a step as one batch, which needs more memory; unless given, where a branch has "
         "512 video tokens or fewer: only there small networks gain from it",
+        formerly="batch_passes",
     )
     latents_dtype: Literal["float32", "bfloat16"] = key(
         "float32", "how latents are kept between the steps of fused windows"
@@ -318,7 +320,7 @@ class Aux:
 
 
 @dataclass(frozen=True)
-class WeightFile:
+class Checkpoint:
     """Saving and resuming training."""
 
     every: int = key(500, "optimizer steps between checkpoints", low=1, high=100_000_000)
@@ -367,7 +369,7 @@ class RunConfig:
     data: Data = field(default_factory=Data)
     train: Train = field(default_factory=Train)
     aux: Aux = field(default_factory=Aux)
-    checkpoint: WeightFile = field(default_factory=WeightFile)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
     validation: Validation = field(default_factory=Validation)
     runtime: Runtime = field(default_factory=Runtime)
 
@@ -389,6 +391,12 @@ def keys() -> Mapping[str, KeySpec]:
             spec = KeySpec(section, item.name, hints[item.name], default, item.metadata["key"])
             specs[spec.dotted] = spec
     return MappingProxyType(specs)
+
+
+def spec_named(section: str, name: str) -> KeySpec | None:
+    """The key of this name, or of this older name, in a section; None for an unknown one."""
+    former = (spec for spec in keys().values() if (spec.section, spec.key.formerly) == (section, name))
+    return keys().get(f"{section}.{name}") or next(former, None)
 
 
 def section_names() -> tuple[str, ...]:

@@ -5,7 +5,7 @@
 A step of StableAvatar over one window of 21 latent frames, random weights, two widths of network: one pass
 after another against one batch, by the video tokens that a pass looks at. `sampling.batch_branches` batches
 windows of up to 512 tokens by itself: beyond, even the small network no longer gains. An accelerator needs
-more tokens to be busy, and may gain from `--batch-passes` beyond; memory for three passes is the price.
+more tokens to be busy, and may gain from `--batch-branches` beyond; memory for three passes is the price.
 
 One thread; CPU seconds of a step, medians of runs that take turns.
 """

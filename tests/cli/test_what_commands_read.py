@@ -6,7 +6,7 @@ The commands that read `data` are still to come; one defined here stands for the
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from avatarctl.cli.options import ConfigCommand, Request, config_options, flags_of, read_request, words_of
+from avatarctl.cli.options import ConfigCommand, Request, config_options, flags_of, read_request
 from avatarctl.config import COMMANDS, CommandKeys, find_config
 from avatarctl.errors import ConfigError
 from avatarctl.registry import COMPAT, find_model
@@ -36,17 +36,17 @@ READS_DATA = CommandKeys(
 )
 
 
+def made(command: str) -> ConfigCommand:
+    def read(params: Mapping[str, Any]) -> Request:
+        return read_request(command, params, lambda name: find_model(name).for_config, COMPAT, "cartoon-i2v")
+
+    return ConfigCommand(command, read=read, params=config_options(command))
+
+
 def ask(command: str, *words: str) -> Request:
     """What `avatarctl command words` asks for."""
-    heard: list[Request] = []
-
-    def callback(**params: Any) -> None:
-        row_of = lambda name: find_model(name).for_config  # noqa: E731
-        heard.append(read_request(command, params, row_of, COMPAT, "cartoon-i2v"))
-
-    made = ConfigCommand(command, callback=callback, params=config_options(command))
-    made.main(list(words), standalone_mode=False)
-    return heard[0]
+    parsed = made(command)
+    return parsed.read(parsed.make_context(command, list(words)).params)
 
 
 def asked(request: Request) -> dict[str, tuple[Any, str]]:
@@ -76,7 +76,8 @@ def test_size_is_that_of_the_output_in_infer(here: Path) -> None:
 
 def test_no_size_where_a_command_reads_none(monkeypatch: pytest.MonkeyPatch, here: Path) -> None:
     monkeypatch.setitem(COMMANDS, "small", CommandKeys(main=(), read={"data": "path width"}))
-    assert "--size" not in words_of("small") and "--chunked" not in words_of("small")
+    words = {word for option in config_options("small") for word in option.opts}
+    assert words.isdisjoint(("--size", "--chunked"))
     with pytest.raises(click.NoSuchOption):
         ask("small", "--size", "64x32")
 
@@ -116,8 +117,7 @@ def test_no_flag_of_a_command_stands_for_two_keys(prepare: Asks) -> None:
 
 
 def test_help_has_titles_for_other_sections_than_those_of_infer(prepare: Asks) -> None:
-    made = ConfigCommand("prepare", params=config_options("prepare"))
-    text = CliRunner().invoke(made, ["--help"]).stdout
+    text = CliRunner().invoke(made("prepare"), ["--help"]).stdout
     places = [text.index(f"\n{title}:\n") for title in ("Model", "Output", "Data", "Training", "Options")]
     assert places == sorted(places)
     assert "--frames, --num-frames N" in text and "--size WxH" in text and "--chunked" not in text
@@ -207,3 +207,8 @@ def test_unread_keys_are_checked(refused: Callable[..., str], voice: Path, here:
     assert "did you mean train.optimizer?" in refused(2, *words, "-o", "train.optimiser=adamw")
     (here / "job.yaml").write_text("memory:\n  vae_gradient: half\n", encoding="utf-8")
     assert refused(2, *words, "--config", "job.yaml").startswith("job.yaml:2: memory.vae_gradient: expected")
+
+
+@pytest.mark.parametrize("word", ["--no-batch-branches", "--no-batch-passes"])
+def test_an_older_flag_is_read_as_what_it_is_called_now(here: Path, word: str) -> None:
+    assert asked(ask("infer", word)) == {"sampling.batch_branches": (False, "--batch-branches")}

@@ -192,3 +192,19 @@ def test_a_wrong_value_in_a_row_is_a_loud_mistake() -> None:
     bad = ModelRowDefaults("bad", {"sampling.steps": 0})
     with pytest.raises(ConfigError, match="model row bad"):
         resolve(lambda name: bad, {}, None, {})
+
+
+@pytest.mark.parametrize("name", ["batch_branches", "batch_passes"])
+def test_an_older_name_of_a_key_keeps_working(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"sampling:\n  {name}: true\n")
+    found = read_config(path).settings
+    assert {key: setting.value for key, setting in found.items()} == {"sampling.batch_branches": True}
+    assert read_assignment(f"sampling.{name}=true", "-o")[0] == "sampling.batch_branches"
+
+
+def test_both_names_of_a_key_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("sampling:\n  batch_branches: true\n  batch_passes: false\n")
+    with pytest.raises(ConfigError, match=r"batch_passes is sampling\.batch_branches, which is set too"):
+        read_config(path)
