@@ -17,13 +17,9 @@ os.environ["HF_HUB_CACHE"] = str(Path(__file__).parent / "no-hub-cache")
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 
 
-def _cores() -> int:
-    """Cores this process may use; `cpu_count` knows nothing of affinity masks."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-# The models of the suite are tiny: beyond four threads they get slower. Child processes inherit this.
-os.environ.setdefault("OMP_NUM_THREADS", str(min(4, _cores())))
+# Two processes of the suite share the machine, and its models are tiny: one thread each. Child processes
+# inherit this.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
