@@ -7,6 +7,10 @@ others wrap, offload, shard and fake them.
 Inference calls, once per job: `plan`, `open`, `sigmas`, `decoder`; once per span: `encode`,
 `build_condition`, `noise_key`, `prepare`, `advance`; once per step: `branches`, `predict`, `combine`.
 Training adds the calls of `TrainableFamily`.
+
+What is called before networks are loaded (`frame_size`, `guidance`, `conventions`, `notices`, `plan`,
+`branches`) is arithmetic. A family's module imports torch and networks only inside the methods that compute, so that a
+plan costs no such import.
 """
 
 from __future__ import annotations
@@ -34,13 +38,13 @@ __all__ = [
     "ImageEncoder",
     "Inputs",
     "Modules",
-    "Plan",
     "Prepared",
     "Span",
     "TextEncoder",
     "Timesteps",
     "TrainableFamily",
     "VideoCodec",
+    "VideoPlan",
     "WaveformReader",
 ]
 
@@ -63,9 +67,9 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What will be sampled. spans() can be walked again; count is its length; frames counts pixel frames
-    of the finished video; shape is [C, h, w] of the latents."""
+class VideoPlan:
+    """How a video is sampled, span by span. spans() can be walked again; count is its length; frames counts
+    pixel frames of the finished video; shape is [C, h, w] of the latents."""
 
     kind: Literal["chunks", "fused", "causal"]
     spans: Callable[[], Iterator[Span]]
@@ -244,7 +248,7 @@ class Family(Protocol):
     def notices(self, cfg: RunConfig) -> tuple[str, ...]:
         """Lines that a person should read before this run."""
 
-    def plan(self, samples: int, cfg: RunConfig) -> Plan:
+    def plan(self, samples: int, cfg: RunConfig) -> VideoPlan:
         """Spans for audio of `samples` at 16 kHz, at least one frame. Raises UsageError for impossible
         requests."""
 

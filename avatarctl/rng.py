@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 __all__ = ["generator", "latent_noise", "stable_hash"]
 
@@ -30,6 +32,8 @@ def stable_hash(*parts: Key | bytes) -> int:
 
 def generator(seed: int, purpose: str, *key: Key) -> torch.Generator:
     """A CPU generator that belongs to this key alone."""
+    import torch
+
     made = torch.Generator(device="cpu")
     made.manual_seed(stable_hash(seed, purpose, *key))
     return made
@@ -43,6 +47,8 @@ def latent_noise(
     Latent frame f of a key has a generator of its own, so that a window that starts at `first_frame` sees
     the very numbers of the whole: noise is never stored and never depends on how a video is cut.
     """
+    import torch
+
     planes = [
         torch.randn(shape, generator=generator(seed, "noise", *key, frame), dtype=torch.float32)
         for frame in range(first_frame, first_frame + frames)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,10 +23,10 @@ from avatarctl.errors import NotYetSupported, OutputRefused, UsageError, printab
 from avatarctl.events import Notice
 from avatarctl.registry import COMPAT, NOT_YET, ROWS, Row, find_model
 
-# The weights room imports numpy, which `--help` need not wait for: its names come where they are used.
+# The rooms below import numpy, which `--help` need not wait for: their names come where they are used.
 if TYPE_CHECKING:
-    from avatarctl.loading.sources import Sources
-    from avatarctl.pipelines.job import Job
+    from avatarctl.events import OutputFinished
+    from avatarctl.pipelines.job import Job, JobPlan
 
 __all__ = ["DEFAULT_MODEL", "infer"]
 
@@ -51,8 +52,8 @@ def _row(name: str) -> Row:
     return row_named(name)
 
 
-def _read(params: Mapping[str, Any]) -> Request:
-    return read_request("infer", params, lambda name: _row(name).for_config, COMPAT, DEFAULT_MODEL)
+def _read(params: Mapping[str, Any], row_of: Callable[[str], Row] = _row) -> Request:
+    return read_request("infer", params, lambda name: row_of(name).for_config, COMPAT, DEFAULT_MODEL)
 
 
 @click.command(
@@ -69,26 +70,31 @@ def infer(**params: Any) -> None:
     Without --model it is the built-in cartoon model, and without --image or --audio its built-in face and
     voice. The path of the video is printed on standard output.
     """
-    request = _read(params)
+    named = functools.cache(_row)  # a file says once what it is
+    request = _read(params, named)
     cfg = request.resolved.cfg
     require_supported(cfg, "infer", request.resolved.origins)
     assert cfg.model.name is not None
-    row = _row(cfg.model.name)
+    row = named(cfg.model.name)
     if row.status == NOT_YET:
         raise NotYetSupported(f"{row.name} is not yet supported", where="model.name")
     _refuse_existing(cfg)
 
-    from avatarctl.loading.sources import asked_size, find_sources
+    from avatarctl.atomic import atomic_write_text
+    from avatarctl.pipelines.job import check_job
 
     with Screen(cfg.runtime.log_level) as screen:
         for notice in _introduction(request, row):
             screen(Notice(notice))
-        sources = find_sources(row, cfg.model, asked_size(cfg))
-        job = _job(request, row, sources, screen)
+        plan = check_job(cfg, row, _job(request, row, screen), screen)
         if request.dry_run:
-            _dry_run(request, row, job, sources, screen)
-        else:
-            _run(request, row, job, sources, screen)
+            _show_plan(plan, request.json, screen)
+            return
+        path = Path(cfg.output.path) if cfg.output.path else _fresh_path(row)
+        finished = _make(plan, path, screen)
+    _show_result(plan, finished, request.json)
+    # After the result: a record that cannot be written must not hide a finished video.
+    atomic_write_text(_record_path(path), dump_run(_from_anywhere(request.resolved, plan.cfg), "infer"))
 
 
 def _introduction(request: Request, row: Row) -> list[str]:
@@ -98,61 +104,43 @@ def _introduction(request: Request, row: Row) -> list[str]:
     return [f"model: {row.name}{title}{asked}{untrained}", *request.resolved.notices]
 
 
-def _job(request: Request, row: Row, sources: Sources, screen: Screen) -> Job:
+def _job(request: Request, row: Row, screen: Screen) -> Job:
     """The inputs, opened. For the built-in model, and for a dry run, the built-in sample stands in for
     what is not given."""
     cfg = request.resolved.cfg
     missing = [key for key in ("image", "audio") if getattr(cfg.input, key) is None]
     if missing and row.source != "package" and not request.dry_run:
-        if sources.missing:  # the larger obstacle first
-            from avatarctl.loading.sources import weights_missing
+        from avatarctl.loading.sources import asked_size, find_sources, weights_missing
 
+        sources = find_sources(row, cfg.model, asked_size(cfg))
+        if sources.missing:  # the larger obstacle first
             raise weights_missing(row, sources)
         raise UsageError(f"{row.name} needs --{missing[0]}")
 
     from avatarctl.demo.sample import sample_audio, sample_image
     from avatarctl.media import load_image, open_audio
+    from avatarctl.pipelines.job import Job
 
     if missing:
         names = {"image": "face (--image for yours)", "audio": "voice (--audio for yours)"}
         screen(Notice(f"input: the built-in {' and '.join(names[key] for key in missing)}"))
     image = load_image(cfg.input.image) if cfg.input.image else sample_image()
     audio = open_audio(cfg.input.audio) if cfg.input.audio else sample_audio()
-
-    # Not before: it takes seconds, which a file that cannot be used need not wait for.
-    from avatarctl.pipelines.job import Job
-
     return Job(image, audio, cfg.input.prompt or "", cfg.input.negative_prompt or "")
 
 
-def _dry_run(request: Request, row: Row, job: Job, sources: Sources, screen: Screen) -> None:
-    from avatarctl.loading.assemble import assemble, built_in, with_loras
-    from avatarctl.loading.sources import asked_size, missing_line
-    from avatarctl.pipelines.infer import environment_problems
-    from avatarctl.pipelines.job import check_job
-    from avatarctl.weights.made_for import made_for_others
-    from avatarctl.weights.whole import open_model
+def _show_plan(plan: JobPlan, as_json: bool, screen: Screen) -> None:
+    from avatarctl.loading.sources import missing_line
+    from avatarctl.pipelines.job import environment_problems
 
-    cfg, missing = request.resolved.cfg, sources.missing
-    plan = check_job(cfg, row, job, screen)
-    for note in sources.notes:
-        screen(Notice(note))
-    if sources.dit and not missing:
-        held = assemble(row, sources, cfg.model, screen)  # reads headers: do the files belong together?
-        if (size := asked_size(plan.cfg)) and (line := made_for_others(held, size)):
-            screen(Notice(line, "warning"))
-    elif row.source == "package" and sources.loras:
-        with_loras(built_in(row), sources.loras, screen)
-    else:
-        for lora in sources.loras:
-            open_model(lora.path)
-    for problem in environment_problems(row, plan):
+    missing = plan.sources.missing
+    for problem in environment_problems(plan):
         screen(Notice(f"a run would end with exit 4: {problem}", "warning"))
     summary = plan.summary()
     summary["missing_weights"] = [f"{item.folder}/{item.file}" for item in missing]
     if missing:
         screen(Notice(missing_line(missing), "warning"))
-    if request.json:
+    if as_json:
         click.echo(json.dumps({"command": "infer", "dry_run": True, **summary}, ensure_ascii=True))
         return
     for name, value in summary.items():
@@ -160,22 +148,18 @@ def _dry_run(request: Request, row: Row, job: Job, sources: Sources, screen: Scr
             click.echo(f"{name}: {printable(', '.join(value) if isinstance(value, list) else value)}")
 
 
-def _run(request: Request, row: Row, job: Job, sources: Sources, screen: Screen) -> None:
-    cfg = request.resolved.cfg
-    path = Path(cfg.output.path) if cfg.output.path else _fresh_path(row)
-
-    from avatarctl.atomic import atomic_write_text
+def _make(plan: JobPlan, path: Path, screen: Screen) -> OutputFinished:
     from avatarctl.cli.signals import stop_on_signals
-    from avatarctl.loading.sources import weights_missing
+
+    plan.require_weights()  # before the seconds that the next import takes
     from avatarctl.pipelines.infer import write_video
-    from avatarctl.pipelines.job import check_job
 
     with stop_on_signals() as should_stop, _leaving_no_empty_folder(path.parent):
-        plan = check_job(cfg, row, job, screen)
-        if sources.missing:  # not before: who fetches gigabytes should know that the request is good
-            raise weights_missing(row, sources)
-        finished = write_video(row, job, plan, path, emit=screen, should_stop=should_stop)
-    if request.json:
+        return write_video(plan, path, emit=screen, should_stop=should_stop)
+
+
+def _show_result(plan: JobPlan, finished: OutputFinished, as_json: bool) -> None:
+    if as_json:
         result = {
             "command": "infer",
             "path": finished.path,
@@ -188,8 +172,6 @@ def _run(request: Request, row: Row, job: Job, sources: Sources, screen: Screen)
         # A program gets the very bytes of the name; a terminal no control characters.
         terminal = sys.stdout.isatty()
         click.echo(printable(finished.path) if terminal else os.fsencode(finished.path))
-    # After the result: a record that cannot be written must not hide a finished video.
-    atomic_write_text(_record_path(path), dump_run(_from_anywhere(request.resolved, plan.cfg), "infer"))
 
 
 def _from_anywhere(resolved: Resolved, cfg: RunConfig) -> Resolved:

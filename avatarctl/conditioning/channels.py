@@ -11,9 +11,12 @@ layouts 33, 49, 65                                   layout 36, of image-to-vide
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
 from einops import repeat
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "MASK4_KEEP",
@@ -49,6 +52,8 @@ def condition_channels(
 
     reference: [B, 16, 1, h, w], repeated over time; mask: [B, 1, T, h, w]; the others [B, 16, T, h, w].
     """
+    import torch
+
     if reference_sequence is not None and masked_video is None:
         raise ValueError("a reference sequence needs a masked video in front of it")
     repeated = repeat(reference, "b c 1 h w -> b c t h w", t=mask.shape[2])
@@ -61,6 +66,8 @@ def first_frame_channels(masked_video: Tensor) -> Tensor:
 
     masked_video: [B, 16, T, h, w], latents of a video that holds nothing behind that frame.
     """
+    import torch
+
     batch, _, frames, height, width = masked_video.shape
     mask = masked_video.new_full((batch, _MASK4_CHANNELS, frames, height, width), 1 - MASK4_KEEP)
     mask[:, :, 0] = MASK4_KEEP

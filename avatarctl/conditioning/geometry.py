@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch.nn.functional as F
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "SIZE_BUCKETS",
@@ -75,6 +76,8 @@ def fit_image(image: Tensor, target: tuple[int, int]) -> Tensor:
     The odd pixel of a crop goes at the top and left, the odd pixel of a pad at the bottom and right, as in
     the reference: top = floor(difference / 2).
     """
+    from torch.nn import functional as F  # here: the rest is arithmetic, and plans are made with it
+
     scaled = F.interpolate(
         image,
         size=cover_size(image.shape[-2], image.shape[-1], target),

@@ -9,10 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from avatarctl.conditioning.channels import MASK_KEEP, condition_channels, prefix_mask
 from avatarctl.conditioning.chunks import ChunkPlan, plan_chunks
@@ -28,16 +25,18 @@ from avatarctl.family import (
     Guidance,
     Inputs,
     Modules,
-    Plan,
     Prepared,
     Span,
+    VideoPlan,
 )
-from avatarctl.flow_matching import shifted_sigmas
-from avatarctl.models.encode import AudioFeatures, encode_prompt
-from avatarctl.models.omniavatar import PreparedTensors
-from avatarctl.models.text import clean_prompt
 from avatarctl.sampling.guidance import combine, text_first
 from avatarctl.timeline import FPS, SAMPLES_PER_FRAME, frames_of_samples, reference_frames_of_samples
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from avatarctl.models.encode import AudioFeatures
+    from avatarctl.models.omniavatar import PreparedTensors
 
 __all__ = ["OmniAvatar"]
 
@@ -103,7 +102,7 @@ class OmniAvatar:
             lines.append("compat reference: audio guidance is dropped, as text guidance is 1")
         return tuple(lines)
 
-    def plan(self, samples: int, cfg: RunConfig) -> Plan:
+    def plan(self, samples: int, cfg: RunConfig) -> VideoPlan:
         """Chunks for `samples` at 16 kHz; needs output.width and output.height."""
         require_offered(
             cfg,
@@ -128,7 +127,7 @@ class OmniAvatar:
                 where="long_video.strategy",
                 fix="add --chunked",
             )
-        return Plan(
+        return VideoPlan(
             kind="chunks",
             spans=chunks.spans,
             count=chunks.count,
@@ -170,9 +169,14 @@ class OmniAvatar:
         return Guidance(text, audio)
 
     def sigmas(self, steps: int, shift: float) -> Tensor:
+        from avatarctl.flow_matching import shifted_sigmas
+
         return shifted_sigmas(steps, shift)
 
     def open(self, modules: Modules, inputs: Inputs, cfg: RunConfig) -> _State:
+        from avatarctl.models.encode import AudioFeatures, encode_prompt
+        from avatarctl.models.text import clean_prompt
+
         chunks = self._chunks(inputs.samples, cfg)
         text = {"prompt": encode_prompt(modules.text, clean_prompt(inputs.prompt), inputs.emit)}
         if any(_BRANCH_TEXT[name] == "negative" for name in text_first(self.guidance(cfg))):
@@ -233,6 +237,8 @@ class OmniAvatar:
     ) -> Prepared:
         """Audio residuals of this chunk. Text keys and values, the residual of silence and the rotary
         table are the same in every chunk: computed once per job and kept in the state."""
+        from avatarctl.models.omniavatar import PreparedTensors
+
         assert condition.channels is not None
         features = condition.audio["features"]
         if state.rotary is None:
@@ -240,7 +246,7 @@ class OmniAvatar:
         texts = {_BRANCH_TEXT[branch] for branch in branches}
         _ready_text(dit, state, {name: condition.text[name] for name in texts})
         if state.silence_ready is None and set(branches) - {"full"}:
-            state.silence_ready = dit(mode="prepare", audio=torch.zeros_like(features))
+            state.silence_ready = dit(mode="prepare", audio=features.new_zeros(features.shape))
         spoken = dit(mode="prepare", audio=features) if "full" in branches else None
         ready: dict[str, Any] = {}
         for branch in branches:
@@ -263,6 +269,8 @@ class OmniAvatar:
         step: int,
         state: _State,
     ) -> dict[str, Tensor]:
+        import torch
+
         inputs = torch.cat([x, prepared.shared], dim=1)
         ready = {name: prepared.branch[name] for name in branches}
         velocities: dict[str, Tensor] = dit(inputs, t, ready, mode="denoise")

@@ -11,9 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, Literal
 
-import torch
-from torch import Tensor, nn
-
 from avatarctl.conditioning.channels import MASK4_KEEP, first_frame_channels
 from avatarctl.conditioning.geometry import nearest_shape
 from avatarctl.conditioning.windows import WindowPlan, blend_weights, plan_windows
@@ -29,16 +26,16 @@ from avatarctl.family import (
     Guidance,
     Inputs,
     Modules,
-    Plan,
     Prepared,
     Span,
+    VideoPlan,
 )
-from avatarctl.flow_matching import double_shifted_sigmas
-from avatarctl.models.encode import encode_prompt, window_tokens
 from avatarctl.sampling.guidance import audio_first, combine, native
 from avatarctl.timeline import FPS, latent_frames, pixel_frames
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from avatarctl.models.stableavatar import PreparedStable
 
 __all__ = ["StableAvatar"]
@@ -124,7 +121,7 @@ class StableAvatar:
                 )
         return tuple(lines)
 
-    def plan(self, samples: int, cfg: RunConfig) -> Plan:
+    def plan(self, samples: int, cfg: RunConfig) -> VideoPlan:
         """Windows for `samples` at 16 kHz; needs output.width and output.height. Raises UsageError for
         settings that this family has not."""
         self._require_offered(cfg)
@@ -139,7 +136,7 @@ class StableAvatar:
             )
         height, width = cfg.output.height, cfg.output.width
         assert height is not None and width is not None
-        return Plan(
+        return VideoPlan(
             kind="fused",
             spans=windows.spans,
             count=windows.count,
@@ -178,9 +175,13 @@ class StableAvatar:
         )
 
     def sigmas(self, steps: int, shift: float) -> Tensor:
+        from avatarctl.flow_matching import double_shifted_sigmas
+
         return double_shifted_sigmas(steps, shift)
 
     def open(self, modules: Modules, inputs: Inputs, cfg: RunConfig) -> _State:
+        from avatarctl.models.encode import encode_prompt
+
         assert modules.image is not None
         windows = _windows(inputs.samples, cfg)
         published = cfg.model.compat == "reference"
@@ -204,6 +205,8 @@ class StableAvatar:
         )
 
     def encode(self, modules: Modules, inputs: Inputs, span: Span, state: _State, carry: Carry) -> _Encoded:
+        from avatarctl.models.encode import window_tokens
+
         return _Encoded(
             masked_video=state.masked_video[:, :, : span.frames],
             tokens=window_tokens(
@@ -270,7 +273,7 @@ class StableAvatar:
         if "silence" in wanted:
             key = (tokens.shape[1], frames)
             if key not in state.silence:
-                silence = dit(mode="prepare", vocal=torch.zeros_like(tokens), frames=pixels)
+                silence = dit(mode="prepare", vocal=tokens.new_zeros(tokens.shape), frames=pixels)
                 state.silence[key] = silence.vocal
             vocals["silence"] = state.silence[key]
         return vocals
@@ -287,6 +290,8 @@ class StableAvatar:
         step: int,
         state: _State,
     ) -> dict[str, Tensor]:
+        import torch
+
         velocities: dict[str, Tensor] = dit(
             torch.cat([x, prepared.shared], dim=1),
             t,
@@ -303,6 +308,8 @@ class StableAvatar:
     def fuse(self, new: Tensor, written: Tensor, span: Span, step: int, state: _State) -> Tensor:
         """The earlier window owns the first shared frame, the later one the last; in the first step, and
         without an overlap, the later one owns them all (spec/stableavatar.md e.2)."""
+        import torch
+
         shared = written.shape[2]
         if shared == 0 or step == 0 or state.overlap == 0:
             return new

@@ -11,24 +11,44 @@ from pathlib import Path
 
 import numpy as np
 
-from avatarctl.config import Model
+from avatarctl.config import Model, RunConfig
 from avatarctl.errors import UnusableWeights
 from avatarctl.events import Emit, Notice
 from avatarctl.files.tensors import ArrayTensor, StoredTensor
 from avatarctl.loading.loras import Lora
-from avatarctl.loading.sources import Sources
+from avatarctl.loading.sources import Sources, asked_size
 from avatarctl.registry import ROWS, Row
 from avatarctl.weights.layout import Sizes
 from avatarctl.weights.layouts import LAYOUTS
 from avatarctl.weights.lineage import check_lineage
+from avatarctl.weights.made_for import made_for_others
 from avatarctl.weights.merge import merge_adapter
 from avatarctl.weights.weight_file import WeightFile
 from avatarctl.weights.whole import open_model
 
-__all__ = ["assemble", "built_in", "with_loras"]
+__all__ = ["assemble", "built_in", "check_transformer", "with_loras"]
 
 SUM_DTYPE = "F32"
 """Of merged tensors: whoever loads them casts them once."""
+
+
+def check_transformer(row: Row, sources: Sources, cfg: RunConfig, emit: Emit) -> WeightFile | None:
+    """The transformer of a run, with all that a person should know of its files said.
+
+    None where it is built in or files are missing; then the LoRAs alone are checked, as far as that goes.
+    Raises what `assemble` raises.
+    """
+    if sources.dit and not sources.missing:
+        held = assemble(row, sources, cfg.model, emit)
+        if (size := asked_size(cfg)) and (line := made_for_others(held, size)):
+            emit(Notice(line, "warning"))
+        return held
+    if row.source == "package" and sources.loras:
+        with_loras(built_in(row), sources.loras, emit)
+    else:
+        for lora in sources.loras:
+            open_model(lora.path)
+    return None
 
 
 def assemble(row: Row, sources: Sources, model: Model, emit: Emit) -> WeightFile:

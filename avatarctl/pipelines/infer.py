@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import torch
 from einops import rearrange
 
-from avatarctl.errors import AvatarctlError, EnvironmentMissing, NotYetSupported, OutputRefused
+from avatarctl.errors import AvatarctlError, NotYetSupported, OutputRefused
 from avatarctl.events import Emit, Notice, OutputFinished, Planned, SpanFinished, Stage, silent
 from avatarctl.family import Inputs, Modules
-from avatarctl.loading.modules import load_modules, resolve_device
+from avatarctl.loading.modules import PARTS, Part, Parts, load_parts
 from avatarctl.media import BackgroundWriter, Soundtrack, VideoWriter, Waveform, partial_path
-from avatarctl.models.attention import choose_attention
 from avatarctl.models.encode import image_tensor
 from avatarctl.pipelines.job import Job, JobPlan
-from avatarctl.registry import Row
 from avatarctl.rng import latent_noise
 from avatarctl.sampling.chunks import sample_chunks
 from avatarctl.sampling.denoise import Denoiser, NoiseSource
@@ -27,7 +26,7 @@ from avatarctl.sampling.frame_block import FrameBlock
 from avatarctl.sampling.fused import sample_fused
 from avatarctl.timeline import FPS
 
-__all__ = ["FrameBlock", "environment_problems", "generate", "load", "write_video"]
+__all__ = ["FrameBlock", "generate", "load", "write_video"]
 
 
 # The loop of each kind of plan, and what people call one of its spans.
@@ -39,27 +38,31 @@ def _never() -> bool:
     return False
 
 
-def load(row: Row, plan: JobPlan, *, emit: Emit = silent) -> Modules:
-    """The networks of a run on its device. Raises WeightsMissing, ExtraMissing, EnvironmentMissing."""
+@overload
+def load(plan: JobPlan, parts: None = None, *, emit: Emit = silent) -> Modules: ...
+
+
+@overload
+def load(plan: JobPlan, parts: Collection[Part], *, emit: Emit = silent) -> Parts: ...
+
+
+def load(plan: JobPlan, parts: Collection[Part] | None = None, *, emit: Emit = silent) -> Modules | Parts:
+    """The networks of a run on its device: all of them as `Modules`, or those of the names in `parts` as a
+    mapping that holds nothing else.
+
+    Raises WeightsMissing, ExtraMissing, EnvironmentMissing, UnusableWeights; ValueError for a name that is
+    no part.
+    """
+    if unknown := set(parts or ()) - set(PARTS):
+        raise ValueError(f"no parts of a run: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    plan.require_weights()
     emit(Stage("loading the model"))
-    return load_modules(row, plan.cfg, resolve_device(plan.cfg.runtime.device), emit)
-
-
-def environment_problems(row: Row, plan: JobPlan) -> tuple[str, ...]:
-    """What this machine lacks for a run, one line each: device, attention kernel. Loads no weight."""
-    runtime = plan.cfg.runtime
-    try:
-        device = resolve_device(runtime.device)
-        dtype = getattr(torch, runtime.dtype or "float32")
-        choose_attention(runtime.attention, device, dtype, row.network["dit"]["attention_head_dim"])
-    except EnvironmentMissing as missing:
-        return (str(missing),)
-    return ()
+    wanted = PARTS if parts is None else parts
+    made = load_parts(plan.row, plan.sources, plan.transformer, plan.cfg, wanted, emit)
+    return Modules(**made) if parts is None else made
 
 
 def generate(
-    row: Row,
-    job: Job,
     plan: JobPlan,
     *,
     modules: Modules | None = None,
@@ -74,12 +77,12 @@ def generate(
     Raises what `load` raises before the first block, Interrupted at the next step once `should_stop`
     returns true.
     """
-    cfg, family = plan.cfg, plan.family
-    if plan.plan.kind not in _LOOPS:
-        raise NotYetSupported(f"sampling by {plan.plan.kind} has no code yet", where="long_video.strategy")
+    cfg, family, job, video = plan.cfg, plan.family, plan.job, plan.video
+    if video.kind not in _LOOPS:
+        raise NotYetSupported(f"sampling by {video.kind} has no code yet", where="long_video.strategy")
     assert cfg.sampling.steps is not None and cfg.sampling.shift is not None
     assert cfg.output.width is not None and cfg.output.height is not None
-    modules = modules or load(row, plan, emit=emit)
+    modules = modules or load(plan, emit=emit)
     device = next(modules.dit.parameters()).device
     denoise = Denoiser(
         family=family,
@@ -87,16 +90,16 @@ def generate(
         guidance=family.guidance(cfg),
         sigmas=family.sigmas(cfg.sampling.steps, cfg.sampling.shift),
         noise=noise,
-        unit=_UNITS[plan.plan.kind],
+        unit=_UNITS[video.kind],
         emit=emit,
         should_stop=should_stop,
     )
     emit(
         Planned(
-            spans=plan.plan.count,
-            unit=_UNITS[plan.plan.kind],
+            spans=video.count,
+            unit=_UNITS[video.kind],
             steps=cfg.sampling.steps,
-            frames=plan.plan.frames,
+            frames=video.frames,
             fps=FPS,
             width=cfg.output.width,
             height=cfg.output.height,
@@ -117,19 +120,17 @@ def generate(
             emit=emit,
         )
         emit(Stage("sampling"))
-        yield from _LOOPS[plan.plan.kind](denoise, modules, inputs, plan.plan, cfg)
+        yield from _LOOPS[video.kind](denoise, modules, inputs, video, cfg)
 
 
 def write_video(
-    row: Row,
-    job: Job,
     plan: JobPlan,
     path: Path,
     *,
     emit: Emit = silent,
     should_stop: Callable[[], bool] = _never,
 ) -> OutputFinished:
-    """Make the video of a job at `path`, by way of `NAME.partial.mp4`.
+    """Make the video of a plan at `path`, by way of `NAME.partial.mp4`.
 
     A run that ends early with finished chunks leaves the playable part and names it in the error; without
     any it leaves nothing. Raises what `generate` raises, OutputRefused (also where the output is an
@@ -138,13 +139,14 @@ def write_video(
     output = plan.cfg.output
     assert output.width is not None and output.height is not None
     started = time.monotonic()
-    _refuse_inputs(job, path)
+    plan.require_weights()  # before an output is begun
+    _refuse_inputs(plan.job, path)
     writer = VideoWriter(
         path,
         width=output.width,
         height=output.height,
         fps=FPS,
-        soundtrack=Soundtrack(job.audio, plan.audio_delay),
+        soundtrack=Soundtrack(plan.job.audio, plan.audio_delay),
         crf=output.crf,
         overwrite=output.overwrite,
     )
@@ -157,10 +159,10 @@ def write_video(
     try:
         for notice in writer.notices:
             emit(Notice(notice, "warning"))
-        modules = load(row, plan, emit=emit)
+        modules = load(plan, emit=emit)
         loaded = first_frame = time.monotonic()
         frames = 0
-        for block in generate(row, job, plan, modules=modules, emit=emit, should_stop=stop_asked):
+        for block in generate(plan, modules=modules, emit=emit, should_stop=stop_asked):
             encoder.write(_to_bytes(block.pixels))
             if frames == 0:
                 first_frame = time.monotonic()

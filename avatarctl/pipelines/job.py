@@ -8,17 +8,20 @@ from typing import Any
 
 from avatarctl.conditioning.geometry import distortion, nearest_shape
 from avatarctl.config import RunConfig, require_supported
-from avatarctl.errors import UnusableAudio
+from avatarctl.errors import EnvironmentMissing, UnusableAudio
 from avatarctl.events import Emit, Notice, Stage
 from avatarctl.families import family_named
-from avatarctl.family import Family, Plan
+from avatarctl.family import Family, VideoPlan
+from avatarctl.loading.assemble import check_transformer
+from avatarctl.loading.sources import Sources, find_sources, weights_missing
 from avatarctl.media import Audio, AudioSurvey, StillImage, survey
 from avatarctl.registry import Row, outside_training
 from avatarctl.rng import stable_hash
 from avatarctl.sampling.window_order import chosen_order
 from avatarctl.timeline import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, pixel_frames
+from avatarctl.weights.weight_file import WeightFile
 
-__all__ = ["Job", "JobPlan", "check_job"]
+__all__ = ["Job", "JobPlan", "check_job", "environment_problems"]
 
 _STRETCHED = 2.0  # a face that is this much too wide or too narrow is worth a word
 _WHOLE = 0.8  # of an image: a crop that keeps less is worth a word, as a head may be outside
@@ -43,16 +46,32 @@ class Job:
 
 @dataclass(frozen=True)
 class JobPlan:
-    """A checked job. cfg has the output size filled in; lead_samples of silence stand before the audio;
-    mean and variance are those of silence and audio together, at 16 kHz."""
+    """A checked job: all that a run needs to know, and nothing of it loaded.
+
+    cfg:     with the output size filled in.
+    sources: the files of the run, and those that are missing.
+    transformer: what the headers of its files say; None where it is built in, or where files are missing.
+    video:   the spans in which it is sampled.
+    lead_samples: of silence in front of the audio.
+    mean, variance: of silence and audio together, at 16 kHz.
+    """
 
     cfg: RunConfig
+    row: Row
+    job: Job
     family: Family
-    plan: Plan
+    sources: Sources
+    transformer: WeightFile | None
+    video: VideoPlan
     survey: AudioSurvey
     lead_samples: int
     mean: float
     variance: float
+
+    def require_weights(self) -> None:
+        """Raises WeightsMissing (exit 4), naming every file of the run that is not here."""
+        if self.sources.missing:
+            raise weights_missing(self.row, self.sources)
 
     @property
     def samples(self) -> int:
@@ -68,17 +87,17 @@ class JobPlan:
     def summary(self) -> dict[str, Any]:
         """What `--dry-run` and `--json` show."""
         cfg = self.cfg
-        order = {"schedule": self._order()} if self.plan.kind == "fused" else {}
+        order = {"schedule": self._order()} if self.video.kind == "fused" else {}
         return {
             "model": cfg.model.name,
             "width": cfg.output.width,
             "height": cfg.output.height,
             "fps": FPS,
-            "frames": self.plan.frames,
+            "frames": self.video.frames,
             "seconds_of_audio": round(self.survey.samples / SAMPLE_RATE, 3),
-            "strategy": self.plan.kind,
-            "spans": self.plan.count,
-            "latent_frames_per_span": next(self.plan.spans()).frames,
+            "strategy": self.video.kind,
+            "spans": self.video.count,
+            "latent_frames_per_span": next(self.video.spans()).frames,
             **order,
             "steps": cfg.sampling.steps,
             "branches": list(self.family.branches(self.family.guidance(cfg), 0)),
@@ -90,27 +109,30 @@ class JobPlan:
     def _order(self) -> str:
         steps = self.cfg.sampling.steps
         assert steps is not None
-        return chosen_order(list(self.plan.spans()), steps, self.cfg.long_video.schedule)
+        return chosen_order(list(self.video.spans()), steps, self.cfg.long_video.schedule)
 
 
 def check_job(cfg: RunConfig, row: Row, job: Job, emit: Emit) -> JobPlan:
-    """Read the audio once, choose the size, plan the spans.
+    """Choose the size, find the files, read the audio once, plan the spans, read the headers of the weights.
 
-    Raises UnusableAudio for audio without usable samples or shorter than a frame, UsageError for
-    impossible requests, NotYetSupported for settings without code.
+    Weights that are not here are noted in `sources.missing`, not raised: the plan is good without them.
+
+    Raises UsageError for impossible requests, NotYetSupported for settings without code, UnusableAudio for
+    audio without usable samples or shorter than a frame, and what `find_sources` and `check_transformer` raise.
     """
     require_supported(cfg, "infer")
     family = family_named(row.family)
-    emit(Stage("reading the audio"))
-    surveyed = survey(job.audio)
-    for material, warnings in ((job.image, job.image.warnings), (job.audio, surveyed.warnings)):
-        for warning in warnings:
-            emit(Notice(f"{material.name}: {warning}", "warning"))
     image = job.image.pixels.shape[:2]
     height, width = cfg.output.height, cfg.output.width
     if height is None or width is None:
         height, width = family.frame_size(image, cfg)
     cfg = replace(cfg, output=replace(cfg.output, width=width, height=height))
+    sources = find_sources(row, cfg.model, (width, height))
+    emit(Stage("reading the audio"))
+    surveyed = survey(job.audio)
+    for material, warnings in ((job.image, job.image.warnings), (job.audio, surveyed.warnings)):
+        for warning in warnings:
+            emit(Notice(f"{material.name}: {warning}", "warning"))
     stated = row.defaults.get("model.audio_offset")
     if row.audio_offset_stated and cfg.model.audio_offset != stated:
         asked = cfg.model.audio_offset
@@ -118,28 +140,55 @@ def check_job(cfg: RunConfig, row: Row, job: Job, emit: Emit) -> JobPlan:
     lead = round(cfg.output.lead_silence * SAMPLE_RATE)
     mean, variance = _with_silence(surveyed, lead)
     _require_a_frame(lead + surveyed.samples, job.audio.name)
-    plan = family.plan(lead + surveyed.samples, cfg)
+    video = family.plan(lead + surveyed.samples, cfg)
     if doubt := _misfit(image, (height, width), cfg, row):
         emit(Notice(f"{job.image.name}: {doubt}", "warning"))
-    for notice in family.notices(cfg):
+    for notice in (*family.notices(cfg), *sources.notes):
         emit(Notice(notice))
     for notice in outside_training(
         row,
         width=width,
         height=height,
-        num_frames=pixel_frames(next(plan.spans()).frames),
-        overlap_frames=None if plan.count == 1 else cfg.long_video.overlap_frames,
+        num_frames=pixel_frames(next(video.spans()).frames),
+        overlap_frames=None if video.count == 1 else cfg.long_video.overlap_frames,
     ):
         emit(Notice(notice, "warning"))
     return JobPlan(
         cfg=cfg,
+        row=row,
+        job=job,
         family=family,
-        plan=plan,
+        sources=sources,
+        transformer=check_transformer(row, sources, cfg, emit),
+        video=video,
         survey=surveyed,
         lead_samples=lead,
         mean=mean,
         variance=variance,
     )
+
+
+def environment_problems(plan: JobPlan) -> tuple[str, ...]:
+    """What this machine lacks for a run, one line each: device, attention kernel. Loads no weight.
+
+    `auto`, the CPU and native attention are there wherever the program runs. Only what was asked for beyond
+    them is tried, which takes seconds of imports.
+    """
+    runtime = plan.cfg.runtime
+    if runtime.device in ("auto", "cpu") and runtime.attention in ("auto", "native"):
+        return ()
+    from avatarctl.models.device import dtype_of, resolve_device
+
+    try:
+        device = resolve_device(runtime.device)
+        if runtime.attention not in ("auto", "native"):
+            from avatarctl.models.attention import choose_attention
+
+            head_width = plan.row.network["dit"]["attention_head_dim"]
+            choose_attention(runtime.attention, device, dtype_of(runtime), head_width)
+    except EnvironmentMissing as missing:
+        return (str(missing),)
+    return ()
 
 
 def _misfit(image: tuple[int, int], frame: tuple[int, int], cfg: RunConfig, row: Row) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from avatarctl.config import RunConfig
-from avatarctl.family import Carry, Inputs, Modules, Plan
+from avatarctl.family import Carry, Inputs, Modules, VideoPlan
 from avatarctl.sampling.denoise import Denoiser
 from avatarctl.sampling.frame_block import FrameBlock
 
@@ -20,7 +20,7 @@ __all__ = ["sample_chunks"]
 
 
 def sample_chunks(
-    denoise: Denoiser, modules: Modules, inputs: Inputs, plan: Plan, cfg: RunConfig
+    denoise: Denoiser, modules: Modules, inputs: Inputs, plan: VideoPlan, cfg: RunConfig
 ) -> Iterator[FrameBlock]:
     """Blocks of finished frames in order, `plan.frames` in all."""
     family = denoise.family

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from avatarctl.config import RunConfig
-from avatarctl.family import FusedFamily, Inputs, Modules, Plan, Prepared, Span
+from avatarctl.family import FusedFamily, Inputs, Modules, Prepared, Span, VideoPlan
 from avatarctl.sampling.denoise import Denoiser
 from avatarctl.sampling.frame_block import FrameBlock
 from avatarctl.sampling.window_order import pass_order
@@ -57,7 +57,7 @@ class _Level:
 
 
 def sample_fused(
-    denoise: Denoiser, modules: Modules, inputs: Inputs, plan: Plan, cfg: RunConfig
+    denoise: Denoiser, modules: Modules, inputs: Inputs, plan: VideoPlan, cfg: RunConfig
 ) -> Iterator[FrameBlock]:
     """Blocks of finished frames in order, `plan.frames` in all."""
     family = cast(FusedFamily, denoise.family)

@@ -18,10 +18,12 @@ text and audio (a = t unless given).
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from avatarctl.family import Guidance
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["audio_first", "combine", "native", "text_first"]
 

@@ -127,7 +127,7 @@ def run_one_step(root: Path) -> dict[str, float]:
     job = Job(sample_image(), open_audio(root / "voice.wav"), "a person", "")
     plan = check_job(cfg, row, job, emit)
     started = time.perf_counter()
-    frames = sum(block.pixels.shape[1] for block in generate(row, job, plan, emit=emit))
+    frames = sum(block.pixels.shape[1] for block in generate(plan, emit=emit))
     return {
         "loading": marks["sampling"] - started,
         "sampling": marks["step"] - marks["sampling"],

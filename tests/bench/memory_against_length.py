@@ -70,7 +70,7 @@ def make_video(subject: str, audio: Path, out: Path, emit: Emit) -> None:
     cfg = configure(*SIZE, *SUBJECTS[subject])
     row = find_model(cfg.model.name)
     job = Job(sample_image(), open_audio(audio), "a person is talking", "")
-    write_video(row, job, check_job(cfg, row, job, emit), out, emit=emit)
+    write_video(check_job(cfg, row, job, emit), out, emit=emit)
 
 
 def live_run(subject: str, audio: Path, out: Path) -> LiveRun:

@@ -97,8 +97,8 @@ def one_run(audio: Path, out: Path, seconds: int) -> Clock:
     row, clock = find_model("cartoon-i2v"), Clock()
     work = job.Job(sample_image(), open_audio(audio), "a person is talking", "")
     plan = job.check_job(configure(), row, work, silent)
-    assert plan.plan.frames == seconds * 25
-    modules = infer.load(row, plan)
+    assert plan.video.frames == seconds * 25
+    modules = infer.load(plan)
     for label, parts_of in NETWORKS.items():
         for part in parts_of(modules):
             part.forward = clock.timed(label, part.forward)
@@ -108,7 +108,7 @@ def one_run(audio: Path, out: Path, seconds: int) -> Clock:
             for owner, name in calls:
                 stack.enter_context(patch.object(owner, name, clock.timed(label, getattr(owner, name))))
         wall = time.perf_counter()
-        infer.write_video(row, work, job.check_job(configure(), row, work, silent), out)
+        infer.write_video(job.check_job(configure(), row, work, silent), out)
         whole = time.perf_counter() - wall
     beside = sum(clock.wall[label] for label in BESIDE)
     clock.wall[OTHER] = whole - (sum(clock.wall.values()) - beside)

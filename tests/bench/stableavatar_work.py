@@ -86,7 +86,6 @@ WHAT = {
 class PublishedOrder:
     """The plain loop. Samples, windows and noise are those of the plan that it is given."""
 
-    job: Job
     plan: JobPlan
     modules: Modules
     causes: Causes = Causes()
@@ -97,12 +96,12 @@ class PublishedOrder:
     @torch.no_grad()
     def __call__(self) -> Tensor:
         """Frames [3, n, H, W] in [-1, 1]."""
-        cfg, spans = self.plan.cfg, list(self.plan.plan.spans())
-        shape, total = self.plan.plan.shape, spans[-1].start + spans[-1].frames
+        cfg, spans = self.plan.cfg, list(self.plan.video.spans())
+        shape, total = self.plan.video.shape, spans[-1].start + spans[-1].frames
         self._encode_inputs()
         sigmas = double_shifted_sigmas(STEPS, 5.0)
-        x = latent_noise(cfg.runtime.seed, (self.job.key,), 0, total, shape)
-        with Waveform(self.job.audio, lead_samples=0) as waveform:
+        x = latent_noise(cfg.runtime.seed, (self.plan.job.key,), 0, total, shape)
+        with Waveform(self.plan.job.audio, lead_samples=0) as waveform:
             for step in range(STEPS):
                 written = torch.zeros_like(x)
                 for span in spans:
@@ -123,12 +122,12 @@ class PublishedOrder:
     def _encode_inputs(self) -> None:
         height, width = self.plan.cfg.output.height, self.plan.cfg.output.width
         assert height is not None and width is not None and self.modules.image is not None
-        image = image_tensor(self.job.image.pixels, (height, width), self.plan.cfg.input.fit)
+        image = image_tensor(self.plan.job.image.pixels, (height, width), self.plan.cfg.input.fit)
         video = torch.zeros(1, 3, 4 * WINDOW - 3, height, width)
         video[:, :, 0] = image
         self.channels = first_frame_channels(self.modules.vae.encode(video))
         self.image = self.modules.image.encode(image)
-        prompts = [self.job.negative_prompt, self.job.negative_prompt, self.job.prompt]
+        prompts = [self.plan.job.negative_prompt, self.plan.job.negative_prompt, self.plan.job.prompt]
         self.text = torch.cat([self.modules.text.encode(prompt) for prompt in prompts])
 
     def _guided(self, old: Tensor, t: Tensor, span: Span, waveform: Waveform) -> Tensor:
@@ -256,12 +255,10 @@ def measure(folder: Path, side: int) -> tuple[dict[str, Measured], JobPlan]:
         )  # fmt: skip
 
     def ours(plan: JobPlan) -> Measured:
-        return Measured(
-            lambda: torch.cat([block.pixels for block in generate(row, job, plan, modules=modules)], dim=1)
-        )
+        return Measured(lambda: torch.cat([block.pixels for block in generate(plan, modules=modules)], dim=1))
 
     def published(plan: JobPlan, **off: bool) -> Measured:
-        return Measured(lambda: PublishedOrder(job, plan, modules, Causes(**off))())
+        return Measured(lambda: PublishedOrder(plan, modules, Causes(**off))())
 
     same, equal = plan_of("reference"), plan_of("reference", (EQUAL, EQUAL))
     ways = {
@@ -296,7 +293,7 @@ def check_equal(ways: dict[str, Measured]) -> float:
 
 def report(ways: dict[str, Measured], plan: JobPlan) -> None:
     side = plan.cfg.output.width
-    largest, spans = check_equal(ways), list(plan.plan.spans())
+    largest, spans = check_equal(ways), list(plan.video.spans())
     whole, equal = ways["published"].median, ways["published, equal scales"].median
 
     def row(what: str, name: str, against: float = whole) -> tuple[str, ...]:

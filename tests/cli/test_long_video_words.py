@@ -187,7 +187,7 @@ def test_one_frame_of_audio_is_a_video_of_one_frame(run: Run, here: Path, tmp_pa
 def test_the_published_model_speaks_the_same_words(
     word: str, run: Run, refused: Refused, voice: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("avatarctl.loading.sources.find_sources", lambda *_: Sources())
+    monkeypatch.setattr("avatarctl.pipelines.job.find_sources", lambda *_: Sources())
     assert run(*dry("stableavatar-1.3b", voice, "--overlap 37 --num-frames 81")).exit_code == 0
     line = refused(2, *dry("stableavatar-1.3b", voice, f"-o long_video.{word}=80"))
     assert word in line and "80" in line

@@ -30,7 +30,7 @@ def frames(model: str, *settings: str) -> torch.Tensor:
     row = find_model(model)
     job = Job(sample_image(), sample_audio(2.0), "a person is talking", "")
     plan = check_job(configure(f"model.name={model}", *settings), row, job, lambda event: None)
-    return torch.cat([block.pixels.cpu() for block in generate(row, job, plan)], dim=1)
+    return torch.cat([block.pixels.cpu() for block in generate(plan)], dim=1)
 
 
 def compare(model: str, expected: torch.Tensor, dtype: str, kernel: str, *settings: str) -> bool:

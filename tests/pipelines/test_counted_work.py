@@ -11,7 +11,7 @@ import pytest
 
 from avatarctl.config import RunConfig
 from avatarctl.events import silent
-from avatarctl.family import Modules, Plan
+from avatarctl.family import Modules, VideoPlan
 from avatarctl.loading.modules import build_random_modules
 from avatarctl.media import audio_from_array, image_from_array
 from avatarctl.pipelines.infer import generate
@@ -56,7 +56,7 @@ def count_calls(modules: Modules) -> Counter[str]:
     return calls
 
 
-def work(cfg: RunConfig, samples: int, **parts: Mapping[str, object]) -> tuple[Plan, Mapping[str, int]]:
+def work(cfg: RunConfig, samples: int, **parts: Mapping[str, object]) -> tuple[VideoPlan, Mapping[str, int]]:
     """The plan of a run over silence, and the calls that it made. parts: networks unlike the row's."""
     row = find_model(cfg.model.name or "")
     row = replace(row, network={**row.network, **parts})
@@ -65,9 +65,9 @@ def work(cfg: RunConfig, samples: int, **parts: Mapping[str, object]) -> tuple[P
     plan = check_job(cfg, row, job, silent)
     modules = build_random_modules(row)
     calls = count_calls(modules)
-    blocks = generate(row, job, plan, modules=modules)
-    assert sum(block.pixels.shape[1] for block in blocks) == plan.plan.frames
-    return plan.plan, calls
+    blocks = generate(plan, modules=modules)
+    assert sum(block.pixels.shape[1] for block in blocks) == plan.video.frames
+    return plan.video, calls
 
 
 def settings(model: str, *more: str) -> RunConfig:

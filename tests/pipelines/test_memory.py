@@ -27,10 +27,10 @@ def peak_and_rest(model: str, seconds: float) -> tuple[int, list[int]]:
     job, row = Job(IMAGE, audio, "", ""), find_model(model)
     cfg = configure(f"model.name={model}", "output.width=16", "output.height=16", *FAMILIES[model])
     plan = check_job(cfg, row, job, lambda event: None)
-    modules = load(row, plan)
+    modules = load(plan)
     rest = []
     with LiveBytes() as live, torch.no_grad():
-        for block in generate(row, job, plan, modules=modules):
+        for block in generate(plan, modules=modules):
             del block
             rest.append(live.current)
     return live.peak, rest

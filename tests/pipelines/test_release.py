@@ -17,14 +17,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from avatarctl.cli import app
+from avatarctl.demo.sample import sample_audio, sample_image
 from avatarctl.errors import UnusableWeights
-from avatarctl.events import Event, Notice
+from avatarctl.events import Event, Notice, Stage
 from avatarctl.family import Modules
 from avatarctl.loading.model_row import row_named
+from avatarctl.loading.modules import PARTS
 from avatarctl.media import load_image, open_audio
 from avatarctl.pipelines.infer import generate, load
 from avatarctl.pipelines.job import Job, JobPlan, check_job
-from avatarctl.registry import ROWS, Row, configure
+from avatarctl.registry import ROWS, configure
+from avatarctl.weights import recognise
 from tests.helpers_video import count_frames
 from tests.pipelines import assembled_by_hand as by_hand
 from tests.pipelines import tiny_release as tiny
@@ -67,24 +70,22 @@ class Place:
         """Its networks, put together without the product."""
         return by_hand.modules(self.release, self.root)
 
-    def plan(self, model: str, *assignments: str) -> tuple[Row, Job, JobPlan, list[Event]]:
+    def plan(self, model: str, *assignments: str) -> tuple[JobPlan, list[Event]]:
         events: list[Event] = []
         cfg = configure(
             f"model.name={model}", f"model.weights_root={self.root}", *SETTINGS, *self.overlapping,
             *assignments, row_named=row_named,
         )  # fmt: skip
-        row = row_named(model)
         job = Job(load_image(str(self.face)), open_audio(str(self.voice)), "a person.", "")
-        return row, job, check_job(cfg, row, job, events.append), events
+        return check_job(cfg, row_named(model), job, events.append), events
 
     def modules(self, model: str = "omniavatar-14b", *assignments: str) -> Modules:
-        row, _, plan, events = self.plan(model, *assignments)
-        return load(row, plan, emit=events.append)
+        return load(self.plan(model, *assignments)[0])
 
     def frames(self, model: str, *assignments: str, modules: Modules | None = None) -> Tensor:
         """[3, n, 32, 32] of a whole run."""
-        row, job, plan, _ = self.plan(model, *assignments)
-        return torch.cat([block.pixels for block in generate(row, job, plan, modules=modules)], dim=1)
+        plan, _ = self.plan(model, *assignments)
+        return torch.cat([block.pixels for block in generate(plan, modules=modules)], dim=1)
 
     def cli(self, *words: str | Path) -> Result:
         return CliRunner().invoke(app, list(map(str, words)), prog_name="avatarctl")
@@ -192,6 +193,46 @@ def test_frames_are_those_of_networks_put_together_by_hand(
     torch.testing.assert_close(frames, expected, atol=1e-4, rtol=0)
 
 
+def test_parts_are_loaded_alone(either: Place) -> None:
+    plan, _ = either.plan(either.model)
+    whole = load(plan)
+    names = [name for name in PARTS if getattr(whole, name) is not None]
+    assert len(names) == len(either.loaded)
+    for name in names:
+        said: list[Event] = []
+        alone = load(plan, (name,), emit=said.append)
+        assert list(alone) == [name]
+        assert sum("loading the" in event.name for event in said if isinstance(event, Stage)) == 2
+        expected = getattr(whole, name).state_dict()
+        assert expected and all(
+            torch.equal(tensor, expected[key]) for key, tensor in alone[name].state_dict().items()
+        )
+    with pytest.raises(ValueError, match="no parts of a run: ears"):
+        load(plan, ("text", "ears"))  # type: ignore[arg-type]
+
+
+def test_parts_of_a_built_in_model_are_those_of_the_whole() -> None:
+    for name in ("cartoon-i2v", "stableavatar-tiny"):
+        job = Job(sample_image(), sample_audio(seconds=0.2), "", "")
+        plan = check_job(configure(f"model.name={name}"), ROWS[name], job, lambda event: None)
+        whole, some = load(plan), load(plan, ("image", "dit"))
+        assert list(some) == (["image", "dit"] if whole.image else ["dit"])
+        expected = state(whole)
+        assert all(torch.equal(held, expected[key]) for key, held in some["dit"].state_dict().items())
+
+
+def test_files_are_found_and_opened_once(either: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Path] = []
+    real = recognise.open_weights
+    monkeypatch.setattr(recognise, "open_weights", lambda path: (opened.append(path), real(path))[1])
+    plan, _ = either.plan(either.model)
+    planned = list(opened)
+    assert planned == list(plan.sources.dit)
+    load(plan)
+    assert len(opened) == len(set(opened)) > len(planned)
+    assert not set(opened[len(planned) :]) & set(planned)
+
+
 def test_the_adapter_matters(place: Place, published: Tensor) -> None:
     """So that equal frames mean something: without the low-rank updates they are others."""
     parts = by_hand.modules(place.release, place.root)
@@ -269,13 +310,12 @@ def test_parts_named_one_by_one(place: Place, published: Tensor, tmp_path: Path)
     torch.testing.assert_close(frames, published, atol=1e-4, rtol=0)
     words.append(f"model.weights.dit={full}")
     assert torch.equal(place.frames("omniavatar-14b", elsewhere, *words), frames)
-    _, _, plan, events = place.plan("omniavatar-14b", elsewhere, *words)
-    load(ROWS["omniavatar-14b"], plan, emit=events.append)
+    _, events = place.plan("omniavatar-14b", elsewhere, *words)
     assert any(
         "the adapter of omniavatar-14b is not added" in e.text for e in events if isinstance(e, Notice)
     )
     with pytest.raises(UnusableWeights, match="--model names an adapter of one"):
-        place.modules(str(place.adapter), f"model.weights.dit={full}")
+        place.plan(str(place.adapter), f"model.weights.dit={full}")
 
 
 def test_bfloat16_with_float32_islands(place: Place) -> None:
@@ -311,10 +351,10 @@ def lora_update(seed: int) -> tuple[Tensor, Tensor]:
 def test_loras_add_up_with_their_scales(place: Place, tmp_path: Path) -> None:
     one = lora_file(tmp_path / "one.safetensors", 1.0, 1)
     two = lora_file(tmp_path / "two.safetensors", 0.5, 2)
-    row, _, plan, events = place.plan("omniavatar-14b")
-    before = state(load(row, plan))
+    plan, events = place.plan("omniavatar-14b")
+    before = state(load(plan))
     model = replace(plan.cfg.model, lora=(f"{one}:0.8", f"{two}:-1e-1"))
-    after = state(load(row, replace(plan, cfg=replace(plan.cfg, model=model)), emit=events.append))
+    after = state(load(check_job(replace(plan.cfg, model=model), plan.row, plan.job, events.append)))
     target = "blocks.1.attn1.to_q.weight"
     assert {name for name in after if not torch.equal(after[name], before[name])} == {target}
     (a1, b1), (a2, b2) = lora_update(1), lora_update(2)

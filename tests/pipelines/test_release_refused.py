@@ -11,15 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from avatarctl.demo.sample import sample_audio, sample_image
 from avatarctl.errors import AvatarctlError, ConfigError, PathNotFound, UnusableWeights, WeightsMissing
 from avatarctl.events import Event, Notice
 from avatarctl.loading.model_row import row_named
-from avatarctl.loading.modules import load_modules
+from avatarctl.pipelines import infer
+from avatarctl.pipelines.job import Job, check_job
 from avatarctl.registry import ROWS, configure
 from tests.pipelines import tiny_release as tiny
 from tests.weights import release as other
 
-CPU = torch.device("cpu")
 NAN = float("nan")
 
 
@@ -34,7 +35,8 @@ def load(root: Path, model: str = "omniavatar-14b", *assignments: str) -> list[E
         f"model.name={model}", f"model.weights_root={root}", "runtime.dtype=float32", *assignments,
         row_named=row_named,
     )  # fmt: skip
-    load_modules(row_named(model), cfg, CPU, events.append)
+    job = Job(sample_image(), sample_audio(seconds=0.2), "a person.", "")
+    infer.load(check_job(cfg, row_named(model), job, events.append), emit=events.append)
     return events
 
 

@@ -31,8 +31,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> StablePlace:
 
 def loaded(place: StablePlace, model: str, *assignments: str) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Tensors of the transformer and what was said."""
-    row, _, plan, events = place.plan(model, *assignments)
-    held = state(load(row, plan, emit=events.append))
+    plan, events = place.plan(model, *assignments)
+    held = state(load(plan, emit=events.append))
     return held, [event.text for event in events if isinstance(event, Notice)]
 
 

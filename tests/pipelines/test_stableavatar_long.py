@@ -230,7 +230,7 @@ def job(seconds: float, pixels: tuple[int, int] = (16, 16)) -> Job:
 
 
 def networks() -> Modules:
-    return load(ROW, check_job(settings(2), ROW, job(0.1), silent))
+    return load(check_job(settings(2), ROW, job(0.1), silent))
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +247,7 @@ def test_lengths_at_which_the_published_loop_gives_nothing_or_never_ends(
     work = job(seconds)
     cfg = settings(10, f"model.compat={compat}", "sampling.steps=2")
     plan = check_job(cfg, ROW, work, silent)
-    frames = torch.cat([block.pixels for block in generate(ROW, work, plan, modules=tiny)], dim=1)
+    frames = torch.cat([block.pixels for block in generate(plan, modules=tiny)], dim=1)
     samples = round(seconds * 16_000)
     whole = samples // SAMPLES_PER_FRAME
     expected = pixel_frames((whole - 1) // 4 + 1) if compat == "reference" else -(-samples // 640)
@@ -316,7 +316,7 @@ def video(modules: Modules, seconds: float, *more: str) -> Tensor:
         "model.name=stableavatar-tiny", "sampling.steps=2", "output.width=16", "output.height=16", *more
     )
     work = job(seconds)
-    blocks = generate(ROW, work, check_job(cfg, ROW, work, silent), modules=modules)
+    blocks = generate(check_job(cfg, ROW, work, silent), modules=modules)
     return torch.cat([block.pixels for block in blocks], dim=1)
 
 

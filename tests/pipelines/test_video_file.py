@@ -90,7 +90,7 @@ def test_frames_audio_length_and_audio_delay(
 ) -> None:
     work = job(1.0, rate, channels)
     plan = planned(work, *settings)
-    finished = write_video(ROW, work, plan, tmp_path / "talk.mp4")
+    finished = write_video(plan, tmp_path / "talk.mp4")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["talk.mp4"]
     got, fps, size, heard, heard_rate = read_back(tmp_path / "talk.mp4")
     assert (got, fps, size, heard_rate) == (frames, 25, (16, 16), rate)
@@ -104,13 +104,13 @@ def test_frames_audio_length_and_audio_delay(
 def test_every_length_gives_its_own_number_of_frames(seconds: float) -> None:
     work = job(seconds)
     plan = planned(work)
-    frames = sum(block.pixels.shape[1] for block in generate(ROW, work, plan))
+    frames = sum(block.pixels.shape[1] for block in generate(plan))
     assert frames == -(-round(seconds * 16_000) // 640)
 
 
 def frames_of(work: Job, *settings: str) -> torch.Tensor:
     plan = planned(work, *settings)
-    return torch.cat([block.pixels for block in generate(ROW, work, plan)], dim=1)
+    return torch.cat([block.pixels for block in generate(plan)], dim=1)
 
 
 def test_a_result_depends_on_the_job_alone() -> None:
@@ -121,9 +121,9 @@ def test_a_result_depends_on_the_job_alone() -> None:
     assert not torch.equal(first, other), "the prompt is not heard"
     assert not torch.equal(first, frames_of(job(0.5), "runtime.seed=7"))
     plan = planned(job(0.5))
-    modules = load(ROW, plan)
+    modules = load(plan)
     for _ in range(2):
-        blocks = [block.pixels for block in generate(ROW, job(0.5), plan, modules=modules)]
+        blocks = [block.pixels for block in generate(plan, modules=modules)]
         assert torch.equal(first, torch.cat(blocks, dim=1)), "a used network gives other frames"
 
 
@@ -136,14 +136,14 @@ def test_settings_of_the_reference() -> None:
             notices.append(event.text)
 
     silent = planned(job(0.28), "model.compat=reference", "output.lead_silence=0", emit=emit)
-    assert silent.plan.frames == 8
+    assert silent.video.frames == 8
     assert any("not tiled" in text for text in notices)
     assert planned(job(0.28), "model.compat=reference").samples == 4480 + 4800
-    assert planned(job(0.28)).plan.frames == 7
+    assert planned(job(0.28)).video.frames == 7
 
 
 def test_off_is_one_window_and_names_the_way_out() -> None:
-    assert planned(job(0.3), "long_video.strategy=off").plan.count == 1
+    assert planned(job(0.3), "long_video.strategy=off").video.count == 1
     with pytest.raises(UsageError, match="--chunked"):
         planned(job(2.0), "long_video.strategy=off")
 
@@ -173,7 +173,7 @@ def test_a_stopped_run_names_its_playable_part_and_leaves_nothing_else(tmp_path:
     work = job(2.0)
     plan = planned(work, "sampling.steps=2")
     with pytest.raises(Interrupted, match=r"17 frames, is kept as .*talk\.partial\.mp4"):
-        write_video(ROW, work, plan, tmp_path / "talk.mp4", emit=stop.emit, should_stop=stop)
+        write_video(plan, tmp_path / "talk.mp4", emit=stop.emit, should_stop=stop)
     assert [path.name for path in tmp_path.iterdir()] == ["talk.partial.mp4"]
     assert read_back(tmp_path / "talk.partial.mp4")[0] == 17
 
@@ -181,7 +181,7 @@ def test_a_stopped_run_names_its_playable_part_and_leaves_nothing_else(tmp_path:
 def test_a_run_stopped_before_its_first_chunk_leaves_nothing(tmp_path: Path) -> None:
     work = job()
     with pytest.raises(Interrupted):
-        write_video(ROW, work, planned(work), tmp_path / "talk.mp4", should_stop=lambda: True)
+        write_video(planned(work), tmp_path / "talk.mp4", should_stop=lambda: True)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -199,14 +199,14 @@ def test_a_failure_in_a_later_chunk_keeps_the_part(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(WanVae, "encode", fail_on_third)
     work = job(2.0)
     with pytest.raises(AvatarctlError, match=r"the third encode fails .*is kept as"):
-        write_video(ROW, work, planned(work), tmp_path / "talk.mp4")
+        write_video(planned(work), tmp_path / "talk.mp4")
     assert [path.name for path in tmp_path.iterdir()] == ["talk.partial.mp4"]
 
 
 def test_names_with_spaces_and_other_alphabets(tmp_path: Path) -> None:
     folder = tmp_path / "mes vidéos 视频"
     folder.mkdir()
-    write_video(ROW, job(0.2), planned(job(0.2)), folder / "ein Gesicht – 話す.mp4")
+    write_video(planned(job(0.2)), folder / "ein Gesicht – 話す.mp4")
     assert read_back(folder / "ein Gesicht – 話す.mp4")[0] == 5
 
 
@@ -220,7 +220,7 @@ def test_an_output_that_would_destroy_an_input_is_refused(tmp_path: Path) -> Non
     work = replace(job(0.2), audio=open_audio(kept))
     for out in ("hello.mp4", "hello.partial.mp4"):
         with pytest.raises(OutputRefused, match="would destroy the input"):
-            write_video(ROW, work, planned(work), tmp_path / out)
+            write_video(planned(work), tmp_path / out)
     assert kept.read_bytes() == before
 
 
@@ -242,7 +242,7 @@ def test_values_that_are_not_finite_end_the_run(
     words = (*TINY, f"model.name={model}", "long_video.overlap_frames=5")
     plan = check_job(configure(*words), row, job(), lambda event: None)
     with pytest.raises(UnusableWeights, match=f"not finite in {unit} 1"):
-        write_video(row, job(), plan, tmp_path / "a.mp4", emit=heard.append)
+        write_video(plan, tmp_path / "a.mp4", emit=heard.append)
     assert [event.unit for event in heard if isinstance(event, Planned)] == [unit]
     assert list(tmp_path.iterdir()) == []
 
@@ -253,7 +253,7 @@ def test_a_listener_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
     work = job(0.2, rate=16_000, channels=7)  # seven channels: the writer has a notice at once
     with pytest.raises(RuntimeError):
-        write_video(ROW, work, planned(work), tmp_path / "a.mp4", emit=emit)
+        write_video(planned(work), tmp_path / "a.mp4", emit=emit)
     assert list(tmp_path.iterdir()) == []
 
 

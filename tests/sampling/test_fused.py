@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from avatarctl.conditioning.windows import WindowPlan, plan_windows
 from avatarctl.config import LongVideo, RunConfig
 from avatarctl.events import silent
-from avatarctl.family import Condition, Decoder, Family, Guidance, Inputs, Modules, Plan, Prepared, Span
+from avatarctl.family import Condition, Decoder, Family, Guidance, Inputs, Modules, Prepared, Span, VideoPlan
 from avatarctl.flow_matching import shifted_sigmas
 from avatarctl.live_bytes import LiveBytes
 from avatarctl.rng import latent_noise
@@ -180,7 +180,7 @@ def run(
     spans = family.spans
     if frames is None:
         frames = pixel_frames(spans[-1].start + spans[-1].frames)
-    plan = Plan("fused", lambda: iter(spans), len(spans), frames, shape)
+    plan = VideoPlan("fused", lambda: iter(spans), len(spans), frames, shape)
     denoise = Denoiser(cast(Family, family), NETWORK, Guidance(1.0), shifted_sigmas(steps, 5.0), noise)
     inputs = Inputs(torch.zeros(1), cast(Any, None), 0, 0.0, 1.0, "", "", 7, silent)
     cfg = replace(RunConfig(), long_video=LongVideo(schedule=schedule))

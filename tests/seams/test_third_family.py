@@ -33,9 +33,9 @@ from avatarctl.family import (
     Guidance,
     Inputs,
     Modules,
-    Plan,
     Prepared,
     Span,
+    VideoPlan,
 )
 from avatarctl.flow_matching import shifted_sigmas
 from avatarctl.loading import modules as loading
@@ -81,7 +81,7 @@ class ThirdFamily:
     def notices(self, cfg: RunConfig) -> tuple[str, ...]:
         return ("the third family paints loudness",)
 
-    def plan(self, samples: int, cfg: RunConfig) -> Plan:
+    def plan(self, samples: int, cfg: RunConfig) -> VideoPlan:
         if cfg.long_video.strategy != "fused":
             raise UsageError(f"third makes long videos fused, not by {cfg.long_video.strategy}")
         frames = frames_of_samples(samples)
@@ -94,7 +94,8 @@ class ThirdFamily:
                 heard = (4 * start * SAMPLES_PER_FRAME, 4 * (start + WINDOW) * SAMPLES_PER_FRAME)
                 yield Span(index, start, WINDOW, heard, 0, 0)
 
-        return Plan("fused", spans, len(starts), frames, (16, cfg.output.height // 8, cfg.output.width // 8))
+        shape = (16, cfg.output.height // 8, cfg.output.width // 8)
+        return VideoPlan("fused", spans, len(starts), frames, shape)
 
     def open(self, modules: Modules, inputs: Inputs, cfg: RunConfig) -> ThirdState:
         return ThirdState(modules.vae.encode(inputs.image.unsqueeze(2)), modules.vae.decoder())

@@ -28,11 +28,11 @@ from avatarctl.family import (
     Guidance,
     Inputs,
     Modules,
-    Plan,
     Prepared,
     Span,
     Timesteps,
     TrainableFamily,
+    VideoPlan,
 )  # fmt: skip
 from avatarctl.flow_matching import add_noise, shifted_sigmas, timesteps_of, velocity_target
 from avatarctl.rng import generator, latent_noise
@@ -111,9 +111,9 @@ class Toy:
         for index, start in enumerate(range(0, frames - 1, 4)):
             yield Span(index, start, 5, (start * 10, (start + 5) * 10), min(index, 1), min(index, 1))
 
-    def plan(self, samples: int, cfg: RunConfig) -> Plan:
+    def plan(self, samples: int, cfg: RunConfig) -> VideoPlan:
         frames = samples // 10
-        return Plan(self.kind, lambda: self.spans(frames), len(list(self.spans(frames))), frames, SHAPE)
+        return VideoPlan(self.kind, lambda: self.spans(frames), len(list(self.spans(frames))), frames, SHAPE)
 
     def open(self, modules: Modules, inputs: Inputs, cfg: RunConfig) -> ToyState:
         return ToyState()
@@ -250,7 +250,7 @@ class ToyTrained(Toy):
 
 
 def causal(
-    family: Family, denoise: Denoiser, modules: Modules, inputs: Inputs, plan: Plan, cfg: RunConfig
+    family: Family, denoise: Denoiser, modules: Modules, inputs: Inputs, plan: VideoPlan, cfg: RunConfig
 ) -> tuple[Tensor, Any]:
     """open, prefill; for span: prepare(audio); for step: predict with that step's past; decode; advance."""
     state = family.open(modules, inputs, cfg)
@@ -265,7 +265,7 @@ def causal(
     return torch.cat(frames, dim=2), state
 
 
-def parts(family: Family, samples: int) -> tuple[Denoiser, Modules, Inputs, Plan]:
+def parts(family: Family, samples: int) -> tuple[Denoiser, Modules, Inputs, VideoPlan]:
     modules = Modules(dit=ToyDit(), vae=ToyCodec(), text=None, audio=None)  # type: ignore[arg-type]
     inputs = Inputs(torch.zeros(1, 3, 2, 2), ToyWave(), samples, 0.0, 1.0, "", "", job=7, emit=silent)
     sigmas = family.sigmas(STEPS, 5.0)

@@ -130,8 +130,6 @@ def _run(reader: Reader, cfg: RunConfig, family: StableAvatar | None = None) -> 
         job, row = _job(reader, Path(name)), find_model("stableavatar-1.3b")
         plan = check_job(cfg, row, job, silent)
         blocks = generate(
-            row,
-            job,
             plan if family is None else replace(plan, family=family),
             modules=Modules(dit=dit, vae=codec, text=text, audio=ears, image=image),
             noise=noise,
