@@ -118,7 +118,11 @@ class Guidance:
 
 @dataclass(frozen=True)
 class Timesteps:
-    """Training draw: id in the grid, network time t, sigma, loss weight; each [B] or [B, T]."""
+    """Training draw: id in the grid, network time t, sigma, loss weight.
+
+    Each is [B], one for a sample, or [B, T], one for every latent frame of latents [B, C, T, h, w]; all four
+    have the same shape. `flow_matching` takes sigma in either.
+    """
 
     id: Tensor
     t: Tensor

@@ -6,6 +6,8 @@ timesteps of shift 5 to another one. We carry the exact value and never look it 
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,8 @@ __all__ = [
 ]
 
 TRAIN_TIMESTEPS = 1000
+
+Sigmas = TypeVar("Sigmas", Tensor, float)
 
 
 def shifted_sigmas(steps: int, shift: float) -> Tensor:
@@ -54,19 +58,34 @@ def _shifted(s: Tensor, shift: float) -> Tensor:
     return shift * s / (1 + (shift - 1) * s)
 
 
-def timesteps_of(sigmas: Tensor) -> Tensor:
+def timesteps_of(sigmas: Sigmas) -> Sigmas:
     """The network's time scale: 1000 * sigma, so in 0..1000, never 0..1."""
     return sigmas * TRAIN_TIMESTEPS
 
 
-def _per_sample(sigma: Tensor | float, like: Tensor) -> Tensor:
+def _beside(sigma: Tensor | float, like: Tensor) -> Tensor:
+    """Sigma in float32 with as many axes as `like`, or none: from a scalar, [B] or [B, T], see `add_noise`.
+
+    Left to broadcasting, the axes of sigma would meet the last ones of the latents.
+    """
     sigma = torch.as_tensor(sigma, dtype=torch.float32, device=like.device)
-    return sigma.reshape(-1, *([1] * (like.ndim - 1))) if sigma.ndim == 1 else sigma
+    shape = tuple(sigma.shape)
+    if shape == ():
+        return sigma
+    if shape == like.shape[:1]:
+        return sigma.reshape(-1, *[1] * (like.ndim - 1))
+    if like.ndim == 5 and shape == (like.shape[0], like.shape[2]):
+        return sigma[:, None, :, None, None]
+    raise ValueError(f"sigma {list(shape)} is neither one per sample nor one per frame of {list(like.shape)}")
 
 
 def add_noise(clean: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
-    """(1 - sigma) clean + sigma noise; sigma is a scalar or [B], clean and noise [B, ...]."""
-    sigma = _per_sample(sigma, clean)
+    """(1 - sigma) clean + sigma noise.
+
+    clean and noise are [B, ...]; sigma is a scalar, [B] or, for latents [B, C, T, h, w], [B, T]: one for each
+    latent frame. Raises ValueError for a sigma of another shape.
+    """
+    sigma = _beside(sigma, clean)
     return (1 - sigma) * clean + sigma * noise
 
 
@@ -76,12 +95,17 @@ def velocity_target(clean: Tensor, noise: Tensor) -> Tensor:
 
 
 def clean_estimate(noisy: Tensor, velocity: Tensor, sigma: Tensor | float) -> Tensor:
-    """x0 = x_sigma - sigma v, the clean latents implied by a prediction; sigma scalar or [B]."""
-    return noisy - _per_sample(sigma, noisy) * velocity
+    """x0 = x_sigma - sigma v, the clean latents implied by a prediction; sigma as in `add_noise`."""
+    return noisy - _beside(sigma, noisy) * velocity
 
 
 def euler_step(x: Tensor, velocity: Tensor, sigma: Tensor | float, sigma_next: Tensor | float) -> Tensor:
-    """One step of dx/dsigma = v from `sigma` down to `sigma_next`, both scalars."""
+    """One step of dx/dsigma = v from `sigma` down to `sigma_next`, each as in `add_noise`.
+
+    Python floats are subtracted as such, so that no device is asked for them.
+    """
+    if isinstance(sigma, Tensor) or isinstance(sigma_next, Tensor):
+        return x + velocity * (_beside(sigma_next, x) - _beside(sigma, x))
     return x + velocity * (sigma_next - sigma)
 
 
