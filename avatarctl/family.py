@@ -9,8 +9,8 @@ Inference calls, once per job: `plan`, `open`, `sigmas`, `decoder`; once per spa
 Training adds the calls of `TrainableFamily`.
 
 What is called before networks are loaded (`frame_size`, `guidance`, `conventions`, `notices`, `plan`,
-`branches`) is arithmetic. A family's module imports torch and networks only inside the methods that compute, so that a
-plan costs no such import.
+`branches`) is arithmetic. A family's module imports torch and networks only inside the methods that compute,
+so that a plan costs no such import.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from torch import Tensor, nn
 
     from avatarctl.config import RunConfig
@@ -171,8 +172,8 @@ class TextEncoder(Protocol):
     def tokens(self, prompt: str) -> int:
         """Tokens of a prompt before it is cut to `text_len`."""
 
-    def encode(self, prompt: str) -> Tensor:
-        """One prompt -> [1, text_len, width], rows behind the prompt exactly zero."""
+    def encode(self, prompt: str, device: torch.device) -> Tensor:
+        """One prompt -> [1, text_len, width] on `device`, rows behind the prompt exactly zero."""
 
 
 class AudioEncoder(Protocol):
@@ -210,13 +211,18 @@ class WaveformReader(Protocol):
 
 @dataclass
 class Modules:
-    """The networks of one job. image: for families that look at the image through an encoder."""
+    """The networks of one job. image: for families that look at the image through an encoder.
+
+    device: where the networks compute, so where everything that they are given must lie. It is stated, as
+    nothing tells it: parameters may lie elsewhere between two calls, and a stand-in may have none.
+    """
 
     dit: nn.Module
     vae: VideoCodec
     text: TextEncoder
     audio: AudioEncoder
     image: ImageEncoder | None = None
+    device: torch.device = field(kw_only=True)
 
 
 @dataclass(frozen=True)

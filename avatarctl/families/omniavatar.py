@@ -178,10 +178,12 @@ class OmniAvatar:
         from avatarctl.models.text import clean_prompt
 
         chunks = self._chunks(inputs.samples, cfg)
-        text = {"prompt": encode_prompt(modules.text, clean_prompt(inputs.prompt), inputs.emit)}
+        text = {
+            "prompt": encode_prompt(modules.text, clean_prompt(inputs.prompt), modules.device, inputs.emit)
+        }
         if any(_BRANCH_TEXT[name] == "negative" for name in text_first(self.guidance(cfg))):
             negative = clean_prompt(inputs.negative_prompt)
-            text["negative"] = encode_prompt(modules.text, negative, inputs.emit)
+            text["negative"] = encode_prompt(modules.text, negative, modules.device, inputs.emit)
         whole = cfg.model.compat == "reference"
         state = _State(
             reference=modules.vae.encode(inputs.image.unsqueeze(2)),
@@ -193,7 +195,7 @@ class OmniAvatar:
                 variance=inputs.variance,
                 frames=chunks.padded_frames,
                 window_seconds=None if whole else cfg.long_video.audio_window,
-                device=inputs.image.device,
+                device=modules.device,
             ),
             overlap=chunks.overlap,
             text=text,
@@ -242,7 +244,8 @@ class OmniAvatar:
         assert condition.channels is not None
         features = condition.audio["features"]
         if state.rotary is None:
-            state.rotary = dit(mode="prepare", grid=tuple(condition.channels.shape[2:])).rotary
+            channels = condition.channels
+            state.rotary = dit(mode="prepare", grid=tuple(channels.shape[2:]), device=channels.device).rotary
         texts = {_BRANCH_TEXT[branch] for branch in branches}
         _ready_text(dit, state, {name: condition.text[name] for name in texts})
         if state.silence_ready is None and set(branches) - {"full"}:

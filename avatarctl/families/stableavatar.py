@@ -196,7 +196,10 @@ class StableAvatar:
         return _State(
             masked_video=modules.vae.encode(video),
             image=modules.image.encode(inputs.image),
-            text={name: encode_prompt(modules.text, prompts[name], inputs.emit) for name in texts},
+            text={
+                name: encode_prompt(modules.text, prompts[name], modules.device, inputs.emit)
+                for name in texts
+            },
             overlap=windows.overlap,
             blend=cfg.long_video.blend,
             null_audio="silence" if cfg.sampling.null_audio == "projected_silence" else "nothing",
@@ -214,7 +217,7 @@ class StableAvatar:
                 inputs.waveform,
                 span.audio,
                 samples=inputs.samples,
-                device=inputs.image.device,
+                device=modules.device,
             ),
             text=state.text,
             image=state.image,
@@ -243,8 +246,10 @@ class StableAvatar:
         assert condition.channels is not None
         frames = condition.channels.shape[2]
         if frames not in state.channels:
-            state.channels[frames] = condition.channels
-            state.rotary[frames] = dit(mode="prepare", grid=tuple(condition.channels.shape[2:])).rotary
+            channels = state.channels[frames] = condition.channels
+            state.rotary[frames] = dit(
+                mode="prepare", grid=tuple(channels.shape[2:]), device=channels.device
+            ).rotary
         if state.image_ready is None:
             state.image_ready = dit(mode="prepare", image=condition.extra["image"])
         for name in {_TEXT[branch] for branch in branches} - state.text_ready.keys():

@@ -21,6 +21,7 @@ from torch import nn
 from avatarctl.errors import UnusableWeights
 from avatarctl.files.finite import nonfinite, nonfinite_file
 from avatarctl.files.tensors import BLOCK_BYTES, DTYPES, Array, FileTensor, StoredTensor, block_ranges
+from avatarctl.finite import is_finite
 
 __all__ = ["DTypeOf", "fill", "on_meta"]
 
@@ -145,7 +146,7 @@ def _stream(name: str, tensor: StoredTensor, value: torch.Tensor, where: Path) -
             )
         part = flat[start:stop]
         part.copy_(_as_torch(block, dtype))
-        if value.dtype == torch.float16 and dtype != "F16" and not part.isfinite().all():
+        if value.dtype == torch.float16 and dtype != "F16" and not is_finite(part):
             raise UnusableWeights(
                 f"{name[:100]} holds values too large for float16", where=where, fix="use --dtype bfloat16"
             )

@@ -31,7 +31,7 @@ from avatarctl.loading.parts import (
 from avatarctl.loading.sources import Sources
 from avatarctl.models.attention import choose_attention, use_attention
 from avatarctl.models.clip import ClipImageEncoder, clip_config
-from avatarctl.models.device import dtype_of, resolve_device
+from avatarctl.models.device import dtype_of
 from avatarctl.models.precision import cast
 from avatarctl.models.text import PromptEncoder
 from avatarctl.models.vae import WanVae
@@ -65,17 +65,22 @@ class Parts(TypedDict, total=False):
 
 
 def load_parts(
-    row: Row, sources: Sources, held: WeightFile | None, cfg: RunConfig, wanted: Collection[Part], emit: Emit
+    row: Row,
+    sources: Sources,
+    held: WeightFile | None,
+    cfg: RunConfig,
+    wanted: Collection[Part],
+    device: torch.device,
+    emit: Emit,
 ) -> Parts:
-    """The wanted networks of a run, in eval mode, frozen, on its device; without "image" where the model has
+    """The wanted networks of a run, in eval mode, frozen, on `device`; without "image" where the model has
     none.
 
     sources: with nothing missing; held: the transformer of its files, None where it is built in.
 
-    Raises UnusableWeights for files that do not fit, EnvironmentMissing for a device and ExtraMissing for an
-    attention kernel that are not here.
+    Raises UnusableWeights for files that do not fit, ExtraMissing for an attention kernel that is not here.
     """
-    device, dtype = resolve_device(cfg.runtime.device), dtype_of(cfg.runtime)
+    dtype = dtype_of(cfg.runtime)
     if "dit" in wanted:  # before anything large is read
         head_width = held.sizes.width // held.heads if held else row.network["dit"]["attention_head_dim"]
         kernel = choose_attention(cfg.runtime.attention, device, dtype, head_width)
@@ -168,7 +173,7 @@ def _with_loras(row: Row, dit: nn.Module, sources: Sources) -> nn.Module:
 def build_random_modules(row: Row) -> Modules:
     """Every network of a row with weights that depend on the row's name alone: frozen, in
     evaluation mode, float32 on the CPU."""
-    return Modules(**_random_parts(row, PARTS))
+    return Modules(**_random_parts(row, PARTS), device=torch.device("cpu"))
 
 
 def _random_parts(row: Row, wanted: Collection[Part]) -> Parts:

@@ -64,21 +64,23 @@ def window_tokens(
     Normalised by the window's own moments; what lies behind the recording is silence after that.
     """
     start, stop = window
-    piece = torch.from_numpy(waveform.read(start, min(stop, samples)))
-    variance, mean = torch.var_mean(piece.double(), correction=0)
-    piece = normalise_waveform(piece, float(mean), float(variance))
+    recording = waveform.read(start, min(stop, samples))
+    # Measured before the samples become a tensor: a fake tensor has no number to give.
+    mean, variance = (float(moment(recording, dtype=np.float64)) for moment in (np.mean, np.var))
+    piece = normalise_waveform(torch.from_numpy(recording), mean, variance)
     padded = torch.nn.functional.pad(piece, (0, stop - start - len(piece)))
     return encoder.tokens(padded.unsqueeze(0).to(device))
 
 
-def encode_prompt(encoder: TextEncoder, prompt: str, emit: Emit) -> Tensor:
-    """One prompt -> [1, text_len, width]; says so when the prompt is longer than the model reads."""
+def encode_prompt(encoder: TextEncoder, prompt: str, device: torch.device, emit: Emit) -> Tensor:
+    """One prompt -> [1, text_len, width] on `device`; says so when the prompt is longer than the model
+    reads."""
     tokens = encoder.tokens(prompt)
     if tokens > encoder.text_len:
         emit(
             Notice(f"the prompt has {tokens} tokens; the model reads the first {encoder.text_len}", "warning")
         )
-    return encoder.encode(prompt)
+    return encoder.encode(prompt, device)
 
 
 @dataclass(frozen=True)

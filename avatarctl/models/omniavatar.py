@@ -144,7 +144,7 @@ class OmniAvatarTransformer(AvatarTransformer):
         _, _, frames, height, width = hidden_states.shape
         return self._run(
             self._embed(hidden_states, timestep),
-            rotary=self._rotary_table((frames, height, width)),
+            rotary=self._rotary_table((frames, height, width), hidden_states.device),
             audio=self._audio_residuals(audio),
             text=text,
         )
@@ -154,8 +154,10 @@ class OmniAvatarTransformer(AvatarTransformer):
         text: Tensor | None = None,
         audio: Tensor | None = None,
         grid: tuple[int, int, int] | None = None,
+        device: torch.device | None = None,
     ) -> PreparedTensors:
-        """text [B, S, text_dim], audio [B, L, A], grid = latent (T, h, w); each optional."""
+        """text [B, S, text_dim], audio [B, L, A], grid = latent (T, h, w) of latents on `device`; each
+        optional."""
         key_values = None
         if text is not None:
             context = self.condition_embedder.text_embedder(text.to(self._compute_dtype))
@@ -164,7 +166,7 @@ class OmniAvatarTransformer(AvatarTransformer):
         return PreparedTensors(
             text=key_values,
             audio=None if audio is None else self._audio_residuals(audio),
-            rotary=None if grid is None else self._rotary_table(grid),
+            rotary=None if grid is None else self._rotary_table(grid, device),
         )
 
     def _denoise(

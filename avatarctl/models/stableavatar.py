@@ -269,7 +269,7 @@ class StableAvatarTransformer(AvatarTransformer):
         context = self._project(embedded, self.vocal_projector.windows(vocal, frames))
         return self._run(
             embedded,
-            self._rotary_table((length, height, width)),
+            self._rotary_table((length, height, width), hidden_states.device),
             rearrange(context, "b f n d -> b 1 (f n) d") if clip_level else context,
             text=self._text(encoder_hidden_states),
             image=self._image(image),
@@ -282,9 +282,11 @@ class StableAvatarTransformer(AvatarTransformer):
         grid: tuple[int, int, int] | None = None,
         vocal: Tensor | None = None,
         frames: int | None = None,
+        device: torch.device | None = None,
     ) -> PreparedStable:
-        """text [B, S_text, text_dim], image [B, 257, image_dim], grid = latent (T, h, w), vocal
-        [B, L, vocal_dim] split for `frames` pixel frames (4T - 3 of the grid unless given); each optional."""
+        """text [B, S_text, text_dim], image [B, 257, image_dim], grid = latent (T, h, w) of latents on
+        `device`, vocal [B, L, vocal_dim] split for `frames` pixel frames (4T - 3 of the grid unless given);
+        each optional."""
         texts: tuple[Any, ...] = (None,)
         images: tuple[Any, ...] = (None,)
         if text is not None or image is not None:
@@ -302,7 +304,7 @@ class StableAvatarTransformer(AvatarTransformer):
             text=None if text is None else texts,
             image=None if image is None else images,
             vocal=None if vocal is None or frames is None else self.vocal_projector.windows(vocal, frames),
-            rotary=None if grid is None else self._rotary_table(grid),
+            rotary=None if grid is None else self._rotary_table(grid, device),
         )
 
     def _denoise(

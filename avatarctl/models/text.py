@@ -50,8 +50,9 @@ class PromptEncoder(nn.Module):
         return len(self.tokenizer(prompt, add_special_tokens=True).input_ids)
 
     @torch.no_grad()
-    def encode(self, prompt: str) -> Tensor:
-        """One prompt -> [1, text_len, width]; longer prompts are cut, rows behind the prompt are 0.
+    def encode(self, prompt: str, device: torch.device) -> Tensor:
+        """One prompt -> [1, text_len, width] on `device`, where the encoder computes; longer prompts are cut,
+        rows behind the prompt are 0.
 
         The end token is real: the empty prompt keeps one row.
         """
@@ -63,7 +64,6 @@ class PromptEncoder(nn.Module):
             add_special_tokens=True,
             return_tensors="pt",
         )
-        device = next(self.encoder.parameters()).device
         ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
         states = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         return zero_padding(states, mask)

@@ -32,8 +32,11 @@ class ComplexRotaryEmbedding(nn.Module):
         self.axis_widths = (head_width - 2 * spatial, spatial, spatial)
         self.theta = theta
 
-    def forward(self, grid: tuple[int, int, int], device: torch.device) -> Tensor:
-        """grid (frames, rows, columns) of tokens -> complex64 [1, S, 1, d / 2]."""
+    def forward(self, grid: tuple[int, int, int], device: torch.device | None) -> Tensor:
+        """grid (frames, rows, columns) of tokens -> complex64 [1, S, 1, d / 2].
+
+        device: None is torch's default.
+        """
         frames, rows, columns = grid
         f, h, w = (self._angles(*axis) for axis in zip(grid, self.axis_widths, strict=True))
         parts = [

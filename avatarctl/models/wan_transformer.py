@@ -76,10 +76,10 @@ class AvatarTransformer(WanTransformer3DModel):
     def _compute_dtype(self) -> torch.dtype:
         return self.patch_embedding.weight.dtype
 
-    def _rotary_table(self, grid: tuple[int, int, int]) -> Tensor:
-        """complex64 [1, S, 1, d / 2] for latents (T, h, w)."""
+    def _rotary_table(self, grid: tuple[int, int, int], device: torch.device | None) -> Tensor:
+        """complex64 [1, S, 1, d / 2] for latents (T, h, w), on the device of these latents."""
         tokens = tuple(n // p for n, p in zip(grid, self.config.patch_size, strict=True))
-        return self.rope(tokens, self.patch_embedding.weight.device)
+        return self.rope(tokens, device)
 
     def _embed(self, hidden_states: Tensor, timestep: Tensor) -> Embedded:
         """Latents and condition channels [B, C, T, h, w] as tokens, timesteps [B] as modulation."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -106,13 +107,13 @@ class FrameWav2Vec2(Wav2Vec2Model):
         conv = first_layer.conv
         kernel, stride = conv.kernel_size[0], conv.stride[0]
         outputs = (samples - kernel) // stride + 1
-        total = torch.zeros(2, conv.out_channels, dtype=torch.float64, device=conv.weight.device)
-        for first in range(0, outputs, block // stride):
+
+        def sums(first: int) -> Tensor:
             last = min(first + block // stride, outputs)
             values = conv(read(first * stride, (last - 1) * stride + kernel).unsqueeze(1))[0]
-            total[0] += values.sum(1, dtype=torch.float64)
-            total[1] += values.square().sum(1, dtype=torch.float64)
-        mean, square = total / outputs
+            return torch.stack([each.sum(1, dtype=torch.float64) for each in (values, values.square())])
+
+        mean, square = reduce(torch.add, map(sums, range(0, outputs, block // stride))) / outputs
         return RecordingMoments(mean.float(), (square - mean**2).clamp(min=0).float())
 
 

@@ -17,6 +17,7 @@ from avatarctl.events import Emit, Notice, OutputFinished, Planned, SpanFinished
 from avatarctl.family import Inputs, Modules
 from avatarctl.loading.modules import PARTS, Part, Parts, load_parts
 from avatarctl.media import BackgroundWriter, Soundtrack, VideoWriter, Waveform, partial_path
+from avatarctl.models.device import resolve_device
 from avatarctl.models.encode import image_tensor
 from avatarctl.pipelines.job import Job, JobPlan
 from avatarctl.rng import latent_noise
@@ -58,8 +59,9 @@ def load(plan: JobPlan, parts: Collection[Part] | None = None, *, emit: Emit = s
     plan.require_weights()
     emit(Stage("loading the model"))
     wanted = PARTS if parts is None else parts
-    made = load_parts(plan.row, plan.sources, plan.transformer, plan.cfg, wanted, emit)
-    return Modules(**made) if parts is None else made
+    device = resolve_device(plan.cfg.runtime.device)
+    made = load_parts(plan.row, plan.sources, plan.transformer, plan.cfg, wanted, device, emit)
+    return Modules(**made, device=device) if parts is None else made
 
 
 def generate(
@@ -83,12 +85,11 @@ def generate(
     assert cfg.sampling.steps is not None and cfg.sampling.shift is not None
     assert cfg.output.width is not None and cfg.output.height is not None
     modules = modules or load(plan, emit=emit)
-    device = next(modules.dit.parameters()).device
     denoise = Denoiser(
         family=family,
         dit=modules.dit,
         guidance=family.guidance(cfg),
-        sigmas=family.sigmas(cfg.sampling.steps, cfg.sampling.shift),
+        sigmas=family.sigmas(cfg.sampling.steps, cfg.sampling.shift).tolist(),
         noise=noise,
         unit=_UNITS[video.kind],
         emit=emit,
@@ -108,7 +109,7 @@ def generate(
     with Waveform(job.audio, lead_samples=plan.lead_samples) as waveform:
         inputs = Inputs(
             image=image_tensor(job.image.pixels, (cfg.output.height, cfg.output.width), cfg.input.fit).to(
-                device
+                modules.device
             ),
             waveform=waveform,
             samples=plan.samples,

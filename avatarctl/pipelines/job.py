@@ -118,7 +118,8 @@ def check_job(cfg: RunConfig, row: Row, job: Job, emit: Emit) -> JobPlan:
     Weights that are not here are noted in `sources.missing`, not raised: the plan is good without them.
 
     Raises UsageError for impossible requests, NotYetSupported for settings without code, UnusableAudio for
-    audio without usable samples or shorter than a frame, and what `find_sources` and `check_transformer` raise.
+    audio without usable samples or shorter than a frame, and what `find_sources` and `check_transformer`
+    raise.
     """
     require_supported(cfg, "infer")
     family = family_named(row.family)

@@ -24,7 +24,6 @@ def sample_chunks(
 ) -> Iterator[FrameBlock]:
     """Blocks of finished frames in order, `plan.frames` in all."""
     family = denoise.family
-    device = inputs.image.device
     with torch.no_grad():
         state = family.open(modules, inputs, cfg)
     carry: Carry = None
@@ -34,7 +33,7 @@ def sample_chunks(
             condition = family.build_condition(family.encode(modules, inputs, span, state, carry))
             carry = None
             key, first = family.noise_key(span, inputs)
-            noise = denoise.noise(cfg.runtime.seed, key, first, span.frames, plan.shape).to(device)
+            noise = denoise.noise(cfg.runtime.seed, key, first, span.frames, plan.shape).to(modules.device)
             latents = denoise(noise, condition, span, state)
             del condition, noise
             pixels = family.decoder(modules, state).push(latents)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from avatarctl.errors import Interrupted, UnusableWeights
 from avatarctl.events import Emit, StepFinished, silent
 from avatarctl.family import Condition, Family, Guidance, Prepared, Span
+from avatarctl.finite import is_finite
 from avatarctl.flow_matching import euler_step, timesteps_of
 from avatarctl.rng import latent_noise
 
@@ -24,13 +25,16 @@ NoiseSource = Callable[[int, Sequence[int | str], int, int, tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Denoiser:
-    """Steps of one job: sigmas [steps + 1], float32, and the guidance. unit: what people call a span
-    (`events.Planned`)."""
+    """Steps of one job and its guidance.
+
+    sigmas: the steps + 1 numbers of `Family.sigmas` as Python floats, which hold them exactly: a step then
+    reads no tensor. unit: what people call a span (`events.Planned`).
+    """
 
     family: Family
     dit: nn.Module
     guidance: Guidance
-    sigmas: Tensor
+    sigmas: Sequence[float]
     noise: NoiseSource = latent_noise
     emit: Emit = silent
     should_stop: Callable[[], bool] = lambda: False
@@ -65,10 +69,12 @@ class Denoiser:
         """One guided Euler step of a span: float32 [B, C, T, h, w] -> the same shape. Raises Interrupted."""
         if self.should_stop():
             raise Interrupted("stopped by a signal")
+        sigma, sigma_next = self.sigmas[step], self.sigmas[step + 1]
         velocities = self.family.predict(
             self.dit,
             x,
-            timesteps_of(self.sigmas)[step].to(x.device).expand(x.shape[0]),
+            # Rounded once, as a product of float32 numbers would be.
+            torch.full((x.shape[0],), timesteps_of(sigma), dtype=torch.float32, device=x.device),
             prepared,
             self.family.branches(self.guidance, step),
             span=span,
@@ -76,13 +82,13 @@ class Denoiser:
             state=state,
         )
         velocity = self.family.combine(velocities, self.guidance, step)
-        x = euler_step(x, velocity, float(self.sigmas[step]), float(self.sigmas[step + 1]))
+        x = euler_step(x, velocity, sigma, sigma_next)
         self.emit(StepFinished(span.index, step))
         return x
 
     def require_finite(self, x: Tensor, span: Span) -> None:
         """Raises UnusableWeights for finished latents that are not finite."""
-        if not bool(torch.isfinite(x).all()):
+        if not is_finite(x):
             raise UnusableWeights(
                 f"the network gave values that are not finite in {self.unit} {span.index + 1}",
                 fix="try --dtype float32; if that does not help the weights are damaged",

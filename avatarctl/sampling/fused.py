@@ -78,7 +78,7 @@ def sample_fused(
                 alive[window] = denoise.prepare(condition, state)
                 key, first = family.noise_key(span, inputs)
                 x = denoise.noise(cfg.runtime.seed, key, first, span.frames, plan.shape)
-                x = x.to(inputs.image.device)
+                x = x.to(modules.device)
                 del condition
             else:
                 x = levels[step - 1].read(span.start, span.start + span.frames)

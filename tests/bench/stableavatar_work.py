@@ -128,7 +128,7 @@ class PublishedOrder:
         self.channels = first_frame_channels(self.modules.vae.encode(video))
         self.image = self.modules.image.encode(image)
         prompts = [self.plan.job.negative_prompt, self.plan.job.negative_prompt, self.plan.job.prompt]
-        self.text = torch.cat([self.modules.text.encode(prompt) for prompt in prompts])
+        self.text = torch.cat([self.modules.text.encode(prompt, self.modules.device) for prompt in prompts])
 
     def _guided(self, old: Tensor, t: Tensor, span: Span, waveform: Waveform) -> Tensor:
         hidden = torch.cat([old, self.channels[:, :, : span.frames]], dim=1)

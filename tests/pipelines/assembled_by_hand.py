@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from torch import Tensor
@@ -56,13 +57,14 @@ def transformer(state: State) -> OmniAvatarTransformer:
 def modules(release: tiny.Release, root: Path) -> Modules:
     """Everything in float32 on the CPU; `root` is where the tokenizer was written."""
     encoders = _encoders(release.text, release.vae, release.audio, root / "Wan2.1-T2V-14B")
-    return Modules(transformer(merged(release)), *encoders)
+    return Modules(transformer(merged(release)), *encoders, device=torch.device("cpu"))
 
 
 def stable_modules(release: stable.StableRelease, root: Path) -> Modules:
     """The same of the release with an image encoder."""
     encoders = _encoders(release.text, release.vae, release.audio, root / stable.BASE)
-    return Modules(_stable_transformer(release.square), *encoders, image=_image_encoder(release.clip))
+    image = _image_encoder(release.clip)
+    return Modules(_stable_transformer(release.square), *encoders, image=image, device=torch.device("cpu"))
 
 
 def _stable_transformer(state: State) -> StableAvatarTransformer:

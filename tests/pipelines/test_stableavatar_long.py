@@ -112,8 +112,9 @@ class Listener(nn.Module):
         return self.prepare(**kwargs) if mode == "prepare" else self.denoise(*args, **kwargs)
 
     def prepare(
-        self, text: Any = None, image: Any = None, grid: Any = None, vocal: Any = None, frames: int = 0
-    ) -> PreparedStable:
+        self, text: Any = None, image: Any = None, grid: Any = None, vocal: Any = None, frames: int = 0,
+        device: torch.device | None = None,
+    ) -> PreparedStable:  # fmt: skip
         if vocal is not None:
             vocal = (vocal[0, :, 0] @ aims(vocal.shape[1], frames)).view(1, 2, -1, 1, 1).repeat(1, 8, 1, 1, 1)
         return PreparedStable(text, image, vocal, grid)
@@ -154,11 +155,11 @@ class Words:
     def tokens(self, prompt: str) -> int:
         return 1
 
-    def encode(self, prompt: str) -> Tensor:
+    def encode(self, prompt: str, device: torch.device) -> Tensor:
         return torch.full((1, 1, 1), float(prompt == "prompt"))
 
 
-SIGMAS = double_shifted_sigmas(2, 5.0)  # nothing is blended in the first step
+SIGMAS = double_shifted_sigmas(2, 5.0).tolist()  # nothing is blended in the first step
 NOISE = torch.randn(1, 16, 110, 2, 2, generator=torch.Generator().manual_seed(0))
 
 
@@ -171,7 +172,8 @@ def heard(samples: int, cfg: RunConfig, dit: Listener | None = None) -> Tensor:
     frames: [2, frames]."""
     tape = Tape()
     image = SimpleNamespace(encode=lambda image: torch.zeros(1, 1, 1))
-    modules: Any = Modules(dit or Listener(), Codec(), Words(), Positions(tape), image)  # type: ignore[arg-type]
+    ears: Any = Positions(tape)
+    modules: Any = Modules(dit or Listener(), Codec(), Words(), ears, image, device=torch.device("cpu"))
     image = torch.zeros(1, 3, 16, 16)
     inputs = Inputs(image, tape, samples, 0.0, 1.0, "prompt", "negative", 7, silent)
     denoise = Denoiser(FAMILY, modules.dit, FAMILY.guidance(cfg), SIGMAS, stored)

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise, product
+from types import SimpleNamespace
 from typing import Any, Literal, cast
 
 import pytest
@@ -181,10 +182,13 @@ def run(
     if frames is None:
         frames = pixel_frames(spans[-1].start + spans[-1].frames)
     plan = VideoPlan("fused", lambda: iter(spans), len(spans), frames, shape)
-    denoise = Denoiser(cast(Family, family), NETWORK, Guidance(1.0), shifted_sigmas(steps, 5.0), noise)
+    denoise = Denoiser(
+        cast(Family, family), NETWORK, Guidance(1.0), shifted_sigmas(steps, 5.0).tolist(), noise
+    )
     inputs = Inputs(torch.zeros(1), cast(Any, None), 0, 0.0, 1.0, "", "", 7, silent)
     cfg = replace(RunConfig(), long_video=LongVideo(schedule=schedule))
-    for block in sample_fused(denoise, cast(Any, None), inputs, plan, cfg):
+    modules = cast(Modules, SimpleNamespace(device=torch.device("cpu")))
+    for block in sample_fused(denoise, modules, inputs, plan, cfg):
         yield block.pixels
 
 

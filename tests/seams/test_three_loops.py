@@ -266,9 +266,9 @@ def causal(
 
 
 def parts(family: Family, samples: int) -> tuple[Denoiser, Modules, Inputs, VideoPlan]:
-    modules = Modules(dit=ToyDit(), vae=ToyCodec(), text=None, audio=None)  # type: ignore[arg-type]
+    modules = Modules(dit=ToyDit(), vae=ToyCodec(), text=None, audio=None, device=torch.device("cpu"))  # type: ignore[arg-type]
     inputs = Inputs(torch.zeros(1, 3, 2, 2), ToyWave(), samples, 0.0, 1.0, "", "", job=7, emit=silent)
-    sigmas = family.sigmas(STEPS, 5.0)
+    sigmas = family.sigmas(STEPS, 5.0).tolist()
     cfg = RunConfig()
     denoise = Denoiser(family, modules.dit, family.guidance(cfg), sigmas)
     return denoise, modules, inputs, family.plan(samples, cfg)

@@ -136,7 +136,7 @@ class _Text:
     def tokens(self, prompt: str) -> int:
         return 1
 
-    def encode(self, prompt: str) -> Tensor:
+    def encode(self, prompt: str, device: torch.device) -> Tensor:
         return torch.zeros(1, 1, 1)
 
 
@@ -169,8 +169,8 @@ def _execute(cfg: RunConfig, samples: int) -> tuple[list[Condition], list[FrameB
         job=0,
         emit=silent,
     )
-    modules = Modules(dit=_Unused(), vae=_Codec(), text=_Text(), audio=_Counter())
-    denoise = Denoiser(family, modules.dit, Guidance(1.0), family.sigmas(1, 5.0))
+    modules = Modules(dit=_Unused(), vae=_Codec(), text=_Text(), audio=_Counter(), device=torch.device("cpu"))
+    denoise = Denoiser(family, modules.dit, Guidance(1.0), family.sigmas(1, 5.0).tolist())
     blocks = list(sample_chunks(denoise, modules, inputs, plan, cfg))
     return family.seen, blocks
 

@@ -67,7 +67,7 @@ def _sample(reader: Reader, guidance: Guidance, steps: int, fixed: int) -> Tenso
     family = OmniAvatar()
     given = {name: reader.take(name) for name in _GIVEN}
     state = _state(given)
-    sigmas = family.sigmas(steps, float(reader.metadata["shift"]))
+    sigmas = family.sigmas(steps, float(reader.metadata["shift"])).tolist()
     denoise = Denoiser(family, transformer(reader), guidance, sigmas)
     span = _span(given["noise"].shape[2], fixed)
     return denoise(given["noise"], _condition(given, fixed, state), span, state)

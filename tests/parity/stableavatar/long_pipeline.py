@@ -131,7 +131,7 @@ def _run(reader: Reader, cfg: RunConfig, family: StableAvatar | None = None) -> 
         plan = check_job(cfg, row, job, silent)
         blocks = generate(
             plan if family is None else replace(plan, family=family),
-            modules=Modules(dit=dit, vae=codec, text=text, audio=ears, image=image),
+            modules=Modules(dit, codec, text, ears, image, device=torch.device("cpu")),
             noise=noise,
             emit=note_step,
         )

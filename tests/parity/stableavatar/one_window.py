@@ -53,14 +53,14 @@ def _compare_run(reader: Reader, run: str, *, batched: bool) -> None:
         extra={"image": state.image},
     )
     steps = len(reader.keys(f"{run}.step*.latents"))
-    denoise = Denoiser(family, dit, family.guidance(cfg), family.sigmas(steps, SHIFT))
+    denoise = Denoiser(family, dit, family.guidance(cfg), family.sigmas(steps, SHIFT).tolist())
     # The recorded batch has all three, also where one has no weight and our own run leaves it out.
     every = family.prepare(dit, condition, BRANCHES, state)
     prepared = denoise.prepare(condition, state)
     span = Span(index=0, start=0, frames=frames, audio=(0, 0), fixed=0, keep_from=0)
     x = init
     for step in range(steps):
-        t = 1000 * denoise.sigmas[step].expand(1)
+        t = torch.full((1,), 1000 * denoise.sigmas[step])
         with torch.no_grad():
             velocities = family.predict(dit, x, t, every, BRANCHES, span=span, step=step, state=state)
         _compare(reader, f"{run}.step{step}.preds", torch.cat([velocities[name] for name in BRANCHES]))
@@ -82,7 +82,12 @@ def _texts(reader: Reader) -> dict[str, Tensor]:
 
 def _opened(reader: Reader, dit: Any, frames: int, cfg: Any) -> tuple[Modules, Inputs]:
     modules = Modules(
-        dit=dit, vae=Codec(), text=Text(_texts(reader)), audio=None, image=Image(reader.take("clip_fea"))
+        dit=dit,
+        vae=Codec(),
+        text=Text(_texts(reader)),
+        audio=None,
+        image=Image(reader.take("clip_fea")),
+        device=torch.device("cpu"),
     )
     inputs = Inputs(
         image=torch.zeros(1, 3, cfg.output.height, cfg.output.width),

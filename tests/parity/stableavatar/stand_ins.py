@@ -47,7 +47,7 @@ class Text:
     def tokens(self, prompt: str) -> int:
         return 1
 
-    def encode(self, prompt: str) -> Tensor:
+    def encode(self, prompt: str, device: torch.device) -> Tensor:
         return self.contexts[prompt]
 
 

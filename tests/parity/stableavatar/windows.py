@@ -110,7 +110,7 @@ def _run(
 
     network = _Formula(init.shape[1], factors, offsets)
     denoise = Denoiser(
-        family, network, family.guidance(cfg), family.sigmas(cfg.sampling.steps, SHIFT), noise=noise
+        family, network, family.guidance(cfg), family.sigmas(cfg.sampling.steps, SHIFT).tolist(), noise=noise
     )
     nothing = torch.zeros(1, 1, 1)
     modules = Modules(
@@ -119,6 +119,7 @@ def _run(
         text=Text({"prompt": nothing, "negative": nothing}),
         audio=audio,
         image=Image(nothing),
+        device=torch.device("cpu"),
     )
     inputs = Inputs(
         image=torch.zeros(1, 3, height, width),
