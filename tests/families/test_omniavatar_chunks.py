@@ -76,7 +76,6 @@ Call = tuple[Tensor, dict[str, PreparedTensors]]  # input of the transformer [1,
 class Run:
     """What happened in a run of three chunks with three guidance branches."""
 
-    job: Job
     plan: JobPlan
     overlap: int
     offset: int
@@ -138,7 +137,7 @@ def recorded(frames: int) -> np.ndarray:
     return (rng.standard_normal(len(loudness)) * loudness).astype(np.float32)[:-100]
 
 
-def planned(overlap: int, offset: int) -> tuple[Job, JobPlan]:
+def planned(overlap: int, offset: int) -> JobPlan:
     cfg = configure(
         f"model.name={ROW.name}", f"model.audio_offset={offset}", f"long_video.num_frames={LENGTH}",
         f"long_video.overlap_frames={overlap}", f"sampling.steps={STEPS}", "sampling.guidance_scale=4.5",
@@ -147,24 +146,24 @@ def planned(overlap: int, offset: int) -> tuple[Job, JobPlan]:
     pixels = np.random.default_rng(1).integers(0, 255, (16, 32, 3), np.uint8)
     audio = audio_from_array(recorded(audio_frames(overlap, offset)), 16_000, "noise")
     job = Job(image_from_array(pixels, "noise"), audio, "a prompt", "another")
-    return job, check_job(cfg, ROW, job, silent)
+    return check_job(cfg, ROW, job, silent)
 
 
 @functools.cache
 def networks() -> Modules:
-    return load(ROW, planned(1, 0)[1])
+    return load(planned(1, 0))
 
 
 @functools.cache
 def read(prompt: str) -> Any:
     """Its keys and values in every block."""
-    return networks().dit(mode="prepare", text=networks().text.encode(prompt)).text
+    return networks().dit(mode="prepare", text=networks().text.encode(prompt, networks().device)).text
 
 
 @functools.cache
 def run(overlap: int, offset: int) -> Run:
-    job, plan = planned(overlap, offset)
-    seen = Run(job, plan, overlap, offset, WatchedCodec(networks().vae))
+    plan = planned(overlap, offset)
+    seen = Run(plan, overlap, offset, WatchedCodec(networks().vae))
 
     def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if kwargs["mode"] == "denoise":
@@ -172,7 +171,7 @@ def run(overlap: int, offset: int) -> Run:
             seen.calls.append((x.clone(), dict(prepared)))
 
     hook = networks().dit.register_forward_pre_hook(note, with_kwargs=True)
-    seen.blocks.extend(generate(ROW, job, plan, modules=replace(networks(), vae=seen.codec)))
+    seen.blocks.extend(generate(plan, modules=replace(networks(), vae=seen.codec)))
     hook.remove()
     return seen
 
@@ -216,7 +215,7 @@ def test_the_noise_of_a_chunk_is_its_own(seen: Run) -> None:
     """Its key is seed, job and chunk; its first frame is the chunk's first."""
     begun = [seen.steps(k)[0][0][:, :16] for k in range(CHUNKS)]
     for k, x in enumerate(begun):
-        noise = latent_noise(SEED, (seen.job.key, k), 0, latent_frames(LENGTH), LATENTS)
+        noise = latent_noise(SEED, (seen.plan.job.key, k), 0, latent_frames(LENGTH), LATENTS)
         assert torch.equal(x[:, :, seen.given(k) :], noise[:, :, seen.given(k) :])
     assert all_differ(x[:, :, -1] for x in begun)
 
