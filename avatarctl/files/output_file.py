@@ -2,8 +2,7 @@
 
 A file of gigabytes that goes through the page cache takes a page of memory for each of its pages: the system
 has to find it, fill it, write it and forget something else for it. Measured on two virtual cores with 2.8 GB:
-1 to 7 seconds of system time through the cache, 0.6 past it. Where a file system has no such writes
-(O_DIRECT, open(2)) the cache is used, flushed early.
+1 to 7 seconds of system time through the cache, 0.6 past it.
 """
 
 from __future__ import annotations
@@ -17,23 +16,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
-from avatarctl.files.flushing import EarlyFlush
-
 __all__ = ["OutputFile"]
 
 _DIRECT: Final = getattr(os, "O_DIRECT", 0)
-_ALIGNMENT: Final = 4096
-"""Address, offset and length of a direct write are multiples of the block size of the device, 512 or 4096."""
 _BUFFER_BYTES: Final = 4 << 20
+"""Of memory in whole pages: a direct write wants address, offset and length in blocks of the device."""
 _BUFFERS: Final = 3
-_CACHED_BYTES: Final = 256 << 10
-"""One write through the cache; measured: of larger ones the system makes larger pages, at several times
-the cost."""
 _UNSUPPORTED: Final = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY)
 
 
 class OutputFile:
     """A new file, written from its beginning to its end by a thread, while the next bytes are prepared.
+
+    Writes are direct (O_DIRECT, open(2)) until the system or the file system refuses one, and ordinary from
+    there on: it always refuses the last, which fills no block.
 
     Raises OSError (FileExistsError where there is one) from every method; an error of the thread comes with
     the next call. Leaving the block without an error writes what is left and flushes it to the disk.
@@ -42,16 +38,12 @@ class OutputFile:
     def __init__(self, path: Path) -> None:
         with ExitStack() as stack:
             self._file = stack.enter_context(path.open("xb", buffering=0))
-            self._direct = _open_direct(path)
-            if self._direct is not None:
-                stack.callback(os.close, self._direct)
             self._buffers = [stack.enter_context(mmap.mmap(-1, _BUFFER_BYTES)) for _ in range(_BUFFERS)]
+            self._direct = _DIRECT != 0 and _set_direct(self._file.fileno(), True)
             self._open = stack.pop_all()
-        self._early = EarlyFlush(self._file) if self._direct is None else None
         self._writing: list[Future[None] | None] = [None] * _BUFFERS
         self._current = 0
         self._filled = 0
-        self._offset = 0
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="output-file")
 
     def __enter__(self) -> OutputFile:
@@ -66,8 +58,6 @@ class OutputFile:
                     self._finish()
             finally:
                 self._pool.shutdown(wait=True, cancel_futures=True)
-                if self._early is not None:
-                    self._early.__exit__(kind, error, trace)
 
     def write(self, data: memoryview) -> None:
         """Takes a copy of `data`, whose elements are bytes."""
@@ -83,8 +73,7 @@ class OutputFile:
 
     def _hand_over(self) -> None:
         """Gives the filled buffer to the thread and waits until the next one is free."""
-        self._writing[self._current] = self._pool.submit(self._put, self._current, self._filled, self._offset)
-        self._offset += self._filled
+        self._writing[self._current] = self._pool.submit(self._put, self._current, self._filled)
         self._filled = 0
         self._current = (self._current + 1) % _BUFFERS
         if (before := self._writing[self._current]) is not None:
@@ -98,48 +87,36 @@ class OutputFile:
                 work.result()
         os.fsync(self._file.fileno())
 
-    def _put(self, number: int, size: int, offset: int) -> None:
-        """Writes `size` bytes of a buffer at `offset`: whole blocks directly, the rest through the cache."""
-        with memoryview(self._buffers[number]) as whole, whole[:size] as data:
-            done = 0
-            if self._direct is not None:
-                with data[: size - size % _ALIGNMENT] as blocks:
-                    done = self._put_directly(blocks, offset)
-            self._file.seek(offset + done)
-            while done < size:
-                with data[done : done + _CACHED_BYTES] as piece:
-                    count = self._file.write(piece)
-                if not count:  # or it would be tried for ever
-                    raise OSError(errno.EIO, os.strerror(errno.EIO))
-                done += count
-                if self._early is not None:
-                    self._early.wrote(count)
-
-    def _put_directly(self, data: memoryview, offset: int) -> int:
-        """Bytes written; fewer than `data` where the disk or the file system took no more."""
-        assert self._direct is not None
+    def _put(self, number: int, size: int) -> None:
         done = 0
-        while done < len(data) and done % _ALIGNMENT == 0:
-            try:
-                with data[done:] as rest:
-                    count = os.pwrite(self._direct, rest, offset + done)
-            except OSError as error:
-                if error.errno not in _UNSUPPORTED:
-                    raise
-                break
-            if not count:
-                break
-            done += count
-        return done
+        with memoryview(self._buffers[number]) as whole:
+            while done < size:
+                with whole[done:size] as rest:
+                    done += self._write(rest)
+
+    def _write(self, data: memoryview) -> int:
+        """Bytes written, perhaps fewer than `data`."""
+        try:
+            count = self._file.write(data)
+        except OSError as error:
+            if not self._direct or error.errno not in _UNSUPPORTED:
+                raise
+            self._direct = _set_direct(self._file.fileno(), False)
+            return 0
+        if not count:  # or it would be tried for ever
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return count
 
 
-def _open_direct(path: Path) -> int | None:
-    """A descriptor for direct writes; None where the system or the file system has none."""
-    if not _DIRECT:
-        return None
+def _set_direct(descriptor: int, wanted: bool) -> bool:
+    """Whether writes are direct from here on: not every file system has such ones."""
+    import fcntl  # where there is O_DIRECT
+
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~_DIRECT
     try:
-        return os.open(path, os.O_WRONLY | _DIRECT)
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | _DIRECT * wanted)
     except OSError as error:
-        if error.errno not in _UNSUPPORTED:
+        if not wanted or error.errno not in _UNSUPPORTED:
             raise
-        return None
+        return False
+    return wanted

@@ -11,10 +11,44 @@ from pathlib import Path
 import pytest
 
 from avatarctl.files import output_file
-from avatarctl.files.flushing import EarlyFlush
 from avatarctl.files.output_file import OutputFile
 
 MIB = 1 << 20
+
+
+class Disk(io.FileIO):
+    """A file that tells whether each write was direct; `refuses` with this error, takes `most` bytes."""
+
+    def __init__(self, path: Path, refuses: int = 0, most: int = 64 * MIB) -> None:
+        super().__init__(path, "xb")
+        self.refuses, self.most = refuses, most
+        self.direct: list[bool] = []
+
+    def write(self, data: object) -> int:
+        import fcntl
+
+        with memoryview(data) as view:  # type: ignore[arg-type]
+            self.direct.append(bool(fcntl.fcntl(self.fileno(), fcntl.F_GETFL) & os.O_DIRECT))
+            if self.direct[-1] and self.refuses:
+                raise OSError(self.refuses, os.strerror(self.refuses))
+            if not self.most:
+                return 0
+            return super().write(bytes(view[: self.most]) if len(view) > self.most else view) or 0
+
+
+def opened(monkeypatch: pytest.MonkeyPatch, **answers: int) -> list[Disk]:
+    """Every file that is opened from now on."""
+    disks: list[Disk] = []
+
+    def open_disk(path: Path, mode: str, buffering: int) -> Disk:
+        disks.append(Disk(path, **answers))
+        return disks[-1]
+
+    monkeypatch.setattr(Path, "open", open_disk)
+    return disks
+
+
+linux = pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="has no direct writes")
 
 
 @pytest.mark.parametrize("direct", [True, False])
@@ -35,72 +69,73 @@ def test_bytes_are_those_written(
     assert (tmp_path / "out").read_bytes() == data
 
 
-@pytest.mark.parametrize("fails", [errno.EINVAL, errno.EOPNOTSUPP])
+@linux
+@pytest.mark.parametrize("refuses", [errno.EINVAL, errno.EOPNOTSUPP])
 def test_a_file_system_that_refuses_direct_writes_gets_ordinary_ones(
-    tmp_path: Path, fails: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, refuses: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Some take the flag and refuse the first write."""
-
-    def refuse(*_: object) -> int:
-        raise OSError(fails, os.strerror(fails))
-
-    monkeypatch.setattr(os, "pwrite", refuse)
+    disks = opened(monkeypatch, refuses=refuses)
     data = os.urandom(9 * MIB + 5)
     with OutputFile(tmp_path / "out") as file:
         file.write(memoryview(data))
+    monkeypatch.undo()
+    assert disks[0].direct.count(True) <= 1 and not disks[0].direct[-1], "asked once, where the flag is taken"
     assert (tmp_path / "out").read_bytes() == data
 
 
-def test_a_short_direct_write_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = os.pwrite
-    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: write(fd, bytes(data[:12300]), at))
-    monkeypatch.setattr(output_file, "_DIRECT", os.O_WRONLY)  # a real one would refuse such lengths
+@linux
+@pytest.mark.parametrize("refuses", [errno.EINVAL, errno.EOPNOTSUPP])
+def test_a_file_system_that_refuses_the_flag_gets_ordinary_ones(
+    tmp_path: Path, refuses: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+
+    call = fcntl.fcntl
+
+    def refuse(descriptor: int, command: int, value: int = 0) -> int:
+        if command == fcntl.F_SETFL and value & os.O_DIRECT:
+            raise OSError(refuses, os.strerror(refuses))
+        return call(descriptor, command, value)
+
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
+    disks = opened(monkeypatch)
     data = os.urandom(5 * MIB + 5)
     with OutputFile(tmp_path / "out") as file:
         file.write(memoryview(data))
+    monkeypatch.undo()
+    assert disks[0].direct == [False, False]
+    assert (tmp_path / "out").read_bytes() == data
+
+
+@pytest.mark.parametrize("most", [12300, 8192])
+def test_a_short_write_is_finished(tmp_path: Path, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether what is left begins at a block of the device or within one."""
+    opened(monkeypatch, most=most)
+    data = os.urandom(5 * MIB + 5)
+    with OutputFile(tmp_path / "out") as file:
+        file.write(memoryview(data))
+    monkeypatch.undo()
     assert (tmp_path / "out").read_bytes() == data
 
 
 def test_an_error_of_the_thread_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> int:
-        raise OSError(errno.ENOSPC, "no space")
-
-    monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(OSError, match="no space"), OutputFile(tmp_path / "out") as file:
+    opened(monkeypatch, refuses=errno.ENOSPC)
+    with pytest.raises(OSError, match="No space"), OutputFile(tmp_path / "out") as file:
         for _ in range(5):
             file.write(memoryview(bytes(4 * MIB)))
 
 
-@pytest.mark.parametrize("direct", [True, False])
 def test_a_file_system_that_takes_nothing_is_not_asked_for_ever(
-    tmp_path: Path, direct: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A direct write of no byte gives way to an ordinary one; one of these is an error of the device."""
-    monkeypatch.setattr(os, "pwrite", lambda *_: 0)
-    if not direct:
-        monkeypatch.setattr(output_file, "_DIRECT", 0)
-    data = os.urandom(5 * MIB)
-    with OutputFile(tmp_path / "out") as file:
-        file.write(memoryview(data))
-    assert (tmp_path / "out").read_bytes() == data
-    full = OutputFile(tmp_path / "full")
-    with pytest.raises(OSError, match="Input/output"), full:
-        monkeypatch.setattr(full, "_file", _TakesNothing(full._file.name, "wb"))
-        full.write(memoryview(data))
+    opened(monkeypatch, most=0)
+    with pytest.raises(OSError, match="Input/output"), OutputFile(tmp_path / "full") as full:
+        full.write(memoryview(bytes(5 * MIB)))
 
 
-class _TakesNothing(io.FileIO):
-    def write(self, data: object) -> int:
-        return 0
-
-
-@pytest.mark.parametrize("direct", [True, False])
-def test_nothing_stays_open_after_an_error(
-    tmp_path: Path, direct: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_stays_open_after_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither of the flush, nor of the memory that is wanted."""
-    if not direct:
-        monkeypatch.setattr(output_file, "_DIRECT", 0)
 
     def failing(*_: object) -> None:
         raise OSError(errno.EIO, "failed")
@@ -111,7 +146,6 @@ def test_nothing_stays_open_after_an_error(
             OutputFile(tmp_path / "memory")
     broken = OutputFile(tmp_path / "flush")
     with pytest.raises(OSError, match="failed"), broken:
-        monkeypatch.setattr(EarlyFlush, "__exit__", failing)
         monkeypatch.setattr(os, "fsync", failing)
         broken.write(memoryview(b"some"))
     still_open = [path.resolve() for path in Path("/proc/self/fd").iterdir()]
