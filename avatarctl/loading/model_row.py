@@ -8,7 +8,7 @@ from typing import Any, Final
 from avatarctl.errors import PathNotFound, UnusableWeights
 from avatarctl.files.named_path import expanded
 from avatarctl.registry import NEEDS_WEIGHTS, ROWS, Row, encoder_part, find_model
-from avatarctl.weights.file_facts import avatars_on
+from avatarctl.weights.loaders import avatars_on
 from avatarctl.weights.made_for import trained_shape
 from avatarctl.weights.weight_file import WeightFile
 from avatarctl.weights.whole import open_model

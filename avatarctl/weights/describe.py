@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from avatarctl.errors import UnusableWeights, printable
 from avatarctl.files.tensors import StoredTensor, size_text
-from avatarctl.weights.loaders import verdicts
+from avatarctl.weights.loaders import readers, verdicts
 from avatarctl.weights.made_for import trained_shape
 from avatarctl.weights.metadata import OwnMetadata, read_own
 from avatarctl.weights.published import PUBLISHED, hash_of
@@ -43,7 +43,8 @@ def describe(weight_file: WeightFile) -> dict[str, Any]:
 
     parameters, tensors, dtypes and bytes count what has a place in the network; alphas are not counted. bytes
     are those of the tensors. published_as: the published file with the same names and shapes, which a
-    fine-tune shares.
+    fine-tune shares. read_by: programs that read names like these, whatever they leave out; loaders: what
+    avatarctl and diffusers do with the file.
 
     Raises UnusableWeights where our own metadata in the file is damaged.
     """
@@ -68,6 +69,7 @@ def describe(weight_file: WeightFile) -> dict[str, Any]:
         **_amounts(weight_file),
         "published_hash": fingerprint,
         "published_as": PUBLISHED.get(fingerprint or ""),
+        "read_by": list(readers(weight_file)),
         "loaders": [asdict(verdict) for verdict in verdicts(weight_file)],
         "unknown": list(weight_file.unknown),
         "missing": list(weight_file.missing),
@@ -183,6 +185,9 @@ def _rows(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield "conventions", f"{_CONVENTIONS.get(name, name)}: {value:g}"
     yield "holds", _holds(facts)
     yield from _loader_rows(facts["loaders"])
+    if facts["read_by"]:
+        programs = ", ".join(facts["read_by"])
+        yield "names", f"read by {programs} (what these leave out: docs/weights.md)"
     yield from _names("missing", facts["missing"])
     yield from _names("no place for", facts["unknown"])
     for note in facts["notes"]:
@@ -240,7 +245,7 @@ def _loader_rows(loaders: Sequence[Mapping[str, str]]) -> Iterator[tuple[str, st
     ours = [entry for entry in loaders if entry["loader"].startswith("avatarctl infer")]
     refuse = [] if any(entry in takes for entry in ours) else ours
     if not (takes or wrongly):
-        yield "loads in", "no program that we know, as it is"
+        yield "loads in", "neither avatarctl nor diffusers, as it is"
     for label, entries in (("loads in", takes), ("wrongly in", wrongly), ("not in", refuse)):
         for entry in entries:
             yield label, f"{entry['loader']}: {entry['reason']}" if entry["reason"] else entry["loader"]

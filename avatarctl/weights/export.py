@@ -54,7 +54,6 @@ class Export:
     companion: whole tensors that need a second file, else empty.
     metadata:  what this naming adds to the main file's header.
     documents: file name -> JSON, beside the main file where the output is a folder.
-    needs_folder: whether nobody would read the main file without the documents.
     notes:     one line each, for people.
     """
 
@@ -63,7 +62,6 @@ class Export:
     companion: Mapping[str, StoredTensor] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     documents: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    needs_folder: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -112,9 +110,7 @@ def _comfyui_model(weight_file: WeightFile) -> Export:
 
 def _diffusers_model(weight_file: WeightFile) -> Export:
     tensors = {_internal(weight_file, name): tensor for name, tensor in weight_file.tensors.items()}
-    return Export(
-        _MODEL_FILE, tensors, documents={"config.json": _diffusers_config(weight_file)}, needs_folder=True
-    )
+    return Export(_MODEL_FILE, tensors, documents={"config.json": _diffusers_config(weight_file)})
 
 
 def _peft_model(weight_file: WeightFile) -> Export:
@@ -178,7 +174,7 @@ def _internal_module(weight_file: WeightFile, module: str) -> str:
 
 def _original_adapter(weight_file: WeightFile) -> Export:
     """One rank and one alpha, as the release's config has them; pairs of lower rank are filled with zeros."""
-    scales = {_scale(weight_file, pair) for pair in weight_file.lora_pairs.values()}
+    scales = {weight_file.scale_of(pair) for pair in weight_file.lora_pairs.values()}
     if len(scales) > 1:
         raise UnusableWeights(
             f"{len(scales)} different scales; the release's format holds one",
@@ -224,7 +220,6 @@ def _diffusers_adapter(weight_file: WeightFile) -> Export:
         # Bare names: they load into the transformer with load_state_dict(..., strict=False).
         companion={_internal(weight_file, name): tensor for name, tensor in weight_file.tensors.items()},
         metadata={"lora_adapter_metadata": _document(fields)} if tensors else {},
-        needs_folder=True,
     )
 
 
@@ -254,9 +249,7 @@ def _peft_adapter(weight_file: WeightFile) -> Export:
         **_lora_config(weight_file),
         "modules_to_save": list(saved) or None,
     }
-    return Export(
-        "adapter_model.safetensors", tensors, documents={"adapter_config.json": document}, needs_folder=True
-    )
+    return Export("adapter_model.safetensors", tensors, documents={"adapter_config.json": document})
 
 
 def _comfyui_adapter(weight_file: WeightFile) -> Export:
@@ -287,10 +280,6 @@ _ADAPTERS: Final = {
     "peft": _peft_adapter,
     "comfyui": _comfyui_adapter,
 }
-
-
-def _scale(weight_file: WeightFile, pair: LoraPair) -> float:
-    return weight_file.scale_of(pair)
 
 
 def _alpha(weight_file: WeightFile, pair: LoraPair) -> float:
@@ -352,8 +341,7 @@ def with_release_config(weight_file: WeightFile) -> WeightFile:
         "in_dim": weight_file.sizes.in_channels,
         "audio_hidden_size": weight_file.sizes.audio_hidden_size,
     }
-    scripts = weight_file.layout.scripts
-    if weight_file.kind == "model" and not (scripts and scripts.config_field):
+    if weight_file.kind == "model" and not weight_file.layout.configured:
         config |= {"in_dim": known["in_dim"]} if "in_dim" in config else {}
         return replace(weight_file, config=config)
     stated = config.get("model_config")

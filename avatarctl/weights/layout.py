@@ -14,7 +14,7 @@ from typing import Any
 
 from avatarctl.weights.key_map import KeyMap
 
-__all__ = ["Bases", "OffsetRule", "Scripts", "Sizes", "WeightLayout"]
+__all__ = ["Bases", "OffsetRule", "Sizes", "WeightLayout"]
 
 
 @dataclass(frozen=True)
@@ -90,28 +90,6 @@ class Bases:
 
 
 @dataclass(frozen=True)
-class Scripts:
-    """What the published scripts of a family read.
-
-    name: for people; argument: of the file; kinds: of checkpoints; release_names: whether LoRA names must be
-    the release's own; file: the only name they read, empty for any torch file; config_field: what
-    config.json beside it needs, empty for nothing; channels: input channels that they prepare; bases: hashes
-    (weights/published.py) by which they know a base; opens: dictionaries around the tensors that they open;
-    remark: what a file that they take still needs.
-    """
-
-    name: str
-    argument: str
-    kinds: tuple[str, ...]
-    file: str = ""
-    config_field: str = ""
-    channels: int = 0
-    bases: tuple[str, ...] = ()
-    opens: tuple[str, ...] = ()
-    remark: str = ""
-
-
-@dataclass(frozen=True)
 class WeightLayout:
     """One network's files.
 
@@ -133,7 +111,7 @@ class WeightLayout:
                 torch.
     offsets:  how the audio offset of a file is told, first match; none for networks without audio.
     bases:    what an adapter of this family changes, None where there are no such adapters.
-    scripts:  the published ones, None where none is known.
+    configured: whether its published scripts need config.json beside a full model too.
     repository: of the published code.
     """
 
@@ -152,7 +130,7 @@ class WeightLayout:
     conventions: Mapping[str, float] = field(default_factory=dict)
     offsets: tuple[OffsetRule, ...] = ()
     bases: Bases | None = None
-    scripts: Scripts | None = None
+    configured: bool = False
     repository: str = "https://github.com/Wan-Video/Wan2.1"
 
     @cached_property

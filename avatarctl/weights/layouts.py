@@ -9,7 +9,7 @@ from typing import Final
 
 from avatarctl.timeline import FPS
 from avatarctl.weights.key_map import KeyMap
-from avatarctl.weights.layout import Bases, OffsetRule, Scripts, Sizes, WeightLayout
+from avatarctl.weights.layout import Bases, OffsetRule, Sizes, WeightLayout
 from avatarctl.weights.wan import UMT5_ENCODER, WAN_IMAGE, WAN_TRANSFORMER
 
 __all__ = [
@@ -166,24 +166,7 @@ OMNIAVATAR: Final = WeightLayout(
         sees=False,
         others=("i2v", "flf2v", "ti2v", "vace", "s2v", "animate"),
     ),
-    scripts=Scripts(
-        "OmniAvatar scripts",
-        "exp_path",
-        ("model", "adapter"),
-        file="pytorch_model.pt",
-        config_field="train_architecture",
-        channels=33,
-        # T2V bases, text encoder, VAE (i).
-        bases=(
-            "9269f8db9040a9d860eaca435be61814",
-            "aafcfd9672c3a2456dc46e1cb6e52c70",
-            "cb104773c6c2cb6df4f9529ad5c60d0b",
-            "9c8818c2cbea55eca56c7b447df170da",
-            "ccc42284ea13e1ad04693284c7a09be6",
-            "1378ea763357eea97acdef78e65d6d96",
-        ),
-        remark="with the same base model",
-    ),
+    configured=True,
     repository="https://github.com/Omni-Avatar/OmniAvatar",
     shapes=omniavatar_shapes,
     arguments=_WAN_ARGUMENTS
@@ -223,7 +206,6 @@ STABLEAVATAR: Final = WeightLayout(
     class_name="StableAvatarTransformer",
     conventions={"mask_keep": 1, "hole": 0.0, "fps": FPS, "sigma_shift": 5.0},
     offsets=(OffsetRule(0, "that of every published file of this family"),),
-    scripts=Scripts("StableAvatar scripts", "transformer_path", ("model",), opens=("state_dict",)),
     repository="https://github.com/Francis-Rings/StableAvatar",
     shapes=stableavatar_shapes,
     arguments=_WAN_ARGUMENTS | {

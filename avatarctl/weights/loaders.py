@@ -1,85 +1,36 @@
-"""Which programs take a weight file as it is, as a table of rules.
+"""What avatarctl and diffusers do with a weight file, and which other programs read names like its own.
 
-A program takes the files of its kinds, unless one of its objections applies; the first one that does gives
-verdict and reason. "wrong" is the verdict that people need most: the file loads without an error, and
-the result is not what it should be.
-
-Sources: the layouts of the families for their published scripts (`Scripts`); spec/building-blocks.md 1 and
-the loaders of diffusers 0.42.1 (peft.py, lora_pipeline.py, lora_conversion_utils.py, single_file_utils.py);
-spec/field.md 4a (ComfyUI, kohya).
+A verdict is given only where a test compares it with the program itself: diffusers 0.42.1 (peft.py,
+lora_pipeline.py, lora_conversion_utils.py, single_file_utils.py). What is known of others from their source
+alone stands in docs/weights.md; of them only the names that they read are told here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from avatarctl.config import keys
 from avatarctl.weights.diffusers_loras import lets_differences_fall, what_stops_it
-from avatarctl.weights.file_facts import (
-    alphas,
-    as_dit,
-    avatars_on,
-    changes_own_layers,
-    comfyui_knows_prefix,
-    comfyui_opens,
-    first_half,
-    has_channels_without_code,
-    has_foreign_prefix,
-    has_own_layers,
-    holds_release_modules,
-    holds_unmarked_tensors,
-    is_incomplete,
-    is_named,
-    is_named_otherwise,
-    is_no_models_adapter,
-    is_of,
-    is_pickle,
-    is_release,
-    is_second_half,
-    is_wrapped,
-    leaves_out,
-    leaves_out_targets,
-    loses_alpha,
-    loses_header_alpha,
-    negated,
-    part,
-    sees_images,
-    starts_with,
-    without_alpha,
-)
-from avatarctl.weights.layout import Scripts, WeightLayout
+from avatarctl.weights.layout import WeightLayout
 from avatarctl.weights.layouts import LAYOUTS
-from avatarctl.weights.published import hash_of
 from avatarctl.weights.weight_file import WeightFile
 
-__all__ = ["LOADERS", "Loader", "Verdict", "verdicts"]
+__all__ = ["Verdict", "avatars_on", "readers", "verdicts"]
 
 Answer = Literal["yes", "wrong", "no", "unknown"]
-
-
-@dataclass(frozen=True)
-class Objection:
-    """Why a program does not take some files. reason: for people, lower case; may name what to do."""
-
-    applies: Callable[[WeightFile], bool]
-    answer: Answer
-    reason: str | Callable[[WeightFile], str]
-
-
-@dataclass(frozen=True)
-class Loader:
-    """name: as a person would type it; remark: what a file that it takes still needs."""
-
-    name: str
-    kinds: tuple[str, ...]
-    objections: tuple[Objection, ...]
-    remark: str | Callable[[WeightFile], str] = ""
+Answers = Iterator[tuple[Answer, str]]
+"""Of one program, with reasons; the first one counts."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one program does with one file: "yes", "wrong" (loads, with another result), "no", "unknown"."""
+    """What one program does with one file: "yes", "wrong" (loads, with another result), "no", "unknown".
+
+    reason: for people, lower case; beside "yes" what the file still needs.
+    """
 
     loader: str
     answer: Answer
@@ -87,356 +38,266 @@ class Verdict:
 
 
 def verdicts(weight_file: WeightFile) -> tuple[Verdict, ...]:
-    """What every program that takes files of this kind does with this one, in the order of the table."""
-    return tuple(_verdict(loader, weight_file) for loader in LOADERS if weight_file.kind in loader.kinds)
+    """What each program that takes files of this kind does with this one."""
+    return tuple(
+        Verdict(name, *next(answers(weight_file)))
+        for name, kinds, answers in _LOADERS
+        if weight_file.kind in kinds
+    )
 
 
-def _verdict(loader: Loader, weight_file: WeightFile) -> Verdict:
-    for objection in loader.objections:
-        if objection.applies(weight_file):
-            return Verdict(loader.name, objection.answer, _told(objection.reason, weight_file))
-    return Verdict(loader.name, "yes", _told(loader.remark, weight_file))
+def readers(weight_file: WeightFile) -> tuple[str, ...]:
+    """Programs that read names like those of this file; not whether they use all that is in it."""
+    for kind, naming, prefix, programs in _READERS:
+        if (kind, naming) == (weight_file.kind, weight_file.naming) and _begin(weight_file, prefix):
+            return () if kind == "model" and _has_foreign_prefix(weight_file) else programs
+    return ()
 
 
-def _told(text: str | Callable[[WeightFile], str], weight_file: WeightFile) -> str:
-    return text if isinstance(text, str) else text(weight_file)
+_FROM_SINGLE_FILE: Final = "diffusers from_single_file"
+_LOAD_LORA_WEIGHTS: Final = "diffusers load_lora_weights"
+_READERS: Final = (
+    ("model", "original", "", (_FROM_SINGLE_FILE, "ComfyUI")),
+    ("model", "comfyui", "model.diffusion_model.", (_FROM_SINGLE_FILE, "ComfyUI")),
+    ("model", "diffusers", "", ("diffusers from_pretrained",)),
+    ("adapter", "diffusers", "transformer.", ("diffusers load_lora_adapter", _LOAD_LORA_WEIGHTS)),
+    ("adapter", "peft", "base_model.model.", ("PEFT from_pretrained",)),
+    ("adapter", "comfyui", "diffusion_model.", (_LOAD_LORA_WEIGHTS, "ComfyUI")),
+    # Other trainers of kohya's layout write another prefix: lora_transformer_.
+    ("adapter", "kohya", "lora_unet_", (_LOAD_LORA_WEIGHTS, "ComfyUI", "kohya's scripts", "musubi-tuner")),
+)
+"""Kind, naming and beginning of all names -> who reads such (spec/building-blocks.md 1, spec/field.md 4a)."""
+
+
+# avatarctl
+
+
+def _infer_model(held: WeightFile) -> Answers:
+    yield from _no_use(held)
+    if held.kind == "adapter" and held.layout.bases is None:
+        yield "no", "it changes a model and is none: name it by --lora, beside a --model"
+    yield from _no_avatar_base(held)
+    if not _has_own_layers(held):
+        titles = " or ".join(layout.title for layout in avatars_on(held))
+        yield "no", f"plain Wan has no audio layers; it is the base that an adapter of {titles} needs"
+    yield from _incomplete(held)
+    yield from _channels_without_code(held)
+    if held.kind == "model" and not held.heads:
+        yield "no", "the number of attention heads is not stated (num_heads in config.json)"
+    yield "yes", ""
+
+
+def _infer_lora(held: WeightFile) -> Answers:
+    yield from _no_use(held)
+    yield from _incomplete(held)
+    yield from _channels_without_code(held)
+    changed = (*held.lora_pairs, *held.differences, *held.tensors)
+    if any(name.startswith("img_emb.") or "_img" in name for name in changed):
+        yield "yes", f"it changes layers for images (k_img, v_img, img_emb), as {_SEEING} has"
+    yield "yes", ""
+
+
+def _infer_weights(held: WeightFile) -> Answers:
+    yield from _no_use(held)
+    yield from _no_avatar_base(held)
+    yield from _incomplete(held)
+    if not _has_own_layers(held):  # an adapter brings its own patch embedding, for whatever channels
+        titles = " or ".join(layout.title for layout in avatars_on(held))
+        yield "yes", f"as dit=PATH, the base of an adapter of {titles}"
+    yield from _channels_without_code(held)
+    yield "yes", "as dit=PATH, with its adapter in it" if held.layout.bases else "as dit=PATH"
+
+
+def _infer_part(held: WeightFile) -> Answers:
+    part = _PARTS.get(held.layout.title)
+    yield ("yes", f"as {part}=PATH") if part else ("no", "no part of a supported model")
+
+
+def _convert_base(held: WeightFile) -> Answers:
+    yield from _no_use(held)
+    yield from _incomplete(held)
+    yield "yes", ""
 
 
 _BASES: Final = " and ".join(layout.bases.title for layout in LAYOUTS if layout.bases)
-_NOT_CHECKED = Objection(
-    lambda weight_file: weight_file.kind != "component" and not weight_file.layout.supported,
-    "unknown",
-    lambda weight_file: f"not checked for {weight_file.layout.title}",
-)
-_UNSUPPORTED = Objection(
-    lambda weight_file: not weight_file.layout.supported,
-    "no",
-    lambda weight_file: f"{weight_file.layout.title} files are recognised but not loaded by this version",
-)
-_INCOMPLETE = Objection(
-    is_incomplete,
-    "no",
-    lambda weight_file: (
-        f"{len(weight_file.missing)} tensor{'' if len(weight_file.missing) == 1 else 's'} missing, "
-        f"{len(weight_file.unknown)} without a place"
-    ),
-)
-_SECOND_HALF = Objection(is_second_half, "no", first_half)
-_CHANNELS_WITHOUT_CODE = Objection(
-    has_channels_without_code,
-    "no",
-    lambda weight_file: f"{weight_file.sizes.in_channels} input channels are not yet supported",
-)
-_CHANNELS_OF_AVATAR = Objection(
-    # Those of a plain base do not count: the adapter brings its own patch embedding.
-    lambda weight_file: has_own_layers(weight_file) and has_channels_without_code(weight_file),
-    "no",
-    _CHANNELS_WITHOUT_CODE.reason,
-)
-_NO_AVATAR_BASE = Objection(
-    lambda weight_file: not (has_own_layers(weight_file) or avatars_on(weight_file)),
-    "no",
-    f"it has no audio layers, and adapters of avatars are made for {_BASES} models only",
-)
-_HAS_KOHYA_PREFIX: Final = starts_with("lora_unet_")
-"""Other trainers of kohya's layout write another: lora_transformer_."""
-_WRAPPED = Objection(is_wrapped(), "no", "it opens no dictionary around the tensors")
-_WRAPPED_FOR_COMFYUI = Objection(
-    negated(comfyui_opens),
-    "no",
-    "of dictionaries around tensors it opens state_dict, or one that is alone",
-)
-_COMFYUI_PREFIXES: Final = ("diffusion_model.", "lora_unet_")
-_RELEASE_MODULES = Objection(
-    lambda weight_file: weight_file.naming == "diffusers" and holds_release_modules(weight_file),
-    "no",
-    "behind the prefix of diffusers it has the release's names",
-)
-_SHARDED = Objection(lambda weight_file: len(weight_file.files) > 1, "no", "reads one file, not shards")
-_WHOLE_TENSORS = Objection(lambda weight_file: bool(weight_file.tensors), "wrong", leaves_out)
-_OWN_TARGETS = Objection(changes_own_layers, "wrong", leaves_out_targets)
-_NO_PAIRS = Objection(lambda weight_file: not weight_file.lora_pairs, "no", "there are no LoRA tensors in it")
-
 _SEEING: Final = ", ".join(
     layout.title for layout in LAYOUTS if "image_dim" in layout.arguments and layout.own
 )
+_PARTS: Final = {
+    "UMT5 text encoder": "text", "Wan VAE": "vae", "wav2vec 2.0 encoder": "audio",
+    "CLIP vision encoder": "clip",
+}  # fmt: skip
+"""Titles of encoders and decoders -> their part of `model.weights`."""
 
 
-def _scripts(layout: WeightLayout, scripts: Scripts) -> tuple[Loader, ...]:
-    """What the published scripts of a family take."""
-    own: list[Objection] = [
-        _NOT_CHECKED,
-        Objection(negated(has_own_layers), "no", "no audio layers in it"),
-        Objection(negated(is_of(layout)), "no", "it is of another family"),
-        _INCOMPLETE,
-        Objection(
-            is_wrapped(*scripts.opens), "no", "they pass over tensors inside of other dictionaries in silence"
-        ),
-        Objection(
-            negated(is_release),
-            "no",
-            "they know the release's own names (.lora_A.default.weight) and pass over others in silence",
-        ),
+def avatars_on(weight_file: WeightFile) -> list[WeightLayout]:
+    """The families whose adapter `merge_adapter` would merge into this plain model."""
+    return [
+        layout
+        for layout in LAYOUTS
+        if layout.bases and layout.supported and layout.bases.allow(weight_file.sizes, weight_file.config)
     ]
-    if scripts.file:
-        wrong = Objection(
-            lambda weight_file: [file.name for file in weight_file.files] != [scripts.file],
-            "no",
-            f"they read {scripts.file} in a folder",
-        )
-    else:
-        wrong = Objection(
-            lambda weight_file: not is_pickle(weight_file) or len(weight_file.files) > 1,
-            "no",
-            "they read one torch file (.pt)",
-        )
-    own.append(wrong)
-    if scripts.config_field:
-        own.append(
-            Objection(
-                lambda weight_file: scripts.config_field not in weight_file.config,
-                "no",
-                f"they need config.json with {scripts.config_field} beside it",
-            )
-        )
-    if scripts.channels:
-        own.append(
-            Objection(
-                lambda weight_file: weight_file.sizes.in_channels != scripts.channels,
-                "no",
-                f"they prepare {scripts.channels} channels; video to video needs the training fork",
-            )
-        )
-    model = Loader(f"{scripts.name}, as {scripts.argument}", scripts.kinds, tuple(own), remark=scripts.remark)
-    if not scripts.bases:
-        return (model,)
-    unknown = Objection(
-        lambda weight_file: hash_of(weight_file) not in scripts.bases,
-        "no",
-        "they know base files by their published hash",
-    )
-    wrapped = Objection(
-        # The published VAE is one.
-        lambda weight_file: weight_file.kind == "model" and bool(weight_file.wrappers),
-        "no",
-        "inside of another dictionary its hash is another",
-    )
-    return Loader(f"{scripts.name}, as base", ("model", "component"), (_NOT_CHECKED, wrapped, unknown)), model
 
 
-LOADERS: Final = (
-    Loader(
-        "avatarctl infer --model",
-        ("model", "adapter"),
-        (
-            _UNSUPPORTED,
-            _SECOND_HALF,
-            Objection(
-                is_no_models_adapter,
-                "no",
-                "it changes a model and is none: name it by --lora, beside a --model",
-            ),
-            _NO_AVATAR_BASE,
-            Objection(
-                negated(has_own_layers),
-                "no",
-                lambda weight_file: (
-                    "plain Wan has no audio layers; it is the base that an adapter of "
-                    f"{' or '.join(layout.title for layout in avatars_on(weight_file))} needs"
-                ),
-            ),
-            _INCOMPLETE,
-            _CHANNELS_WITHOUT_CODE,
-            Objection(
-                lambda weight_file: weight_file.kind == "model" and not weight_file.heads,
-                "no",
-                "the number of attention heads is not stated (num_heads in config.json)",
-            ),
-        ),
-    ),
-    Loader(
-        "avatarctl infer --lora",
-        ("adapter",),
-        (
-            _UNSUPPORTED,
-            _SECOND_HALF,
-            _INCOMPLETE,
-            _CHANNELS_WITHOUT_CODE,
-        ),
-        remark=lambda weight_file: (
-            f"it changes layers for images (k_img, v_img, img_emb), as {_SEEING} has"
-            * sees_images(weight_file)
-        ),
-    ),
-    Loader(
-        "avatarctl infer --weights",
-        ("model",),
-        (_UNSUPPORTED, _NO_AVATAR_BASE, _INCOMPLETE, _CHANNELS_OF_AVATAR),
-        remark=as_dit,
-    ),
-    Loader("avatarctl convert-ckpt --base", ("model",), (_UNSUPPORTED, _INCOMPLETE)),
-    Loader(
-        "avatarctl infer --weights",
-        ("component",),
-        (Objection(lambda weight_file: not part(weight_file), "no", "no part of a supported model"),),
-        remark=lambda weight_file: f"as {part(weight_file)}=PATH",
-    ),
-    *(loader for layout in LAYOUTS if layout.scripts for loader in _scripts(layout, layout.scripts)),
-    Loader(
-        "diffusers from_single_file",
-        ("model",),
-        (
-            _NOT_CHECKED,
-            _SHARDED,
-            _INCOMPLETE,
-            Objection(is_wrapped("state_dict"), "no", "of dictionaries around tensors it opens state_dict"),
-            Objection(has_foreign_prefix, "no", "the prefix of its names is not known there"),
-            Objection(
-                has_own_layers,
-                "wrong",
-                "WanTransformer3DModel drops the audio layers with no more than a warning",
-            ),
-        ),
-        remark="pass config=FOLDER, otherwise it asks the network",
-    ),
-    Loader(
-        "diffusers from_pretrained",
-        ("model",),
-        (
-            _NOT_CHECKED,
-            _INCOMPLETE,
-            _WRAPPED,
-            Objection(is_named_otherwise("diffusers"), "no", "reads the names of diffusers only"),
-            Objection(
-                lambda weight_file: "_class_name" not in weight_file.config,
-                "no",
-                "needs a folder with diffusers' config.json",
-            ),
-            Objection(has_own_layers, "wrong", "WanTransformer3DModel drops the audio layers"),
-        ),
-    ),
-    Loader(
-        "diffusers load_lora_adapter",
-        ("adapter",),
-        (
-            _NOT_CHECKED,
-            _NO_PAIRS,
-            Objection(
-                is_named_otherwise("diffusers"),
-                "no",
-                "reads the names of diffusers only; see load_lora_weights",
-            ),
-            _RELEASE_MODULES,
-            Objection(is_pickle, "no", "reads safetensors only"),
-            Objection(loses_header_alpha, "wrong", without_alpha),
-            _WHOLE_TENSORS,
-            Objection(
-                lambda weight_file: bool(weight_file.differences), "wrong", "the differences are left out"
-            ),
-            Objection(
-                changes_own_layers,
-                "wrong",
-                lambda weight_file: (
-                    f"{leaves_out_targets(weight_file)}; {weight_file.layout.class_name} takes them all"
-                ),
-            ),
-        ),
-        remark='with use_safetensors=True, else alpha is lost; prefix="transformer" or None, as names begin',
-    ),
-    Loader(
-        "diffusers load_lora_weights",
-        ("adapter",),
-        (
-            _NOT_CHECKED,
-            _NO_PAIRS,
-            _WRAPPED,
-            Objection(
-                negated(starts_with("transformer.", "diffusion_model.", "lora_unet_")),
-                "no",
-                "all names must begin with transformer., diffusion_model. or lora_unet_",
-            ),
-            Objection(
-                lambda weight_file: bool(weight_file.tensors),
-                "no",
-                "whole tensors in a LoRA file are refused",
-            ),
-            Objection(
-                lambda weight_file: weight_file.naming == "diffusers" and alphas(weight_file) > 0,
-                "no",
-                ".alpha tensors beside the names of diffusers are refused",
-            ),
-            _RELEASE_MODULES,
-            Objection(lambda weight_file: bool(what_stops_it(weight_file)), "no", what_stops_it),
-            Objection(
-                lets_differences_fall,
-                "wrong",
-                "of the differences only biases of linear layers are applied",
-            ),
-            Objection(
-                lambda weight_file: (
-                    loses_header_alpha(weight_file)
-                    if weight_file.naming == "diffusers"
-                    else loses_alpha(weight_file)
-                ),
-                "wrong",
-                without_alpha,
-            ),
-            _OWN_TARGETS,
-        ),
-    ),
-    Loader(
-        "PEFT from_pretrained",
-        ("adapter",),
-        (
-            _NOT_CHECKED,
-            _WRAPPED,
-            Objection(is_named_otherwise("peft"), "no", "names must begin with base_model.model."),
-            Objection(
-                lambda weight_file: "peft_type" not in weight_file.config,
-                "no",
-                "needs a folder with adapter_config.json",
-            ),
-        ),
-        remark="on a network whose modules have the same names",
-    ),
-    Loader(
-        "ComfyUI diffusion model",
-        ("model",),
-        (
-            _NOT_CHECKED,
-            _SHARDED,
-            _INCOMPLETE,
-            _WRAPPED_FOR_COMFYUI,
-            Objection(
-                is_named("diffusers", "peft", "kohya"), "no", "Wan is known there by its original names"
-            ),
-            Objection(negated(comfyui_knows_prefix), "no", "the prefix of its names is not known there"),
-            Objection(has_own_layers, "wrong", "its Wan loader leaves out the audio layers"),
-        ),
-    ),
-    Loader(
-        "ComfyUI LoRA",
-        ("adapter",),
-        (
-            _NOT_CHECKED,
-            _WRAPPED_FOR_COMFYUI,
-            Objection(
-                lambda weight_file: not any(name.startswith(_COMFYUI_PREFIXES) for name in weight_file.names),
-                "no",
-                "none of its names is known there: it would warn and change nothing",
-            ),
-            Objection(loses_alpha, "wrong", without_alpha),
-            Objection(holds_unmarked_tensors, "wrong", leaves_out),
-            _OWN_TARGETS,
-        ),
-    ),
-    Loader(
-        "kohya's scripts (musubi-tuner) LoRA",
-        ("adapter",),
-        (
-            _NOT_CHECKED,
-            Objection(negated(_HAS_KOHYA_PREFIX), "no", "names must begin with lora_unet_"),
-            Objection(loses_alpha, "wrong", without_alpha),
-        ),
-    ),
+def _no_use(held: WeightFile) -> Answers:
+    if not held.layout.supported:
+        yield "no", f"{held.layout.title} files are recognised but not loaded by this version"
+    if first := held.metadata.get("avatarctl.companion_of"):
+        yield "no", f"the second half of an adapter: name {first[:100]}, which reads both"
+
+
+def _no_avatar_base(held: WeightFile) -> Answers:
+    if not (_has_own_layers(held) or avatars_on(held)):
+        yield "no", f"it has no audio layers, and adapters of avatars are made for {_BASES} models only"
+
+
+def _incomplete(held: WeightFile) -> Answers:
+    missing, unknown = len(held.missing), len(held.unknown)
+    if missing or unknown:
+        yield "no", f"{missing} tensor{'' if missing == 1 else 's'} missing, {unknown} without a place"
+
+
+def _channels_without_code(held: WeightFile) -> Answers:
+    mark = keys()["model.channels"].not_yet("infer")
+    if isinstance(mark, tuple) and held.sizes.in_channels in mark:
+        yield "no", f"{held.sizes.in_channels} input channels are not yet supported"
+
+
+# diffusers
+
+
+def _from_single_file(held: WeightFile) -> Answers:
+    yield from _not_checked(held)
+    if len(held.files) > 1:
+        yield "no", "reads one file, not shards"
+    yield from _incomplete(held)
+    if any(wrapper.name != "state_dict" for wrapper in held.wrappers):
+        yield "no", "of dictionaries around tensors it opens state_dict"
+    if _has_foreign_prefix(held):
+        yield "no", "the prefix of its names is not known there"
+    if _has_own_layers(held):
+        yield "wrong", "WanTransformer3DModel drops the audio layers with no more than a warning"
+    yield "yes", "pass config=FOLDER, otherwise it asks the network"
+
+
+def _load_lora_adapter(held: WeightFile) -> Answers:
+    yield from _not_checked(held)
+    yield from _no_pairs(held)
+    if held.naming != "diffusers":
+        yield "no", "reads the names of diffusers only; see load_lora_weights"
+    yield from _release_modules(held)
+    if held.format != "safetensors":
+        yield "no", "reads safetensors only"
+    yield from _loses_header_alpha(held)
+    if held.tensors:
+        yield "wrong", f"{len(held.tensors)} whole tensors (audio, patch embedding) are left out"
+    if held.differences:
+        yield "wrong", "the differences are left out"
+    if own := _own_targets(held):
+        yield "wrong", f"{own}; {held.layout.class_name} takes them all"
+    yield "yes", 'with use_safetensors=True, else alpha is lost; prefix="transformer" or None, as names begin'
+
+
+def _load_lora_weights(held: WeightFile) -> Answers:
+    yield from _not_checked(held)
+    yield from _no_pairs(held)
+    if held.wrappers:
+        yield "no", "it opens no dictionary around the tensors"
+    if not _begin(held, "transformer.", "diffusion_model.", "lora_unet_"):
+        yield "no", "all names must begin with transformer., diffusion_model. or lora_unet_"
+    if held.tensors:
+        yield "no", "whole tensors in a LoRA file are refused"
+    if held.naming == "diffusers" and _alphas(held):
+        yield "no", ".alpha tensors beside the names of diffusers are refused"
+    yield from _release_modules(held)
+    if why := what_stops_it(held):
+        yield "no", why
+    if lets_differences_fall(held):
+        yield "wrong", "of the differences only biases of linear layers are applied"
+    yield from _loses_header_alpha(held) if held.naming == "diffusers" else _loses_alpha(held)
+    if own := _own_targets(held):
+        yield "wrong", own
+    yield "yes", ""
+
+
+def _not_checked(held: WeightFile) -> Answers:
+    if not held.layout.supported:
+        yield "unknown", f"not checked for {held.layout.title}"
+
+
+def _no_pairs(held: WeightFile) -> Answers:
+    if not held.lora_pairs:
+        yield "no", "there are no LoRA tensors in it"
+
+
+def _release_modules(held: WeightFile) -> Answers:
+    """LoRA names that hold the release's names of layers, whatever stands before them."""
+    layers = {module for module in held.lora_pairs if module.startswith("blocks.")}
+    plain = {re.sub(r"^.*?(?=\bblocks\.)", "", name.partition(".lora")[0]) for name in held.names}
+    if held.naming == "diffusers" and layers & plain:
+        yield "no", "behind the prefix of diffusers it has the release's names"
+
+
+def _loses_alpha(held: WeightFile) -> Answers:
+    """For a reader that knows alpha from `.alpha` tensors alone."""
+    pairs = list(held.lora_pairs.values())
+    without = [pair for pair in pairs if pair.alpha is None]
+    if len(pairs) - len(without) != _alphas(held):
+        without = pairs if _alphas(held) < len(pairs) else []  # alpha is stated elsewhere
+    if any(held.scale_of(pair) != 1 for pair in without):
+        yield "wrong", _without_alpha(held)
+
+
+def _loses_header_alpha(held: WeightFile) -> Answers:
+    """The same for a reader that knows alpha from diffusers' entry in the header alone."""
+    if "lora_adapter_metadata" not in held.metadata and _scales(held) not in ([], [1.0]):
+        yield "wrong", _without_alpha(held)
+
+
+def _without_alpha(held: WeightFile) -> str:
+    found = _scales(held)
+    span = " to ".join(f"{scale:g}" for scale in dict.fromkeys((found[0], found[-1])))
+    return f"finds no alpha in it and applies it with scale 1 instead of {span}"
+
+
+def _scales(held: WeightFile) -> list[float]:
+    return sorted({held.scale_of(pair) for pair in held.lora_pairs.values()})
+
+
+def _alphas(held: WeightFile) -> int:
+    return sum(name.endswith(".alpha") for name in held.names)
+
+
+def _own_targets(held: WeightFile) -> str:
+    """What to say of LoRA pairs in layers that plain Wan has not; empty for none."""
+    own = sum(held.layout.owns(f"{module}.weight") for module in held.lora_pairs)
+    return f"{own} of {len(held.lora_pairs)} targets are audio layers, which plain Wan has not" if own else ""
+
+
+def _has_own_layers(held: WeightFile) -> bool:
+    return held.layout.family not in ("wan", "component")
+
+
+def _has_foreign_prefix(held: WeightFile) -> bool:
+    """Whether names stand behind something else than nothing or ComfyUI's prefix."""
+    names = {name.removeprefix("model.diffusion_model.") for name in held.names}
+    known = set(held.tensors)
+    if held.naming == "diffusers":
+        known = {held.layout.key_map.to_internal(name) or name for name in known}
+    return not names <= known | set(held.unknown)
+
+
+def _begin(held: WeightFile, *prefixes: str) -> bool:
+    return all(name.startswith(prefixes) for name in held.names)
+
+
+_LOADERS: Final[tuple[tuple[str, tuple[str, ...], Callable[[WeightFile], Answers]], ...]] = (
+    ("avatarctl infer --model", ("model", "adapter"), _infer_model),
+    ("avatarctl infer --lora", ("adapter",), _infer_lora),
+    ("avatarctl infer --weights", ("model",), _infer_weights),
+    ("avatarctl convert-ckpt --base", ("model",), _convert_base),
+    ("avatarctl infer --weights", ("component",), _infer_part),
+    (_FROM_SINGLE_FILE, ("model",), _from_single_file),
+    ("diffusers load_lora_adapter", ("adapter",), _load_lora_adapter),
+    (_LOAD_LORA_WEIGHTS, ("adapter",), _load_lora_weights),
 )

@@ -244,7 +244,8 @@ def test_every_frame_hears_its_own_audio_in_every_chunk_that_makes_it(seen: Run)
 
 
 def test_every_chunk_reads_the_same_prompts(seen: Run) -> None:
-    prompts = {"full": seen.job.prompt, "silent": seen.job.prompt, "negative": seen.job.negative_prompt}
+    job = seen.plan.job
+    prompts = {"full": job.prompt, "silent": job.prompt, "negative": job.negative_prompt}
     for _, prepared in seen.calls:
         for branch, ready in prepared.items():
             torch.testing.assert_close(ready.text, read(prompts[branch]))

@@ -94,10 +94,9 @@ def test_the_published_adapter() -> None:
     assert facts["unknown"] == facts["missing"] == []
     assert answers(facts) == {
         "avatarctl infer --model": "yes", "avatarctl infer --lora": "yes",
-        "OmniAvatar scripts, as exp_path": "yes", "diffusers load_lora_adapter": "no",
-        "diffusers load_lora_weights": "no", "PEFT from_pretrained": "no", "ComfyUI LoRA": "no",
-        "kohya's scripts (musubi-tuner) LoRA": "no",
+        "diffusers load_lora_adapter": "no", "diffusers load_lora_weights": "no",
     }  # fmt: skip
+    assert facts["read_by"] == [], "the release's own names of LoRA tensors"
 
 
 @pytest.mark.parametrize(
@@ -114,60 +113,24 @@ def test_plain_wan_is_named_as_what_it_is(shapes: Shapes, variant: str, publishe
     assert facts["variant"].startswith(variant) and facts["published_as"] == published
     known = answers(facts)
     assert known["avatarctl infer --model"] == "no"
-    assert known["diffusers from_single_file"] == known["ComfyUI diffusion model"] == "yes"
-    assert known["OmniAvatar scripts, as base"] == ("yes" if "T2V" in published[7:11] else "no")
-    assert known["diffusers from_pretrained"] == "no"
+    assert known["diffusers from_single_file"] == "yes"
+    assert facts["read_by"] == ["diffusers from_single_file", "ComfyUI"]
 
 
 def test_a_full_avatar_is_damaged_where_audio_layers_are_unknown() -> None:
     facts = about(wan(1536, 8960, 30, 33) | audio(1536, 30))
     known = answers(facts)
     assert known["avatarctl infer --model"] == "yes"
-    assert known["diffusers from_single_file"] == known["ComfyUI diffusion model"] == "wrong"
+    assert known["diffusers from_single_file"] == "wrong"
     assert "audio layers" in reason(facts, "diffusers from_single_file")
     assert any(line.startswith("wrongly in") for line in lines(facts))
-
-
-def test_names_without_default_are_passed_over_by_the_published_scripts() -> None:
-    shapes = {name.replace(".default", ""): shape for name, shape in RELEASE_14B.items()}
-    facts = about(shapes, file="pytorch_model.pt", config=CONFIG)
-    assert answers(facts)["avatarctl infer --model"] == "yes"
-    assert answers(facts)["OmniAvatar scripts, as exp_path"] == "no"
-    assert ".default" in reason(facts, "OmniAvatar scripts, as exp_path")
-
-
-@pytest.mark.parametrize(
-    ("change", "why"),
-    [
-        ({"file": "step-100.pt"}, "pytorch_model.pt"),
-        ({"config": {}}, "config.json"),
-    ],
-)
-def test_what_the_published_scripts_need_beside_the_names(change: dict[str, Any], why: str) -> None:
-    facts = about(RELEASE_14B, **{"file": "pytorch_model.pt", "config": CONFIG, **change})
-    assert answers(facts)["OmniAvatar scripts, as exp_path"] == "no"
-    assert why in reason(facts, "OmniAvatar scripts, as exp_path")
-
-
-def test_a_comfyui_lora_whose_alpha_is_in_a_config_is_applied_wrongly_there() -> None:
-    names = {
-        f"diffusion_model.{name.replace('.default', '')}": shape
-        for name, shape in lora(1536, 8960, 30, 16).items()
-    }
-    stated = {"peft_type": "LORA", "r": 16, "lora_alpha": 8}
-    assert answers(about(names))["ComfyUI LoRA"] == "yes"
-    facts = about(names, config=stated)
-    assert facts["scales"] == [0.5]
-    assert answers(facts)["ComfyUI LoRA"] == "wrong"
-    assert reason(facts, "ComfyUI LoRA").endswith("scale 1 instead of 0.5")
-    assert answers(facts)["avatarctl infer --lora"] == "yes"
 
 
 def test_an_encoder_is_named_and_only_offered_as_one() -> None:
     facts = about(umt5(), file="models_t5_umt5-xxl-enc-bf16.pth")
     assert facts["kind"] == "component" and "UMT5" in facts["variant"]
     assert facts["published_as"].startswith("models_t5")
-    assert answers(facts) == {"avatarctl infer --weights": "yes", "OmniAvatar scripts, as base": "yes"}
+    assert answers(facts) == {"avatarctl infer --weights": "yes"}
     assert "text=PATH" in reason(facts, "avatarctl infer --weights")
     assert not any(line.startswith(("heads", "network")) for line in lines(facts))
 
@@ -227,23 +190,44 @@ def test_a_lora_for_a_image_encoder_needs_a_model_that_has_one() -> None:
     assert answers(facts)["avatarctl infer --lora"] == "yes"
     assert "k_img" in reason(facts, "avatarctl infer --lora")
     assert "StableAvatar" in reason(facts, "avatarctl infer --lora")
-    assert answers(facts)["ComfyUI LoRA"] == "yes"
 
 
-def test_comfyui_knows_no_lora_behind_the_prefix_of_its_models() -> None:
-    shapes = {f"blocks.0.self_attn.q.lora_{ab}.weight": (8, 8) for ab in "AB"}
-    prefixes = {"diffusion_model.": "yes", "model.diffusion_model.": "no", "pipe.dit.": "no"}
-    for prefix, answer in prefixes.items():
-        facts = about({f"{prefix}{name}": shape for name, shape in shapes.items()})
-        assert answers(facts)["ComfyUI LoRA"] == answer
-        assert answers(facts)["avatarctl infer --lora"] == "yes"
+@pytest.mark.parametrize(
+    ("prefix", "programs"),
+    [
+        ("", {"diffusers from_single_file", "ComfyUI"}),
+        ("model.diffusion_model.", {"diffusers from_single_file", "ComfyUI"}),
+        ("pipe.dit.", set()),
+        ("diffusion_model.", set()),
+    ],
+)
+def test_who_reads_the_names_of_a_model(prefix: str, programs: set[str]) -> None:
+    facts = about({f"{prefix}{name}": shape for name, shape in wan(1536, 8960, 30).items()})
+    assert set(facts["read_by"]) == programs
+    assert any(line.startswith("names ") for line in lines(facts)) == bool(programs)
+    loads = answers(facts)["diffusers from_single_file"]
+    assert (loads == "yes") == ("diffusers from_single_file" in programs)
 
 
-def test_comfyui_takes_the_tensors_that_it_calls_set_weight() -> None:
-    name = "diffusion_model.blocks.0.norm3.set_weight"
-    assert answers(about({name: (1536,)}))["ComfyUI LoRA"] == "yes"
-    unmarked = {"diffusion_model.blocks.0.norm3.bias": (1536,)}
-    assert answers(about({name: (1536,)} | unmarked))["ComfyUI LoRA"] == "wrong"
+@pytest.mark.parametrize(
+    ("module", "programs"),
+    [
+        ("diffusion_model.blocks.0.self_attn.q", {"diffusers load_lora_weights", "ComfyUI"}),
+        ("model.diffusion_model.blocks.0.self_attn.q", set()),
+        ("pipe.dit.blocks.0.self_attn.q", set()),
+        ("transformer.blocks.0.attn1.to_q", {"diffusers load_lora_adapter", "diffusers load_lora_weights"}),
+        ("base_model.model.blocks.0.attn1.to_q", {"PEFT from_pretrained"}),
+        (
+            "lora_unet_blocks_0_self_attn_q",
+            {"diffusers load_lora_weights", "ComfyUI", "kohya's scripts", "musubi-tuner"},
+        ),
+        ("lora_transformer__blocks_0_self_attn_q", set()),
+    ],
+)
+def test_who_reads_the_names_of_a_lora(module: str, programs: set[str]) -> None:
+    facts = about({f"{module}.lora_{ab}.weight": (8, 8) for ab in "AB"})
+    assert facts["kind"] == "adapter" and set(facts["read_by"]) == programs
+    assert answers(facts)["avatarctl infer --lora"] == "yes"
 
 
 def test_conventions_come_from_our_metadata_only() -> None:
