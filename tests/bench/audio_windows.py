@@ -53,15 +53,15 @@ def speeches(folder: Path) -> Path | None:
 def features(encoder: AudioEncoder, path: Path, window: float | None) -> torch.Tensor:
     """[frames, width] as a run computes them."""
     audio = open_audio(path)
-    heard = survey(audio)
-    frames = frames_of_samples(heard.samples)
+    surveyed = survey(audio)
+    frames = frames_of_samples(surveyed.samples)
     with Waveform(audio) as waveform:
         source = AudioFeatures(
             encoder,
             waveform,
-            samples=heard.samples,
-            mean=heard.mean,
-            variance=heard.variance,
+            samples=surveyed.samples,
+            mean=surveyed.mean,
+            variance=surveyed.variance,
             frames=frames,
             window_seconds=window,
             device=torch.device("cpu"),

@@ -68,14 +68,14 @@ WINDOW, OVERLAP = 21, 10  # latent frames, as published
 class Causes:
     """What the published order repeats, and how it decodes."""
 
-    hear_every_step: bool = True
+    encode_every_step: bool = True
     read_every_step: bool = True
     three_in_a_batch: bool = True
     decode_whole: bool = True
 
 
 WHAT = {
-    "hear_every_step": "audio is encoded for every window and step",
+    "encode_every_step": "audio is encoded for every window and step",
     "read_every_step": "keys and values of text and image are made in every step",
     "three_in_a_batch": "three passes as one batch, with attention to a context of zeros",
     "decode_whole": "all latents are decoded in one call",
@@ -89,7 +89,7 @@ class PublishedOrder:
     plan: JobPlan
     modules: Modules
     causes: Causes = Causes()
-    heard: dict[int, Tensor] = field(default_factory=dict)
+    audios: dict[int, Tensor] = field(default_factory=dict)
     ready: list[PreparedStable] = field(default_factory=list)
     rotary: dict[int, Tensor] = field(default_factory=dict)
 
@@ -155,14 +155,14 @@ class PublishedOrder:
 
     def _audio(self, span: Span, waveform: Waveform) -> Tensor:
         """Windows of projected audio [1, F, n, D]."""
-        if span.index in self.heard:
-            return self.heard[span.index]
+        if span.index in self.audios:
+            return self.audios[span.index]
         samples = torch.from_numpy(waveform.read(*span.audio))
         variance, mean = torch.var_mean(samples.double(), correction=0)
         tokens = self.modules.audio.tokens(normalise_waveform(samples, float(mean), float(variance))[None])
         audio: Tensor = self.dit(mode="prepare", vocal=tokens, frames=4 * WINDOW - 3).vocal
-        if not self.causes.hear_every_step:
-            self.heard[span.index] = audio
+        if not self.causes.encode_every_step:
+            self.audios[span.index] = audio
         return audio
 
     def _text_and_image(self) -> list[PreparedStable]:
@@ -332,7 +332,7 @@ def published_work() -> dict[str, float]:
             "pass": operations(lambda: dit(hidden, t, text, image, tokens)),
             "mix": operations(lambda: dit.blocks[0](*first_block(dit), only="mixed")),
             "read": operations(lambda: dit(mode="prepare", text=text, image=image)),
-            "hear": operations(lambda: modules.audio.tokens(torch.zeros(1, 53_760))),
+            "encode": operations(lambda: modules.audio.tokens(torch.zeros(1, 53_760))),
             "decode": operations(lambda: decoder.push(latent)),
         }
 
@@ -355,13 +355,13 @@ def operations(call: Callable[[], object]) -> float:
 def report_published() -> None:
     work = published_work()
     bare = work["pass"] - work["read"]
-    before, after = 3 * work["pass"] + work["hear"], 3 * bare - 2 * work["mix"]
+    before, after = 3 * work["pass"] + work["encode"], 3 * bare - 2 * work["mix"]
     print_table(
         "stableavatar_work: the published networks, one window of 81 frames at 512x512, counted",
         ("", "1e12 operations", "of the published order"),
         [
             ("the published order, one window and step", f"{before:.1f}", "100 %"),
-            ("audio", f"{work['hear']:.3f}", f"{work['hear'] / before:.3%}"),
+            ("audio", f"{work['encode']:.3f}", f"{work['encode'] / before:.3%}"),
             ("keys and values of text and image, three passes", f"{3 * work['read']:.3f}",
              f"{3 * work['read'] / before:.2%}"),
             ("the first self-attention of two passes", f"{2 * work['mix']:.2f}",

@@ -41,14 +41,14 @@ def test_padding_and_count_follow_the_spec(length: int, overlap: int) -> None:
 
 
 @pytest.mark.parametrize("offset", [0, 1])
-def test_every_video_frame_is_made_once_and_hears_its_own_audio(offset: int) -> None:
+def test_every_video_frame_is_made_once_and_gets_its_own_audio(offset: int) -> None:
     plan = plan_chunks(200, length=33, overlap=5, offset=offset)
     frame = 0
     for span in plan.spans():
         assert span.start * 4 + span.keep_from == frame, "chunks do not join"
-        # Video frame f hears audio frame f - offset: the first kept frame of the chunk says so.
-        heard = span.audio[0] // 640 + span.keep_from
-        assert heard == frame - offset
+        # Video frame f gets audio frame f - offset: the first kept frame of the chunk says so.
+        driving = span.audio[0] // 640 + span.keep_from
+        assert driving == frame - offset
         assert (span.audio[1] - span.audio[0]) == 33 * 640
         frame += 33 - span.keep_from
     assert frame >= plan.video_frames == 200 + offset

@@ -42,13 +42,13 @@ def test_whole_windows_cover_every_frame_once_or_overlapping(overlap: int) -> No
 
 
 @pytest.mark.parametrize("overlap", OVERLAPS)
-def test_whole_windows_hear_exactly_what_they_show(overlap: int) -> None:
+def test_whole_windows_get_exactly_what_they_show(overlap: int) -> None:
     for frames in range(1, 401):
         for span in plan(frames * FRAME, overlap).spans():
             # Latent 0 of a video is one pixel frame, and every later one four.
             assert span.audio[0] == 4 * span.start * FRAME
             assert span.audio[1] - span.audio[0] == pixel_frames(span.frames) * FRAME
-            assert span.audio[0] < frames * FRAME, "a window that hears nothing of the recording"
+            assert span.audio[0] < frames * FRAME, "a window that gets no audio of the recording"
 
 
 def test_the_published_plan() -> None:

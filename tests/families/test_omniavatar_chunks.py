@@ -112,13 +112,15 @@ class Run:
 
     @functools.cached_property
     def features(self) -> Tensor:
-        """What every frame of the video hears, and those behind its end: [1, frames, width]."""
+        """What every frame of the video gets, and those behind its end: [1, frames, width]."""
         recording = recorded(audio_frames(self.overlap, self.offset)).astype(np.float64)
         frames = audio_frames(self.overlap, self.offset) + UNFILLED
         wave = np.zeros(frames * SAMPLES_PER_FRAME)
         wave[: len(recording)] = (recording - recording.mean()) / np.sqrt(recording.var() + 1e-7)
-        heard = networks().audio.features(torch.from_numpy(wave).float()[None], frames)
-        return torch.cat([heard.new_zeros(1, self.offset, heard.shape[2]), heard], dim=1)
+        expected_audio = networks().audio.features(torch.from_numpy(wave).float()[None], frames)
+        return torch.cat(
+            [expected_audio.new_zeros(1, self.offset, expected_audio.shape[2]), expected_audio], dim=1
+        )
 
 
 def one(things: list[Any]) -> list[Any]:
@@ -230,15 +232,15 @@ def test_frames_meet_without_repeat_or_gap(seen: Run) -> None:
     assert [(block.span, block.first) for block in seen.blocks] == list(enumerate(firsts))
 
 
-def test_every_frame_hears_its_own_audio_in_every_chunk_that_makes_it(seen: Run) -> None:
-    """As the network gets it in every step. Frame f of the video hears frame f - offset of the audio."""
+def test_every_frame_gets_its_own_audio_in_every_chunk_that_makes_it(seen: Run) -> None:
+    """As the network gets it in every step. Frame f of the video gets frame f - offset of the audio."""
     silence = torch.zeros_like(seen.features[:, :LENGTH])
     for k in range(CHUNKS):
         own = seen.features[:, k * seen.hop : k * seen.hop + LENGTH]
-        heard = {"full": own, "silent": silence, "negative": silence}
+        expected_audio = {"full": own, "silent": silence, "negative": silence}
         for _, prepared in seen.steps(k):
-            assert prepared.keys() == heard.keys()
-            for branch, audio in heard.items():
+            assert prepared.keys() == expected_audio.keys()
+            for branch, audio in expected_audio.items():
                 expected = networks().dit(mode="prepare", audio=audio).audio
                 torch.testing.assert_close(prepared[branch].audio, expected, atol=1e-4, rtol=1e-4)
 

@@ -28,9 +28,9 @@ def test_surround_in_a_container_is_read_to_the_last_channel(tmp_path: Path, cha
         for packet in (*stream.encode(frame), *stream.encode(None)):
             container.mux(packet)
     audio = open_audio(path)
-    heard = np.concatenate(list(audio.blocks()))
-    assert heard.shape[1] == audio.channels == channels
-    loud = np.sqrt((heard[8_000:40_000] ** 2).mean(0))
+    decoded = np.concatenate(list(audio.blocks()))
+    assert decoded.shape[1] == audio.channels == channels
+    loud = np.sqrt((decoded[8_000:40_000] ** 2).mean(0))
     loud = np.delete(loud, 3)  # the low-frequency channel does not carry 440 Hz
     assert loud.min() > 0.02, "a channel is missing"
     assert (np.diff(loud) > 0).all(), "channels are mixed up"
@@ -60,6 +60,6 @@ def test_audio_that_starts_late_in_its_container_is_whole_and_said(tmp_path: Pat
         frame.sample_rate, frame.pts = 16_000, 24_000  # 1.5 s late
         for packet in (*stream.encode(frame), *stream.encode(None)):
             container.mux(packet)
-    heard = survey(open_audio(path))
-    assert heard.samples == 16_000
-    assert not any("cut short" in text for text in heard.warnings), heard.warnings
+    decoded = survey(open_audio(path))
+    assert decoded.samples == 16_000
+    assert not any("cut short" in text for text in decoded.warnings), decoded.warnings

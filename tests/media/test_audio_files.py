@@ -34,19 +34,19 @@ def whole(audio: Audio) -> np.ndarray:
     return np.concatenate(list(audio.blocks()))
 
 
-def lag(heard: np.ndarray, wanted: np.ndarray) -> int:
-    """Samples by which `heard` comes later, at the maximum of the circular cross-correlation."""
-    size = 1 << (2 * max(len(heard), len(wanted)) - 1).bit_length()
-    spectrum = np.fft.rfft(heard, size) * np.conj(np.fft.rfft(wanted, size))
+def lag(decoded: np.ndarray, wanted: np.ndarray) -> int:
+    """Samples by which `decoded` comes later, at the maximum of the circular cross-correlation."""
+    size = 1 << (2 * max(len(decoded), len(wanted)) - 1).bit_length()
+    spectrum = np.fft.rfft(decoded, size) * np.conj(np.fft.rfft(wanted, size))
     best = int(np.argmax(np.fft.irfft(spectrum)))
     return best if best < size // 2 else best - size
 
 
-def check_alike(heard: np.ndarray, wanted: np.ndarray) -> None:
+def check_alike(decoded: np.ndarray, wanted: np.ndarray) -> None:
     """The same audio after lossy compression: in place, at its level, alike."""
-    assert lag(heard, wanted) == 0
-    assert np.corrcoef(heard, wanted)[0, 1] > 0.97
-    assert 0.9 < heard.std() / wanted.std() < 1.1
+    assert lag(decoded, wanted) == 0
+    assert np.corrcoef(decoded, wanted)[0, 1] > 0.97
+    assert 0.9 < decoded.std() / wanted.std() < 1.1
 
 
 def encode(path: Path, codec: str, samples: np.ndarray, rate: int, video: bool = False) -> None:
@@ -115,14 +115,14 @@ def test_formats_at_their_right_level(
     audio = open_audio(path)
     assert (audio.rate, audio.channels, audio.name) == (48_000, channels, str(path))
     assert audio.sha256() == hashlib.sha256(path.read_bytes()).hexdigest()
-    heard = whole(audio)
-    assert heard.dtype == np.float32 and heard.shape == samples.shape
+    decoded = whole(audio)
+    assert decoded.dtype == np.float32 and decoded.shape == samples.shape
     if error is not None:
-        assert np.abs(heard - samples).max() <= error
+        assert np.abs(decoded - samples).max() <= error
     else:
-        check_alike(heard[:, 0], samples[:, 0])
+        check_alike(decoded[:, 0], samples[:, 0])
     assert max(len(block) for block in audio.blocks()) <= 100_000
-    assert (whole(audio) == heard).all(), "a second pass starts over"
+    assert (whole(audio) == decoded).all(), "a second pass starts over"
     assert audio.doubts == ()
 
 
@@ -150,9 +150,9 @@ def test_compressed_audio_has_no_codec_delay(
     (tmp_path / name).rename(tmp_path / "audio.wav")  # content counts
     audio = open_audio(tmp_path / "audio.wav")
     assert (audio.rate, audio.channels) == (48_000, 2)
-    heard = whole(audio)
-    assert 0 <= len(heard) - len(samples) <= padding
-    check_alike(heard[: len(samples), 0], samples[:, 0])
+    decoded = whole(audio)
+    assert 0 <= len(decoded) - len(samples) <= padding
+    check_alike(decoded[: len(samples), 0], samples[:, 0])
 
 
 @pytest.mark.parametrize(
@@ -321,8 +321,8 @@ def test_damage_in_the_middle_does_not_shift_what_follows(tmp_path: Path, name: 
     samples = voice(4.0, 48_000)
     with_damage(tmp_path / name, codec, samples)
     audio = open_audio(tmp_path / name)
-    heard = whole(audio)
-    assert abs(lag(heard[3 * 48_000 :, 0], samples[3 * 48_000 :, 0])) <= 96, "2 ms"
+    decoded = whole(audio)
+    assert abs(lag(decoded[3 * 48_000 :, 0], samples[3 * 48_000 :, 0])) <= 96, "2 ms"
     assert audio.doubts
 
 
@@ -340,8 +340,8 @@ def test_a_single_lost_packet_is_replaced_by_silence_of_its_length(
     assert content.count(packets[9]) == 1
     path.write_bytes(content.replace(packets[9], b"\xff" * len(packets[9])))
     audio = open_audio(path)
-    heard = whole(audio)[:, 0]
-    assert abs(lag(heard[72_000:96_000], samples[72_000:, 0])) <= 96, "2 ms"
+    decoded = whole(audio)[:, 0]
+    assert abs(lag(decoded[72_000:96_000], samples[72_000:, 0])) <= 96, "2 ms"
     assert audio.doubts
 
 

@@ -56,9 +56,9 @@ def test_resampling_equals_one_shot_soxr(rate: int, channels: int) -> None:
     audio = audio_from_array(samples, rate, "noise")
     assert survey(audio).samples == len(expected)
     with Waveform(audio) as waveform:
-        heard = waveform.read(0, len(expected))
+        decoded = waveform.read(0, len(expected))
         # The mean over channels may differ in its last bit; the resampling itself adds nothing.
-        assert np.abs(heard - expected).max() <= (0 if channels == 1 else 1e-6)
+        assert np.abs(decoded - expected).max() <= (0 if channels == 1 else 1e-6)
         assert not waveform.read(len(expected), len(expected) + 100).any()
 
 
@@ -69,10 +69,10 @@ def test_resampling_does_not_shift(rate: int) -> None:
     burst = lambda t: np.exp(-(((t - 1.0) / 0.005) ** 2)) * np.cos(2 * np.pi * 700 * (t - 1.0))  # noqa: E731
     audio = audio_from_array((burst(time(rate)) * 0.5).astype(np.float32), rate, "burst")
     with Waveform(audio) as waveform:
-        heard = waveform.read(0, 32_000)
+        decoded = waveform.read(0, 32_000)
     expected = burst(time(16_000)) * 0.5
-    assert np.abs(heard - expected).max() < 2e-3  # a tenth of a sample would be 0.014
-    correlation = np.correlate(heard, expected[8_000:24_000], "valid")
+    assert np.abs(decoded - expected).max() < 2e-3  # a tenth of a sample would be 0.014
+    correlation = np.correlate(decoded, expected[8_000:24_000], "valid")
     assert int(np.argmax(correlation)) == 8_000
 
 
@@ -163,13 +163,13 @@ def test_misuse() -> None:
 
 
 @pytest.mark.parametrize(("rate", "zeros"), [(16_000, 640), (44_100, 1_764), (11_025, 441), (22_050, 882)])
-def test_a_soundtrack_is_the_native_sound_later(rate: int, zeros: int) -> None:
+def test_a_soundtrack_is_the_native_audio_later(rate: int, zeros: int) -> None:
     samples = noise(rate, 2)
     track = Soundtrack(audio_from_array(samples, rate, "noise"), Fraction(1, 25))
-    heard = np.concatenate(list(track.blocks()))
+    decoded = np.concatenate(list(track.blocks()))
     assert (track.rate, track.channels, track.delay_samples) == (rate, 2, zeros)
-    assert heard.dtype == np.float32 and not heard[:zeros].any() and (heard[zeros:] == samples).all()
-    assert (np.concatenate(list(track.blocks())) == heard).all()
+    assert decoded.dtype == np.float32 and not decoded[:zeros].any() and (decoded[zeros:] == samples).all()
+    assert (np.concatenate(list(track.blocks())) == decoded).all()
 
 
 def test_a_soundtrack_without_delay_and_with_a_long_one() -> None:

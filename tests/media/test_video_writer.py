@@ -79,20 +79,20 @@ def test_audio_is_where_it_was_put_to_the_millisecond(
         for chunk in (33, 33, 10):
             writer.write(moving(chunk))
         notices = writer.notices
-    heard, heard_rate = read_audio(tmp_path / "a.mp4")
-    assert (heard_rate, heard.shape[1]) == kept
+    decoded, decoded_rate = read_audio(tmp_path / "a.mp4")
+    assert (decoded_rate, decoded.shape[1]) == kept
     assert len(notices) == (kept != (rate, channels))
     assert probe_video(tmp_path / "a.mp4").steady
     grid = np.arange(length + delay) / rate
-    at = np.arange(len(heard)) / heard_rate
+    at = np.arange(len(decoded)) / decoded_rate
     for second in (0.0, 1.3, 2.7):
         window = (max(0.0, second - 0.1), second + 0.25)
         inside = (at >= window[0]) & (at < window[1])
         put = np.interp(at[inside], grid, audio[:, 0])
         size = 2 * len(put)
-        product = np.fft.rfft(heard[inside, 0], size) * np.fft.rfft(put, size).conj()
+        product = np.fft.rfft(decoded[inside, 0], size) * np.fft.rfft(put, size).conj()
         lag = int(np.argmax(np.abs(np.fft.irfft(product, size))))
-        shift = (lag - size if lag > size // 2 else lag) / heard_rate
+        shift = (lag - size if lag > size // 2 else lag) / decoded_rate
         assert abs(shift) <= 0.001, f"burst at {second} s is {shift * 1000:.2f} ms late"
 
 
@@ -104,8 +104,8 @@ def test_every_channel_stays_itself(tmp_path: Path, channels: int) -> None:
     audio = np.stack([0.4 * np.sin(2 * np.pi * pitch * times) for pitch in pitches], axis=1)
     with VideoWriter(tmp_path / "a.mp4", width=64, height=48, soundtrack=Track(audio, 48000)) as writer:
         writer.write(moving(50))
-    heard = read_audio(tmp_path / "a.mp4")[0][:96000]
-    spectrum = np.abs(np.fft.rfft(heard * np.hanning(len(heard))[:, None], axis=0))
+    decoded = read_audio(tmp_path / "a.mp4")[0][:96000]
+    spectrum = np.abs(np.fft.rfft(decoded * np.hanning(len(decoded))[:, None], axis=0))
     assert [round(peak / 2) for peak in spectrum.argmax(axis=0)] == pitches
 
 
@@ -116,9 +116,9 @@ def test_loud_samples_are_clipped_and_no_numbers_are_muted(tmp_path: Path) -> No
     with VideoWriter(tmp_path / "a.mp4", width=64, height=48, soundtrack=track) as writer:
         writer.write(moving(25))
         assert len(writer.notices) == 1 and "no numbers" in writer.notices[0]
-    heard = read_audio(tmp_path / "a.mp4")[0]
+    decoded = read_audio(tmp_path / "a.mp4")[0]
     assert (
-        0.8 < np.abs(heard[4000:12000]).max() < 1.6
+        0.8 < np.abs(decoded[4000:12000]).max() < 1.6
     )  # AAC overshoots square waves a little; 6 would be unclipped
 
 

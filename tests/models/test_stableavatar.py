@@ -139,7 +139,7 @@ def test_cross_attention_is_the_sum_of_three(
     network: StableAvatarTransformer, text: int, groups: int
 ) -> None:
     """For any length of text; groups = 1 is attention to the audio of the whole clip. The last sample is in
-    a batch with two that hear, and hears nothing: it must find a context of zeros."""
+    a batch with two that take audio, and gets no audio: it must find a context of zeros."""
     attn = network.blocks[0].attn2
     x, words, seen = draw(3, 12, WIDTH), draw(3, text, WIDTH), draw(3, 257, WIDTH)
     audio = draw(2, groups, 4, WIDTH)
@@ -150,11 +150,11 @@ def test_cross_attention_is_the_sum_of_three(
         total = attention(query, rms(attn.to_k(words[sample]), attn.norm_k), attn.to_v(words[sample]), 2)
         key = rms(attn.add_k_proj(seen[sample]), attn.norm_added_k)
         total += attention(query, key, attn.add_v_proj(seen[sample]), 2)
-        heard = [
+        attended = [
             attention(run, attn.vocal_k(context), attn.vocal_v(context), 2)
             for run, context in zip(query.chunk(groups), with_silence[sample], strict=True)
         ]
-        expected = attn.to_out[0](total + torch.cat(heard))
+        expected = attn.to_out[0](total + torch.cat(attended))
         torch.testing.assert_close(got[sample], expected, atol=1e-5, rtol=1e-5)
 
 
@@ -286,7 +286,7 @@ def test_padding_fills_tokens_with_zeros_that_nothing_rotates(network: StableAva
     assert not tokens[:, 3 * per_frame :].any() and tokens[:, : 3 * per_frame].any()
     assert torch.equal(rotary[:, 3 * per_frame :], torch.ones_like(rotary[:, 3 * per_frame :]))
     assert out.shape == (1, 16, *GRID)
-    assert (out - network(**arguments())).abs().max() > 0.01  # padding is heard and seen
+    assert (out - network(**arguments())).abs().max() > 0.01  # padding has an effect
     assert torch.equal(network(**arguments(), padded_frames=3), network(**arguments()))
     with pytest.raises(ValueError, match="3 latent frames do not fit into 2"):
         network(**arguments(), padded_frames=2)

@@ -32,8 +32,8 @@ def cli(*words: str | Path, code: int = 0) -> Result:
 
 @dataclass(frozen=True)
 class Files:
-    """base: the published file; lora: as the trainer writes it, on every linear layer that does not hear;
-    tuned: a full model whose hearing layers are others; with what each is in tensors."""
+    """base: the published file; lora: as the trainer writes it, on every linear layer that takes no audio;
+    tuned: a full model whose audio layers are others; with what each is in tensors."""
 
     base: Path
     lora: Path
@@ -103,7 +103,7 @@ def test_which_programs_know_the_trainers_names(files: Files) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_what_hears_is_extracted_and_merged_again(target: str, files: Files, tmp_path: Path) -> None:
+def test_audio_layers_are_extracted_and_merged_again(target: str, files: Files, tmp_path: Path) -> None:
     lora = tmp_path / "lora"
     cli("convert-ckpt", files.tuned, "--extract", "lora", "--base", files.base, "--out", lora, "--to", target)
     close(merged(lora, files, tmp_path), files.tuned_state)

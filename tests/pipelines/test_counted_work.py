@@ -124,11 +124,11 @@ def test_every_call_of_windows_is_needed(branches: str, batched: bool, order: st
     )  # fmt: skip
     plan, calls = work(cfg, 640 * (4 * latents - 3))
     assert plan.count == windows
-    layers, with_audio = LAYERS[WINDOWS], max(1, n - 1)  # the first branch of several hears nothing
+    layers, with_audio = LAYERS[WINDOWS], max(1, n - 1)  # the first branch of several gets no audio
     assert calls == of_every_family(windows, 1 if n == 1 else 2, layers, 1 if batched else n) | {
         "feature extractions": windows,  # not once per step
         "audio projections": windows,
-        "audio adapter passes": windows * STEPS,  # branches that hear the same share it
+        "audio adapter passes": windows * STEPS,  # branches with the same audio share it
         "audio keys": windows * STEPS * layers * (1 if batched else with_audio),
         "image encodings": 1,
         "image projections": 1,
@@ -139,7 +139,7 @@ def test_every_call_of_windows_is_needed(branches: str, batched: bool, order: st
     }
 
 
-def test_silence_as_the_model_hears_it_is_projected_once_per_job() -> None:
+def test_encoded_silence_is_projected_once_per_job() -> None:
     small = (
         "long_video.num_frames=9",
         "long_video.overlap_frames=5",

@@ -229,7 +229,7 @@ def test_a_projector_without_its_last_block_is_refused(place: StablePlace, tmp_p
 def test_the_base_alone_is_no_model_nor_the_base_of_an_adapter(place: StablePlace, tmp_path: Path) -> None:
     path = tmp_path / "base.pt"
     torch.save({name: held for name, held in place.stable.square.items() if "vocal" not in name}, path)
-    with pytest.raises(UnusableWeights, match="hears nothing") as told:
+    with pytest.raises(UnusableWeights, match="has no audio layers") as told:
         loaded(place, str(path))
     assert "model.weights.dit" not in str(told.value), "no adapter is made for it"
 

@@ -1,4 +1,4 @@
-"""Every frame hears the audio of its own time, at every length and overlap; what a window needs is made once,
+"""Every frame gets the audio of its own time, at every length and overlap; what a window needs is made once,
 and what a job needs once for all windows."""
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def settings(overlap: int, *more: str) -> RunConfig:
 
 @functools.cache
 def places(tokens: int, frames: int) -> Tensor:
-    """Which token stands in the middle of what each latent frame of a window hears, before both sides are
+    """Which token stands in the middle of what each latent frame of a window gets, before both sides are
     widened: spec/stableavatar.md b.1, for `tokens` over `frames` pixel frames. [latent frames]"""
     rate = tokens / frames
     half = int(rate * 4 / 2)
@@ -64,7 +64,7 @@ def places(tokens: int, frames: int) -> Tensor:
 @functools.cache
 def aims(tokens: int, frames: int) -> Tensor:
     """Weights of the tokens in what each latent frame of a window aims at: the place in the middle of what it
-    hears, and the first that its window hears: which audio, and whose. [tokens, 2 * latent frames]"""
+    gets, and the first that its window gets: which audio, and whose. [tokens, 2 * latent frames]"""
     middle = places(tokens, frames)
     weights = torch.zeros(tokens, 2, len(middle))
     weights[0, 1] = 1
@@ -77,32 +77,32 @@ def aims(tokens: int, frames: int) -> Tensor:
 class Tape:
     """Audio that is nothing but its own position: one sample of what is read, the rest is padded."""
 
-    heard = 0
+    driven_by = 0
 
     def read(self, start: int, stop: int) -> np.ndarray:
         assert 0 <= start < stop
-        self.heard = start
+        self.driven_by = start
         return np.zeros(1, np.float32)
 
 
 @functools.cache
 def grid(tokens: int) -> Tensor:
-    """Middles of what the encoder's tokens hear, in pixel frames: [1, tokens, 1]."""
+    """Middles of what the encoder's tokens get, in pixel frames: [1, tokens, 1]."""
     return ((320 * torch.arange(tokens) + 200) / SAMPLES_PER_FRAME).view(1, -1, 1)
 
 
 class Positions:
-    """Tokens that are the middle of what they hear, in pixel frames."""
+    """Tokens that are the middle of what they get, in pixel frames."""
 
     def __init__(self, tape: Tape) -> None:
         self.tape = tape
 
     def tokens(self, waveform: Tensor) -> Tensor:
-        return self.tape.heard / SAMPLES_PER_FRAME + grid((waveform.shape[1] - 400) // 320 + 1)
+        return self.tape.driven_by / SAMPLES_PER_FRAME + grid((waveform.shape[1] - 400) // 320 + 1)
 
 
 class Listener(nn.Module):
-    """Aims at the position that each latent frame hears; notes what its passes are prepared with."""
+    """Aims at the position that each latent frame gets; notes what its branches are prepared with."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -167,13 +167,13 @@ def stored(seed: int, key: Any, first: int, frames: int, shape: Any) -> Tensor:
     return NOISE[:, :, first : first + frames]
 
 
-def heard(samples: int, cfg: RunConfig, dit: Listener | None = None) -> Tensor:
-    """What each frame of the finished video heard, and from where on the window heard that it is of, in pixel
+def driven_by(samples: int, cfg: RunConfig, dit: Listener | None = None) -> Tensor:
+    """What each frame of the finished video was driven by, and where the window began that it is of, in pixel
     frames: [2, frames]."""
     tape = Tape()
-    image = SimpleNamespace(encode=lambda image: torch.zeros(1, 1, 1))
-    ears: Any = Positions(tape)
-    modules: Any = Modules(dit or Listener(), Codec(), Words(), ears, image, device=torch.device("cpu"))
+    tower = SimpleNamespace(encode=lambda image: torch.zeros(1, 1, 1))
+    audio: Any = Positions(tape)
+    modules: Any = Modules(dit or Listener(), Codec(), Words(), audio, tower, device=torch.device("cpu"))
     image = torch.zeros(1, 3, 16, 16)
     inputs = Inputs(image, tape, samples, 0.0, 1.0, "prompt", "negative", 7, silent)
     denoise = Denoiser(FAMILY, modules.dit, FAMILY.guidance(cfg), SIGMAS, stored)
@@ -200,15 +200,15 @@ def whose(latents: int, overlap: int) -> Tensor:
 
 
 @pytest.mark.parametrize("overlap", OVERLAPS)
-def test_every_frame_of_every_video_hears_its_own_time(overlap: int) -> None:
+def test_every_frame_of_every_video_gets_its_own_time(overlap: int) -> None:
     """And from the window that it is of. Of the last frame's audio there is more or less."""
     cfg = settings(overlap)
     for frames in range(1, 401):
         cut = frames * 37 % SAMPLES_PER_FRAME if frames > 1 else 0
-        position, window = heard(frames * SAMPLES_PER_FRAME - cut, cfg)
+        position, window = driven_by(frames * SAMPLES_PER_FRAME - cut, cfg)
         assert len(position) == frames
         # Latent frame 0 of the video is pixel frame 0, every later one shows four: so no pixel frame is more
-        # than 1.5 from the middle of its latent frame, and none more than 3.5 from what it hears.
+        # than 1.5 from the middle of its latent frame, and none more than 3.5 from what it gets.
         latent = (torch.arange(frames) + 3) // 4
         shown = torch.where(latent == 0, 0.5, 4 * latent - 1.0)
         assert float((position - shown).abs().max()) < ONE_LATENT / 2, frames
@@ -216,9 +216,9 @@ def test_every_frame_of_every_video_hears_its_own_time(overlap: int) -> None:
         assert float((window - first).abs().max()) < 0.01, frames
 
 
-def test_the_published_order_hears_the_last_window_at_the_wrong_time() -> None:
-    """So the test above can fail: 13 latent frames hear what is spread over 21 windows."""
-    position, _ = heard(182 * SAMPLES_PER_FRAME, settings(10, "model.compat=reference"))
+def test_the_published_plan_gives_the_last_window_audio_of_the_wrong_time() -> None:
+    """So the test above can fail: 13 latent frames get what is spread over 21 windows."""
+    position, _ = driven_by(182 * SAMPLES_PER_FRAME, settings(10, "model.compat=reference"))
     wrong = (position - torch.arange(len(position)) - 0.5).abs()
     assert float(wrong[:80].max()) <= ONE_LATENT < float(wrong[-20:].max())
 
@@ -299,10 +299,10 @@ AUDIOS = {
 
 
 @pytest.mark.parametrize(("rule", "null"), list(AUDIOS))
-def test_what_each_pass_reads_and_hears(rule: str, null: str) -> None:
+def test_what_each_branch_reads(rule: str, null: str) -> None:
     dit = Listener()
     cfg = settings(10, *CFG, f"sampling.guidance_rule={rule}", f"sampling.null_audio={null}")
-    heard(100 * SAMPLES_PER_FRAME, cfg, dit)
+    driven_by(100 * SAMPLES_PER_FRAME, cfg, dit)
 
     def audio(vocal: Tensor | None) -> str:
         return "nothing" if vocal is None else "audio" if bool(vocal.any()) else "silence"
@@ -310,7 +310,7 @@ def test_what_each_pass_reads_and_hears(rule: str, null: str) -> None:
     found = {name: (int(ready.text), audio(ready.vocal)) for name, ready in dit.passes.items()}
     assert found == AUDIOS[rule, null]
     loud = [ready.vocal for ready in dit.passes.values() if ready.vocal is not None and ready.vocal.any()]
-    assert len({id(vocal) for vocal in loud}) == 1, "passes that hear the same do not share it"
+    assert len({id(vocal) for vocal in loud}) == 1, "branches with the same audio do not share it"
 
 
 def video(modules: Modules, seconds: float, *more: str) -> Tensor:

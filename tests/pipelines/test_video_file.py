@@ -51,7 +51,7 @@ def planned(work: Job, *settings: str, emit: Callable[[Event], None] = lambda ev
 
 
 def read_back(path: Path) -> tuple[int, Fraction, tuple[int, int], np.ndarray, int]:
-    """Frames, fps, size, audio as heard (mono, placed at its time stamps), audio rate."""
+    """Frames, fps, size, audio as decoded (mono, placed at its time stamps), audio rate."""
     with av.open(str(path)) as container:
         video = container.streams.video[0]
         frames = [frame.pts * frame.time_base for frame in container.decode(video)]
@@ -59,21 +59,21 @@ def read_back(path: Path) -> tuple[int, Fraction, tuple[int, int], np.ndarray, i
         assert frames == [Fraction(n) / fps for n in range(len(frames))]
     with av.open(str(path)) as container:
         stream = container.streams.audio[0]
-        heard = np.zeros(0, np.float32)
+        decoded = np.zeros(0, np.float32)
         for block in container.decode(stream):
             at = round(block.pts * block.time_base * stream.rate)
             mono = block.to_ndarray().mean(0)
             if at < 0:
                 mono, at = mono[-at:], 0
-            heard = np.concatenate([heard, np.zeros(max(0, at - len(heard)), np.float32), mono])
-    return len(frames), fps, size, heard, stream.rate
+            decoded = np.concatenate([decoded, np.zeros(max(0, at - len(decoded)), np.float32), mono])
+    return len(frames), fps, size, decoded, stream.rate
 
 
-def delay_of(heard: np.ndarray, source: np.ndarray) -> int:
-    """Samples by which `source` is late in `heard`, by cross-correlation of their envelopes."""
-    length = 1 << (len(heard) + len(source)).bit_length()
-    a, b = np.fft.rfft(heard, length), np.fft.rfft(source.mean(1), length)
-    return int(np.fft.irfft(a * b.conj(), length)[: len(heard)].argmax())
+def delay_of(decoded: np.ndarray, source: np.ndarray) -> int:
+    """Samples by which `source` is late in `decoded`, by cross-correlation of their envelopes."""
+    length = 1 << (len(decoded) + len(source)).bit_length()
+    a, b = np.fft.rfft(decoded, length), np.fft.rfft(source.mean(1), length)
+    return int(np.fft.irfft(a * b.conj(), length)[: len(decoded)].argmax())
 
 
 @pytest.mark.parametrize(("rate", "channels"), [(16_000, 1), (44_100, 2)])
@@ -92,11 +92,11 @@ def test_frames_audio_length_and_audio_delay(
     plan = planned(work, *settings)
     finished = write_video(plan, tmp_path / "talk.mp4")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["talk.mp4"]
-    got, fps, size, heard, heard_rate = read_back(tmp_path / "talk.mp4")
-    assert (got, fps, size, heard_rate) == (frames, 25, (16, 16), rate)
+    got, fps, size, decoded, decoded_rate = read_back(tmp_path / "talk.mp4")
+    assert (got, fps, size, decoded_rate) == (frames, 25, (16, 16), rate)
     assert finished.frames == frames
-    assert abs(len(heard) - rate * (1 + delay)) <= 1024, "more than one AAC packet off"
-    late = delay_of(heard, noise_burst(1.0, rate, channels))
+    assert abs(len(decoded) - rate * (1 + delay)) <= 1024, "more than one AAC packet off"
+    late = delay_of(decoded, noise_burst(1.0, rate, channels))
     assert abs(late - delay * rate) <= rate // 1000, "audio is off by more than a millisecond"
 
 
@@ -118,7 +118,7 @@ def test_a_result_depends_on_the_job_alone() -> None:
     other = frames_of(job(0.5, prompt="singing"))
     again = replace(job(0.5), image=replace(job(0.5).image, name="another name"))
     assert torch.equal(first, frames_of(again)), "a file name or an earlier job changed the result"
-    assert not torch.equal(first, other), "the prompt is not heard"
+    assert not torch.equal(first, other), "the prompt has no effect"
     assert not torch.equal(first, frames_of(job(0.5), "runtime.seed=7"))
     plan = planned(job(0.5))
     modules = load(plan)
@@ -238,12 +238,12 @@ def test_values_that_are_not_finite_end_the_run(
 
     monkeypatch.setattr(infer, "load", damaged)
     row = find_model(model)
-    heard: list[Event] = []
+    events: list[Event] = []
     words = (*TINY, f"model.name={model}", "long_video.overlap_frames=5")
     plan = check_job(configure(*words), row, job(), lambda event: None)
     with pytest.raises(UnusableWeights, match=f"not finite in {unit} 1"):
-        write_video(plan, tmp_path / "a.mp4", emit=heard.append)
-    assert [event.unit for event in heard if isinstance(event, Planned)] == [unit]
+        write_video(plan, tmp_path / "a.mp4", emit=events.append)
+    assert [event.unit for event in events if isinstance(event, Planned)] == [unit]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -91,7 +91,7 @@ class Unrolled:
 
 
 class Mixing(nn.Module):
-    """Every frame hears all frames of its window, and where the window is and how noisy; none adds up."""
+    """Every frame gets all frames of its window, and where the window is and how noisy; none adds up."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -63,7 +63,7 @@ class ThirdState:
 
 
 class ThirdFamily:
-    """Windows that hear their own frames; two guidance branches, the image is blended in."""
+    """Windows that get their own frames of audio; two guidance branches, the image is blended in."""
 
     name = "third"
 
@@ -91,8 +91,8 @@ class ThirdFamily:
 
         def spans() -> Iterator[Span]:
             for index, start in enumerate(starts):
-                heard = (4 * start * SAMPLES_PER_FRAME, 4 * (start + WINDOW) * SAMPLES_PER_FRAME)
-                yield Span(index, start, WINDOW, heard, 0, 0)
+                audio = (4 * start * SAMPLES_PER_FRAME, 4 * (start + WINDOW) * SAMPLES_PER_FRAME)
+                yield Span(index, start, WINDOW, audio, 0, 0)
 
         shape = (16, cfg.output.height // 8, cfg.output.width // 8)
         return VideoPlan("fused", spans, len(starts), frames, shape)
@@ -111,13 +111,13 @@ class ThirdFamily:
         return (inputs.job,), span.start
 
     def branches(self, guidance: Guidance, step: int) -> tuple[str, ...]:
-        return ("heard", "silence")
+        return ("voiced", "silence")
 
     def prepare(
         self, dit: nn.Module, condition: Condition, branches: Sequence[str], state: ThirdState
     ) -> Prepared:
-        heard = condition.audio["loudness"]
-        return Prepared(None, {"heard": heard, "silence": torch.zeros_like(heard)})
+        voiced = condition.audio["loudness"]
+        return Prepared(None, {"voiced": voiced, "silence": torch.zeros_like(voiced)})
 
     def predict(
         self, dit: nn.Module, x: Tensor, t: Tensor, prepared: Prepared, branches: Sequence[str],
@@ -127,7 +127,7 @@ class ThirdFamily:
 
     def combine(self, velocities: Mapping[str, Tensor], guidance: Guidance, step: int) -> Tensor:
         silence = velocities["silence"]
-        return silence + guidance.text * (velocities["heard"] - silence)
+        return silence + guidance.text * (velocities["voiced"] - silence)
 
     def advance(
         self, modules: Modules, state: ThirdState, span: Span, latents: Tensor, pixels: Tensor
@@ -225,7 +225,7 @@ def test_commands_know_it_by_its_row(third: Path) -> None:
     assert f"{ROW.title}  [works, untrained]" in listed.stdout
     dry = infer("--audio", "../voice.wav", "--dry-run")
     assert dry.exit_code == 0, dry.stderr
-    assert "strategy: fused" in dry.stdout and "branches: heard, silence" in dry.stdout
+    assert "strategy: fused" in dry.stdout and "branches: voiced, silence" in dry.stdout
 
 
 def test_its_refusals_reach_the_user(third: Path) -> None:

@@ -110,7 +110,7 @@ def base_state(channels: int = 16, dtype: torch.dtype = torch.float32, seed: int
 
 
 def audio_state(dtype: torch.dtype = torch.float32, seed: int = 1) -> State:
-    """The modules that hear."""
+    """The modules that take audio."""
     shapes = _linear("audio_proj.proj", AUDIO_HIDDEN, 4 * AUDIO_INPUT)
     shapes |= {"audio_proj.norm_out.weight": (AUDIO_HIDDEN,), "audio_proj.norm_out.bias": (AUDIO_HIDDEN,)}
     for j in range(LAYERS // 2 - 1):

@@ -63,7 +63,7 @@ def error(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
-class Heard(list[Event]):
+class Notices(list[Event]):
     """An `Emit` that keeps what it is told."""
 
     def __call__(self, event: Event) -> None:
@@ -117,10 +117,10 @@ def test_merging_what_was_extracted_gives_the_model_again() -> None:
 def test_a_model_in_bfloat16_gives_the_lora_up_to_its_rounding() -> None:
     """Half a unit in the last place of bfloat16 is 2^-9 to 2^-8 of a value; its mean square over uniform
     mantissas is about 0.4 of the upper end."""
-    base, given, heard = weight_file(values(BASE, 1), "BF16"), adapter(), Heard()
-    found = extract_adapter(merged(base, given, "BF16"), base, emit=heard)
+    base, given, notices = weight_file(values(BASE, 1), "BF16"), adapter(), Notices()
+    found = extract_adapter(merged(base, given, "BF16"), base, emit=notices)
     assert all(pair.rank == RANK for pair in found.lora_pairs.values())
-    of_change, of_weight, name = heard.remainder()
+    of_change, of_weight, name = notices.remainder()
     assert 0.2 * 2**-8 < of_weight < 2**-8
     module = name.removesuffix(".weight")
     expected = product(given, given.lora_pairs[module])
@@ -134,12 +134,12 @@ def test_the_remainder_of_a_change_of_full_rank_is_the_tail_of_its_exact_spectru
     flat, steep = "blocks.1.ffn.0.weight", "blocks.2.cross_attn.o.weight"
     changed[flat] = arrays[flat] + values({flat: BASE[flat]}, 5, 0.01)[flat]
     changed[steep] = arrays[steep] + np.outer(np.arange(WIDTH), np.ones(WIDTH, np.float32)).astype(np.float32)
-    heard = Heard()
-    found = extract_adapter(weight_file(changed), weight_file(arrays), rank=8, emit=heard)
+    notices = Notices()
+    found = extract_adapter(weight_file(changed), weight_file(arrays), rank=8, emit=notices)
     assert found.lora_pairs.keys() == {flat.removesuffix(".weight"), steep.removesuffix(".weight")}
     spectrum = np.linalg.svd((changed[flat] - arrays[flat]).astype(np.float64), compute_uv=False)
     tail = np.sqrt(np.square(spectrum[8:]).sum())
-    of_change, of_weight, name = heard.remainder()
+    of_change, of_weight, name = notices.remainder()
     assert name == flat
     assert of_change == pytest.approx(tail / np.linalg.norm(spectrum), rel=0.01)
     assert of_weight == pytest.approx(tail / np.linalg.norm(changed[flat]), rel=0.01)

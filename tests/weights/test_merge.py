@@ -105,7 +105,7 @@ def test_an_eps_that_is_none_is_refused(eps: object, adapter: WeightFile, tmp_pa
 # Bases of other kinds
 
 
-def pictured(channels: int, image: int = 1280) -> release.State:
+def with_image(channels: int, image: int = 1280) -> release.State:
     """A Wan model that starts from an image; image: width of its CLIP features."""
     shapes = published_tables.wan(
         release.WIDTH,
@@ -129,7 +129,7 @@ def test_an_avatar_is_made_of_a_text_to_video_model(
     """All of these have the blocks that the adapter changes: the sum would be complete and wrong."""
     folder = tmp_path / "wan"
     folder.mkdir()
-    save_file(pictured(channels, image), folder / "diffusion_pytorch_model.safetensors")
+    save_file(with_image(channels, image), folder / "diffusion_pytorch_model.safetensors")
     (folder / "config.json").write_text(json.dumps({"model_type": model_type} if model_type else {}))
     with pytest.raises(UnusableWeights, match=r"omni: is adapter.*text-to-video.*base .*wan is Wan") as error:
         merge_adapter(read_weight_file(folder), adapter)
@@ -144,7 +144,7 @@ def test_a_text_to_video_model_may_have_been_widened(adapter: WeightFile, tmp_pa
 
 
 def test_an_avatar_with_a_image_encoder_is_none(tmp_path: Path) -> None:
-    state = pictured(33) | release.audio_state()
+    state = with_image(33) | release.audio_state()
     save_file(state, tmp_path / "odd.safetensors")
     held = read_weight_file(tmp_path / "odd.safetensors")
     assert "img_emb.proj.1.weight" in held.unknown and "blocks.0.cross_attn.k_img.bias" in held.unknown

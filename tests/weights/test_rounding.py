@@ -156,7 +156,7 @@ def test_no_rank_comes_from_the_products_that_find_it(rank: int) -> None:
     assert factorise(change, 16, floor=floors(merged, change, "F32", 16)).rank == rank
 
 
-class Heard(list[str]):
+class Notices(list[str]):
     """An `Emit` that keeps the notices about the floor."""
 
     def __call__(self, event: Event) -> None:
@@ -167,14 +167,14 @@ class Heard(list[str]):
 TARGET = "blocks.0.ffn.0.weight"
 
 
-def extracted(base: WeightFile, values: np.ndarray, rank: int | None = None) -> tuple[LoraPair, Heard]:
+def extracted(base: WeightFile, values: np.ndarray, rank: int | None = None) -> tuple[LoraPair, Notices]:
     """What is found where one weight of `base` has these values, as bfloat16."""
-    heard = Heard()
+    notices = Notices()
     changed = replace(
         base, tensors={**base.tensors, TARGET: ArrayTensor(from_float32(values, "BF16"), "BF16")}
     )
-    found = extract_adapter(changed, base, rank=rank, emit=heard).lora_pairs
-    return found[TARGET.removesuffix(".weight")], heard
+    found = extract_adapter(changed, base, rank=rank, emit=notices).lora_pairs
+    return found[TARGET.removesuffix(".weight")], notices
 
 
 def test_values_under_the_floor_are_left_out_and_a_line_says_up_to_which() -> None:
@@ -184,13 +184,13 @@ def test_values_under_the_floor_are_left_out_and_a_line_says_up_to_which() -> No
     floor = even_floor(np.linalg.norm(held), 0, "BF16", held.shape)
     left, right = np.linalg.qr(read_whole(pair.up))[0], np.linalg.qr(read_whole(pair.down).T)[0].T
     values = held + (left * np.float32([9 * floor, 6 * floor, 3 * floor, 0.5 * floor])) @ right
-    found, heard = extracted(base, values)
-    assert found.rank == 3 and len(heard) == 1
-    up_to = re.search(r"singular values up to (\S+) are left out", heard[0])
+    found, notices = extracted(base, values)
+    assert found.rank == 3 and len(notices) == 1
+    up_to = re.search(r"singular values up to (\S+) are left out", notices[0])
     assert up_to and floor < float(up_to[1]) < 1.5 * floor
-    assert "1 of 1" not in heard[0]
-    found, heard = extracted(base, values, rank=4)
-    assert found.rank == 4 and not heard, "a rank that was asked for has no floor"
+    assert "1 of 1" not in notices[0]
+    found, notices = extracted(base, values, rank=4)
+    assert found.rank == 4 and not notices, "a rank that was asked for has no floor"
 
 
 @pytest.mark.parametrize(("energy", "more"), [(0.0, False), (0.8, True)])
@@ -202,7 +202,7 @@ def test_a_weight_whose_whole_change_is_under_the_floor_is_counted(energy: float
     held = floats(base.tensors[TARGET])
     error = ROUNDOFF["BF16"] * np.linalg.norm(held) / math.sqrt(3 * held.size)
     change = random.standard_normal(held.shape, np.float32) * np.float32(math.sqrt(energy) * error)
-    found, heard = extracted(base, held + change)
+    found, notices = extracted(base, held + change)
     assert found.rank == 1
-    assert "1 of 1 weights have none above it and keep their largest" in heard[0]
-    assert ("in 1 of 1 weights more is left out than rounding gives" in heard[0]) == more
+    assert "1 of 1 weights have none above it and keep their largest" in notices[0]
+    assert ("in 1 of 1 weights more is left out than rounding gives" in notices[0]) == more

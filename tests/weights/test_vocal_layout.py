@@ -1,4 +1,4 @@
-"""A network that hears in cross-attention: names, shapes and counts (spec/stableavatar.md a.2, b.2, b.3)."""
+"""A network with audio in cross-attention: names, shapes and counts (spec/stableavatar.md a.2, b.2, b.3)."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_a_lora_that_was_made_for_other_heads() -> None:
         merge_adapter(read(stableavatar(), "config", {"vocal_heads": 8}), lora)
 
 
-def test_inspection_shows_what_hears() -> None:
+def test_inspection_shows_the_audio_layers() -> None:
     facts = describe(read(stableavatar()))
     assert (facts["vocal_layers"], facts["vocal_heads"], facts["vocal_hidden_dim"]) == (2, 8, None)
     (network,) = [line for line in lines(facts) if line.startswith("network")]

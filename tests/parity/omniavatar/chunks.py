@@ -121,7 +121,7 @@ class _Codec:
 
 
 class _Counter:
-    """Features that are their own frame number, counted from 1: 0 is a frame that hears nothing."""
+    """Features that are their own frame number, counted from 1: 0 is a frame that gets no audio."""
 
     width = 1
 
@@ -177,17 +177,17 @@ def _execute(cfg: RunConfig, samples: int) -> tuple[list[Condition], list[FrameB
 
 def _observed(index: int, condition: Condition) -> dict[str, int]:
     """A chunk's row of the recorded table, from its condition."""
-    heard = condition.audio["features"][0, :, 0].to(torch.int64).tolist()
-    prefix = next(place for place, number in enumerate(heard) if number)
-    assert heard[prefix:] == list(range(heard[prefix], heard[-1] + 1)), "frames of audio out of order"
+    used = condition.audio["features"][0, :, 0].to(torch.int64).tolist()
+    prefix = next(place for place, number in enumerate(used) if number)
+    assert used[prefix:] == list(range(used[prefix], used[-1] + 1)), "frames of audio out of order"
     return {
         "index": index,
         "latent_frames": condition.channels.shape[2],
         "fixed_latent_frames": int(condition.fixed_mask.sum()),
         "zero_audio_prefix": prefix,
-        "audio_start": heard[prefix] - 1,
-        "audio_end": heard[-1],
-        "audio_len": len(heard),
+        "audio_start": used[prefix] - 1,
+        "audio_end": used[-1],
+        "audio_len": len(used),
         "mask_zero_latents": int((condition.channels[0, 16] == 0).sum()),
         "y_channels": condition.channels.shape[1],
     }

@@ -167,7 +167,7 @@ def _runs(reader: Reader) -> list[str]:
 
 @checks(FILE, compares=("s[0-9]*.final",), needs=_NEEDS)
 def results(reader: Reader) -> None:
-    """wav2vec hears every window once, whatever the number of steps."""
+    """wav2vec gets every window once, whatever the number of steps."""
     windows = len(reader.keys("window*.wav2vec"))
     for run in _runs(reader):
         seen = _seen(reader, run)

@@ -180,8 +180,8 @@ def triple(
 ) -> dict[str, PreparedStable]:
     """Prepared tensors of the recorded batch of three."""
     full = _prepared(model, given, frames)
-    heard = replace(full, text=model(mode="prepare", text=negative).text)
-    return dict(zip(BRANCHES, (replace(heard, vocal=None), heard, full), strict=True))
+    used = replace(full, text=model(mode="prepare", text=negative).text)
+    return dict(zip(BRANCHES, (replace(used, vocal=None), used, full), strict=True))
 
 
 def _compare_triple(reader: Reader, *, batched: bool) -> None:

@@ -19,7 +19,7 @@ _MARGIN = 4  # by which the windows are wider than the recorded ranges, each sid
 
 
 def _compare_splits(reader: Reader, table: str, lengths: str) -> None:
-    """Which tokens each latent frame hears, for every (L, num_frames) of a table."""
+    """Which tokens each latent frame gets, for every (L, num_frames) of a table."""
     for key in reader.keys(f"{table}.*.L"):
         case = key.removesuffix(".L")
         tokens, frames = reader.take(key), reader.take(f"{case}.num_frames")

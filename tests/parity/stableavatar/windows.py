@@ -42,18 +42,18 @@ _ROUNDED_LATENTS = 1e-7
 
 @dataclass
 class _Audio:
-    """Silence and its encoder, noting which samples are read and how many are heard."""
+    """Silence and its encoder, noting which samples are read and how many are used."""
 
     width = token_width = 1
     read_spans: list[tuple[int, int]] = field(default_factory=list)
-    heard: list[int] = field(default_factory=list)
+    used: list[int] = field(default_factory=list)
 
     def read(self, start: int, stop: int) -> Any:
         self.read_spans.append((start, stop))
         return torch.zeros(stop - start).numpy()
 
     def tokens(self, waveform: Tensor) -> Tensor:
-        self.heard.append(waveform.shape[-1])
+        self.used.append(waveform.shape[-1])
         return torch.zeros(1, 2, 1)
 
 
@@ -159,9 +159,9 @@ def _plan_config(reader: Reader, case: str) -> RunConfig:
 def _observed_windows(spans: Sequence[Span], run: _Run) -> list[dict[str, int]]:
     """Rows of the recorded table, from what happened; the plan's own words must agree."""
     rows = []
-    for span, (first, frames), heard in zip(spans, run.noises, run.audio.heard, strict=True):
+    for span, (first, frames), used in zip(spans, run.noises, run.audio.used, strict=True):
         assert (span.start, span.frames) == (first, frames)
-        assert span.audio[1] - span.audio[0] == heard
+        assert span.audio[1] - span.audio[0] == used
         rows.append(
             {
                 "latent_start": first,
@@ -169,7 +169,7 @@ def _observed_windows(spans: Sequence[Span], run: _Run) -> list[dict[str, int]]:
                 "latent_frames": frames,
                 "audio_start": span.audio[0],
                 "audio_end": span.audio[1],
-                "audio_samples": heard,
+                "audio_samples": used,
             }
         )
     reads = run.audio.read_spans
