@@ -16,19 +16,18 @@ import shutil
 import stat
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from avatarctl.atomic import atomic_path, disk_errors, removed_after_failure
+from avatarctl.atomic import atomic_path, disk_errors
 from avatarctl.errors import OutputRefused, UnusableWeights, WriteFailed
 from avatarctl.files.finite import nonfinite, nonfinite_file
 from avatarctl.files.hashes import FileDigest, FileHashes
 from avatarctl.files.output_file import OutputFile
-from avatarctl.files.staging import staged_folder
 from avatarctl.files.tensors import (
     BLOCK_BYTES,
     DTYPES,
@@ -44,7 +43,6 @@ __all__ = [
     "SOURCES_KEY",
     "require_space",
     "shard_names",
-    "staged_folder",
     "write_safetensors",
     "write_sharded",
 ]
@@ -87,10 +85,8 @@ def write_safetensors(
     """
     _refuse_place(path, sources)
     shard = _Shard(path, tensors, metadata, sources)
-    with _begun(hashes, sources) as begun, atomic_path(path) as temporary:
-        require_space(path, len(shard.header(begun.placeholders(sources))) + shard.nbytes)
-        shard.write(temporary, begun, _Meter(progress), allow_nonfinite=allow_nonfinite)
-        shard.sign(temporary, begun.digests(sources))
+    with atomic_path(path) as temporary:
+        _write({temporary: shard}, hashes, _Meter(progress), allow_nonfinite=allow_nonfinite)
 
 
 def write_sharded(
@@ -108,40 +104,18 @@ def write_sharded(
     """Writes `tensors` as shards of at most `shard_bytes` of numbers and an index that names them.
 
     Tensors are packed in their order and never split, so one that is larger makes a larger shard. What
-    fits into one shard becomes `STEM.safetensors` without an index. `folder` exists. All files are
-    complete under temporary names before the first gets its own, and the index gets its name last: a
-    set cut short has no index. For the same reason a set is never written over another one; use
-    `staged_folder` to exchange whole folders.
+    fits into one shard becomes `STEM.safetensors` without an index. `folder` is an empty one that
+    `staged_folder` lends: that makes the files a set, which appears whole or not at all.
 
-    Returns the files written, the index last. Raises as `write_safetensors`, and OutputRefused where
-    `folder` already holds weights of this stem.
+    Returns the files written, the index last. Raises as `write_safetensors`.
     """
     packed = _pack(tensors, shard_bytes)
-    names = shard_names(stem, tensors, shard_bytes)[: len(packed)]
-    _refuse_older_set(folder, stem)
-    shards = [
-        _Shard(folder / name, part, metadata, sources) for name, part in zip(names, packed, strict=True)
-    ]
-    total = sum(shard.nbytes for shard in shards)
-    finals = [shard.path for shard in shards]
+    finals = [folder / name for name in shard_names(stem, tensors, shard_bytes)]
+    shards = {path: _Shard(path, part, metadata, sources) for path, part in zip(finals, packed, strict=False)}
+    _write(shards, hashes, _Meter(progress), allow_nonfinite=allow_nonfinite)
     if len(shards) > 1:
-        finals.append(folder / f"{stem}.safetensors.index.json")
-    for path in finals:
-        _refuse_place(path, sources)
-    meter = _Meter(progress)
-    with _begun(hashes, sources) as begun, removed_after_failure(finals), ExitStack() as stack:
-        headers = sum(len(shard.header(begun.placeholders(sources))) for shard in shards)
-        require_space(finals[0], total + headers)
-        # The stack unwinds backwards: what is entered first is renamed last.
-        if len(shards) > 1:
-            index = stack.enter_context(atomic_path(finals[-1]))
-            with disk_errors(finals[-1]):
-                index.write_bytes(_index(shards, total))
-        temporary = [stack.enter_context(atomic_path(shard.path)) for shard in shards]
-        for shard, place in zip(shards, temporary, strict=True):
-            shard.write(place, begun, meter, allow_nonfinite=allow_nonfinite)
-        for shard, place in zip(shards, temporary, strict=True):
-            shard.sign(place, begun.digests(sources))
+        with disk_errors(finals[-1]):
+            finals[-1].write_bytes(_index(list(shards.values())))
     return finals
 
 
@@ -154,12 +128,22 @@ def shard_names(stem: str, tensors: Mapping[str, StoredTensor], shard_bytes: int
     return [*shards, f"{stem}.safetensors.index.json"]
 
 
-@contextmanager
-def _begun(hashes: FileHashes | None, sources: Sequence[Path]) -> Iterator[FileHashes]:
-    with ExitStack() as stack:
-        begun = stack.enter_context(FileHashes()) if hashes is None else hashes
+def _write(
+    shards: Mapping[Path, _Shard], hashes: FileHashes | None, meter: _Meter, *, allow_nonfinite: bool
+) -> None:
+    """Writes each file at its place; the hashes of the sources come last, as they take longest."""
+    first = next(iter(shards.values()))
+    sources = first.sources
+    with FileHashes() if hashes is None else nullcontext(hashes) as begun:
         begun.start(sources)
-        yield begun
+        placeholders = begun.placeholders(sources)
+        require_space(
+            first.path, sum(len(shard.header(placeholders)) + shard.nbytes for shard in shards.values())
+        )
+        for place, shard in shards.items():
+            shard.write(place, begun, meter, allow_nonfinite=allow_nonfinite)
+        for place, shard in shards.items():
+            shard.sign(place, begun.digests(sources))
 
 
 class _Meter:
@@ -216,7 +200,7 @@ class _Shard:
     def sign(self, place: Path, digests: Sequence[FileDigest]) -> None:
         """Writes the header once more, now with the hashes of the sources."""
         if self.sources:
-            with place.open("r+b") as file:
+            with disk_errors(self.path, refusals=False), place.open("r+b") as file:
                 file.write(self.header(digests))
 
 
@@ -278,11 +262,12 @@ def _pack(tensors: Mapping[str, StoredTensor], shard_bytes: int) -> list[dict[st
     return packed
 
 
-def _index(shards: Sequence[_Shard], total: int) -> bytes:
-    weight_map = {name: shard.path.name for shard in shards for name in shard.tensors}
-    return (
-        json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
-    ).encode()
+def _index(shards: Sequence[_Shard]) -> bytes:
+    document = {
+        "metadata": {"total_size": sum(shard.nbytes for shard in shards)},
+        "weight_map": {name: shard.path.name for shard in shards for name in shard.tensors},
+    }
+    return (json.dumps(document, indent=2) + "\n").encode()
 
 
 def _refuse_place(path: Path, sources: Sequence[Path]) -> None:
@@ -296,19 +281,6 @@ def _refuse_place(path: Path, sources: Sequence[Path]) -> None:
             raise OutputRefused(what, where=path, fix="choose another --out")
         if any(source.exists() and path.samefile(source) for source in sources):
             raise OutputRefused("is one of the files that are read", where=path, fix="choose another --out")
-
-
-def _refuse_older_set(folder: Path, stem: str) -> None:
-    with disk_errors(folder):
-        if not folder.is_dir():
-            what = "is a file, not a folder" if folder.exists() else "the folder does not exist"
-            raise OutputRefused(what, where=folder, fix="choose another --out")
-        names = {path.name for path in folder.iterdir()}
-    parts = (f"{stem}.safetensors", f"{stem}.safetensors.index.json")
-    for name in sorted(names):
-        shard = name.startswith(f"{stem}-") and "-of-" in name and name.endswith(".safetensors")
-        if name in parts or shard:
-            raise OutputRefused("exists", where=folder / name, fix="choose another --out")
 
 
 def require_space(path: Path, needed: int) -> None:

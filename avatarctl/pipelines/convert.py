@@ -21,14 +21,9 @@ from avatarctl.events import BytesMoved, Emit, Notice, Stage
 from avatarctl.files.hashes import FileHashes
 from avatarctl.files.safetensors_file import read_header
 from avatarctl.files.source import COMPANION_OF
+from avatarctl.files.staging import staged_folder
 from avatarctl.files.tensors import StoredTensor
-from avatarctl.files.writer import (
-    require_space,
-    shard_names,
-    staged_folder,
-    write_safetensors,
-    write_sharded,
-)
+from avatarctl.files.writer import require_space, shard_names, write_safetensors, write_sharded
 from avatarctl.pipelines.convert_request import (
     SUFFIX,
     ConvertRequest,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from avatarctl.errors import OutputRefused, WriteFailed
-from avatarctl.files.writer import staged_folder
+from avatarctl.files.staging import staged_folder
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs POSIX links")
 

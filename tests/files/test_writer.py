@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from avatarctl.errors import AvatarctlError, OutputRefused, UnusableWeights, WriteFailed
+from avatarctl.files.staging import staged_folder
 from avatarctl.files.tensors import DTYPES, ArrayTensor, FileTensor, StoredTensor, TensorInfo
 from avatarctl.files.writer import SOURCES_KEY, write_safetensors, write_sharded
 
@@ -232,7 +233,8 @@ READ_ONLY = """
     import numpy as np
     from avatarctl.errors import AvatarctlError
     from avatarctl.files.tensors import ArrayTensor
-    from avatarctl.files.writer import staged_folder, write_safetensors, write_sharded
+    from avatarctl.files.staging import staged_folder
+    from avatarctl.files.writer import write_safetensors, write_sharded
 
     def staged(folder):
         with staged_folder(folder / "new", overwrite=False):
@@ -306,8 +308,11 @@ def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path: Path) -> None:
     try:
         with pytest.raises(WriteFailed, match="no space left"):
             write_safetensors(tmp_path / "a", tensors, {}, sources=[Path(__file__)])
-        with pytest.raises(WriteFailed, match=r"model-00002-of-00003\.safetensors: no space left"):
-            write_sharded(tmp_path, "model", {**tiny(), "b": tensors["a"], "c": tensors["a"]}, {}, 9_000)
+        with (
+            pytest.raises(WriteFailed, match=r"model-00002-of-00003\.safetensors: no space left"),
+            staged_folder(tmp_path / "set", overwrite=False) as folder,
+        ):
+            write_sharded(folder, "model", {**tiny(), "b": tensors["a"], "c": tensors["a"]}, {}, 9_000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert names(tmp_path) == ["a"] and (tmp_path / "a").read_bytes() == b"old"
@@ -387,37 +392,17 @@ def test_what_fits_into_one_shard_needs_no_index(tmp_path: Path) -> None:
     assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "same").read_bytes()
 
 
-@pytest.mark.parametrize(
-    "older",
-    ["model.safetensors", "model.safetensors.index.json", "model-00007-of-00009.safetensors"],
-)
-def test_a_set_is_not_mixed_with_an_older_one(tmp_path: Path, older: str) -> None:
-    (tmp_path / older).write_bytes(b"old")
-    (tmp_path / "model-card.json").touch()
-    for size in (10, 1000):
-        with pytest.raises(OutputRefused, match=f"{older}: exists"):
-            write_sharded(tmp_path, "model", {**tiny(), "b": tiny()["a"]}, {}, size)
-    assert names(tmp_path) == sorted([older, "model-card.json"])
+@pytest.mark.parametrize("shard", range(3))
+def test_a_failure_in_any_shard_leaves_no_set(tmp_path: Path, shard: int) -> None:
+    def fail(_: int) -> None:
+        assert [path.name for path in tmp_path.glob("*/*")], "nothing was begun"
+        raise KeyboardInterrupt
 
-
-@pytest.mark.parametrize("renames", range(4))
-def test_a_failure_between_the_renames_leaves_no_shard(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int
-) -> None:
-    replace, done = Path.replace, []
-
-    def failing(self: Path, target: Path) -> Path:
-        if len(done) == renames:
-            raise KeyboardInterrupt
-        done.append(Path(target).name)
-        assert not (tmp_path / "model.safetensors.index.json").exists()
-        return replace(self, target)
-
-    monkeypatch.setattr(Path, "replace", failing)
-    tensors = {name: tiny()["a"] for name in "abc"}
-    with pytest.raises(KeyboardInterrupt):
-        write_sharded(tmp_path, "model", tensors, {}, 48)
-    assert len(done) == renames and names(tmp_path) == []
+    tensors: dict[str, StoredTensor] = {name: tiny()["a"] for name in "abc"}
+    tensors["abc"[shard]] = Made(TensorInfo("F32", (4, 3)), fail)
+    with pytest.raises(KeyboardInterrupt), staged_folder(tmp_path / "set", overwrite=False) as folder:
+        write_sharded(folder, "model", tensors, {}, 48)
+    assert names(tmp_path) == []
 
 
 # ---------------------------------------------------------------- kill
@@ -427,7 +412,8 @@ CHILD = """
     from pathlib import Path
     import numpy as np
     from avatarctl.files.tensors import TensorInfo
-    from avatarctl.files.writer import staged_folder, write_safetensors, write_sharded
+    from avatarctl.files.staging import staged_folder
+    from avatarctl.files.writer import write_safetensors, write_sharded
 
     class Slow:
         def __init__(self, stop): self.info, self.stop = TensorInfo("F32", (6_000_000,)), stop
@@ -442,10 +428,6 @@ CHILD = """
     case, place = sys.argv[1], Path(sys.argv[2])
     if case == "file":
         write_safetensors(place / "a", {"x": Slow(True)}, {})
-    elif case == "renames":
-        replace = Path.replace
-        Path.replace = lambda self, to: pause() if to.name.endswith("json") else replace(self, to)
-        write_sharded(place, "a", {"x": Slow(False), "y": Slow(False)}, {}, 1)
     elif case == "folder":
         with staged_folder(place / "a", overwrite=True) as folder:
             write_sharded(folder, "a", {"x": Slow(False), "y": Slow(True)}, {}, 1)
@@ -453,7 +435,7 @@ CHILD = """
 
 
 @posix
-@pytest.mark.parametrize("case", ["file", "renames", "folder"])
+@pytest.mark.parametrize("case", ["file", "folder"])
 def test_a_kill_leaves_the_older_output_and_no_torn_one(tmp_path: Path, case: str) -> None:
     if case == "file":
         write_safetensors(tmp_path / "a", tiny(), {})
@@ -468,9 +450,6 @@ def test_a_kill_leaves_the_older_output_and_no_torn_one(tmp_path: Path, case: st
     assert len(finals) < len(names(tmp_path)), "the kill came after the writing"
     if case == "file":
         assert finals == ["a"] and torch.equal(load_file(tmp_path / "a")["a"], torch.ones(4, 3))
-    elif case == "renames":  # whole shards, but no index, so no set
-        assert finals == ["a-00001-of-00002.safetensors", "a-00002-of-00002.safetensors"]
-        assert all(load_file(tmp_path / name) for name in finals)
     else:
         assert finals == ["a"] and names(tmp_path / "a") == ["model.safetensors"]
         assert torch.equal(load_file(tmp_path / "a" / "model.safetensors")["a"], torch.ones(4, 3))
