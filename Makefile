@@ -43,7 +43,7 @@ clean:
 	rm -rf $(VENV)
 
 # The figures of docs/benchmarks.md; about twenty minutes on two idle cores.
-BENCHES := help_cpu memory_against_length outside_networks audio_windows demo_time convert_speed load_time \
+BENCHES := help_cpu start_cpu memory_against_length outside_networks audio_windows demo_time convert_speed load_time \
 	stableavatar_work batched_passes
 .PHONY: bench
 bench: $(installed)
