@@ -88,7 +88,6 @@ AROUND: dict[str, tuple[tuple[Any, str], ...]] = {
     ),
     "first pass over the audio": ((job, "survey"),),
     "decoding and resampling the audio": ((Waveform, "read"),),
-    "noise": ((chunks, "latent_noise"),),
     "pixels to bytes": ((infer, "_to_bytes"),),
 }
 
@@ -107,6 +106,8 @@ def one_run(audio: Path, out: Path, seconds: int) -> Clock:
         for label, calls in (AROUND | BESIDE).items():
             for owner, name in calls:
                 stack.enter_context(patch.object(owner, name, clock.timed(label, getattr(owner, name))))
+        noise = {"noise": clock.timed("noise", latent_noise)}
+        stack.enter_context(patch.dict(infer.generate.__kwdefaults__, noise))
         wall = time.perf_counter()
         infer.write_video(job.check_job(configure(), row, work, silent), out)
         whole = time.perf_counter() - wall

@@ -271,10 +271,10 @@ def test_for_a_command_with_parts_by_hand(hub: HubServer, client: Path) -> None:
     hub.repos["OmniAvatar/OmniAvatar-14B"] = Repo(
         {"config.json": b"{}", "pytorch_model.pt": b"adapter", "assets/x.png": b"x"}, license=None
     )
-    text = "train v2v --model omniavatar-14b --aux sync,lpips"
-    dry = models("pull", "--for", text, "--dry-run")
+    words = ("stable-syncnet", "lpips-vgg16", "--for", "infer --model omniavatar-14b --chunked")
+    dry = models("pull", *words, "--dry-run")
     assert hub.fetched() == [] and "by hand    pretrained_models/lpips-vgg16/vgg16-397923af.pth" in dry.stdout
-    result = models("pull", "--for", text, "--json", code=4)
+    result = models("pull", *words, "--json", code=4)
     document = json.loads(result.stdout)
     assert {(file["repo"], file["name"]) for file in document["files"]} == {
         *(("Wan-AI/Wan2.1-T2V-14B", name) for name in base),
@@ -293,7 +293,7 @@ def test_for_a_command_with_parts_by_hand(hub: HubServer, client: Path) -> None:
     by_hand = Path("pretrained_models/lpips-vgg16")
     by_hand.mkdir(parents=True)
     (by_hand / "vgg16-397923af.pth").touch()
-    models("pull", "--for", text)
+    models("pull", *words)
 
 
 def test_a_folder_that_is_not_whole_is_completed(hub: HubServer, client: Path) -> None:
@@ -382,4 +382,4 @@ def test_nothing_named(hub: HubServer, client: Path) -> None:
     assert "nothing is named" in error_of(models("pull", code=2))
     assert "did you mean wav2vec2-base-960h?" in error_of(models("pull", "wav2vec2-base-960", code=2))
     assert "nothing to fetch" in models("pull", "--for", "infer --chunked").stderr  # the built-in model
-    assert "nothing to fetch" in models("pull", "--for", "vram-profile").stderr
+    assert "did you mean infer?" in error_of(models("pull", "--for", "infr --chunked", code=2))

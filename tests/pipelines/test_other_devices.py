@@ -117,7 +117,7 @@ def test_a_run_of_offloaded_networks_makes_the_same_video(model: str) -> None:
     plan = check_job(cfg, row, job, silent)
 
     def video(modules: Modules) -> Tensor:
-        return torch.cat([block.pixels for block in generate(row, job, plan, modules=modules)], dim=1)
+        return torch.cat([block.pixels for block in generate(plan, modules=modules)], dim=1)
 
     whole, offloaded = build_random_modules(row), build_random_modules(row)
     assert offloaded.device == CPU
