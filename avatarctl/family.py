@@ -99,12 +99,11 @@ class Condition:
 class Prepared:
     """What a network needs in every step of one span and that no step changes; dropped after the last.
 
-    branch: per guidance branch. cache: step caches per branch.
+    branch: per guidance branch.
     """
 
     shared: Any
     branch: dict[str, Any]
-    cache: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

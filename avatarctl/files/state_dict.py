@@ -30,10 +30,9 @@ MAX_WRAPPERS: Final = 8
 
 @dataclass(frozen=True)
 class Wrapper:
-    """A dictionary around the tensors: the name of its entry that holds them; alone: nothing is beside it."""
+    """A dictionary around the tensors: the name of its entry that holds them."""
 
     name: str
-    alone: bool
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def open_wrappers(loaded: object, path: Path) -> Opened:
         wrapper = _wrapper(entries, path)
         if wrapper is None:
             return Opened(_tensors(entries, notes, path), tuple(wrappers), tuple(notes))
-        wrappers.append(Wrapper(wrapper, alone=len(entries) == 1))
+        wrappers.append(Wrapper(wrapper))
         notes.append(f"opened the wrapper {wrapper!r}")
         _note_left_out([name for name in entries if name != wrapper], notes)
         loaded = entries[wrapper]

@@ -16,7 +16,7 @@ from avatarctl.weights.extract import extract_adapter
 from avatarctl.weights.lineage import check_lineage
 from avatarctl.weights.merge import merge_adapter, refuse_other_conventions
 from avatarctl.weights.sizes import variant_of
-from avatarctl.weights.transforms import cast, drop_channels, widen_channels
+from avatarctl.weights.transforms import cast, with_channels
 from avatarctl.weights.weight_file import WeightFile
 
 __all__ = [
@@ -134,15 +134,11 @@ def change_channels(weight_file: WeightFile, wanted: int, *, drop: bool) -> Step
             where="--channels",
             fix="--drop-channels does so",
         )
-    change, how = (
-        (widen_channels, "the new ones are zero")
-        if wanted > held
-        else (drop_channels, f"the last {held - wanted} are dropped")
-    )
+    how = "the new ones are zero" if wanted > held else f"the last {held - wanted} are dropped"
     sizes = replace(weight_file.sizes, in_channels=wanted)
     changed = replace(
         weight_file,
-        tensors={**weight_file.tensors, _PATCH: change(patch, wanted)},
+        tensors={**weight_file.tensors, _PATCH: with_channels(patch, wanted)},
         sizes=sizes,
         variant=variant_of(weight_file.kind, weight_file.layout, sizes),
     )

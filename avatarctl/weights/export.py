@@ -26,7 +26,7 @@ from avatarctl.errors import UnusableWeights, UsageError
 from avatarctl.files.tensors import ArrayTensor, StoredTensor
 from avatarctl.weights.layouts import LAYOUTS, WAN
 from avatarctl.weights.metadata import network_of, stated_network
-from avatarctl.weights.padding import padded_pair
+from avatarctl.weights.transforms import padded_pair
 from avatarctl.weights.weight_file import LoraPair, WeightFile
 
 __all__ = ["TARGETS", "Export", "Target", "export", "require_place", "with_release_config"]

@@ -43,24 +43,19 @@ _LORA_TRAINED: Final = "ss_network_"
 
 @dataclass(frozen=True)
 class OwnMetadata:
-    """What `avatarctl.*` of a header says; empty where it says nothing.
+    """What `avatarctl.*` of a header says, as far as it is read again; empty where it says nothing.
 
-    kind: "model" or "adapter"; channels: input channels, 0 unknown; conventions: `Conventions` by field name,
-    as far as known; network: see `stated_network`; config: the source's configuration; operations: one entry
-    for each conversion step, oldest first; sources: hashes of the files that the last one read; companion,
-    companion_of: plain file names.
+    channels: input channels, 0 unknown; conventions: `Conventions` by field name, as far as known; network:
+    see `stated_network`; config: the source's configuration; operations: one entry for each conversion step,
+    oldest first; sources: hashes of the files that the last one read; companion_of: plain file name.
     """
 
-    version: str = ""
-    family: str = ""
-    kind: str = ""
     channels: int = 0
     conventions: Mapping[str, float] = field(default_factory=dict)
     network: Mapping[str, float] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     operations: tuple[Mapping[str, Any], ...] = ()
     sources: tuple[str, ...] = ()
-    companion: str = ""
     companion_of: str = ""
 
 
@@ -80,16 +75,12 @@ def read_own(metadata: Mapping[str, str]) -> OwnMetadata:
     if not all(isinstance(entry, dict) and _hashes(entry) for entry in sources):
         raise UnusableWeights("the metadata avatarctl.sources is no list of files with their hashes")
     return OwnMetadata(
-        version=metadata.get("avatarctl.version", ""),
-        family=metadata.get("avatarctl.family", ""),
-        kind=metadata.get("avatarctl.kind", ""),
         channels=int(channels),
         conventions=_numbers(metadata, "avatarctl.conventions"),
         network=_numbers(metadata, "avatarctl.network"),
         config=_json(metadata, "avatarctl.config", dict),
         operations=tuple(operations),
         sources=tuple(digest for entry in sources for digest in _hashes(entry)),
-        companion=metadata.get("avatarctl.companion", ""),
         companion_of=metadata.get("avatarctl.companion_of", ""),
     )
 

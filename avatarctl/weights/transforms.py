@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -21,7 +21,7 @@ from avatarctl.errors import UnusableWeights
 from avatarctl.files.tensors import DTYPES, StoredTensor, TensorInfo, from_float32, to_float32
 from avatarctl.weights.weight_file import LoraPair
 
-__all__ = ["cast", "drop_channels", "part_of", "plus_difference", "plus_lora", "widen_channels"]
+__all__ = ["cast", "padded_pair", "part_of", "plus_difference", "plus_lora", "with_channels"]
 
 Array = np.ndarray[Any, Any]
 
@@ -54,31 +54,35 @@ def part_of(tensor: StoredTensor, first: int, shape: tuple[int, ...]) -> StoredT
     return _Part(tensor, first, TensorInfo(tensor.info.dtype, shape))
 
 
-def widen_channels(tensor: StoredTensor, channels: int) -> StoredTensor:
-    """A convolution weight [out, in, ...] as [out, channels, ...], the new input channels zero.
-
-    As the V2V trainer does with a patch embedding of fewer channels; the old
-    channels keep their bits. Equal `channels` give `tensor` itself.
+def with_channels(tensor: StoredTensor, channels: int) -> StoredTensor:
+    """A convolution weight [out, in, ...] as [out, channels, ...]: the leading input channels bit for bit,
+    new ones zero, as the V2V trainer makes those of a patch embedding. Equal `channels` give `tensor` itself.
 
     Raises:
-        UnusableWeights: not a convolution weight, or it has more input channels.
+        UnusableWeights: not a convolution weight.
     """
-    info = _convolution(tensor)
-    if info.shape[1] > channels:
-        raise UnusableWeights(f"weight {info} has more than {channels} input channels")
-    return _Channels(tensor, channels) if info.shape[1] != channels else tensor
+    info = tensor.info
+    if len(info.shape) < 3 or 0 in info.shape:
+        raise UnusableWeights(f"{info} is not a convolution weight, so it has no input channels")
+    return _resized(tensor, (info.shape[0], channels, *info.shape[2:]))
 
 
-def drop_channels(tensor: StoredTensor, channels: int) -> StoredTensor:
-    """A convolution weight [out, in, ...] as [out, channels, ...]: the leading ones, bit for bit.
+def padded_pair(pair: LoraPair, rank: int) -> LoraPair:
+    """`pair` filled up with zeros to `rank` rows of `down` and columns of `up`: the product is the same, and
+    so is its scale, alpha / rank."""
+    if pair.rank == rank:
+        return pair
+    outputs, inputs = pair.shape
+    return replace(
+        pair,
+        down=_resized(pair.down, (rank, inputs)),
+        up=_resized(pair.up, (outputs, rank)),
+        alpha=None if pair.alpha is None else pair.alpha / pair.rank * rank,
+    )
 
-    Raises:
-        UnusableWeights: not a convolution weight, or it has fewer input channels.
-    """
-    info = _convolution(tensor)
-    if info.shape[1] < channels:
-        raise UnusableWeights(f"weight {info} has fewer than {channels} input channels")
-    return _Channels(tensor, channels) if info.shape[1] != channels else tensor
+
+def _resized(tensor: StoredTensor, shape: tuple[int, ...]) -> StoredTensor:
+    return tensor if tensor.info.shape == shape else _Resized(tensor, TensorInfo(tensor.info.dtype, shape))
 
 
 def plus_lora(tensor: StoredTensor, pair: LoraPair, scale: float) -> StoredTensor:
@@ -129,26 +133,22 @@ class _Cast:
 
 
 @dataclass(frozen=True)
-class _Channels:
-    """The leading `channels` input channels of `source`, zeros where it has none."""
+class _Resized:
+    """The leading rows and columns of `source`, zeros where it has none; a row of a convolution is all that
+    one output takes, input channels first."""
 
     source: StoredTensor
-    channels: int
-
-    @property
-    def info(self) -> TensorInfo:
-        whole = self.source.info
-        return TensorInfo(whole.dtype, (whole.shape[0], self.channels, *whole.shape[2:]))
+    info: TensorInfo
 
     def read(self, start: int, stop: int) -> Array:
-        whole = self.source.info
-        kernel = math.prod(whole.shape[2:])
-        old, new = whole.shape[1] * kernel, self.channels * kernel
+        rows, *rest = self.source.info.shape
+        old, new = math.prod(rest), math.prod(self.info.shape[1:])
         first, last = _rows(start, stop, new)
-        stored = self.source.read(first * old, last * old).reshape(last - first, old)
-        result = np.zeros((last - first, new), stored.dtype)  # zero bits are 0.0 in every dtype
-        kept = min(old, new)
-        result[:, :kept] = stored[:, :kept]
+        held, kept = max(min(last, rows) - first, 0), min(old, new)
+        result = np.zeros((last - first, new), DTYPES[self.info.dtype].storage)  # 0.0 in every dtype
+        if held:
+            stored = self.source.read(first * old, (first + held) * old)
+            result[:held, :kept] = stored.reshape(held, old)[:, :kept]
         return result.reshape(-1)[start - first * new : stop - first * new]
 
 
@@ -258,13 +258,6 @@ def _split(info: TensorInfo) -> tuple[int, tuple[int, ...]] | None:
     if len(info.shape) < 2 or 0 in info.shape:
         return None
     return info.shape[0], _trimmed(info.shape[1:])
-
-
-def _convolution(tensor: StoredTensor) -> TensorInfo:
-    info = tensor.info
-    if len(info.shape) < 3 or 0 in info.shape:
-        raise UnusableWeights(f"{info} is not a convolution weight, so it has no input channels")
-    return info
 
 
 def _require_summable(target: TensorInfo, *others: TensorInfo) -> None:

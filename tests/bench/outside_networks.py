@@ -35,7 +35,6 @@ from avatarctl.media import BackgroundWriter, Waveform, open_audio
 from avatarctl.media.video import VideoWriter
 from avatarctl.pipelines import infer, job
 from avatarctl.registry import configure, find_model
-from avatarctl.sampling import chunks
 
 SECONDS = 60
 AUDIOS = {"16 kHz mono": (16_000, 1), "44.1 kHz stereo": (44_100, 2)}

@@ -20,7 +20,7 @@ from avatarctl.loading.parts import transformer
 from avatarctl.weights.extract import extract_adapter
 from avatarctl.weights.merge import merge_adapter
 from avatarctl.weights.recognise import read_weight_file, require_complete
-from avatarctl.weights.transforms import drop_channels, widen_channels
+from avatarctl.weights.transforms import with_channels
 from avatarctl.weights.weight_file import WeightFile
 
 from ..golden import Checks, Reader
@@ -124,6 +124,6 @@ def _through_files(held: Tensor, channels: int) -> tuple[Tensor, Tensor]:
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "model.safetensors"
         save_file({_PATCH: held}, path)
-        wide = widen_channels(open_weights(path).tensors[_PATCH], channels)
-        again = drop_channels(wide, held.shape[1])
+        wide = with_channels(open_weights(path).tensors[_PATCH], channels)
+        again = with_channels(wide, held.shape[1])
         return torch.from_numpy(read_whole(wide)), torch.from_numpy(read_whole(again))
