@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import stat
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -24,7 +23,7 @@ from typing import Any, Final
 import numpy as np
 
 from avatarctl.atomic import atomic_path, disk_errors
-from avatarctl.errors import OutputRefused, UnusableWeights, WriteFailed
+from avatarctl.errors import UnusableWeights, WriteFailed
 from avatarctl.files.finite import nonfinite, nonfinite_file
 from avatarctl.files.hashes import FileDigest, FileHashes
 from avatarctl.files.output_file import OutputFile
@@ -75,15 +74,15 @@ def write_safetensors(
     hashes: of somebody who writes more than one file from these sources, or has begun with them already.
     progress: called with the bytes of tensors written so far.
 
-    An older file of this name stays as it was until the new one is complete and on the disk.
+    An older file of this name stays as it was until the new one is complete and on the disk. That it is none
+    of the sources, and that nothing else stands there, is for the caller to know (`convert_request.py`).
 
     Raises:
-        OutputRefused: the place cannot be written, is no file, or is one of the sources.
+        OutputRefused: the place cannot be written.
         WriteFailed: not enough space.
         UnusableWeights: a tensor holds NaN or infinity (unless allowed), cannot be read, or has a name
             that the format cannot hold.
     """
-    _refuse_place(path, sources)
     shard = _Shard(path, tensors, metadata, sources)
     with atomic_path(path) as temporary:
         _write({temporary: shard}, hashes, _Meter(progress), allow_nonfinite=allow_nonfinite)
@@ -268,19 +267,6 @@ def _index(shards: Sequence[_Shard]) -> bytes:
         "weight_map": {name: shard.path.name for shard in shards for name in shard.tensors},
     }
     return (json.dumps(document, indent=2) + "\n").encode()
-
-
-def _refuse_place(path: Path, sources: Sequence[Path]) -> None:
-    with disk_errors(path):
-        try:
-            mode = path.stat().st_mode
-        except FileNotFoundError:
-            return  # whether its folder is there is told by `require_space`
-        if not stat.S_ISREG(mode):
-            what = "is a folder, not a file" if stat.S_ISDIR(mode) else "is not a regular file"
-            raise OutputRefused(what, where=path, fix="choose another --out")
-        if any(source.exists() and path.samefile(source) for source in sources):
-            raise OutputRefused("is one of the files that are read", where=path, fix="choose another --out")
 
 
 def require_space(path: Path, needed: int) -> None:

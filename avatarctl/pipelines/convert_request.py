@@ -92,7 +92,7 @@ def _outputs(request: ConvertRequest) -> list[Path]:
 
 
 def check_place(request: ConvertRequest) -> None:
-    """Before anything is read, and leaving nothing behind; the writer looks again."""
+    """Before anything is read, and leaving nothing behind."""
     out = request.out
     folder = out.absolute().parent
     with disk_errors(out):

@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from avatarctl.errors import AvatarctlError, OutputRefused, UnusableWeights, WriteFailed
+from avatarctl.errors import OutputRefused, UnusableWeights, WriteFailed
 from avatarctl.files.staging import staged_folder
 from avatarctl.files.tensors import DTYPES, ArrayTensor, FileTensor, StoredTensor, TensorInfo
 from avatarctl.files.writer import SOURCES_KEY, write_safetensors, write_sharded
@@ -150,23 +150,6 @@ def test_a_source_that_cannot_be_hashed_stops_the_writing_early(tmp_path: Path) 
     assert len(blocks) < 20 and names(tmp_path) == []
 
 
-@posix
-def test_a_source_is_not_written_over(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    write_safetensors(source, tiny(), {})
-    before = source.read_bytes()
-    (tmp_path / "hard").hardlink_to(source)
-    (tmp_path / "soft").symlink_to(source)
-    (tmp_path / "folder").mkdir()
-    same = (source, tmp_path / "hard", tmp_path / "soft", tmp_path / "folder" / ".." / "source")
-    for place in same:
-        for given in (source, tmp_path / "hard"):
-            with pytest.raises(OutputRefused, match="one of the files that are read"):
-                write_safetensors(place, tiny(2), {}, sources=[tmp_path / "other", given])
-    assert source.read_bytes() == before
-    assert names(tmp_path) == ["folder", "hard", "soft", "source"]
-
-
 # ---------------------------------------------------------------- refusals
 
 
@@ -199,11 +182,9 @@ def test_names_that_the_format_cannot_hold(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-@posix
 def test_places_that_cannot_be_written_are_refused_before_anything_is_read(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
-    os.mkfifo(tmp_path / "pipe")
     before = names(tmp_path)
 
     def never(start: int) -> None:
@@ -213,9 +194,6 @@ def test_places_that_cannot_be_written_are_refused_before_anything_is_read(tmp_p
     for place, cause in (
         (tmp_path / "absent" / "a", "does not exist"),
         (tmp_path / "file" / "a", "not a folder"),
-        (tmp_path / "folder", "is a folder, not a file"),
-        (tmp_path / "pipe", "is not a regular file"),
-        (tmp_path / ("n" * 256), "too long"),
     ):
         with pytest.raises(OutputRefused, match=cause):
             write_safetensors(place, tensors, {})
@@ -453,13 +431,3 @@ def test_a_kill_leaves_the_older_output_and_no_torn_one(tmp_path: Path, case: st
     else:
         assert finals == ["a"] and names(tmp_path / "a") == ["model.safetensors"]
         assert torch.equal(load_file(tmp_path / "a" / "model.safetensors")["a"], torch.ones(4, 3))
-
-
-def test_every_refusal_is_one_of_this_project(tmp_path: Path) -> None:
-    """A link that leads nowhere is replaced, a loop of links is refused."""
-    (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    with pytest.raises(AvatarctlError, match="loop of symbolic links"):
-        write_safetensors(tmp_path / "loop", tiny(), {})
-    (tmp_path / "dangling").symlink_to(tmp_path / "absent")
-    write_safetensors(tmp_path / "dangling", tiny(), {})
-    assert not (tmp_path / "dangling").is_symlink() and names(tmp_path) == ["dangling", "loop"]
