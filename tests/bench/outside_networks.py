@@ -124,7 +124,7 @@ def median_of(runs: list[Clock], labels: list[str], share: bool) -> float:
 
 
 def report(name: str, runs: list[Clock]) -> None:
-    outside = [*AROUND, OTHER]
+    outside = [*AROUND, "noise", OTHER]
 
     def row(what: str, labels: list[str], judged: str = "") -> tuple[str, ...]:
         seconds, share = median_of(runs, labels, share=False), median_of(runs, labels, share=True)
