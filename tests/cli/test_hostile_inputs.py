@@ -27,6 +27,8 @@ FAMILIES = {
 }
 """A built-in model of each family, and words that let it treat images in its own way."""
 
+LONG = "audio/flac_bomb_25min_8ch.flac"
+
 pytestmark = pytest.mark.skipif(not MANIFEST.is_file(), reason="../shared/hostile is absent")
 
 
@@ -83,6 +85,8 @@ def test_config(row: dict[str, Any], judged: Callable[..., dict[str, Any] | None
 @pytest.mark.parametrize("model", FAMILIES)
 @pytest.mark.parametrize("row", rows("audio"))
 def test_audio(row: dict[str, Any], model: str, judged: Callable[..., dict[str, Any] | None]) -> None:
+    if row["file"] == LONG and model != "cartoon-i2v":
+        pytest.skip("25 minutes of 8 channels are read once: no family sees them before they are judged")
     plan = judged(row, "--audio", "--model", model)
     expect = row.get("expect", {})
     if plan is not None and "samples" in expect:

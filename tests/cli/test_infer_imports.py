@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import save_file
 
 from tests.pipelines import tiny_release as tiny
@@ -32,16 +31,14 @@ def imported(*words: str | Path) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A release, and the same model whole as safetensors and as a pickle."""
+    """A release, and the same model whole as safetensors."""
     root = tmp_path_factory.mktemp("weights")
     release = tiny.tiny_release()
     release.write(root)
     whole = release.base | {name: held for name, held in release.adapter.items() if "lora" not in name}
-    for folder in ("whole", "pickle"):
-        (root / folder).mkdir()
-        tiny.write_json(root / folder / "config.json", {"num_heads": tiny.TINY.heads})
+    (root / "whole").mkdir()
+    tiny.write_json(root / "whole" / "config.json", {"num_heads": tiny.TINY.heads})
     save_file(whole, root / "whole" / "model.safetensors")
-    torch.save(whole, root / "pickle" / "model.pt")
     return root
 
 
@@ -58,11 +55,10 @@ def test_safetensors_files_import_nothing_heavy(root: Path) -> None:
     assert "OmniAvatar of width 48" in said and "weights are missing" not in said
 
 
-@pytest.mark.parametrize("model", ["pickle", "OmniAvatar-14B"])
-def test_a_pickle_imports_no_network(model: str, root: Path) -> None:
-    """A whole model, and the published adapter on its base."""
-    dit = () if model == "pickle" else ("--weights", f"dit={root / 'Wan2.1-T2V-14B'}")
-    found, said = imported("--model", root / model, "--weights-root", root, "--size", "64x64", *dit)
+def test_a_pickle_imports_no_network(root: Path) -> None:
+    """The published adapter, on its base."""
+    words = ("--model", root / "OmniAvatar-14B", "--weights", f"dit={root / 'Wan2.1-T2V-14B'}")
+    found, said = imported(*words, "--weights-root", root, "--size", "64x64")
     assert found == "0 torch", said
     assert "OmniAvatar" in said and "weights are missing" not in said
 
@@ -71,9 +67,3 @@ def test_a_device_that_is_named_is_tried() -> None:
     found, said = imported("--device", "cuda:63")
     assert found == "0 torch"
     assert "a run would end with exit 4: runtime.device: cuda:63 is not there" in said
-
-
-def test_an_attention_kernel_that_is_named_is_tried() -> None:
-    found, said = imported("--device", "cpu", "--attention", "flash3")
-    assert "torch" in found
-    assert "a run would end with exit 4: runtime.attention: flash3 attention does not run here" in said

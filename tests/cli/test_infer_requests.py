@@ -310,3 +310,10 @@ def test_shipped_configurations_by_name(run: Run, refused: Refused, face: Path, 
         result = run(*words)
         assert result.exit_code == 0, result.stderr
         assert model in (None, json.loads(result.stdout)["model"])
+
+
+def test_a_dry_run_tries_an_attention_kernel_that_is_named(run: Run) -> None:
+    result = run("infer", "--dry-run", "--device", "cpu", "--attention", "flash3")
+    assert result.exit_code == 0
+    said = "a run would end with exit 4: runtime.attention: flash3 attention does not run here"
+    assert said in result.stderr

@@ -135,8 +135,9 @@ def test_module_and_hostile_configuration(here: Path) -> None:
     assert not canary.exists() and names(here) == [config.name]
 
 
-def test_as_typed_on_a_fresh_machine(here: Path) -> None:
-    found = run(command("infer", "--chunked"), here)
+def test_without_inputs_on_a_fresh_machine(here: Path) -> None:
+    """`make demo` runs `avatarctl infer --chunked` as typed, with all its steps."""
+    found = run(command("infer", "--chunked", "--steps", "2"), here)
     assert found.returncode == 0, found.stderr
     (line,) = found.stdout.splitlines()
     path = Path(line)
