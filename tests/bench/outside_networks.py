@@ -35,6 +35,7 @@ from avatarctl.media import BackgroundWriter, Waveform, open_audio
 from avatarctl.media.video import VideoWriter
 from avatarctl.pipelines import infer, job
 from avatarctl.registry import configure, find_model
+from avatarctl.rng import latent_noise
 
 SECONDS = 60
 AUDIOS = {"16 kHz mono": (16_000, 1), "44.1 kHz stereo": (44_100, 2)}

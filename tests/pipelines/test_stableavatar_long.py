@@ -203,8 +203,8 @@ def whose(latents: int, overlap: int) -> Tensor:
 def test_every_frame_of_every_video_gets_its_own_time(overlap: int) -> None:
     """And from the window that it is of. Of the last frame's audio there is more or less."""
     cfg = settings(overlap)
-    # Four lengths share their windows and differ in what is cut off. Where a window goes on by little there are
-    # many windows: behind the first 100 lengths every third, which still meets all windows and all remainders.
+    # Four lengths share their windows and differ in what is cut off. Where a window goes on by little there
+    # are many windows: behind the first 100 lengths every third, which meets all windows and all remainders.
     for frames in (*range(1, 101), *range(101, 401, 1 if overlap < 10 else 3)):
         cut = frames * 37 % SAMPLES_PER_FRAME if frames > 1 else 0
         position, window = driven_by(frames * SAMPLES_PER_FRAME - cut, cfg)
