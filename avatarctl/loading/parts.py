@@ -11,7 +11,6 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,12 +23,10 @@ from avatarctl.errors import UnusableWeights, printable
 from avatarctl.events import Emit, Notice
 from avatarctl.files.strict_json import read_object
 from avatarctl.files.tensors import StoredTensor
-from avatarctl.loading.fill import DTypeOf, fill, on_meta
+from avatarctl.loading.fill import fill, on_meta
 from avatarctl.loading.tokenizer import read_tokenizer
-from avatarctl.loading.wan_clip import internal_tensors, read_clip_sizes
-from avatarctl.loading.wan_clip import original_name as original_clip_name
-from avatarctl.loading.wan_vae import internal_name, read_vae_sizes
-from avatarctl.loading.wan_vae import original_name as original_vae_name
+from avatarctl.loading.wan_clip import CLIP_VISION, internal_tensors, read_clip_sizes
+from avatarctl.loading.wan_vae import read_vae_sizes, vae_key_map
 from avatarctl.models.clip import ClipImageEncoder, clip_config
 from avatarctl.models.omniavatar import OmniAvatarTransformer
 from avatarctl.models.precision import is_float32_island
@@ -38,6 +35,7 @@ from avatarctl.models.text import PromptEncoder
 from avatarctl.models.vae import WanVae
 from avatarctl.models.wav2vec import FrameWav2Vec2
 from avatarctl.timeline import SAMPLE_RATE, SAMPLES_PER_FRAME
+from avatarctl.weights.key_map import KeyMap
 from avatarctl.weights.metadata import network_of
 from avatarctl.weights.recognise import read_weight_file
 from avatarctl.weights.wan import UMT5_ENCODER
@@ -104,11 +102,7 @@ def video_codec(path: Path, dtype: torch.dtype, device: torch.device) -> WanVae:
             num_res_blocks=sizes.num_res_blocks,
             temperal_downsample=list(sizes.temporal),  # diffusers' spelling
         )
-    tensors = {
-        internal_name(name, sizes.num_res_blocks) or name: tensor for name, tensor in held.tensors.items()
-    }
-    told_as = partial(original_vae_name, num_res_blocks=sizes.num_res_blocks)
-    fill(network, tensors, dtype_of=_always(dtype), device=device, where=path, told_as=told_as)
+    _fill_renamed(network, held, vae_key_map(sizes), dtype, device)
     return WanVae(network.eval())
 
 
@@ -135,9 +129,7 @@ def text_encoder(path: Path, tokenizer: Path, dtype: torch.dtype, device: torch.
     )
     with on_meta():
         network = UMT5EncoderModel(config)
-    tensors = {UMT5_ENCODER.to_internal(name) or name: tensor for name, tensor in held.tensors.items()}
-    told_as = UMT5_ENCODER.to_original
-    fill(network, tensors, dtype_of=_always(dtype), device=device, where=path, told_as=told_as)
+    _fill_renamed(network, held, UMT5_ENCODER, dtype, device)
     return PromptEncoder(network.eval(), words)
 
 
@@ -152,8 +144,7 @@ def image_encoder(path: Path, device: torch.device, emit: Emit) -> ClipImageEnco
         tensors = internal_tensors(held.tensors, sizes)
     with on_meta():
         network = ClipImageEncoder(clip_config(**dataclasses.asdict(sizes)))
-    told_as = original_clip_name
-    fill(network, tensors, dtype_of=_always(torch.float32), device=device, where=path, told_as=told_as)
+    fill(network, tensors, dtype_of=_float32, device=device, where=path, told_as=CLIP_VISION.to_original)
     return network.eval()
 
 
@@ -186,7 +177,7 @@ def audio_encoder(folder: Path, device: torch.device, emit: Emit) -> FrameWav2Ve
     fill(
         network,
         tensors,
-        dtype_of=_always(torch.float32),
+        dtype_of=_float32,
         device=device,
         where=file,
         likely=lambda: "config.json and the weights are of two models",
@@ -344,5 +335,13 @@ def _matrix(held: WeightFile, name: str) -> tuple[int, int]:
     return rows, columns
 
 
-def _always(dtype: torch.dtype) -> DTypeOf:
-    return lambda name: dtype
+def _float32(name: str) -> torch.dtype:
+    return torch.float32
+
+
+def _fill_renamed(
+    network: nn.Module, held: WeightFile, names: KeyMap, dtype: torch.dtype, device: torch.device
+) -> None:
+    tensors = {names.to_internal(name) or name: tensor for name, tensor in held.tensors.items()}
+    told_as = names.to_original
+    fill(network, tensors, dtype_of=lambda name: dtype, device=device, where=held.path, told_as=told_as)

@@ -2,8 +2,8 @@
 `CLIPVisionModel` wants them.
 
 The file holds the image tower as `visual.*` and a text tower, which no video model reads; of the image tower
-they read all layers but the last. Queries, keys and values of a layer lie in one matrix, in this order, so
-that this is no `KeyMap`. Names: modules/clip.py of Wan 2.1.
+they read all layers but the last. Queries, keys and values of a layer lie in one matrix, in this order.
+Names: modules/clip.py of Wan 2.1.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from avatarctl.weights.key_map import KeyMap
 from avatarctl.weights.sizes import MOST_LAYERS
 from avatarctl.weights.transforms import part_of
 
-__all__ = ["ClipSizes", "internal_tensors", "original_name", "read_clip_sizes"]
+__all__ = ["CLIP_VISION", "ClipSizes", "internal_tensors", "read_clip_sizes"]
 
 HEADS: Final = 16
 """Of ViT-H/14; no tensor tells."""
@@ -29,24 +29,25 @@ _PUBLISHED: Final = (1280, 32)
 whole one of a smaller tower."""
 
 _LAYER: Final = "encoder.layers.{n}"
-_CLIP_VISION: Final = KeyMap(
+CLIP_VISION: Final = KeyMap(
     (
+        ("visual.cls_embedding", "embeddings.class_embedding"),
+        ("visual.pos_embedding", "embeddings.position_embedding.weight"),
         ("visual.patch_embedding.weight", "embeddings.patch_embedding.weight"),
         ("visual.pre_norm.{rest}", "pre_layrnorm.{rest}"),  # transformers' spelling
         ("visual.transformer.{n}.norm1.{rest}", f"{_LAYER}.layer_norm1.{{rest}}"),
+        *(
+            ("visual.transformer.{n}.attn.to_qkv.{rest}", f"{_LAYER}.self_attn.{letter}_proj.{{rest}}")
+            for letter in "qkv"
+        ),
         ("visual.transformer.{n}.attn.proj.{rest}", f"{_LAYER}.self_attn.out_proj.{{rest}}"),
         ("visual.transformer.{n}.norm2.{rest}", f"{_LAYER}.layer_norm2.{{rest}}"),
         ("visual.transformer.{n}.mlp.0.{rest}", f"{_LAYER}.mlp.fc1.{{rest}}"),
         ("visual.transformer.{n}.mlp.2.{rest}", f"{_LAYER}.mlp.fc2.{{rest}}"),
     )
 )
-_EMBEDDINGS: Final = {
-    "visual.cls_embedding": "embeddings.class_embedding",
-    "visual.pos_embedding": "embeddings.position_embedding.weight",
-}
-"""Both have a leading dimension of 1 in the file."""
+"""Of a matrix that holds three, `to_internal` tells the first."""
 _FUSED: Final = ".attn.to_qkv."
-_UNFUSED: Final = re.compile(r"encoder\.layers\.(\d+)\.self_attn\.[qkv]_proj\.(weight|bias)")
 _LAYER_NUMBER: Final = re.compile(r"visual\.transformer\.(\d+)\.", re.ASCII)
 _UNREAD: Final = ("visual.head", "visual.post_norm.weight", "visual.post_norm.bias")
 """What makes of the last layer a point in the space that images and texts share."""
@@ -102,29 +103,27 @@ def internal_tensors(tensors: Mapping[str, StoredTensor], sizes: ClipSizes) -> d
     are divided or joined there and have another shape than these sizes need."""
     named: dict[str, StoredTensor] = {}
     width, places = sizes.hidden_size, (sizes.image_size // sizes.patch_size) ** 2 + 1
-    joined = {"visual.cls_embedding": (1, 1, width), "visual.pos_embedding": (1, places, width)}
+    # Both have a leading dimension of 1 in the file.
+    embeddings = {"visual.cls_embedding": (1, 1, width), "visual.pos_embedding": (1, places, width)}
     last = f"visual.transformer.{sizes.num_hidden_layers}."
     for name, tensor in tensors.items():
         if not name.startswith("visual.") or name.startswith(last) or name in _UNREAD:
             continue
-        if name in _EMBEDDINGS:
-            _require_shape(name, tensor, joined[name])
+        internal = CLIP_VISION.to_internal(name) or name
+        if name in embeddings:
+            _require_shape(name, tensor, embeddings[name])
             kept = tuple(side for side in tensor.info.shape if side != 1)
-            named[_EMBEDDINGS[name]] = part_of(tensor, 0, kept)
+            named[internal] = part_of(tensor, 0, kept)
         elif _FUSED in name:
             _require_shape(name, tensor, (3 * width, width) if name.endswith("weight") else (3 * width,))
-            named |= _unfused(name, tensor)
+            rows, *inputs = tensor.info.shape
+            shape = (rows // 3, *inputs)
+            for place, letter in enumerate("qkv"):
+                target = internal.replace("q_proj", f"{letter}_proj")
+                named[target] = part_of(tensor, place * math.prod(shape), shape)
         else:
-            named[_CLIP_VISION.to_internal(name) or name] = tensor
+            named[internal] = tensor
     return named
-
-
-def original_name(name: str) -> str | None:
-    """The name in the file of what transformers calls `name`, None where it has none."""
-    if match := _UNFUSED.fullmatch(name):
-        return f"visual.transformer.{match[1]}{_FUSED}{match[2]}"
-    originals = (original for original, internal in _EMBEDDINGS.items() if internal == name)
-    return next(originals, None) or _CLIP_VISION.to_original(name)
 
 
 def _require_shape(name: str, tensor: StoredTensor, wanted: tuple[int, ...]) -> None:
@@ -132,14 +131,3 @@ def _require_shape(name: str, tensor: StoredTensor, wanted: tuple[int, ...]) -> 
         raise UnusableWeights(
             f"{name} has shape {list(tensor.info.shape)}; the rest of the file needs {list(wanted)}"
         )
-
-
-def _unfused(name: str, tensor: StoredTensor) -> dict[str, StoredTensor]:
-    layer, _, kind = name.partition(_FUSED)
-    rows, *inputs = tensor.info.shape
-    shape = (rows // 3, *inputs)
-    target = f"{layer.replace('visual.transformer', 'encoder.layers')}.self_attn"
-    return {
-        f"{target}.{letter}_proj.{kind}": part_of(tensor, place * math.prod(shape), shape)
-        for place, letter in enumerate("qkv")
-    }

@@ -14,24 +14,24 @@ from tests.pipelines import tiny_stable_release as stable
 
 def test_every_name_of_the_vae_comes_back() -> None:
     shapes = tiny.vae_shapes(tiny.TINY.vae_base)
-    blocks = wan_vae.read_vae_sizes(shapes).num_res_blocks
-    internal = {name: wan_vae.internal_name(name, blocks) for name in shapes}
+    names = wan_vae.vae_key_map(wan_vae.read_vae_sizes(shapes))
+    internal = {name: names.to_internal(name) for name in shapes}
     assert None not in internal.values() and len(set(internal.values())) == len(shapes) > 100
     for name, inner in internal.items():
-        assert inner is not None and wan_vae.original_name(inner, blocks) == name
-    assert wan_vae.original_name("odd", blocks) is None
+        assert inner is not None and names.to_original(inner) == name
+    assert names.to_original("odd") is None
 
 
 def test_every_name_of_the_image_tower_comes_back() -> None:
     tensors = clip_tensors()
     sizes = wan_clip.read_clip_sizes(tensors)
     named = wan_clip.internal_tensors(tensors, sizes)
-    back = {wan_clip.original_name(name) for name in named}
+    back = {wan_clip.CLIP_VISION.to_original(name) for name in named}
     last = f"visual.transformer.{stable.CLIP_LAYERS - 1}."
     read = {name for name in tensors if name.startswith("visual.") and not name.startswith(last)}
     assert back == read - {"visual.head", "visual.post_norm.weight", "visual.post_norm.bias"}
     assert len(named) == len(back) + 4 * (stable.CLIP_LAYERS - 1), "queries, keys and values lie in one"
-    assert wan_clip.original_name("odd") is None
+    assert wan_clip.CLIP_VISION.to_original("odd") is None
 
 
 def clip_tensors() -> dict[str, StoredTensor]:
