@@ -68,22 +68,13 @@ def read_header(path: Path) -> Header:
         raise UnusableWeights("the header is invalid: it is not a JSON object", where=path)
     entries = parse_object(text, path, "the header is")
     metadata = _metadata(entries.pop("__metadata__", {}), path)
-    spans = [_entry(name, value, path) for name, value in entries.items()]
-    if not spans:
+    if not entries:
         raise UnusableWeights("holds no tensors", where=path)
-    spans.sort(key=lambda span: (span.begin, span.end))
-    _refuse_gaps(spans, size - 8 - length, path)
     base = 8 + length
-    tensors = {span.name: FileTensor(path, base + span.begin, span.info, stamp) for span in spans}
+    found = {name: _entry(name, value, path, base, stamp) for name, value in entries.items()}
+    tensors = dict(sorted(found.items(), key=lambda each: (each[1].offset, each[1].info.nbytes)))
+    _refuse_gaps(tensors, base, size, path)
     return Header(tensors, metadata)
-
-
-@dataclass(frozen=True)
-class _Span:
-    name: str
-    info: TensorInfo
-    begin: int
-    end: int
 
 
 def refuse_placeholder(start: bytes, path: Path) -> None:
@@ -119,16 +110,12 @@ def _metadata(value: object, path: Path) -> dict[str, str]:
     return value
 
 
-def _entry(name: str, value: Any, path: Path) -> _Span:
-    """One tensor of the header, checked by itself."""
+def _entry(name: str, value: Any, path: Path, base: int, stamp: FileStamp) -> FileTensor:
+    """One tensor of the header, checked by itself; offsets count from byte `base` of the file."""
 
     def refuse(what: str) -> UnusableWeights:
         return UnusableWeights(f"the header is invalid: tensor {clip(name)!r} {what}", where=path)
 
-    try:
-        name.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise refuse("has a name that is not text") from error
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise refuse("must have dtype, shape and data_offsets, and nothing else")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
@@ -150,24 +137,23 @@ def _entry(name: str, value: Any, path: Path) -> _Span:
             f"has the shape {clip(shape, 60)}, which takes {needed} bytes of {dtype}, "
             f"but its offsets hold {end - begin}"
         )
-    return _Span(name, TensorInfo(dtype, tuple(shape)), begin, end)
+    return FileTensor(path, base + begin, TensorInfo(dtype, tuple(shape)), stamp)
 
 
-def _refuse_gaps(spans: list[_Span], size: int, path: Path) -> None:
-    """spans: by offset; size: bytes behind the header, all of which must belong to one tensor each."""
-    at = 0
-    for span in spans:
-        if span.begin != at:
-            kind = "overlap with the tensor before" if span.begin < at else "leave a hole before it"
-            raise UnusableWeights(
-                f"the header is invalid: the offsets of {clip(span.name)!r} {kind}", where=path
-            )
-        at = span.end
+def _refuse_gaps(tensors: Mapping[str, FileTensor], base: int, size: int, path: Path) -> None:
+    """tensors: by offset; each byte of the file from `base` to `size` must belong to one of them."""
+    at = base
+    for name, tensor in tensors.items():
+        if tensor.offset != at:
+            kind = "overlap with the tensor before" if tensor.offset < at else "leave a hole before it"
+            raise UnusableWeights(f"the header is invalid: the offsets of {clip(name)!r} {kind}", where=path)
+        at += tensor.info.nbytes
     if at > size:
         raise UnusableWeights(
-            f"truncated: {size} of {at} bytes of tensors are there; an interrupted download", where=path,
+            f"truncated: {size - base} of {at - base} bytes of tensors are there; an interrupted download",
+            where=path,
             fix="download it again",
-        )  # fmt: skip
+        )
     if at < size:
         raise UnusableWeights(
             f"the header is invalid: no offset covers the last {size - at} bytes", where=path

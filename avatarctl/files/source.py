@@ -21,6 +21,7 @@ from avatarctl.files.safetensors_file import read_header
 from avatarctl.files.state_dict import Wrapper
 from avatarctl.files.strict_json import clip, file_size, listed, read_object, reading
 from avatarctl.files.tensors import StoredTensor
+from avatarctl.files.writer import SOURCES_KEY
 
 __all__ = ["COMPANION", "COMPANION_OF", "RawWeights", "open_weights"]
 
@@ -29,9 +30,6 @@ COMPANION: Final = "avatarctl.companion"
 
 COMPANION_OF: Final = "avatarctl.companion_of"
 """Metadata of such a second file: name of the first."""
-
-SOURCES: Final = "avatarctl.sources"
-"""Metadata of our files: names and SHA-256 of what they were made from."""
 
 MAX_CONFIG: Final = 1 << 20
 MAX_INDEX: Final = 16 << 20
@@ -87,9 +85,10 @@ def open_weights(path: Path) -> RawWeights:
     """
     notes: list[str] = []
     chosen = path
-    if _is_folder(path):
+    if path.is_dir():
         chosen = _choose(path, notes)
     elif shard := _part_of_many(path):
+        file_size(path)
         name, count = shard
         index = path.with_name(f"{name}.index.json")
         hint = f"name {index.name} or the folder" if index.exists() else f"its index {index.name} is missing"
@@ -99,14 +98,6 @@ def open_weights(path: Path) -> RawWeights:
     config = read_object(config_path, MAX_CONFIG) if config_path else {}
     told = tuple(printable(note) for note in dict.fromkeys((*notes, *raw.notes)))
     return replace(raw, path=path, config=config, notes=told)
-
-
-def _is_folder(path: Path) -> bool:
-    """Raises PathNotFound where there is nothing."""
-    if path.is_dir():
-        return True
-    file_size(path)
-    return False
 
 
 def _part_of_many(path: Path) -> tuple[str, int] | None:
@@ -183,7 +174,7 @@ def _check_companion(raw: RawWeights, name: str, theirs: Mapping[str, str]) -> N
         raise UnusableWeights(f"its second file {clip(name)} is no second half of an adapter", where=raw.path)
     ours, others = _of_conversion(raw.metadata), _of_conversion(theirs)
     different = sorted(key for key in ours | others if ours.get(key) != others.get(key))
-    if first != raw.path.name and SOURCES not in raw.metadata:
+    if first != raw.path.name and SOURCES_KEY not in raw.metadata:
         different.append(COMPANION_OF)
     if different:
         raise UnusableWeights(
@@ -196,7 +187,7 @@ def _check_companion(raw: RawWeights, name: str, theirs: Mapping[str, str]) -> N
 def _belong(first: Mapping[str, str], second: Mapping[str, str]) -> bool:
     """Whether two headers are those of two files that one conversion wrote."""
     alike = _of_conversion(first) == _of_conversion(second)
-    return COMPANION in first and COMPANION_OF in second and SOURCES in first and alike
+    return COMPANION in first and COMPANION_OF in second and SOURCES_KEY in first and alike
 
 
 def _of_conversion(metadata: Mapping[str, str]) -> dict[str, str]:

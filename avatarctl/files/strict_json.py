@@ -26,19 +26,23 @@ def clip(text: object, length: int = 100) -> str:
     return line if len(line) <= length else f"{line[: length - 3]}..."
 
 
-def listed(names: Sequence[str], length: int) -> str:
-    """The first five of some names, each clipped to `length`, and how many more there are."""
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(clip(name, length) for name in names[:5]) + more
+def listed(names: Sequence[str], length: int = 100, most: int = 5) -> str:
+    """The first `most` of some names, each clipped to `length`, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(clip(name, length) for name in names[:most]) + more
 
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Raises UnusableWeights for what the system says while `path` is read."""
+    """Raises UnusableWeights for what the system says while `path` is read; one that names no file yet is
+    told of this one."""
     try:
         yield
     except OSError as error:
         raise UnusableWeights(f"cannot be read: {error.strerror}", where=path) from error
+    except UnusableWeights as error:
+        error.where = error.where or path
+        raise
 
 
 def file_size(path: Path) -> int:

@@ -23,6 +23,7 @@ import numpy as np
 
 from avatarctl.errors import UnusableWeights
 from avatarctl.files.stamp import FileStamp
+from avatarctl.files.strict_json import reading
 
 __all__ = [
     "BLOCK_BYTES",
@@ -142,17 +143,14 @@ class FileTensor:
         array = _empty_at_phase(begin, (stop - start) * dtype.itemsize, dtype.storage)
         view = array.data.cast("B")
         done = 0
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                if self.stamp is not None:
-                    self.stamp.refuse_change(os.fstat(file.fileno()), self.path)
-                file.seek(begin)
-                while done < len(view):
-                    if not (count := file.readinto(view[done:])):
-                        raise UnusableWeights("the file got shorter while it was read", where=self.path)
-                    done += count
-        except OSError as error:
-            raise UnusableWeights(f"cannot be read: {error.strerror}", where=self.path) from error
+        with reading(self.path), self.path.open("rb", buffering=0) as file:
+            if self.stamp is not None:
+                self.stamp.refuse_change(os.fstat(file.fileno()), self.path)
+            file.seek(begin)
+            while done < len(view):
+                if not (count := file.readinto(view[done:])):
+                    raise UnusableWeights("the file got shorter while it was read", where=self.path)
+                done += count
         return array
 
 
@@ -220,22 +218,15 @@ def from_float32(values: Array, dtype: str) -> Array:
 def _float8_values(dtype: str) -> Array:
     """float32 value of each of the 256 patterns; e4m3 is the variant without infinities."""
     exponent_bits, mantissa_bits, bias = (4, 3, 7) if dtype == "F8_E4M3" else (5, 2, 15)
-    values = np.empty(256, np.float32)
-    for code in range(256):
-        sign = -1.0 if code & 0x80 else 1.0
-        exponent = (code >> mantissa_bits) & ((1 << exponent_bits) - 1)
-        mantissa = code & ((1 << mantissa_bits) - 1)
-        fraction = mantissa / (1 << mantissa_bits)
-        if dtype == "F8_E5M2" and exponent == 31:
-            value = math.inf if mantissa == 0 else math.nan
-        elif dtype == "F8_E4M3" and exponent == 15 and mantissa == 7:
-            value = math.nan
-        elif exponent == 0:
-            value = fraction * 2.0 ** (1 - bias)
-        else:
-            value = (1 + fraction) * 2.0 ** (exponent - bias)
-        values[code] = sign * value
-    return values
+    codes = np.arange(256)
+    exponent = (codes >> mantissa_bits) & ((1 << exponent_bits) - 1)
+    fraction = (codes & ((1 << mantissa_bits) - 1)) / (1 << mantissa_bits)
+    values = np.ldexp(fraction + (exponent > 0), np.maximum(exponent, 1) - bias)
+    if dtype == "F8_E5M2":
+        values[exponent == 31] = np.where(fraction[exponent == 31] == 0, math.inf, math.nan)
+    else:
+        values[codes & 0x7F == 0x7F] = math.nan
+    return (np.where(codes & 0x80, -1.0, 1.0) * values).astype(np.float32)
 
 
 def size_text(count: int) -> str:

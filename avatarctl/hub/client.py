@@ -9,7 +9,6 @@ file, and for a small one the SHA-1 of its git blob.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import re
 import time
@@ -27,7 +26,6 @@ from avatarctl.errors import (
     UnusableWeights,
     UsageError,
     WeightsMissing,
-    WriteFailed,
 )
 from avatarctl.events import BytesMoved, Emit, Notice
 from avatarctl.hub.locate import hub_constants
@@ -52,7 +50,6 @@ PAUSE = 1.0
 CHUNK: Final = 2**20
 AGAIN: Final = "run the same command again: what was fetched is kept"
 _RETRIED: Final = frozenset({408, 416, 429, 500, 502, 503, 504})
-_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _MANY: Final = 100_000
 _LARGEST: Final = 2**50
 """Bytes of a file, beyond which no listing is believed."""
@@ -290,7 +287,6 @@ def fetch(file: HubFile, partial: Path, emit: Emit, should_stop: Callable[[], bo
         WeightsMissing: no access, an answer about something of another size, or the connection brought
             nothing `ATTEMPTS` times; the part is kept.
         UnusableWeights: the bytes are not those that the hub states; the part is removed.
-        WriteFailed: the disk is full; the part is kept.
         Interrupted: `should_stop()`; the part is kept.
     """
     resumed = kept_bytes(partial) > 0
@@ -334,10 +330,8 @@ def _complete(file: HubFile, partial: Path, emit: Emit, should_stop: Callable[[]
             broken = _try(file, partial, emit, should_stop)
         if broken is None and (file.size is None or kept_bytes(partial) >= file.size):
             return
-        if (
-            before and _status(broken) == 416
-        ):  # the file ends here, whatever its stated size: `_difference` names it
-            return
+        if before and _status(broken) == 416:
+            return  # the file ends here, whatever its stated size: `_difference` names it
         failures = failures + 1 if kept_bytes(partial) <= before else 0
         if failures == ATTEMPTS:
             total = f" of {file.size}" if file.size is not None else ""
@@ -382,7 +376,7 @@ def _append(file: HubFile, partial: Path, emit: Emit, should_stop: Callable[[], 
         ):
             start = 0  # the server sends the whole file, whatever was asked
         _refuse_other_answer(file, response, partial=response.status_code == 206)
-        with _disk(partial), partial.open("ab" if start else "wb") as target:
+        with partial.open("ab" if start else "wb") as target:
             done = start
             for chunk in response.iter_bytes():
                 target.write(chunk)
@@ -409,19 +403,6 @@ def _refuse_other_answer(file: HubFile, response: Any, *, partial: bool) -> None
             where=file,
             fix=f"check that no login page or proxy answers instead of {endpoint()}",
         )
-
-
-@contextlib.contextmanager
-def _disk(partial: Path) -> Iterator[None]:
-    """A full disk, told; everything else passes."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _FULL:
-            raise WriteFailed(
-                "no space left on the device", where=partial, fix=f"free some space and {AGAIN}"
-            ) from error
-        raise
 
 
 def _wait(seconds: float, should_stop: Callable[[], bool]) -> None:

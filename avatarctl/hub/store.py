@@ -89,7 +89,8 @@ class Store:
     def lend(self, file: HubFile) -> Iterator[Path | None]:
         """Lends the place of a partial file, alone; None if the file is whole already.
 
-        Raises OutputRefused if the place cannot be written or another program fetches the same file.
+        Raises OutputRefused if the place cannot be written or another program fetches the same file;
+        WriteFailed if the disk is full meanwhile, and then the part is kept.
         """
         from huggingface_hub.utils import WeakFileLock
 
@@ -103,7 +104,8 @@ class Store:
                 stack.enter_context(WeakFileLock(lock, timeout=1))
             except TimeoutError as error:
                 raise OutputRefused("another program is fetching this file", where=file) from error
-            yield None if self._whole(file).is_file() else partial
+            with _writable(), disk_errors(partial, refusals=False):
+                yield None if self._whole(file).is_file() else partial
 
     def keep(self, file: HubFile, partial: Path) -> None:
         """Gives a checked partial file its name among the blobs or in its folder."""
@@ -157,9 +159,12 @@ class Store:
 def _writable() -> Iterator[None]:
     try:
         yield
+    except WriteFailed as error:
+        error.fix = "free some space, or choose another place by --weights-root"
+        raise
     except OutputRefused as error:
-        fix = "choose another place by --weights-root"
-        raise OutputRefused(error.what, where=error.where, fix=fix) from error
+        error.fix = "choose another place by --weights-root"
+        raise
 
 
 def _record_path(store: Store, repo: str) -> Path:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Final, Literal
 
 from avatarctl.errors import AvatarctlError, Interrupted
 from avatarctl.events import BytesMoved, Emit
-from avatarctl.hub.client import HubFile, Listing, digest_of, list_files
+from avatarctl.hub.client import Listing, digest_of, list_files
 from avatarctl.hub.locate import locate
 from avatarctl.hub.store import recorded_digest
 from avatarctl.registry import Row
@@ -43,37 +44,26 @@ def verify(
     rows: Iterable[Row], weights_root: str | None, emit: Emit, should_stop: Callable[[], bool]
 ) -> Iterator[Checked]:
     """Checks every file of these rows, one after the other. Raises Interrupted if `should_stop()`."""
-    hub = _Hub()
+    listing = cache(_listing)  # asked for when a file needs one
     for row in rows:
         located = locate(row, weights_root)
         # One converted file may stand in for many.
         names_of = {path: row.accepted(names) for names, path in located.files.items()}
         for path, names in names_of.items():
             for place, name in _files(names, path):
-                yield _check(row, place, name, hub, emit, should_stop)
+                yield _check(row, place, name, listing, emit, should_stop)
         for wanted in located.missing:
             fetch = "fetch it, or " if row.hub_id else ""
             why = f"not here: {fetch}put it in {wanted.folder}/"
             yield Checked(row.name, wanted.file, None, "missing", why)
 
 
-class _Hub:
-    """Listings, asked for when a file needs one, once per repository."""
-
-    def __init__(self) -> None:
-        self._answers: dict[str, Listing | str] = {}
-
-    def file(self, repo: str, name: str) -> HubFile | str:
-        """What the hub states about a file, or why that is not known."""
-        if repo not in self._answers:
-            try:
-                self._answers[repo] = list_files(repo)
-            except AvatarctlError as error:
-                self._answers[repo] = error.what
-        answer = self._answers[repo]
-        if isinstance(answer, str):
-            return answer
-        return answer.files.get(name) or "the repository has no such file"
+def _listing(repo: str) -> Listing | str:
+    """What the hub states about a repository, or why that is not known."""
+    try:
+        return list_files(repo)
+    except AvatarctlError as error:
+        return error.what
 
 
 def _files(names: str, path: Path) -> Iterator[tuple[Path, str]]:
@@ -92,7 +82,12 @@ def _files(names: str, path: Path) -> Iterator[tuple[Path, str]]:
 
 
 def _check(
-    row: Row, place: Path, name: str, hub: _Hub, emit: Emit, should_stop: Callable[[], bool]
+    row: Row,
+    place: Path,
+    name: str,
+    listing: Callable[[str], Listing | str],
+    emit: Emit,
+    should_stop: Callable[[], bool],
 ) -> Checked:
     path = place / name
 
@@ -105,9 +100,11 @@ def _check(
     if not expected and not row.hub_id:
         return _check_name(row, path, name, progress)
     if not expected:
-        stated = hub.file(row.hub_id, name)
-        if isinstance(stated, str):
-            return Checked(row.name, name, path, "not checked", stated)
+        known = listing(row.hub_id)
+        if isinstance(known, str):
+            return Checked(row.name, name, path, "not checked", known)
+        if (stated := known.files.get(name)) is None:
+            return Checked(row.name, name, path, "not checked", "the repository has no such file")
         size = path.stat().st_size
         if stated.size is not None and size != stated.size:
             why = f"it has {size} bytes, the hub's has {stated.size}"

@@ -23,8 +23,8 @@ from avatarctl.weights.layouts import LAYOUTS
 from avatarctl.weights.lineage import check_lineage
 from avatarctl.weights.made_for import made_for_others
 from avatarctl.weights.merge import merge_adapter
+from avatarctl.weights.recognise import open_model
 from avatarctl.weights.weight_file import WeightFile
-from avatarctl.weights.whole import open_model
 
 __all__ = ["assemble", "built_in", "check_transformer", "with_loras"]
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from avatarctl.errors import UnusableWeights
 from avatarctl.files.finite import nonfinite, nonfinite_file
+from avatarctl.files.strict_json import listed
 from avatarctl.files.tensors import BLOCK_BYTES, DTYPES, Array, FileTensor, StoredTensor, block_ranges
 from avatarctl.finite import is_finite
 
@@ -27,7 +28,6 @@ __all__ = ["DTypeOf", "fill", "on_meta"]
 
 DTypeOf = Callable[[str], torch.dtype]
 
-_SHOWN: Final = 3
 _FILE_BLOCK: Final = 2 << 20
 """Bytes read at a time from a file: larger blocks and the parameters keep taking each other's memory from the
 allocator, and every block costs fresh pages (8 MB: 1.5 times the processor time, measured)."""
@@ -107,14 +107,9 @@ def _refuse_names(missing: list[str], over: list[str], where: Path, likely: Call
     if not missing and not over:
         return
     are, have = ("s are" if len(missing) > 1 else " is"), ("have" if len(over) > 1 else "has")
-    lacks = f"{len(missing)} tensor{are} missing: {_first(missing)}" if missing else ""
-    has = f"{len(over)} {have} no place in the network: {_first(over)}" if over else ""
+    lacks = f"{len(missing)} tensor{are} missing: {listed(missing, most=3)}" if missing else ""
+    has = f"{len(over)} {have} no place in the network: {listed(over, most=3)}" if over else ""
     raise UnusableWeights("; ".join(filter(None, (lacks, has))), where=where, fix=likely())
-
-
-def _first(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(name[:100] for name in names[:_SHOWN]) + more
 
 
 def _check(

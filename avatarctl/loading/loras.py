@@ -10,12 +10,11 @@ from typing import Final
 
 from avatarctl.errors import ConfigError, PathNotFound, WeightsMissing
 from avatarctl.files.named_path import expanded
-from avatarctl.hub.locate import locate_hub_name, read_hub_name
+from avatarctl.hub.locate import WEIGHT_SUFFIXES, locate_hub_name, read_hub_name
 
 __all__ = ["Lora", "absolute_lora", "find_here", "find_lora", "split_scale"]
 
 _SCALED: Final = re.compile(r"(?P<path>.+):(?P<scale>[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?)", re.ASCII)
-_SUFFIXES: Final = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def find_lora(text: str, weights_root: str | None) -> Lora:
     if (here := find_here(name)) is not None:
         return Lora(here, strength)
     hub_name = read_hub_name(name)
-    if hub_name is None or (not hub_name.path and name.endswith(_SUFFIXES)):
+    if hub_name is None or (not hub_name.path and name.endswith(WEIGHT_SUFFIXES)):
         raise PathNotFound("no such file or folder", where=name, fix="model.lora takes PATH[:SCALE]")
     found = locate_hub_name(hub_name, weights_root)
     if found is None:

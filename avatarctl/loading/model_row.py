@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from avatarctl.errors import PathNotFound, UnusableWeights
-from avatarctl.files.named_path import expanded
+from avatarctl.hub.locate import WEIGHT_SUFFIXES
+from avatarctl.loading.loras import find_here
 from avatarctl.registry import NEEDS_WEIGHTS, ROWS, Row, encoder_part, find_model
 from avatarctl.weights.loaders import avatars_on
 from avatarctl.weights.made_for import trained_shape
+from avatarctl.weights.recognise import open_model
 from avatarctl.weights.weight_file import WeightFile
-from avatarctl.weights.whole import open_model
 
 __all__ = ["row_named"]
 
@@ -27,22 +28,15 @@ def row_named(name: str) -> Row:
     """
     if name in ROWS:
         return find_model(name)
-    path = expanded(name)
-    if not _exists(path):
+    path = find_here(name)
+    if path is None:
         for row in ROWS.values():
             if name == row.hub_id:
                 return find_model(row.name)  # says which model uses it
-        if "/" in name or path.suffix in (".safetensors", ".pt", ".pth", ".bin", ".ckpt"):
+        if "/" in name or name.endswith(WEIGHT_SUFFIXES):
             raise PathNotFound("no such file or folder, and no model of this name", where=name)
         return find_model(name)
     return _row_of(path.absolute(), open_model(path))
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # too long for a path
-        return False
 
 
 def _row_of(path: Path, held: WeightFile) -> Row:

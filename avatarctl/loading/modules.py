@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, get_args
+from typing import TYPE_CHECKING, Literal, TypedDict, TypeVar, get_args
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 __all__ = ["PARTS", "Part", "Parts", "build_random_modules", "load_parts"]
 
 Built = TypeVar("Built", bound=nn.Module)
-Dims = Mapping[str, Any]
 
 Part = Literal["text", "vae", "audio", "image", "dit"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -192,7 +191,10 @@ def _random_parts(row: Row, wanted: Collection[Part]) -> Parts:
 
     made = Parts()
     if "text" in wanted:
-        made["text"] = seeded("text", lambda: _text_encoder(network["text"]))
+        reader = ByT5Tokenizer(extra_ids=0)  # of bytes: 256 values, padding, end and unknown
+        made["text"] = seeded(
+            "text", lambda: PromptEncoder(UMT5EncoderModel(UMT5Config(**network["text"])), reader)
+        )
     if "vae" in wanted:
         made["vae"] = seeded("vae", lambda: WanVae(AutoencoderKLWan(**network["vae"])))
     if "audio" in wanted:
@@ -202,9 +204,3 @@ def _random_parts(row: Row, wanted: Collection[Part]) -> Parts:
     if "dit" in wanted:
         made["dit"] = seeded("dit", lambda: TRANSFORMERS[row.family](**network["dit"]))
     return made
-
-
-def _text_encoder(dims: Dims) -> PromptEncoder:
-    """A UMT5 encoder that reads bytes: vocabulary of 256 values, padding, end and unknown."""
-    encoder = UMT5EncoderModel(UMT5Config(**dims))
-    return PromptEncoder(encoder, ByT5Tokenizer(extra_ids=0))

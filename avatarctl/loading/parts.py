@@ -9,8 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,8 +20,9 @@ from transformers import UMT5Config, UMT5EncoderModel, Wav2Vec2Config
 
 from avatarctl.errors import UnusableWeights, printable
 from avatarctl.events import Emit, Notice
-from avatarctl.files.strict_json import read_object
+from avatarctl.files.strict_json import read_object, reading
 from avatarctl.files.tensors import StoredTensor
+from avatarctl.hub.locate import found_in
 from avatarctl.loading.fill import fill, on_meta
 from avatarctl.loading.tokenizer import read_tokenizer
 from avatarctl.loading.wan_clip import CLIP_VISION, internal_tensors, read_clip_sizes
@@ -57,8 +57,6 @@ TRANSFORMERS: Final[Mapping[str, type[nn.Module]]] = {
 """Transformer class of a family; a family adds its own line. Which arguments it takes is data of its files'
 layout (weights/layouts.py)."""
 
-Shape = tuple[int, ...]
-
 _LATENT_CHANNELS: Final = 16
 _DOWN: Final = (False, True, True)
 """Steps of the Wan 2.1 VAE: 8 times smaller in space, 4 times in time (spec/omniavatar.md c)."""
@@ -86,8 +84,8 @@ def transformer(held: WeightFile, dtype: torch.dtype, device: torch.device) -> n
 def video_codec(path: Path, dtype: torch.dtype, device: torch.device) -> WanVae:
     """The VAE of `Wan2.1_VAE.pth`."""
     held = _component(path, "Wan VAE")
-    with _names(path):
-        sizes = read_vae_sizes(_shapes(held))
+    with reading(path):
+        sizes = read_vae_sizes({name: tensor.info.shape for name, tensor in held.tensors.items()})
     if sizes.z_dim != _LATENT_CHANNELS or sizes.temporal != _DOWN:
         raise UnusableWeights(
             f"is a VAE with {sizes.z_dim} channels, halving time in steps {sizes.temporal}; Wan 2.1 has "
@@ -109,7 +107,6 @@ def video_codec(path: Path, dtype: torch.dtype, device: torch.device) -> WanVae:
 def text_encoder(path: Path, tokenizer: Path, dtype: torch.dtype, device: torch.device) -> PromptEncoder:
     """The UMT5 encoder of `models_t5_umt5-xxl-enc-bf16.pth` and the tokenizer of `google/umt5-xxl`."""
     held = _component(path, "UMT5 text encoder")
-    shapes = _shapes(held)
     # Before the encoder is read: a tokenizer of another model would index outside its table.
     vocabulary, width = _matrix(held, "token_embedding.weight")
     words = read_tokenizer(tokenizer, vocabulary)
@@ -122,7 +119,7 @@ def text_encoder(path: Path, tokenizer: Path, dtype: torch.dtype, device: torch.
         d_model=width,
         d_kv=inner // heads,
         d_ff=_matrix(held, "blocks.0.ffn.gate.0.weight")[0],
-        num_layers=sum(name.endswith(".norm1.weight") for name in shapes),
+        num_layers=sum(name.endswith(".norm1.weight") for name in held.tensors),
         num_heads=heads,
         relative_attention_num_buckets=buckets,
         feed_forward_proj="gated-gelu",
@@ -139,7 +136,7 @@ def image_encoder(path: Path, device: torch.device, emit: Emit) -> ClipImageEnco
     held = _component(path, "CLIP vision encoder")
     if any(name.startswith("textual.") for name in held.tensors):
         emit(Notice(f"{path.name}: its text tower is not read"))
-    with _names(path):
+    with reading(path):
         sizes = read_clip_sizes(held.tensors)
         tensors = internal_tensors(held.tensors, sizes)
     with on_meta():
@@ -152,10 +149,7 @@ def audio_encoder(folder: Path, device: torch.device, emit: Emit) -> FrameWav2Ve
     """The wav2vec 2.0 encoder of a folder; always float32 (spec/omniavatar.md b.8)."""
     config = _wav2vec_config(folder)
     _read_preprocessor(folder, emit)
-    file = next(
-        (folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()),
-        None,
-    )
+    file = found_in(folder, "model.safetensors|pytorch_model.bin")
     if file is None:
         raise UnusableWeights("has neither model.safetensors nor pytorch_model.bin", where=folder)
     held = _component(file, "wav2vec 2.0 encoder")
@@ -306,20 +300,6 @@ def _component(path: Path, title: str) -> WeightFile:
     if held.layout.title != title:
         raise UnusableWeights(f"is {held.variant}, and the {title} was looked for", where=path)
     return held
-
-
-@contextmanager
-def _names(path: Path) -> Iterator[None]:
-    """Says which file what is raised within is about."""
-    try:
-        yield
-    except UnusableWeights as error:
-        error.where = path
-        raise
-
-
-def _shapes(held: WeightFile) -> dict[str, Shape]:
-    return {name: tensor.info.shape for name, tensor in held.tensors.items()}
 
 
 def _matrix(held: WeightFile, name: str) -> tuple[int, int]:

@@ -46,9 +46,8 @@ from avatarctl.weights.describe import NAMINGS
 from avatarctl.weights.export import Export, export, with_release_config
 from avatarctl.weights.layouts import LAYOUTS
 from avatarctl.weights.metadata import config_of, file_metadata, read_own
-from avatarctl.weights.recognise import read_weight_file
+from avatarctl.weights.recognise import read_weight_file, require_whole
 from avatarctl.weights.weight_file import WeightFile
-from avatarctl.weights.whole import require_whole
 
 __all__ = [
     "ConvertPlan",
@@ -214,13 +213,8 @@ def _read(path: Path) -> WeightFile:
             where=path,
             fix="--inspect shows what it holds",
         )
-    try:
-        require_whole(weight_file)
-        return replace(weight_file, config=config_of(weight_file))
-    except UnusableWeights as error:  # damaged metadata of our own
-        if error.where is None:
-            error.where = path
-        raise
+    require_whole(weight_file)
+    return replace(weight_file, config=config_of(weight_file))
 
 
 def _described(weight_file: WeightFile) -> str:

@@ -64,20 +64,22 @@ def wan_shapes(sizes: Sizes) -> Shapes:
             **_norm("img_emb.proj.4", d),
         }
     for index in range(sizes.layers):
-        shapes |= _block(f"blocks.{index}", sizes)
+        shapes |= _block(f"blocks.{index}", ("self_attn", "cross_attn"), d, sizes.ffn)
+        if sizes.image_dim:
+            for projection in ("k_img", "v_img"):
+                shapes |= _linear(f"blocks.{index}.cross_attn.{projection}", d, d)
+            shapes[f"blocks.{index}.cross_attn.norm_k_img.weight"] = (d,)
     return shapes
 
 
-def _block(block: str, sizes: Sizes) -> Shapes:
-    d = sizes.width
+def _block(block: str, attentions: tuple[str, ...], d: int, ffn: int) -> Shapes:
     shapes: Shapes = {f"{block}.modulation": (1, 6, d), **_norm(f"{block}.norm3", d)}
-    for attention in ("self_attn", "cross_attn"):
-        images = ("k_img", "v_img") if sizes.image_dim and attention == "cross_attn" else ()
-        for projection in ("q", "k", "v", "o", *images):
+    for attention in attentions:
+        for projection in "qkvo":
             shapes |= _linear(f"{block}.{attention}.{projection}", d, d)
-        for norm in ("norm_q", "norm_k", *(("norm_k_img",) if images else ())):
+        for norm in ("norm_q", "norm_k"):
             shapes[f"{block}.{attention}.{norm}.weight"] = (d,)
-    return shapes | _linear(f"{block}.ffn.0", sizes.ffn, d) | _linear(f"{block}.ffn.2", d, sizes.ffn)
+    return shapes | _linear(f"{block}.ffn.0", ffn, d) | _linear(f"{block}.ffn.2", d, ffn)
 
 
 def omniavatar_shapes(sizes: Sizes) -> Shapes:
@@ -109,24 +111,9 @@ def stableavatar_shapes(sizes: Sizes) -> Shapes:
     else:
         shapes |= {f"{inner}.proj.weight": (d, sizes.vocal_dim), **_norm(f"{inner}.norm", d)}
     for index in range(sizes.vocal_layers):
-        shapes |= _projector_block(f"vocal_projector.blocks.{index}", sizes)
+        shapes |= _block(f"vocal_projector.blocks.{index}", ("cross_attn",), d, sizes.vocal_ffn)
     head = "vocal_projector.final_head"
     return shapes | {f"{head}.modulation": (1, 2, d), **_linear(f"{head}.final_proj", d, d)}
-
-
-def _projector_block(block: str, sizes: Sizes) -> Shapes:
-    d = sizes.width
-    shapes: Shapes = {f"{block}.modulation": (1, 6, d), **_norm(f"{block}.norm3", d)}
-    for projection in ("q", "k", "v", "o"):
-        shapes |= _linear(f"{block}.cross_attn.{projection}", d, d)
-    for norm in ("norm_q", "norm_k"):
-        shapes[f"{block}.cross_attn.{norm}.weight"] = (d,)
-    ffn = sizes.vocal_ffn
-    return shapes | _linear(f"{block}.ffn.0", ffn, d) | _linear(f"{block}.ffn.2", d, ffn)
-
-
-def _nothing(sizes: Sizes) -> Mapping[str, tuple[int, ...]]:
-    return {}
 
 
 _AUDIO = ("audio_proj", "audio_cond_projs")
@@ -218,29 +205,20 @@ STABLEAVATAR: Final = WeightLayout(
     float32=(*_FLOAT32, "time_projection", "norm", "norm_1", "norm_2", "img_emb.proj.0", "img_emb.proj.4"),
 )  # fmt: skip
 
-_LIVEAVATAR: Final = WeightLayout(
-    family="liveavatar",
-    title="LiveAvatar or Wan 2.2 S2V",
-    key_map=WAN_TRANSFORMER,
-    own=(
-        r"audio_injector\..+", r"casual_audio_encoder\..+", r"frame_packer\..+", r"cond_encoder\..+",
-        r"trainable_cond_mask\.weight",
-    ),
-    replaced=(),
-    channels=(16,),
-    shapes=_nothing,
-    supported=False,
+
+def _only_named(family: str, title: str, key_map: KeyMap, *own: str) -> WeightLayout:
+    """Of files that this version tells apart and does not load."""
+    return WeightLayout(family, title, key_map, own, (), (), lambda sizes: {}, supported=False)
+
+
+_LIVEAVATAR: Final = _only_named(
+    "liveavatar", "LiveAvatar or Wan 2.2 S2V", WAN_TRANSFORMER,
+    r"audio_injector\..+", r"casual_audio_encoder\..+", r"frame_packer\..+", r"cond_encoder\..+",
+    r"trainable_cond_mask\.weight",
 )  # fmt: skip
 
-_VACE: Final = WeightLayout(
-    family="vace",
-    title="Wan VACE",
-    key_map=WAN_TRANSFORMER,
-    own=(r"vace_blocks\.\d+\..+", r"vace_patch_embedding\.\w+"),
-    replaced=(),
-    channels=(16,),
-    shapes=_nothing,
-    supported=False,
+_VACE: Final = _only_named(
+    "vace", "Wan VACE", WAN_TRANSFORMER, r"vace_blocks\.\d+\..+", r"vace_patch_embedding\.\w+"
 )
 
 LAYOUTS: Final = (OMNIAVATAR, STABLEAVATAR, _LIVEAVATAR, _VACE, WAN)
@@ -257,32 +235,24 @@ UNSTATED_SCALES: Final[Mapping[str, tuple[float, str]]] = {
 (spec/field.md 4a)."""
 
 
-def _component(title: str, *own: str, key_map: KeyMap | None = None) -> WeightLayout:
-    return WeightLayout(
-        family="component",
-        title=title,
-        key_map=key_map or KeyMap(()),
-        own=own,
-        replaced=(),
-        channels=(),
-        shapes=_nothing,
-        supported=False,
-    )
-
-
+_NO_NAMES: Final = KeyMap(())
 COMPONENTS: Final = (
-    _component(
-        "UMT5 text encoder",
+    _only_named(
+        "component", "UMT5 text encoder", UMT5_ENCODER,
         r"token_embedding\.weight", r"blocks\.\d+\.attn\.[qkvo]\.weight",
         r"blocks\.\d+\.ffn\.gate\.0\.weight", r"shared\.weight", r"encoder\.block\.\d+\.layer\.[01]\..+",
-        key_map=UMT5_ENCODER,
     ),
-    _component(
-        "Wan VAE",
+    _only_named(
+        "component", "Wan VAE", _NO_NAMES,
         r"(encoder|decoder)\.(conv1|conv_in|middle\..+|mid_block\..+|(down|up)samples\..+|(down|up)_blocks\..+)"
         r"(\.\w+)?",
     ),
-    _component("wav2vec 2.0 encoder", r"(wav2vec2\.)?feature_extractor\.conv_layers\..+"),
-    _component("CLIP vision encoder", r"visual\..+", r"(vision_model\.)?embeddings\.patch_embedding\.weight"),
+    _only_named(
+        "component", "wav2vec 2.0 encoder", _NO_NAMES, r"(wav2vec2\.)?feature_extractor\.conv_layers\..+"
+    ),
+    _only_named(
+        "component", "CLIP vision encoder", _NO_NAMES,
+        r"visual\..+", r"(vision_model\.)?embeddings\.patch_embedding\.weight",
+    ),
 )  # fmt: skip
 """Encoders and decoders around the transformer: recognised, so that a person knows what a file is."""

@@ -14,6 +14,7 @@ from typing import Any, Final
 from avatarctl.errors import UnusableWeights, printable
 from avatarctl.files.strict_json import parse_json
 from avatarctl.files.tensors import StoredTensor
+from avatarctl.files.writer import SOURCES_KEY
 from avatarctl.weights.layout import Sizes, WeightLayout
 from avatarctl.weights.metadata import config_of, mismatch, stated_network
 from avatarctl.weights.sizes import variant_of
@@ -243,7 +244,7 @@ def _metadata(base: WeightFile, adapter: WeightFile, network: Mapping[str, float
     both = {**base.metadata, **adapter.metadata}
     names = ", ".join(printable(file.name) for file in (*base.files[:1], *adapter.files[:1]))
     kept = {key: value for key, value in both.items() if key not in _STALE}
-    for key in ("avatarctl.operations", "avatarctl.sources"):
+    for key in ("avatarctl.operations", SOURCES_KEY):
         if key in kept:
             lists = (
                 parse_json(side.metadata.get(key, "[]"), side.path, f"the metadata {key} is")

@@ -36,22 +36,24 @@ _INNER: Final = re.compile(r"(?<=\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_
 """What PyTorch's wrappers (compile, FSDP, activation checkpointing) put in front of a part of a network."""
 _FLAT: Final = ("lora_unet_", "lora_transformer__", "lora_transformer_")
 
-_ROLES: Final[tuple[tuple[re.Pattern[str], Role], ...]] = tuple(
-    (re.compile(rf"(?P<module>.+)\.{pattern}"), role)  # type: ignore[misc]
-    for pattern, role in (
-        (r"lora_A(\.\w+)?\.weight", "down"),
-        (r"lora_B(\.\w+)?\.weight", "up"),
-        (r"lora[_.]down\.weight", "down"),
-        (r"lora[_.]up\.weight", "up"),
-        (r"alpha", "alpha"),
-        (r"(?P<bias>diff_b)", "diff"),
-        (r"diff", "diff"),
+_ENDINGS: Final[tuple[tuple[re.Pattern[str], Role, str], ...]] = tuple(
+    (re.compile(rf"(?P<module>.+)\.{pattern}"), role, leaf)  # type: ignore[misc]
+    for pattern, role, leaf in (
+        (r"lora_A(\.\w+)?\.weight", "down", ""),
+        (r"lora_B(\.\w+)?\.weight", "up", ""),
+        (r"lora[_.]down\.weight", "down", ""),
+        (r"lora[_.]up\.weight", "up", ""),
+        (r"alpha", "alpha", ""),
+        (r"diff_b", "diff", "bias"),
+        (r"diff", "diff", "weight"),
+        (r"set_weight", "tensor", "weight"),
+        (r"modules_to_save\.\w+\.weight", "tensor", "weight"),
+        (r"modules_to_save\.\w+\.bias", "tensor", "bias"),
+        (r"base_layer\.bias", "tensor", "bias"),
     )
 )
-_WHOLE: Final = re.compile(
-    r"(?P<module>.+)\.(set_weight|modules_to_save\.\w+\.(?P<what>weight|bias)|base_layer\.(?P<bias>bias))"
-)
-"""A tensor that replaces the base's; `base_layer.bias` is PEFT's `bias="lora_only"`."""
+"""How names end, of what, and which tensor of the module that is. A "tensor" replaces the base's;
+`base_layer.bias` is PEFT's `bias="lora_only"`."""
 _OTHER_ADAPTERS: Final = re.compile(
     r".*\.(dora_scale|lora_magnitude_vector.*|hada_\w+|lokr_\w+|oft_\w+|reshape_weight)"
 )
@@ -125,7 +127,8 @@ def place_names(names: Iterable[str], layout: WeightLayout) -> Names:
             raise UnusableWeights(f"{taken[placed][:100]} and {name[:100]} are two names of one tensor")
         taken[placed] = name
         found.placed[name] = placed
-        found.replaces |= _WHOLE.fullmatch(rest) is not None
+        ended = _ended(rest)
+        found.replaces |= ended is not None and ended[1] == "tensor"
         if prefix:
             found.prefixes[prefix] += 1
     found.naming = _naming(found, translate.naming)
@@ -204,35 +207,28 @@ class _Translator:
 
 def _weight_of(name: str) -> str:
     """The name of the weight that a LoRA tensor changes; other names as they are."""
-    match = next((match for pattern, _ in _ROLES if (match := pattern.fullmatch(name))), None)
-    return name if match is None else f"{match['module']}.weight"
+    ended = _ended(name)
+    return name if ended is None or ended[1] == "tensor" else f"{ended[0]}.weight"
+
+
+def _ended(name: str) -> tuple[str, Role, str] | None:
+    """The module in front of one of `_ENDINGS`, and what this says; None for other names."""
+    found = ((match, role, leaf) for pattern, role, leaf in _ENDINGS if (match := pattern.fullmatch(name)))
+    return next(((match["module"], role, leaf) for match, role, leaf in found), None)
 
 
 def _place(name: str, flat: bool, translate: _Translator) -> Placed | None:
-    for pattern, role in _ROLES:
-        if match := pattern.fullmatch(name):
-            module = translate.module(match["module"], flat)
-            if module is None and role == "diff" and not flat and not match.groupdict().get("bias"):
-                # A parameter that is no module's weight: ComfyUI writes blocks.0.modulation.diff.
-                parameter = translate.tensor(match["module"])
-                return None if parameter is None else Placed(role, parameter)
-            if module is None:
-                break
-            if role == "diff":
-                return Placed(role, f"{module}.{'bias' if match.groupdict().get('bias') else 'weight'}")
-            return Placed(role, module)
-    if match := _WHOLE.fullmatch(name):
-        target = match["module"]
-        module = None if target.endswith((".weight", ".bias")) else translate.module(target, flat)
-        if module is None and name.endswith(".set_weight") and not flat:
-            # ComfyUI names what is no module's weight in full: blocks.0.modulation.set_weight.
+    if ended := _ended(name):
+        target, role, leaf = ended
+        named = role == "tensor" and target.endswith((".weight", ".bias"))
+        if not named and (module := translate.module(target, flat)):
+            return Placed(role, f"{module}.{leaf}" if leaf else module)
+        if name.endswith((".diff", ".set_weight")) and not flat:
+            # ComfyUI names what is no module's weight in full: blocks.0.modulation.diff.
             parameter = translate.tensor(target)
-            return None if parameter is None else Placed("tensor", parameter)
-        return (
-            None
-            if module is None
-            else Placed("tensor", f"{module}.{match['what'] or match['bias'] or 'weight'}")
-        )
+            return None if parameter is None else Placed(role, parameter)
+        if role == "tensor":
+            return None
     if flat:
         return None
     whole = translate.tensor(name)

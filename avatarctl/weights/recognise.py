@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from avatarctl.errors import UnusableWeights
 from avatarctl.files.source import RawWeights, open_weights
-from avatarctl.files.strict_json import parse_json
+from avatarctl.files.strict_json import listed, reading
 from avatarctl.files.tensors import DTYPES, StoredTensor
 from avatarctl.weights.adapter import read_pairs
 from avatarctl.weights.layout import Sizes, WeightLayout
 from avatarctl.weights.layouts import COMPONENTS, LAYOUTS, PATCHED_ADAPTERS, WAN
+from avatarctl.weights.metadata import read_own
 from avatarctl.weights.naming import Names, Placed, place_names, plain_name
 from avatarctl.weights.sizes import MOST_LAYERS, read_sizes, variant_of
 from avatarctl.weights.weight_file import Kind, LoraPair, WeightFile
 
-__all__ = ["read_weight_file", "recognise", "require_complete"]
+__all__ = ["open_model", "read_weight_file", "recognise", "require_complete", "require_whole"]
 
 HEAD_WIDTH: Final = 128
 """Width of an attention head in every published Wan transformer."""
-
-SHOWN: Final = 3
 
 Shape = tuple[int, ...]
 
@@ -34,13 +33,29 @@ def read_weight_file(path: Path) -> WeightFile:
     Raises PathNotFound, and UnusableWeights for files that cannot be read as any network that we know.
     Missing and unknown tensors are listed, not raised: see `require_complete`.
     """
-    raw = open_weights(path)
-    try:
-        return recognise(raw)
-    except UnusableWeights as error:
-        if error.where is None:
-            error.where = path
-        raise
+    return recognise(open_weights(path))
+
+
+def open_model(path: Path) -> WeightFile:
+    """The complete weight file at `path`.
+
+    Raises what `read_weight_file` and `require_whole` raise.
+    """
+    held = read_weight_file(path)
+    require_whole(held)
+    return held
+
+
+def require_whole(held: WeightFile) -> None:
+    """Raise what `require_complete` raises, and UnusableWeights for the second file of an adapter that is
+    written as two: half of it would run and be wrong."""
+    if first := read_own(held.metadata).companion_of:
+        raise UnusableWeights(
+            f"is the second half of an adapter; its first file is {first[:100]}",
+            where=held.path,
+            fix=f"name {first[:100]}, which reads both",
+        )
+    require_complete(held)
 
 
 def require_complete(weight_file: WeightFile) -> None:
@@ -48,31 +63,46 @@ def require_complete(weight_file: WeightFile) -> None:
     if count := len(weight_file.missing):
         raise UnusableWeights(
             f"incomplete for {weight_file.variant}: {count} tensor{'s are' if count > 1 else ' is'} missing, "
-            f"{_first(weight_file.missing)}",
+            f"{listed(weight_file.missing, most=3)}",
             where=weight_file.path,
             fix="an interrupted or partial save; use the complete file",
         )
     if count := len(weight_file.unknown):
         raise UnusableWeights(
             f"{count} unknown tensor{'s have' if count > 1 else ' has'} no place in {weight_file.variant}, "
-            f"{_first(weight_file.unknown)}",
+            f"{listed(weight_file.unknown, most=3)}",
             where=weight_file.path,
         )
 
 
-def _first(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(name[:100] for name in names[:SHOWN]) + more
-
-
 def recognise(raw: RawWeights) -> WeightFile:
     """`read_weight_file` for a file that is open."""
+    with reading(raw.path):
+        return _recognise(raw)
+
+
+def _recognise(raw: RawWeights) -> WeightFile:
     if not raw.tensors:
         raise UnusableWeights("the file is empty: no tensors")
     layout = _layout_of(raw)
+    held = WeightFile(
+        path=raw.path,
+        kind="component",
+        naming="original",
+        layout=layout,
+        variant=layout.title,
+        sizes=Sizes(),
+        tensors=raw.tensors,
+        files=raw.files,
+        format=raw.format,
+        names=tuple(raw.tensors),
+        config=raw.config,
+        metadata=raw.metadata,
+        wrappers=raw.wrappers,
+        notes=raw.notes,
+    )
     if layout in COMPONENTS:
-        return _component(raw, layout)
+        return held
     names = place_names(raw.tensors, layout)
     _refuse_integers(raw.tensors, names)
     pairs = read_pairs(names, raw.tensors, raw.config, raw.metadata)
@@ -93,11 +123,10 @@ def recognise(raw: RawWeights) -> WeightFile:
     _check_config(raw.config, sizes, kind, pairs.lora_pairs)
     offset, offset_rule, assumed = _audio_offset(raw, layout, sizes)
     heads, stated = _heads(raw, sizes)
-    return WeightFile(
-        path=raw.path,
+    return replace(
+        held,
         kind=kind,
         naming=names.naming,
-        layout=layout,
         variant=variant_of(kind, layout, sizes),
         sizes=sizes,
         tensors={name: raw.tensors[key] for name, key in whole.items() if key not in strange},
@@ -110,14 +139,8 @@ def recognise(raw: RawWeights) -> WeightFile:
         audio_offset=offset,
         audio_offset_rule=offset_rule,
         audio_offset_assumed=assumed,
-        files=raw.files,
-        format=raw.format,
-        names=tuple(raw.tensors),
-        config=raw.config,
-        metadata=raw.metadata,
         unknown=tuple(key for key in raw.tensors if key in strange),
         missing=tuple(missing),
-        wrappers=raw.wrappers,
         notes=(*raw.notes, *names.notes, *pairs.notes),
     )
 
@@ -125,13 +148,10 @@ def recognise(raw: RawWeights) -> WeightFile:
 def _layout_of(raw: RawWeights) -> WeightLayout:
     """Whose tensors these are. Raises UnusableWeights for nobody's."""
     names = [plain_name(name) for name in raw.tensors]
-    for layout in LAYOUTS:
+    # Plain Wan owns none: the text encoder's blocks.N.norm2 is a name of diffusers' Wan as well.
+    for layout in (*LAYOUTS, *COMPONENTS):
         if any(layout.owns(name) for name in names):
             return layout
-    # Before plain Wan: the text encoder's blocks.N.norm2 is a name of diffusers' Wan as well.
-    for component in COMPONENTS:
-        if any(component.owns(name) for name in names):
-            return component
     known = place_names(raw.tensors, WAN).placed.values()
     if known:
         roles = {placed.role for placed in known}
@@ -139,26 +159,7 @@ def _layout_of(raw: RawWeights) -> WeightLayout:
         return PATCHED_ADAPTERS if patched and "down" in roles else WAN
     raise UnusableWeights(
         f"unknown tensors: none of the {len(names)} names belongs to a network that we know: "
-        f"{_first(raw.tensors)}"
-    )
-
-
-def _component(raw: RawWeights, layout: WeightLayout) -> WeightFile:
-    return WeightFile(
-        path=raw.path,
-        kind="component",
-        naming="original",
-        layout=layout,
-        variant=layout.title,
-        sizes=Sizes(),
-        tensors=raw.tensors,
-        files=raw.files,
-        format=raw.format,
-        names=tuple(raw.tensors),
-        config=raw.config,
-        metadata=raw.metadata,
-        wrappers=raw.wrappers,
-        notes=raw.notes,
+        f"{listed(list(raw.tensors), most=3)}"
     )
 
 
@@ -294,7 +295,7 @@ def _with_assumed(raw: RawWeights, layout: WeightLayout, sizes: Sizes) -> Sizes:
 
 def _stated(raw: RawWeights, *names: str) -> tuple[str, int]:
     """The first of these numbers that our metadata or the config states, with its name; 0 for none."""
-    for fields in (_json(raw.metadata, "avatarctl.network"), raw.config, raw.config.get("model_config")):
+    for fields in (read_own(raw.metadata).network, raw.config, raw.config.get("model_config")):
         for name in names:
             value = fields.get(name) if isinstance(fields, Mapping) else None
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
@@ -302,18 +303,11 @@ def _stated(raw: RawWeights, *names: str) -> tuple[str, int]:
     return "", 0
 
 
-def _json(metadata: Mapping[str, str], key: str) -> Mapping[str, Any]:
-    if key not in metadata:
-        return {}
-    fields = parse_json(metadata[key], None, f"the metadata {key} is")
-    return fields if isinstance(fields, Mapping) else {}
-
-
 def _audio_offset(raw: RawWeights, layout: WeightLayout, sizes: Sizes) -> tuple[int | None, str, bool]:
     """(frames, why, whether that is an assumption)."""
     if not layout.offsets:
         return None, "", False
-    stated = _json(raw.metadata, "avatarctl.conventions").get("audio_offset")
+    stated = read_own(raw.metadata).conventions.get("audio_offset")
     if stated in (0, 1):
         return int(stated), "the file's metadata", False
     names = [file.name for file in raw.files]

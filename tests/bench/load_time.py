@@ -72,7 +72,7 @@ def load_full(root: Path) -> dict[str, float]:
     import torch
 
     from avatarctl.loading.parts import transformer
-    from avatarctl.weights.whole import open_model
+    from avatarctl.weights.recognise import open_model
 
     started = time.perf_counter()
     network = transformer(open_model(root / FULL), torch.bfloat16, torch.device("cpu"))
@@ -84,7 +84,7 @@ def load_merged(root: Path) -> dict[str, float]:
 
     from avatarctl.loading.parts import transformer
     from avatarctl.weights.merge import merge_adapter
-    from avatarctl.weights.whole import open_model
+    from avatarctl.weights.recognise import open_model
 
     started = time.perf_counter()
     base = open_model(root / "Wan2.1-T2V-1.3B" / "diffusion_pytorch_model.safetensors")

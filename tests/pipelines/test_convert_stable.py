@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from avatarctl.cli import app
 from avatarctl.loading.parts import transformer
 from avatarctl.models.stableavatar import StableAvatarTransformer
-from avatarctl.weights.whole import open_model
+from avatarctl.weights.recognise import open_model
 from tests.pipelines import tiny_stable_release as stable
 from tests.pipelines.converting import close, loaded
 from tests.pipelines.tiny_release import State
