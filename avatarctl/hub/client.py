@@ -171,8 +171,6 @@ def _check_environment() -> None:
             raise UsageError(f"{name} must be a positive number of seconds", where="environment")
     try:
         build_hf_headers()
-    except UnicodeEncodeError:
-        raise
     except (OSError, UnicodeDecodeError) as error:
         raise EnvironmentMissing(
             "the token of the hub cannot be read",

@@ -50,7 +50,6 @@ RECORD: Final = Path(".cache", "huggingface", "avatarctl.json")
 WEIGHT_SUFFIXES: Final = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 _SHARD: Final = re.compile(r"(?P<stem>.*)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\.\w+)", re.DOTALL)
-_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _REPOSITORY: Final = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _OUTSIDE: Final = frozenset({"", ".", ".."})
 _LARGEST_RECORD: Final = 1 << 16
@@ -229,14 +228,9 @@ def snapshots(repo: str) -> Iterator[Path]:
     home = hub_cache() / f"models--{repo.replace('/', '--')}"
     folder = home / "snapshots"
     commits = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
-    main = _main_commit(home)
+    reference = home / "refs" / "main"
+    main = reference.read_text(encoding="utf-8", errors="replace").strip() if reference.is_file() else ""
     yield from sorted(commits, key=lambda path: (path.name == main, path.stat().st_mtime), reverse=True)
-
-
-def _main_commit(home: Path) -> str:
-    path = home / "refs" / "main"
-    text = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
-    return text if _COMMIT.fullmatch(text) else ""
 
 
 def read_hub_name(text: str) -> HubName | None:

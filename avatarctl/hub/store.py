@@ -159,11 +159,9 @@ class Store:
 def _writable() -> Iterator[None]:
     try:
         yield
-    except WriteFailed as error:
-        error.fix = "free some space, or choose another place by --weights-root"
-        raise
-    except OutputRefused as error:
-        error.fix = "choose another place by --weights-root"
+    except (OutputRefused, WriteFailed) as error:
+        space = "free some space, or " if isinstance(error, WriteFailed) else ""
+        error.fix = f"{space}choose another place by --weights-root"
         raise
 
 

@@ -155,21 +155,11 @@ def _check_asked(row: Row, model: Model, held: WeightFile, emit: Emit) -> None:
                 where=held.path,
                 fix=f"use --model {like[0]}",
             )
-        emit(
-            Notice(
-                f"{row.name} is published with width {row.width}; these weights have "
-                f"{held.sizes.width}: {held.path}",
-                "warning",
-            )
-        )
+        these = f"these weights have {held.sizes.width}: {held.path}"
+        emit(Notice(f"{row.name} is published with width {row.width}; {these}", "warning"))
     if not row.path and held.audio_offset not in (None, model.audio_offset):
-        emit(
-            Notice(
-                f"{held.path} has audio offset {held.audio_offset} ({held.audio_offset_rule}); "
-                f"{model.audio_offset} moves the lips",
-                "warning",
-            )
-        )
+        stated = f"{held.path} has audio offset {held.audio_offset} ({held.audio_offset_rule})"
+        emit(Notice(f"{stated}; {model.audio_offset} moves the lips", "warning"))
 
 
 def _check_channels(row: Row, model: Model, held: WeightFile) -> None:

@@ -24,9 +24,7 @@ from avatarctl.files.strict_json import listed
 from avatarctl.files.tensors import BLOCK_BYTES, DTYPES, Array, FileTensor, StoredTensor, block_ranges
 from avatarctl.finite import is_finite
 
-__all__ = ["DTypeOf", "fill", "on_meta"]
-
-DTypeOf = Callable[[str], torch.dtype]
+__all__ = ["fill", "on_meta"]
 
 _FILE_BLOCK: Final = 2 << 20
 """Bytes read at a time from a file: larger blocks and the parameters keep taking each other's memory from the
@@ -50,7 +48,7 @@ def fill(
     network: nn.Module,
     tensors: Mapping[str, StoredTensor],
     *,
-    dtype_of: DTypeOf,
+    dtype_of: Callable[[str], torch.dtype],
     device: torch.device,
     where: Path,
     likely: Callable[[], str | None] = lambda: None,

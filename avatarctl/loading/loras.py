@@ -12,7 +12,7 @@ from avatarctl.errors import ConfigError, PathNotFound, WeightsMissing
 from avatarctl.files.named_path import expanded
 from avatarctl.hub.locate import WEIGHT_SUFFIXES, locate_hub_name, read_hub_name
 
-__all__ = ["Lora", "absolute_lora", "find_here", "find_lora", "split_scale"]
+__all__ = ["Lora", "absolute_lora", "find_here", "find_lora", "read_lora", "split_scale"]
 
 _SCALED: Final = re.compile(r"(?P<path>.+):(?P<scale>[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?)", re.ASCII)
 
@@ -37,15 +37,21 @@ def split_scale(text: str) -> tuple[str, float]:
     return match["path"], scale
 
 
+def read_lora(text: str) -> tuple[str, float, Path | None]:
+    """Name and scale of `path[:scale]`, and the file or folder of this name here. Raises as `split_scale`."""
+    if (whole := find_here(text)) is not None:  # a file may be called `a:1`
+        return text, 1.0, whole
+    name, strength = split_scale(text)
+    return name, strength, find_here(name)
+
+
 def find_lora(text: str, weights_root: str | None) -> Lora:
     """The LoRA that `text` names; a hub name is looked up on this disk and never fetched.
 
     Raises PathNotFound for a path, WeightsMissing with the command that fetches it for a hub name.
     """
-    if (whole := find_here(text)) is not None:  # a file may be called `a:1`
-        return Lora(whole, 1.0)
-    name, strength = split_scale(text)
-    if (here := find_here(name)) is not None:
+    name, strength, here = read_lora(text)
+    if here is not None:
         return Lora(here, strength)
     hub_name = read_hub_name(name)
     if hub_name is None or (not hub_name.path and name.endswith(WEIGHT_SUFFIXES)):
@@ -62,8 +68,7 @@ def find_lora(text: str, weights_root: str | None) -> Lora:
 
 def absolute_lora(text: str) -> str:
     """`text` so that it means the same from every folder; a hub name stays as it is."""
-    name = text if find_here(text) is not None else split_scale(text)[0]
-    here = find_here(name)
+    name, _, here = read_lora(text)
     return text if here is None else f"{here.absolute()}{text[len(name) :]}"
 
 

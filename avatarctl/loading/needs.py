@@ -8,7 +8,7 @@ from avatarctl.config import RunConfig
 from avatarctl.errors import PathNotFound
 from avatarctl.hub.locate import HubName, read_hub_name, with_needs
 from avatarctl.hub.pull import Wants
-from avatarctl.loading.loras import find_here, split_scale
+from avatarctl.loading.loras import read_lora
 from avatarctl.loading.model_row import row_named
 from avatarctl.loading.sources import asked_size
 from avatarctl.registry import ROWS, find, fitting
@@ -44,8 +44,8 @@ def needs(cfg: RunConfig) -> Wants:
 
 def _on_hub(text: str) -> HubName | None:
     """The hub name that `--lora` means; None for a file that is here already."""
-    name, _ = split_scale(text)
-    if find_here(text) is not None or find_here(name) is not None:
+    name, _, here = read_lora(text)
+    if here is not None:
         return None
     hub_name = read_hub_name(name)
     if hub_name is None:

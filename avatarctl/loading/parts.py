@@ -203,13 +203,8 @@ def _warn_of_pretraining(config: Path, held: WeightFile, emit: Emit) -> None:
     stated = read_object(config, _LONGEST_CONFIG).get("architectures")
     if head or (isinstance(stated, list) and "Wav2Vec2ForPreTraining" in stated):
         why = f"it holds {printable(head)[:100]}" if head else "config.json says Wav2Vec2ForPreTraining"
-        emit(
-            Notice(
-                f"{held.path} was only pretrained ({why}); published models use wav2vec2-base-960h, and "
-                "lips may not follow the audio",
-                "warning",
-            )
-        )
+        best = "published models use wav2vec2-base-960h, and lips may not follow the audio"
+        emit(Notice(f"{held.path} was only pretrained ({why}); {best}", "warning"))
 
 
 def _wav2vec_name(name: str) -> str:
@@ -246,9 +241,7 @@ def _wav2vec_config(folder: Path) -> dict[str, Any]:
         )
     if fields.get("add_adapter") is True:
         raise UnusableWeights("describes an encoder with an adapter, which changes its output", where=path)
-    chosen: dict[str, Any] = {}
-    for name in _INTEGERS:
-        chosen[name] = _size(path, name, fields.get(name))
+    chosen: dict[str, Any] = {name: _size(path, name, fields.get(name)) for name in _INTEGERS}
     for name in _LISTS:
         values = fields.get(name)
         if not isinstance(values, list) or not 1 <= len(values) <= _MOST_CONVOLUTIONS:
@@ -263,7 +256,7 @@ def _wav2vec_config(folder: Path) -> dict[str, Any]:
         )
     for name, allowed in _WORDS.items():
         if name in fields:
-            if not any(fields[name] is word or fields[name] == word for word in allowed):
+            if fields[name] not in allowed:
                 raise UnusableWeights(
                     f"{name} is {printable(fields[name])[:60]}; known are {', '.join(map(str, allowed))}",
                     where=path,

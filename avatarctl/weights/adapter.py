@@ -30,7 +30,7 @@ _BAKED: Final = "it tells what was multiplied into the matrices"
 
 @dataclass(frozen=True)
 class Pairs:
-    """low_rank: by original module; scale and scale_rule: see `WeightFile`; notes: what was not obeyed."""
+    """lora_pairs: by original module; scale and scale_rule: see `WeightFile`; notes: what was not obeyed."""
 
     lora_pairs: Mapping[str, LoraPair]
     scale: float

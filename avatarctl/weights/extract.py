@@ -7,7 +7,7 @@ an adapter of the family carries whole (patch embedding, audio) whole tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -41,21 +41,6 @@ class _Change:
     values: Array
     squares: Squares
     weight: Squares
-
-
-@dataclass
-class _Worst:
-    """The target whose change is kept least well. error: of the change; of_weight: of the weight itself."""
-
-    name: str = ""
-    error: float = -1.0
-    of_weight: float = 0.0
-
-    def see(self, name: str, change: _Change, factors: Factors) -> None:
-        error = factors.residual / change.squares.norm
-        if error > self.error:
-            self.name, self.error = name, error
-            self.of_weight = factors.residual / change.weight.norm if change.weight.norm else 0.0
 
 
 @dataclass
@@ -169,10 +154,14 @@ def _differences(model: WeightFile, base: WeightFile) -> dict[str, StoredTensor]
 def _pairs(model: WeightFile, base: WeightFile, rank: int | None, emit: Emit) -> dict[str, LoraPair]:
     """By module, of every linear weight that differs and that an adapter does not carry whole."""
     pairs: dict[str, LoraPair] = {}
-    worst, left_out = _Worst(), _LeftOut()
+    left_out = _LeftOut()
+    worst = (-1.0, 0.0, "")  # what is left of the change, and of the weight, and its name
     limit = PUBLISHED_RANK if rank is None else rank
     linear = [name for name in model.tensors if _is_linear(model, name) and not _is_whole(model, base, name)]
-    for name in _announced(linear, emit):
+    quarter = max(len(linear) // 4, 1)
+    for index, name in enumerate(linear):
+        if index and index % quarter == 0:
+            emit(Notice(f"{index} of {len(linear)} weights compared"))
         change = _change(model, base, name)
         if change is None:
             continue
@@ -183,19 +172,17 @@ def _pairs(model: WeightFile, base: WeightFile, rank: int | None, emit: Emit) ->
             left_out.see(change, dtype, floor, factors)
         else:
             factors = factorise(change.values, limit, seed=name)
-        worst.see(name, change, factors)
+        of_weight = factors.residual / change.weight.norm if change.weight.norm else 0.0
+        found = (factors.residual / change.squares.norm, of_weight, name)
+        worst = max(worst, found, key=lambda each: each[0])
         pairs[name.removesuffix(".weight")] = LoraPair(
             ArrayTensor(factors.down, "F32"), ArrayTensor(factors.up, "F32"), alpha=float(factors.rank)
         )
     if pairs:
         ranks = sorted({pair.rank for pair in pairs.values()})
         span = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"{ranks[0]}"
-        emit(
-            Notice(
-                f"{len(pairs)} weights as rank {span}; largest remainder {worst.error:.2g} of the change "
-                f"({worst.of_weight:.2g} of the weight), in {worst.name}"
-            )
-        )
+        rest = f"{worst[0]:.2g} of the change ({worst[1]:.2g} of the weight), in {worst[2]}"
+        emit(Notice(f"{len(pairs)} weights as rank {span}; largest remainder {rest}"))
     if left_out.targets:
         emit(Notice(left_out.line()))
     return pairs
@@ -264,15 +251,6 @@ def _whole(model: WeightFile, base: WeightFile) -> dict[str, StoredTensor]:
         if theirs is None or theirs.info.shape != ours.info.shape or _change(model, base, name) is not None:
             return {name: model.tensors[name] for name in names}
     return {}
-
-
-def _announced(names: list[str], emit: Emit) -> Iterator[str]:
-    """The names, with a line at each quarter of them."""
-    step = max(len(names) // 4, 1)
-    for index, name in enumerate(names):
-        if index and index % step == 0:
-            emit(Notice(f"{index} of {len(names)} weights compared"))
-        yield name
 
 
 def _change(model: WeightFile, base: WeightFile, name: str) -> _Change | None:

@@ -51,7 +51,12 @@ def merge_adapter(
     for name, added in _sums(base, adapter, tensors, strength, dtype).items():
         target = dtype or tensors[name].info.dtype
         tensors[name] = added if added.info.dtype == target else cast(added, target)
-    sizes = _sizes(base, adapter, tensors)
+    sizes = replace(
+        base.sizes,
+        in_channels=tensors[PATCH].info.shape[1],
+        audio_hidden_size=adapter.sizes.audio_hidden_size or base.sizes.audio_hidden_size,
+        audio_input_dim=adapter.sizes.audio_input_dim or base.sizes.audio_input_dim,
+    )
     _check_complete(base, adapter, layout, sizes, tensors)
     own = adapter.layout is layout
     network = _network(base, adapter)
@@ -179,15 +184,6 @@ def _check_replaced(base: WeightFile, adapter: WeightFile, name: str, tensor: St
         ours, theirs = (ours[0], *ours[2:]), (theirs[0], *theirs[2:])
     if ours != theirs:
         _check_shape(base, adapter, name, tensor.info.shape)
-
-
-def _sizes(base: WeightFile, adapter: WeightFile, tensors: Mapping[str, StoredTensor]) -> Sizes:
-    return replace(
-        base.sizes,
-        in_channels=tensors[PATCH].info.shape[1],
-        audio_hidden_size=adapter.sizes.audio_hidden_size or base.sizes.audio_hidden_size,
-        audio_input_dim=adapter.sizes.audio_input_dim or base.sizes.audio_input_dim,
-    )
 
 
 def _check_complete(

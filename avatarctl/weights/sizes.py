@@ -16,9 +16,6 @@ __all__ = ["MOST_LAYERS", "read_sizes", "variant_of"]
 MOST_LAYERS: Final = 1000
 """More blocks, or heads, than any network has."""
 
-_BLOCK: Final = re.compile(r"blocks\.(\d+)\..*")
-_AUDIO_LAYER: Final = re.compile(r"audio_cond_projs\.(\d+)\..*")
-_PROJECTING: Final = re.compile(r"vocal_projector\.blocks\.(\d+)\..*")
 _VOCAL: Final = "vocal_projector.proj_model"
 
 _SIZE_NAMES: Final = {(1536, 30): "1.3B", (5120, 40): "14B", (3072, 30): "5B"}
@@ -33,8 +30,8 @@ def read_sizes(shapes: Mapping[str, Shape], names: Iterable[str]) -> Sizes:
     and what else is changed. Raises UnusableWeights for shapes that no Wan transformer has.
     """
     names = list(names)
-    layers = _count(_BLOCK, names)
-    if with_audio := _count(_AUDIO_LAYER, names):
+    layers = _count(r"blocks", names)
+    if with_audio := _count(r"audio_cond_projs", names):
         # One projection for each layer that takes audio: L // 2 - 1 of them.
         layers = layers if layers // 2 - 1 >= with_audio else 2 * (with_audio + 1)
     images = any("_img" in name for name in names)
@@ -72,14 +69,15 @@ def read_sizes(shapes: Mapping[str, Shape], names: Iterable[str]) -> Sizes:
         audio_input_dim=dimension(1, "audio_proj.proj.weight") // 4,
         vocal_dim=dimension(1, f"{_VOCAL}.proj.weight", f"{_VOCAL}.proj_1.weight"),
         vocal_hidden_dim=dimension(0, f"{_VOCAL}.proj_1.weight") or dimension(1, f"{_VOCAL}.proj_2.weight"),
-        vocal_layers=_count(_PROJECTING, names),
+        vocal_layers=_count(r"vocal_projector\.blocks", names),
         vocal_ffn=dimension(0, "vocal_projector.blocks.0.ffn.0.weight"),
     )
 
 
-def _count(pattern: re.Pattern[str], names: list[str]) -> int:
-    """One more than the highest number. Raises UnusableWeights for one that would make the table of
-    expected tensors endless."""
+def _count(row: str, names: list[str]) -> int:
+    """One more than the highest number in a row of layers. Raises UnusableWeights for one that would make the
+    table of expected tensors endless."""
+    pattern = re.compile(rf"{row}\.(\d+)\..*")
     found = [match[1] for name in names if (match := pattern.fullmatch(name))]
     if any(len(number) > len(str(MOST_LAYERS)) or int(number) >= MOST_LAYERS for number in found):
         raise UnusableWeights(f"a block has number {max(found, key=len)[:20]}; no model has that many")

@@ -52,7 +52,7 @@ class WeightFile:
     naming:     how the names were written in the file.
     tensors:    whole tensors, by original name ("blocks.0.norm3.weight"); in an adapter those that
                 replace the base's.
-    low_rank:   LoRA pairs by original module ("blocks.0.self_attn.q").
+    lora_pairs: LoRA pairs by original module ("blocks.0.self_attn.q").
     differences: tensors to be added to the base's (`.diff`, `.diff_b`), by original tensor name.
     scale:      factor of every LoRA pair without an alpha of its own, already divided by rank:
                 0.5 by published ratio, 1 by the rule of its naming.
