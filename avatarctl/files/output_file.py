@@ -1,8 +1,7 @@
 """A large file written past the page cache, so that writing it costs little more than the disk does.
 
 A file of gigabytes that goes through the page cache takes a page of memory for each of its pages: the system
-has to find it, fill it, write it and forget something else for it. Measured on two virtual cores with 2.8 GB:
-1 to 7 seconds of system time through the cache, 0.6 past it.
+has to find it, fill it, write it and forget something else for it (figures: docs/log.md, 2026-11-21).
 """
 
 from __future__ import annotations

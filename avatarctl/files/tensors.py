@@ -157,8 +157,8 @@ class FileTensor:
 def _empty_at_phase(offset: int, nbytes: int, storage: np.dtype[Any]) -> Array:
     """An array for the `nbytes` of a file from `offset` on, as far from a cache line's start as they are.
 
-    The pages of a file lie at multiples of a line in memory. Measured (AMD EPYC): a processor copies 2.8 GB
-    out of them in 0.25 s to addresses of the same phase, in 1.2 s to others; large arrays start at 16 of 64.
+    The pages of a file lie at multiples of a line in memory, and a processor copies out of them several times
+    faster to addresses of the same phase (docs/log.md, 2026-11-21).
     """
     phase = offset - offset % storage.itemsize
     spare = np.empty(nbytes + _CACHE_LINE, np.uint8)

@@ -53,8 +53,8 @@ SOURCES_KEY: Final = "avatarctl.sources"
 _MAX_HEADER_BYTES: Final = 100_000_000
 """Readers refuse longer headers (safetensors, MAX_HEADER_SIZE)."""
 _COPY_BYTES: Final = 1 << 20
-"""Blocks of tensors that stay as they are in their file: within the processor's cache. Measured: half the
-time of 8 MB, whose memory is given back and faulted in again for every block."""
+"""Blocks of tensors that stay as they are in their file: within the processor's cache, and small enough that
+their memory is not given back and faulted in again for every block."""
 _NAME_CHARS: Final = 100
 
 
