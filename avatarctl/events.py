@@ -34,7 +34,7 @@ class Notice:
 
 @dataclass(frozen=True)
 class Stage:
-    """A phase begins: "loading", "reading audio", "encoding", "sampling"."""
+    """A phase begins, in the words of a screen: "reading the audio", "loading the model", "sampling"."""
 
     name: str
 

@@ -1,1 +1,1 @@
-"""Inputs without parameters: channel layouts, geometry, chunk plans, feature windows."""
+"""Inputs without parameters: sizes and fits, channel layouts, plans of chunks and of windows."""

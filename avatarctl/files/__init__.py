@@ -1,1 +1,1 @@
-"""Files on the disk: formats read and written, folders understood, nothing interpreted."""
+"""Bytes of weight files: formats read and written, folders, stored tensors. Nothing is interpreted."""

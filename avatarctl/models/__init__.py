@@ -1,1 +1,1 @@
-"""Networks with parameters, how they are loaded, and how audio, images and text become tensors."""
+"""Networks with parameters, and how audio, images and text become tensors."""

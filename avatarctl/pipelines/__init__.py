@@ -1,1 +1,1 @@
-"""Jobs from inputs to files: condition, sample, decode, stream."""
+"""Jobs from inputs to files: checked and planned, then made."""

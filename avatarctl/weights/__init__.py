@@ -1,1 +1,1 @@
-"""Weight files: names, and later reading and writing. A family's key map comes as an argument."""
+"""What a weight file means: names, sizes, adapters; merging, extracting, converting, describing."""
