@@ -135,19 +135,20 @@ def test_module_and_hostile_configuration(here: Path) -> None:
     assert not canary.exists() and names(here) == [config.name]
 
 
-def test_without_inputs_on_a_fresh_machine(here: Path) -> None:
-    """`make demo` runs `avatarctl infer --chunked` as typed, with all its steps."""
-    found = run(command("infer", "--chunked", "--steps", "2"), here)
-    assert found.returncode == 0, found.stderr
-    (line,) = found.stdout.splitlines()
+def test_without_inputs_on_a_fresh_machine(here: Path, forks: Forks) -> None:
+    """`make demo` runs `avatarctl infer --chunked` as typed: an interpreter of its own, and all steps."""
+    process = forks.start("infer", "--chunked", "--steps", "2", folder=here)
+    stdout, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    (line,) = stdout.splitlines()
     path = Path(line)
     assert path.is_absolute() and path.is_relative_to(here) and path.suffix == ".mp4"
     video = probe_video(path)
     assert (video.frames, video.width, video.height, video.fps) == (100, 64, 64, 25)
     assert abs(video.audio_seconds - 4.0) <= 1024 / video.audio_rate and video.steady
     assert names(path.parent) == ["video.mp4", "video.run.yaml"]
-    assert "untrained: the image will be noise" in found.stderr
-    assert "\x1b" not in found.stderr, "no colours and no cursor movements in a log"
+    assert "untrained: the image will be noise" in stderr
+    assert "\x1b" not in stderr, "no colours and no cursor movements in a log"
 
 
 @pytest.mark.parametrize(
