@@ -39,11 +39,11 @@ def shifted_sigmas(steps: int, shift: float) -> Tensor:
 
 
 def double_shifted_sigmas(steps: int, shift: float) -> Tensor:
-    """The same levels shifted twice, as schedulers do that shift at construction and again for a run: float32
+    """The same sigmas shifted twice, as schedulers do that shift at construction and again for a run: float32
     [steps + 1].
 
-    s goes from 1 to the shifted smallest training level, shift 0.001 / (1 + (shift - 1) 0.001), in `steps`
-    equal steps and is shifted once more; 0 is appended. That smallest level is float32 and all else float64,
+    s goes from 1 to the shifted smallest training sigma, shift 0.001 / (1 + (shift - 1) 0.001), in `steps`
+    equal steps and is shifted once more; 0 is appended. That smallest sigma is float32 and all else float64,
     rounded once, as in diffusers' FlowMatchEulerDiscreteScheduler: one bit of a timestep near 1000 turns the
     fastest sinusoid by 6e-5.
     """

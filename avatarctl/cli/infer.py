@@ -19,7 +19,7 @@ import click
 from avatarctl.cli.options import EXAMPLE_MODEL, ConfigCommand, Request, config_options, read_request
 from avatarctl.cli.screen import Screen
 from avatarctl.config import Resolved, RunConfig, dump_run, require_supported, value_of
-from avatarctl.errors import NotYetSupported, OutputRefused, UsageError, printable
+from avatarctl.errors import NotYetSupported, OutputRefused, printable
 from avatarctl.events import Notice
 from avatarctl.registry import COMPAT, NOT_YET, ROWS, Row, find_model
 
@@ -44,7 +44,7 @@ Examples:
 
 
 def _row(name: str) -> Row:
-    """The row of a registry name, which needs no weights room, or of a file."""
+    """The row of a registry name, which needs no file, or of a file or folder."""
     if name in ROWS:
         return find_model(name)
     from avatarctl.loading.model_row import row_named
@@ -99,7 +99,7 @@ def infer(**params: Any) -> None:
 
 def _introduction(request: Request, row: Row) -> list[str]:
     asked = "" if "model.name" in request.resolved.asked else " (built in; --model names another)"
-    untrained = "" if row.trained else ", untrained: the image will be noise"
+    untrained = "" if row.trained else ", untrained: the video will be noise"
     title = f" ({row.title})" if row.source == "path" else ""
     return [f"model: {row.name}{title}{asked}{untrained}", *request.resolved.notices]
 
@@ -107,21 +107,14 @@ def _introduction(request: Request, row: Row) -> list[str]:
 def _job(request: Request, row: Row, screen: Screen) -> Job:
     """The inputs, opened. For the built-in model, and for a dry run, the built-in sample stands in for
     what is not given."""
-    cfg = request.resolved.cfg
-    missing = [key for key in ("image", "audio") if getattr(cfg.input, key) is None]
-    if missing and row.source != "package" and not request.dry_run:
-        from avatarctl.loading.sources import asked_size, find_sources, weights_missing
-
-        sources = find_sources(row, cfg.model, asked_size(cfg))
-        if sources.missing:  # the larger obstacle first
-            raise weights_missing(row, sources)
-        raise UsageError(f"{row.name} needs --{missing[0]}")
-
     from avatarctl.demo.sample import sample_audio, sample_image
     from avatarctl.media import load_image, open_audio
-    from avatarctl.pipelines.job import Job
+    from avatarctl.pipelines.job import Job, missing_inputs, require_inputs
 
-    if missing:
+    cfg = request.resolved.cfg
+    if row.source != "package" and not request.dry_run:
+        require_inputs(cfg, row)
+    if missing := missing_inputs(cfg):
         names = {"image": "face (--image for yours)", "audio": "voice (--audio for yours)"}
         screen(Notice(f"input: the built-in {' and '.join(names[key] for key in missing)}"))
     image = load_image(cfg.input.image) if cfg.input.image else sample_image()

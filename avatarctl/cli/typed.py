@@ -24,17 +24,29 @@ def read_typed(text: str) -> Request:
         raise UsageError(f"a quotation mark is open in {text[:100]!r}", where="--for") from error
     if words[:1] == [app.name]:
         del words[0]
-    command: click.Command = app
-    context = click.Context(app, info_name=app.name)
+    if {"-h", "--help", "--version"} & set(words):
+        raise UsageError("asks for help or the version, not for a run", where="--for")
+    command, name, words = _command(words)
+    if not isinstance(command, ConfigCommand):
+        raise UsageError(f"{name} needs no model", where="--for")
     try:
-        while isinstance(command, click.Group):
-            if not words:
-                raise UsageError("names no command", where="--for", fix="try 'infer --model NAME'")
-            name, found, words = command.resolve_command(context, words)
-            assert found is not None and name is not None
-            command, context = found, click.Context(found, context, name)
-        if not isinstance(command, ConfigCommand):
-            raise UsageError(f"{context.info_name} needs no model", where="--for")
-        return command.read(command.make_context(context.info_name, words).params)
+        return command.read(command.make_context(name, words).params)
     except click.ClickException as error:
         raise UsageError(one_line(error), where="--for") from error
+
+
+def _command(words: list[str]) -> tuple[click.Command, str, list[str]]:
+    """The command that `words` begin with, its full name, and the words behind it."""
+    command: click.Command = app
+    names: list[str] = []
+    while isinstance(command, click.Group):
+        if not words:
+            raise UsageError("names no command", where="--for", fix="try 'infer --model NAME'")
+        try:
+            name, found, words = command.resolve_command(click.Context(command), words)
+        except UsageError as error:
+            raise UsageError(error.what, where="--for", fix=error.fix) from error
+        assert found is not None and name is not None
+        command = found
+        names.append(name)
+    return command, " ".join(names), words

@@ -272,7 +272,7 @@ class Data:
 class Train:
     """What is learnt, and how."""
 
-    mode: Literal["lora", "full"] = key("lora", "train low-rank adapters or every weight")
+    mode: Literal["lora", "full"] = key("lora", "train a LoRA, or every weight")
     init: Literal["zero_channels", "published"] = key(
         "zero_channels", "start of input channels the checkpoint does not have"
     )

@@ -114,7 +114,7 @@ class StableAvatar:
         if cfg.sampling.guidance_rule == "native":
             lines.append("guidance native is our reading of the paper, unverified against unpublished code")
         if cfg.model.compat == "reference":
-            lines.append("compat reference: up to four frames of audio at the end have no image")
+            lines.append("compat reference: up to four frames of audio at the end have no video")
             if cfg.sampling.latents_dtype != "bfloat16":
                 lines.append(
                     "compat reference: latents are float32; --latents-dtype bfloat16 rounds them as published"

@@ -1,4 +1,4 @@
-"""Which published files a run needs: registry rows, and names on the hub that are none."""
+"""Which published files a run needs: registry rows, and names on the hub that have no row."""
 
 from __future__ import annotations
 

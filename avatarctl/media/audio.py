@@ -33,7 +33,7 @@ def open_audio(path: str | Path) -> Audio:
     """The audio of a file: WAV, AIFF, CAF, W64 and Ogg through libsndfile, everything else through FFmpeg.
 
     Each reads what it reads better: libsndfile cuts Ogg to the sample, FFmpeg knows FLAC of unknown
-    length and gets over damage. From a file with images it is the first audio stream. Only the
+    length and gets over damage. From a file with video it is the first audio stream. Only the
     header and a first block are read; damage further in comes to light while reading.
 
     Raises PathNotFound when nothing is there, UnusableAudio when it is not audio that can be read.
@@ -68,7 +68,7 @@ def _open_libsndfile(path: Path, declared: int | None, doubts: tuple[str, ...]) 
 
 
 def audio_from_array(samples: Samples, rate: int, name: str) -> Audio:
-    """A Audio over float32 [n] or [n, channels] samples in memory, which are not copied.
+    """An `Audio` over float32 [n] or [n, channels] samples in memory, which are not copied.
 
     Raises TypeError or ValueError for another type or shape, UnusableAudio for an impossible rate.
     """

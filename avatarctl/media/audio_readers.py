@@ -180,7 +180,7 @@ class ContainerAudio(_FileAudio):
     Encoder delay that the file declares (LAME tag, Opus pre-skip, edit list) is removed by FFmpeg; up to
     one codec frame of padding at the end may stay. A packet that cannot be decoded, or a jump of the
     time stamps, becomes silence of the same length and a doubt, so that what follows stays in step with
-    the image.
+    the video.
 
     doubts: known before the first pass, kept in front of what a pass finds.
     Raises UnusableAudio when there is no audio stream or nothing in it can be decoded.

@@ -71,7 +71,7 @@ def load_image(path: str | Path) -> StillImage:
 
 
 def image_from_array(pixels: np.ndarray, name: str) -> StillImage:
-    """A Image of uint8 [H, W, 3] RGB pixels in memory.
+    """A `StillImage` of uint8 [H, W, 3] RGB pixels in memory.
 
     Raises TypeError or ValueError for another type or shape, UnusableImage for impossible sizes.
     """

@@ -1,4 +1,4 @@
-"""The steps of a conversion: merge or extract, input channels, dtype. Each turns one checkpoint into another.
+"""The steps of a conversion: merge or extract, input channels, dtype. Each makes another weight file of one.
 
 No step reads a tensor, except an extraction, which computes.
 """
@@ -43,7 +43,7 @@ _PATCH: Final = "patch_embedding.weight"
 
 @dataclass(frozen=True)
 class Step:
-    """What became of a checkpoint; line: for people; operation: for the metadata, empty if none."""
+    """What became of a weight file; line: for people; operation: for the metadata, empty if none."""
 
     weight_file: WeightFile
     line: str
@@ -150,7 +150,7 @@ def change_channels(weight_file: WeightFile, wanted: int, *, drop: bool) -> Step
 def change_dtype(weight_file: WeightFile, dtype: str, *files: WeightFile | None) -> Step:
     """Every tensor in one dtype, but those that a file has in float32 and the network needs so.
 
-    files: what was read, as a sum in `checkpoint` is float32 until it is cast.
+    files: what was read, as a sum in `weight_file` is float32 until it is cast.
     """
     held = {
         name: tensor.info.dtype for file in files if file is not None for name, tensor in file.tensors.items()

@@ -8,12 +8,12 @@ from typing import Any
 
 from avatarctl.conditioning.geometry import distortion, nearest_shape
 from avatarctl.config import RunConfig, require_supported
-from avatarctl.errors import EnvironmentMissing, UnusableAudio
+from avatarctl.errors import EnvironmentMissing, UnusableAudio, UsageError
 from avatarctl.events import Emit, Notice, Stage
 from avatarctl.families import family_named
 from avatarctl.family import Family, VideoPlan
 from avatarctl.loading.assemble import check_transformer
-from avatarctl.loading.sources import Sources, find_sources, weights_missing
+from avatarctl.loading.sources import Sources, asked_size, find_sources, weights_missing
 from avatarctl.media import Audio, AudioSurvey, StillImage, survey
 from avatarctl.registry import Row, outside_training
 from avatarctl.rng import stable_hash
@@ -21,7 +21,7 @@ from avatarctl.sampling.window_order import chosen_order
 from avatarctl.timeline import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, pixel_frames
 from avatarctl.weights.weight_file import WeightFile
 
-__all__ = ["Job", "JobPlan", "check_job", "environment_problems"]
+__all__ = ["Job", "JobPlan", "check_job", "environment_problems", "missing_inputs", "require_inputs"]
 
 _STRETCHED = 2.0  # a face that is this much too wide or too narrow is worth a word
 _WHOLE = 0.8  # of an image: a crop that keeps less is worth a word, as a head may be outside
@@ -110,6 +110,21 @@ class JobPlan:
         steps = self.cfg.sampling.steps
         assert steps is not None
         return chosen_order(list(self.video.spans()), steps, self.cfg.long_video.schedule)
+
+
+def missing_inputs(cfg: RunConfig) -> tuple[str, ...]:
+    """The keys of `input` that a job needs and `cfg` leaves open."""
+    return tuple(name for name in ("image", "audio") if getattr(cfg.input, name) is None)
+
+
+def require_inputs(cfg: RunConfig, row: Row) -> None:
+    """Raises UsageError where an input is missing; WeightsMissing where files of the model are missing as
+    well, the larger obstacle first."""
+    if missing := missing_inputs(cfg):
+        sources = find_sources(row, cfg.model, asked_size(cfg))
+        if sources.missing:
+            raise weights_missing(row, sources)
+        raise UsageError(f"{row.name} needs --{missing[0]}")
 
 
 def check_job(cfg: RunConfig, row: Row, job: Job, emit: Emit) -> JobPlan:

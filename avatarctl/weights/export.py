@@ -6,7 +6,7 @@
     peft        -                                    base_model.model.<module>.lora_A.weight
     comfyui     model.diffusion_model.<release>      diffusion_model.<module>.lora_A.weight, .alpha
 
-The factor of a low-rank update travels as alpha = scale * rank, stated in every format: a reader that finds
+The factor of a LoRA pair travels as alpha = scale * rank, stated in every format: a reader that finds
 none takes 1 where the release takes 0.5 (spec/field.md 4a). Whole tensors of an adapter (patch embedding,
 audio) cannot ride in the LoRA files of ComfyUI and diffusers; they go to a second file.
 """
@@ -66,9 +66,9 @@ class Export:
 
 
 def export(weight_file: WeightFile, target: Target) -> Export:
-    """`checkpoint` as `target` names it; its config is the release's, see `with_release_config`.
+    """`weight_file` as `target` names it; its config is the release's, see `with_release_config`.
 
-    Raises UsageError for a target that cannot hold this kind of checkpoint, UnusableWeights for contents that
+    Raises UsageError for a target that cannot hold this kind of file, UnusableWeights for contents that
     the target has no name for.
     """
     if weight_file.kind == "model":
@@ -228,7 +228,7 @@ def _peft_adapter(weight_file: WeightFile) -> Export:
     tensors = _lora_tensors(weight_file, prefix)
     if not tensors:
         raise UnusableWeights(
-            "no low-rank updates: peft has no place for whole tensors alone", where=weight_file.path
+            "no LoRA pairs: peft has no place for whole tensors alone", where=weight_file.path
         )
     saved: dict[str, None] = {}
     for name, tensor in weight_file.tensors.items():
@@ -325,7 +325,7 @@ def _document(value: Mapping[str, Any]) -> str:
 
 
 def with_release_config(weight_file: WeightFile) -> WeightFile:
-    """`checkpoint` with a config.json in the release's terms (`train_architecture`, `lora_rank`, ...).
+    """`weight_file` with a config.json in the release's terms (`train_architecture`, `lora_rank`, ...).
 
     Fields that the source has beside those are kept; a config of diffusers or peft is replaced as a whole.
     Full models whose published scripts read no such config have the one that they came with, or none. What

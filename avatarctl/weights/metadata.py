@@ -111,7 +111,7 @@ def _numbers(metadata: Mapping[str, str], key: str) -> Mapping[str, float]:
 def conventions_of(weight_file: WeightFile) -> Mapping[str, float]:
     """What the file was made with: what its metadata states, else what its family is published with.
 
-    `checkpoint.audio_offset` is already the outcome of everything that can tell it; one that is only assumed
+    `weight_file.audio_offset` is already the outcome of everything that can tell it; one that is only assumed
     is left out, or a conversion would make a fact of a guess.
     """
     stated = read_own(weight_file.metadata).conventions
@@ -122,7 +122,7 @@ def conventions_of(weight_file: WeightFile) -> Mapping[str, float]:
 
 
 def config_of(weight_file: WeightFile) -> Mapping[str, Any]:
-    """The configuration that came with a checkpoint: the first source's, which conversions carry along."""
+    """The configuration that came with a file: the first source's, which conversions carry along."""
     return read_own(weight_file.metadata).config or weight_file.config
 
 
@@ -148,7 +148,7 @@ def without_history(metadata: Mapping[str, str]) -> dict[str, str]:
 def file_metadata(
     weight_file: WeightFile, operations: Sequence[Mapping[str, Any]], extra: Mapping[str, str]
 ) -> dict[str, str]:
-    """The metadata of a file that holds `checkpoint`, whose config goes with it.
+    """The metadata of a file that holds `weight_file`, whose config goes with it.
 
     operations: all steps, earlier ones included; extra: what the naming of the file adds (see `export`).
     """

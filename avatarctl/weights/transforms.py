@@ -1,4 +1,4 @@
-"""Tensors made from other tensors while they are read: casts, input channels, low-rank updates.
+"""Tensors made from other tensors while they are read: casts, input channels, merged LoRA pairs.
 
 Each function gives a lazy `StoredTensor`: nothing is read until a range is asked for, and then only what that
 range needs, so the memory of a chain is a few blocks whatever the size of the model. The objects hold no
@@ -29,7 +29,7 @@ _CAST_DTYPES: Final = ("F32", "BF16", "F16")
 _PIECE: Final = 1 << 18
 """Elements converted at a time: float32 intermediates stay in the processor's cache."""
 _TILE: Final = 1 << 21
-"""Elements of a low-rank product computed at a time. Smaller tiles would let the threads of a BLAS wait for
+"""Elements of a product up @ down computed at a time. Smaller tiles would let the threads of a BLAS wait for
 each other longer than they work, thirty times longer on a busy machine."""
 _QUIET: Final = np.errstate(all="ignore")
 """What is not finite is found by those who use the numbers; numpy's warnings would name no tensor."""

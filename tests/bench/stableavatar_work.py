@@ -4,12 +4,12 @@
 
 The published order, written out here as a plain loop over our own networks (spec/stableavatar.md a.4, c, d,
 e, f, h): every step visits every window; each visit encodes the window's audio, makes the keys and values of
-text and image for all passes, and runs the three passes as one batch in which a context of zeros stands
+text and image for all branches, and runs the three branches as one batch in which a context of zeros stands
 for silence; all latents are decoded in one call. Ours is `pipelines.infer.generate` with `compat reference`,
 which has the same numbers: both videos are compared before anything is printed. Target: 1.5 times as fast.
 
-Windows this small run their passes as one batch in both, which is our default for them
-(`tests/bench/batched_passes.py`); passes one after another are shown beside.
+Windows this small run their branches as one batch in both, which is our default for them
+(`tests/bench/batched_branches.py`); branches one after another are shown beside.
 
 Every cause is switched off alone in the plain loop. The padding of the short last window is none of them: it
 changes the numbers, so that only the fixed mode, shown beside, does without it.
@@ -57,7 +57,7 @@ from avatarctl.rng import latent_noise
 SECONDS = 13
 STEPS = 30
 SCALES = (5.0, 4.0)  # text, audio: those of the published command
-EQUAL = 4.0  # both scales: one pass has no weight, and the published order runs it all the same
+EQUAL = 4.0  # both scales: one branch has no weight, and the published order runs it all the same
 RUNS = 3
 TARGET = 1.5
 CLOSE = 1e-4
@@ -77,7 +77,7 @@ class Causes:
 WHAT = {
     "encode_every_step": "audio is encoded for every window and step",
     "read_every_step": "keys and values of text and image are made in every step",
-    "three_in_a_batch": "three passes as one batch, with attention to a context of zeros",
+    "three_in_a_batch": "three branches as one batch, with attention to a context of zeros",
     "decode_whole": "all latents are decoded in one call",
 }
 
@@ -166,7 +166,7 @@ class PublishedOrder:
         return audio
 
     def _text_and_image(self) -> list[PreparedStable]:
-        """Keys and values of the three passes, each made for itself."""
+        """Keys and values of the three branches, each made for itself."""
         if self.ready:
             return self.ready
         ready = [self.dit(mode="prepare", text=text[None], image=self.image) for text in self.text]
@@ -177,7 +177,7 @@ class PublishedOrder:
     def _batch(
         self, hidden: Tensor, t: Tensor, audio: Tensor, ready: list[PreparedStable], rotary: Tensor
     ) -> tuple[Tensor, ...]:
-        """One batch: latents are embedded three times, the projector runs once, the first pass attends to
+        """One batch: latents are embedded three times, the projector runs once, the first branch attends to
         a context of zeros."""
         dit = self.dit
         embedded = padded(dit._embed(hidden.expand(3, -1, -1, -1, -1), t.expand(3)))
@@ -308,7 +308,7 @@ def report(ways: dict[str, Measured], plan: JobPlan) -> None:
             row("the published order", "published"),
             *(row(f"without: {what}", cause) for cause, what in WHAT.items()),
             row(f"**ours, numbers of compat reference** (target {TARGET}: {met})", "ours"),
-            row("ours, the same, passes one after another, as windows of usual size", "ours, one by one"),
+            row("ours, the same, branches one after another, as windows of usual size", "ours, one by one"),
             row("ours, fixed mode", "fixed"),
             row(f"the published order, both scales {EQUAL:g}", "published, equal scales", equal),
             row(f"ours, numbers of compat reference, both scales {EQUAL:g}", "ours, equal scales", equal),
@@ -362,9 +362,9 @@ def report_published() -> None:
         [
             ("the published order, one window and step", f"{before:.1f}", "100 %"),
             ("audio", f"{work['encode']:.3f}", f"{work['encode'] / before:.3%}"),
-            ("keys and values of text and image, three passes", f"{3 * work['read']:.3f}",
+            ("keys and values of text and image, three branches", f"{3 * work['read']:.3f}",
              f"{3 * work['read'] / before:.2%}"),
-            ("the first self-attention of two passes", f"{2 * work['mix']:.2f}",
+            ("the first self-attention of two branches", f"{2 * work['mix']:.2f}",
              f"{2 * work['mix'] / before:.2%}"),
             ("**published / ours**", "", f"{before / after:.4f}"),
             ("**published / ours, equal scales**", "", f"{before / (2 * bare - work['mix']):.3f}"),

@@ -97,7 +97,7 @@ def test_missing_inputs_of_a_published_model(
     assert "weights are missing" in refused(4, "infer", "--model", name)
     planned = run("infer", "--model", name, "--dry-run")
     assert planned.exit_code == 0 and "the built-in face" in planned.stderr
-    monkeypatch.setattr("avatarctl.loading.sources.find_sources", lambda *_: Sources())
+    monkeypatch.setattr("avatarctl.pipelines.job.find_sources", lambda *_: Sources())
     assert f"{name} needs --image" in refused(2, "infer", "--model", name)
     assert "needs --audio" in refused(2, "infer", "--model", name, "--image", str(face))
 
@@ -197,7 +197,7 @@ def test_without_model_image_and_audio_it_says_what_it_takes(run: Run) -> None:
     result = run("infer", "--chunked", "--dry-run")
     assert result.exit_code == 0
     first, second = result.stderr.splitlines()[:2]
-    assert "cartoon-i2v" in first and "untrained: the image will be noise" in first
+    assert "cartoon-i2v" in first and "untrained: the video will be noise" in first
     assert "built-in face" in second and "voice" in second
 
 

@@ -16,7 +16,7 @@ from avatarctl.pipelines.infer import generate
 from avatarctl.pipelines.job import Job, check_job
 from avatarctl.registry import configure, find_model
 
-# By model, the settings that are compared: all passes, and those of fused windows together as well.
+# By model, the settings that are compared: all branches, and those of fused windows together as well.
 MODELS = {
     "cartoon-i2v": ((),),
     "stableavatar-tiny": ((), ("sampling.batch_branches=true", "long_video.schedule=wavefront")),

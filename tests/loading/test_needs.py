@@ -52,6 +52,9 @@ def test_a_command_as_typed(text: str, rows: list[str]) -> None:
         ("", UsageError, "names no command"),
         ("models", UsageError, "names no command"),
         ("convert-ckpt a.pt --inspect", UsageError, "convert-ckpt needs no model"),
+        ("models list", UsageError, "models list needs no model"),
+        ("infer --help", UsageError, "asks for help or the version"),
+        ("avatarctl --version", UsageError, "asks for help or the version"),
         ("infer --modle omniavatar-14b", UsageError, "--model"),
         ("infer --aux sync", UsageError, "no such option.*--aux"),
         ("infer omniavatar-14b", UsageError, "unexpected extra argument"),
@@ -71,6 +74,12 @@ def test_mistakes_are_those_of_the_command_itself(text: str, error: type[Avatarc
     with pytest.raises(error, match=says.replace("?", r"\?")) as caught:
         wanted(text)
     assert caught.value.exit_code == 2
+
+
+def test_a_command_that_does_not_exist_is_said_to_be_that_of_for() -> None:
+    with pytest.raises(UsageError, match="no such command 'train'") as caught:
+        read_typed("train v2v --model omniavatar-14b")
+    assert caught.value.where == "--for"
 
 
 def test_a_file_as_model_wants_what_stands_around_it(tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ class Elsewhere:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_image_may_lie_on_another_device(model: str) -> None:
+def test_an_image_may_lie_on_another_device(model: str) -> None:
     """And all else goes where the networks are said to be: tensors on two devices do not mix."""
     modules = build_random_modules(find_model(model))
     image = modules.image and Elsewhere(modules.image)

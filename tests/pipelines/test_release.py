@@ -234,7 +234,7 @@ def test_files_are_found_and_opened_once(either: Place, monkeypatch: pytest.Monk
 
 
 def test_the_adapter_matters(place: Place, published: Tensor) -> None:
-    """So that equal frames mean something: without the low-rank updates they are others."""
+    """So that equal frames mean something: without the LoRA pairs they are others."""
     parts = by_hand.modules(place.release, place.root)
     bare = by_hand.merged(place.release) | {
         name: tensor for name, tensor in place.release.base.items() if name.startswith("blocks.")

@@ -38,7 +38,7 @@ ONE_LATENT = 4  # pixel frames
 
 
 def settings(overlap: int, *more: str) -> RunConfig:
-    """One guidance pass and windows of the published length; overlap in latent frames."""
+    """One branch and windows of the published length; overlap in latent frames."""
     return configure(
         "model.name=stableavatar-tiny", "sampling.guidance_scale=1", "sampling.audio_guidance_scale=1",
         "long_video.num_frames=81", f"long_video.overlap_frames={pixel_frames(overlap) if overlap else 0}",
@@ -106,7 +106,7 @@ class Listener(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.passes: dict[str, Any] = {}
+        self.branches: dict[str, Any] = {}
 
     def forward(self, *args: Any, mode: str, **kwargs: Any) -> Any:
         return self.prepare(**kwargs) if mode == "prepare" else self.denoise(*args, **kwargs)
@@ -123,7 +123,7 @@ class Listener(nn.Module):
         self, x: Tensor, t: Tensor, prepared: Mapping[str, Any], *, padded_frames: int | None,
         batched: bool,
     ) -> dict[str, Tensor]:  # fmt: skip
-        self.passes.update(prepared)
+        self.branches.update(prepared)
         latents, sigma = x[:, :16], float(t) / 1000
         aimed = {name: ready.vocal for name, ready in prepared.items()}
         return {
@@ -309,9 +309,9 @@ def test_what_each_branch_reads(rule: str, null: str) -> None:
     def audio(vocal: Tensor | None) -> str:
         return "nothing" if vocal is None else "audio" if bool(vocal.any()) else "silence"
 
-    found = {name: (int(ready.text), audio(ready.vocal)) for name, ready in dit.passes.items()}
+    found = {name: (int(ready.text), audio(ready.vocal)) for name, ready in dit.branches.items()}
     assert found == AUDIOS[rule, null]
-    loud = [ready.vocal for ready in dit.passes.values() if ready.vocal is not None and ready.vocal.any()]
+    loud = [ready.vocal for ready in dit.branches.values() if ready.vocal is not None and ready.vocal.any()]
     assert len({id(vocal) for vocal in loud}) == 1, "branches with the same audio do not share it"
 
 
@@ -339,7 +339,7 @@ def test_orders_give_the_same_video_to_the_bit(tiny: Modules, overlap: int) -> N
 
 
 @pytest.mark.parametrize("rule", ["cfg", "native"])
-def test_passes_as_one_batch_give_the_same_video(tiny: Modules, rule: str) -> None:
+def test_branches_as_one_batch_give_the_same_video(tiny: Modules, rule: str) -> None:
     words = (*CFG, f"sampling.guidance_rule={rule}", "sampling.batch_branches=")
     apart, together = (video(tiny, 1.0, *words[:-1], words[-1] + value) for value in ("false", "true"))
     torch.testing.assert_close(apart, together, atol=1e-4, rtol=1e-4)
@@ -384,7 +384,7 @@ def test_what_is_made_once() -> None:
 @pytest.mark.parametrize(
     ("pixels", "fit", "lines"), [((40, 96), "stretch", 1), ((40, 72), "stretch", 0), ((40, 200), "crop", 0)]
 )
-def test_a_image_that_is_stretched_out_of_shape(
+def test_an_image_that_is_stretched_out_of_shape(
     row: str, pixels: tuple[int, int], fit: str, lines: int
 ) -> None:
     cfg = configure(f"model.name={row}", f"input.fit={fit}", "output.width=64", "output.height=64")

@@ -23,7 +23,7 @@ def drawn(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def levels(*shape: int, seed: int = 9) -> Tensor:
+def drawn_sigmas(*shape: int, seed: int = 9) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -45,14 +45,14 @@ def by_hand(function, tensors: tuple[Tensor, ...], *sigmas: Tensor) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("function", [add_noise, clean_estimate])
 def test_every_latent_frame_has_its_own_sigma(function, shape: tuple[int, ...]) -> None:
-    first, second, sigma = drawn(*shape, seed=1), drawn(*shape, seed=2), levels(shape[0], shape[2])
+    first, second, sigma = drawn(*shape, seed=1), drawn(*shape, seed=2), drawn_sigmas(shape[0], shape[2])
     assert torch.equal(function(first, second, sigma), by_hand(function, (first, second), sigma))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_step_takes_every_latent_frame_to_its_own_sigma(shape: tuple[int, ...]) -> None:
     x, velocity = drawn(*shape, seed=1), drawn(*shape, seed=2)
-    before, after = levels(shape[0], shape[2]), levels(shape[0], shape[2], seed=10)
+    before, after = drawn_sigmas(shape[0], shape[2]), drawn_sigmas(shape[0], shape[2], seed=10)
     expected = by_hand(euler_step, (x, velocity), before, after)
     assert torch.equal(euler_step(x, velocity, before, after), expected)
     # A block that is finished at once goes from many levels to one; a sample may have one level of its own.
@@ -65,14 +65,14 @@ def test_a_step_takes_every_latent_frame_to_its_own_sigma(shape: tuple[int, ...]
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_one_sigma_per_sample_or_for_all_is_as_before(shape: tuple[int, ...]) -> None:
-    clean, noise, sigma = drawn(*shape, seed=1), drawn(*shape, seed=2), levels(shape[0])
+    clean, noise, sigma = drawn(*shape, seed=1), drawn(*shape, seed=2), drawn_sigmas(shape[0])
     per_sample = by_hand(add_noise, (clean, noise), sigma[:, None].expand(shape[0], shape[2]))
     assert torch.equal(add_noise(clean, noise, sigma), per_sample)
     assert torch.equal(add_noise(clean, noise, 0.25), add_noise(clean, noise, torch.full(shape[:1], 0.25)))
 
 
 def test_a_clean_estimate_undoes_the_noise() -> None:
-    clean, noise, sigma = drawn(2, 4, 5, 3, 6, seed=1), drawn(2, 4, 5, 3, 6, seed=2), levels(2, 5)
+    clean, noise, sigma = drawn(2, 4, 5, 3, 6, seed=1), drawn(2, 4, 5, 3, 6, seed=2), drawn_sigmas(2, 5)
     restored = clean_estimate(add_noise(clean, noise, sigma), noise - clean, sigma)
     torch.testing.assert_close(restored, clean, atol=1e-6, rtol=0)
 
@@ -83,7 +83,7 @@ def test_a_sigma_of_another_shape_is_refused(function, shape: tuple[int, ...]) -
     """Rather than broadcast: (5, 2) has its axes in the wrong order, and fits none of these latents."""
     latents = drawn(2, 4, 5, 3, 6, seed=1)
     with pytest.raises(ValueError, match="neither one per sample nor one per frame"):
-        function(latents, latents, levels(*shape))
+        function(latents, latents, drawn_sigmas(*shape))
 
 
 @pytest.mark.parametrize("schedule", [shifted_sigmas, double_shifted_sigmas])

@@ -1,4 +1,4 @@
-"""fused windows in every order: the same bits, as many passes as the formulas say, and no frame or window
+"""Fused windows in every order: the same bits, as many passes as the formulas say, and no frame or window
 held that nobody needs.
 
 F frames per window, o of them shared with the window before, M = ceil(F / (F - o)) - 1 later windows that

@@ -1,4 +1,4 @@
-"""Passes that have a weight run, and their weighted sum is the published formula."""
+"""Branches that have a weight run, and their weighted sum is the published formula."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CASES: list[tuple[Rule, float, float | None, set[str]]] = [
 
 
 def formula(rule: Rule, p: dict[str, Tensor], t: float, a: float) -> Tensor:
-    """The rules as their sources write them, with every pass."""
+    """The rules as their sources write them, with every branch."""
     if rule is text_first:
         return p["negative"] + t * (p["silent"] - p["negative"]) + a * (p["full"] - p["silent"])
     if rule is audio_first:
@@ -45,7 +45,7 @@ def formula(rule: Rule, p: dict[str, Tensor], t: float, a: float) -> Tensor:
 
 
 @pytest.mark.parametrize(("rule", "text", "audio", "names"), CASES)
-def test_only_passes_with_weight_run_and_the_sum_is_the_published_formula(
+def test_only_branches_with_weight_run_and_the_sum_is_the_published_formula(
     rule: Rule, text: float, audio: float | None, names: set[str]
 ) -> None:
     weights = rule(Guidance(text, audio))

@@ -24,7 +24,7 @@ _DEFECTS = (
     Listed(
         "denoise.safetensors",
         "teacache.*reference_bug*",
-        "spec/omniavatar.md j.15: the middle cache of three passes made anew in every step",
+        "spec/omniavatar.md j.15: the middle cache of three branches made anew in every step",
     ),
 )
 

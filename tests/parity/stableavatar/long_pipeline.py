@@ -177,7 +177,7 @@ def results(reader: Reader) -> None:
 
 @checks(FILE, compares=("s[0-9]*.final",), needs=_NEEDS)
 def results_in_wavefront_order(reader: Reader) -> None:
-    """With the passes of a step as one batch."""
+    """With the branches of a step as one batch."""
     for run in _runs(reader):
         cfg = _config(reader, run, "sampling.batch_branches=true", "long_video.schedule=wavefront")
         reader.compare(f"{run}.final", _run(reader, cfg).final, relative_l2=_RELATIVE)

@@ -31,7 +31,7 @@ def _scales(reader: Reader, run: str) -> tuple[float, float]:
 
 
 def _compare_run(reader: Reader, run: str, *, batched: bool) -> None:
-    """Every step with the family's own opening, passes and combination; channels and audio as recorded."""
+    """Every step with the family's own opening, branches and combination; channels and audio as recorded."""
     family, dit = StableAvatar(), transformer(reader)
     init, (text, audio) = reader.take("init"), _scales(reader, run)
     frames, height, width = init.shape[2:]

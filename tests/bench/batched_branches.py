@@ -1,11 +1,11 @@
-"""When are the three passes of a step faster as one batch?
+"""When are the three branches of a step faster as one batch?
 
-    python tests/bench/batched_passes.py
+    python tests/bench/batched_branches.py
 
-A step of StableAvatar over one window of 21 latent frames, random weights, two widths of network: one pass
-after another against one batch, by the video tokens that a pass looks at. `sampling.batch_branches` batches
+A step of StableAvatar over one window of 21 latent frames, random weights, two widths of network: one branch
+after another against one batch, by the video tokens that a branch looks at. `sampling.batch_branches` batches
 windows of up to 512 tokens by itself: beyond, even the small network no longer gains. An accelerator needs
-more tokens to be busy, and may gain from `--batch-branches` beyond; memory for three passes is the price.
+more tokens to be busy, and may gain from `--batch-branches` beyond; memory for three branches is the price.
 
 One thread; CPU seconds of a step, medians of runs that take turns.
 """
@@ -39,7 +39,7 @@ def network(heads: int, head_dim: int, layers: int, ffn_dim: int) -> StableAvata
     ).eval()  # fmt: skip
 
 
-def passes(dit: StableAvatarTransformer, side: int) -> dict[str, PreparedStable]:
+def branches(dit: StableAvatarTransformer, side: int) -> dict[str, PreparedStable]:
     audio = dit(mode="prepare", vocal=torch.randn(1, 167, 48), frames=4 * FRAMES - 3).vocal
     shared = dit(mode="prepare", image=torch.randn(1, 257, 32), grid=(FRAMES, side, side))
     prompt, negative = (dit(mode="prepare", text=torch.randn(1, 512, 32)).text for _ in range(2))
@@ -52,7 +52,7 @@ def passes(dit: StableAvatarTransformer, side: int) -> dict[str, PreparedStable]
 
 def seconds(dit: StableAvatarTransformer, side: int) -> dict[bool, float]:
     """CPU seconds of a step, one after another (False) and as one batch (True)."""
-    hidden, t, ready = torch.randn(1, 36, FRAMES, side, side), torch.tensor([500.0]), passes(dit, side)
+    hidden, t, ready = torch.randn(1, 36, FRAMES, side, side), torch.tensor([500.0]), branches(dit, side)
     taken: dict[bool, list[float]] = {False: [], True: []}
     for _ in range(RUNS):
         for batched, times in taken.items():
@@ -78,8 +78,8 @@ def main() -> None:
             apart, together = taken[False] * 1e3, taken[True] * 1e3
             rows.append((name, tokens, f"{apart:.0f}", f"{together:.0f}", f"{apart / together:.2f}"))
     print_table(
-        "batched_passes: three passes of a step, one after another and as one batch",
-        ("network", "video tokens of a pass", "one after another, ms", "one batch, ms", "ratio"),
+        "batched_branches: three branches of a step, one after another and as one batch",
+        ("network", "video tokens of a branch", "one after another, ms", "one batch, ms", "ratio"),
         rows,
     )
 
