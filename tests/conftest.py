@@ -22,6 +22,20 @@ os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+SLOW = (
+    "test_processes.py", "test_stableavatar_long.py", "test_release.py", "test_release_refused.py",
+    "test_counted_work.py", "test_memory.py", "test_parity.py", "test_fused.py", "test_infer_imports.py",
+    "test_other_devices.py", "test_video_writer.py", "test_video_file.py", "test_pull_processes.py",
+    "test_convert.py", "test_release_stable.py",
+)  # fmt: skip
+"""Files of ten seconds and more, the longest first: one of them begun last would leave a process without work."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(SLOW)}
+    items.sort(key=lambda item: places.get(item.path.name, len(SLOW)))
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """The folder of larger inputs and reference numbers beside the checkout; tests skip without it."""
