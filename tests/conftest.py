@@ -28,7 +28,7 @@ SLOW = (
     "test_other_devices.py", "test_video_writer.py", "test_video_file.py", "test_pull_processes.py",
     "test_convert.py", "test_release_stable.py",
 )  # fmt: skip
-"""Files of ten seconds and more, the longest first: one of them begun last would leave a process without work."""
+"""Files of ten seconds and more: one of them begun last would leave the other process without work."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
