@@ -96,7 +96,7 @@ def _check(
         if should_stop():
             raise Interrupted("stopped", where=path)
 
-    expected = recorded_digest(place, name)
+    expected = row.sha256.get(name) or recorded_digest(place, name)
     if not expected and not row.hub_id:
         return _check_name(row, path, name, progress)
     if not expected:

@@ -14,9 +14,10 @@ import numpy as np
 from avatarctl.config import Model, RunConfig
 from avatarctl.errors import UnusableWeights
 from avatarctl.events import Emit, Notice
+from avatarctl.files.source import open_weights
 from avatarctl.files.tensors import ArrayTensor, StoredTensor
 from avatarctl.loading.loras import Lora
-from avatarctl.loading.sources import Sources, asked_size
+from avatarctl.loading.sources import Sources, asked_size, check_packaged
 from avatarctl.registry import ROWS, Row
 from avatarctl.weights.layout import Sizes
 from avatarctl.weights.layouts import LAYOUTS
@@ -35,9 +36,12 @@ SUM_DTYPE = "F32"
 def check_transformer(row: Row, sources: Sources, cfg: RunConfig, emit: Emit) -> WeightFile | None:
     """The transformer of a run, with all that a person should know of its files said.
 
-    None where it is built in or files are missing; then the LoRAs alone are checked, as far as that goes.
+    None where its weights are random or files are missing; then the LoRAs alone are checked, as far as that
+    goes.
     Raises what `assemble` raises.
     """
+    if row.source == "package":
+        check_packaged(row, sources)
     if sources.dit and not sources.missing:
         held = assemble(row, sources, cfg.model, emit)
         if (size := asked_size(cfg)) and (line := made_for_others(held, size)):
@@ -57,6 +61,8 @@ def assemble(row: Row, sources: Sources, model: Model, emit: Emit) -> WeightFile
     Raises UnusableWeights, naming both sides, where files do not belong together or are not what was asked.
     """
     base, *adapters = sources.dit
+    if row.source == "package":
+        return with_loras(built_in(row, open_weights(base).tensors), sources.loras, emit)
     held = open_model(base)
     for path in adapters:
         part = open_model(path)

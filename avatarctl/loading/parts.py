@@ -43,6 +43,7 @@ from avatarctl.weights.weight_file import WeightFile
 
 __all__ = [
     "TRANSFORMERS",
+    "UNUSED_IN_EVALUATION",
     "audio_encoder",
     "image_encoder",
     "text_encoder",
@@ -175,7 +176,7 @@ def audio_encoder(folder: Path, device: torch.device, emit: Emit) -> FrameWav2Ve
         device=device,
         where=file,
         likely=lambda: "config.json and the weights are of two models",
-        unused=_UNUSED,
+        unused=UNUSED_IN_EVALUATION,
         told_as=in_file.get,
     )
     return network.eval()
@@ -185,7 +186,7 @@ _PRETRAINING: Final = ("quantizer.", "project_q.", "project_hid.")
 _HEADS: Final = ("lm_head.", *_PRETRAINING)
 """What stands behind the encoder in published files: the recogniser's head and what pretraining needed."""
 
-_UNUSED: Final = ("masked_spec_embed",)
+UNUSED_IN_EVALUATION: Final = ("masked_spec_embed",)
 """Replaces masked steps in training; in evaluation mode nothing is masked (spec/omniavatar.md b.8)."""
 
 # Weight normalisation as torch wrote it before 2.0, and as its parametrisation is called now.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from avatarctl.files.named_path import expanded
 from avatarctl.hub.locate import Located, locate, with_needs
 from avatarctl.loading.loras import Lora, find_lora
 from avatarctl.registry import (
+    ASSETS,
     ENCODER_FILES,
     ROWS,
     Row,
@@ -26,6 +28,7 @@ from avatarctl.weights.recognise import read_weight_file
 __all__ = [
     "Sources",
     "asked_size",
+    "check_packaged",
     "find_sources",
     "missing_line",
     "weights_missing",
@@ -37,7 +40,8 @@ _SHARD: Final = re.compile(r"(?P<stem>.*-)(?P<number>\d{5})(?P<rest>-of-\d{5}\..
 @dataclass(frozen=True)
 class Sources:
     """dit: a full model, or a base and the adapters that make it the model, in order; empty where built in.
-    encoders: "vae", "text", "tokenizer" (a folder), "audio" (a folder), "clip", as far as found.
+    encoders: "vae", "text", "tokenizer" (a folder), "audio" (a folder), "clip", as far as found; of a row
+             that comes with the program "vae", "config" (of the VAE), "text" and "audio", each a file.
     row:    name of the row whose own files these are: the one that was asked for, or one of its `instead`.
     notes:  one line each, for people.
     """
@@ -62,13 +66,31 @@ def find_sources(row: Row, model: Model, size: tuple[int, int] | None = None) ->
     named = _named(row, model)
     loras = tuple(find_lora(text, model.weights_root) for text in model.lora)
     if row.source == "package":
-        return Sources(loras=loras)
+        packaged = _packaged(row)
+        return Sources(packaged.dit, packaged.encoders, loras, packaged.missing, row.name)
     needed = [locate(each, model.weights_root) for each in with_needs(row) if each is not row]
     own, notes = _own(row, model.weights_root, size)
     places = [own, *needed]
     encoders, missing = _encoders(places, named, model.weights_root)
     dit, wanted = _transformer(row, places, named.get("dit"))
     return Sources(dit, encoders, loras, (*wanted, *missing), own.row.name, () if "dit" in named else notes)
+
+
+def _packaged(row: Row) -> Sources:
+    """The files that come with the program, by the first word of their names."""
+    found = locate(row, None)
+    parts = {Path(name).stem.partition("_")[0]: path for name, path in found.files.items()}
+    dit = (parts.pop("dit"),) if "dit" in parts else ()
+    return Sources(dit, parts, missing=found.missing)
+
+
+def check_packaged(row: Row, sources: Sources) -> None:
+    """Raises WeightsMissing (exit 4) for a file of the package whose bytes are not those of the release."""
+    for path in (*sources.dit, *sources.encoders.values()):
+        stated = row.sha256[path.relative_to(ASSETS).as_posix()]
+        if hashlib.sha256(path.read_bytes()).hexdigest() != stated:
+            fix = "install avatarctl again"
+            raise WeightsMissing(f"is damaged: its SHA-256 is not {stated}", where=path, fix=fix)
 
 
 def asked_size(cfg: RunConfig) -> tuple[int, int] | None:
@@ -213,7 +235,9 @@ def _transformer_of(place: Located) -> Path:
 
 def weights_missing(row: Row, sources: Sources) -> WeightsMissing:
     """The error of a run of `row` without `sources.missing`."""
-    pull = None if row.source == "path" else f"`avatarctl models pull {sources.row}` fetches them"
+    pull = {"path": None, "package": "install avatarctl again"}.get(
+        row.source, f"`avatarctl models pull {sources.row}` fetches them"
+    )
     return WeightsMissing(missing_line(sources.missing), where=row.name, fix=pull)
 
 

@@ -2,10 +2,13 @@
 
 This is the only place that normalises latents: z = (mean of the posterior - mean) / std per channel
 (spec/omniavatar.md c). Nothing is tiled.
+
+On a CPU in float32 the convolutions go straight to oneDNN, see `_use_onednn`.
 """
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import torch
@@ -22,6 +25,8 @@ class WanVae(nn.Module):
     def __init__(self, vae: AutoencoderKLWan) -> None:
         super().__init__()
         self.vae = vae
+        if next(vae.parameters()).device.type == "cpu" and torch.backends.mkldnn.is_available():
+            _use_onednn(vae)
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents, [1, C, 1, 1, 1]."""
@@ -49,6 +54,32 @@ class WanVae(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """[B, C, T, h, w] -> float32 [B, 3, 4T - 3, 8h, 8w] in [-1, 1], the whole clip at once."""
         return self.decoder().push(latents)
+
+
+def _use_onednn(network: nn.Module) -> None:
+    """Let every 3-D convolution of a network on the CPU go to oneDNN, with weights in the order it wants.
+
+    For one small clip PyTorch chooses its own unoptimised convolution instead: with a batch of 1 where
+    channels x frames x rows is at most 20480, and that is most of a decoder that takes one latent frame at a
+    time (spec/cartoon-world.md 6). oneDNN is exact to rounding and three times as fast, which
+    docs/benchmarks.md states; half precision on a CPU is no faster than this, and 100 times slower where the
+    processor has no instructions for it.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv3d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
+            module._conv_forward = MethodType(_convolve, module)  # type: ignore[method-assign]
+
+
+def _convolve(self: nn.Conv3d, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """As `nn.Conv3d._conv_forward`."""
+    plain = type(input) is Tensor and input.dtype == torch.float32  # oneDNN takes no fake tensors
+    if plain and input.device.type == "cpu" and not isinstance(self.padding, str):
+        convolved: Tensor = torch.mkldnn_convolution(
+            input, weight, bias, self.padding, self.stride, self.dilation, self.groups
+        )
+        return convolved
+    return nn.Conv3d._conv_forward(self, input, weight, bias)
 
 
 class StreamingDecoder:

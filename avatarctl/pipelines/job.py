@@ -161,12 +161,15 @@ def check_job(cfg: RunConfig, row: Row, job: Job, emit: Emit) -> JobPlan:
         emit(Notice(f"{job.image.name}: {doubt}", "warning"))
     for notice in (*family.notices(cfg), *sources.notes):
         emit(Notice(notice))
+    assert cfg.sampling.shift is not None and cfg.sampling.guidance_scale is not None
     for notice in outside_training(
         row,
         width=width,
         height=height,
         num_frames=pixel_frames(next(video.spans()).frames),
         overlap_frames=None if video.count == 1 else cfg.long_video.overlap_frames,
+        shift=cfg.sampling.shift,
+        guidance_scale=cfg.sampling.guidance_scale,
     ):
         emit(Notice(notice, "warning"))
     return JobPlan(

@@ -15,6 +15,7 @@ from avatarctl.registry.choose import (
 )
 from avatarctl.registry.defaults import COMPAT
 from avatarctl.registry.row import (
+    ASSETS,
     ENCODER_FILES,
     NEEDS_WEIGHTS,
     NOT_YET,
@@ -30,6 +31,7 @@ from avatarctl.registry.row import (
 from avatarctl.registry.rows import ROWS
 
 __all__ = [
+    "ASSETS",
     "COMPAT",
     "ENCODER_FILES",
     "NEEDS_WEIGHTS",

@@ -67,7 +67,14 @@ def configure(
 
 
 def outside_training(
-    row: Row, *, width: int, height: int, num_frames: int, overlap_frames: int | None
+    row: Row,
+    *,
+    width: int,
+    height: int,
+    num_frames: int,
+    overlap_frames: int | None,
+    shift: float,
+    guidance_scale: float,
 ) -> tuple[str, ...]:
     """One line for each value that the row's model was not trained for; sizes in pixels and pixel frames,
     None for an overlap that is not used."""
@@ -76,6 +83,8 @@ def outside_training(
         (f"size {width}x{height}", (width, height), known.sizes),
         (f"{num_frames} frames at a time", num_frames, known.num_frames),
         (f"overlap {overlap_frames}", overlap_frames, known.overlap_frames),
+        (f"shift {shift:g}", shift, known.shifts),
+        (f"guidance {guidance_scale:g}", guidance_scale, known.guidance_scales),
     )
     return tuple(
         f"{row.name} was not trained for {what}"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final, Literal
 
 from avatarctl.config import ModelRowDefaults
 
 __all__ = [
+    "ASSETS",
     "ENCODER_FILES",
     "NEEDS_WEIGHTS",
     "NOT_YET",
@@ -39,30 +41,41 @@ ENCODER_FILES: Final[Mapping[str, str]] = {
 """What stands beside the transformer in Wan releases, by part; "clip" in those that look at an image."""
 
 
+ASSETS: Final = Path(__file__).resolve().parent.parent / "assets"
+"""Files that come with the program."""
+
+
 @dataclass(frozen=True)
 class TrainedFor:
     """What a model saw in training or is published with; other values run, with a notice.
 
-    sizes: (width, height) in pixels; num_frames, overlap_frames: pixel frames. Empty means unknown.
+    sizes: (width, height) in pixels; num_frames, overlap_frames: pixel frames; shifts of the sigmas;
+    guidance_scales, 1 where no branch was ever dropped in training. Empty means unknown.
     """
 
     sizes: tuple[tuple[int, int], ...] = ()
     num_frames: tuple[int, ...] = ()
     overlap_frames: tuple[int, ...] = ()
+    shifts: tuple[float, ...] = ()
+    guidance_scales: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class Row:
     """One thing that can be named.
 
-    source:  "package" needs no file; "hub" is a repository; "other" is described by `obtained`; "path" is a
-             file or folder that a person named, see `path`; only rows of loading/model_row.py have it.
-    files:   names relative to the repository; "a|b" is satisfied by either, a trailing "/" is a folder.
+    source:  "package" comes with the program; "hub" is a repository; "other" is described by `obtained`;
+             "path" is a file or folder that a person named, see `path`; only loading/model_row.py makes it.
+    files:   names relative to the repository; "a|b" is satisfied by either, a trailing "/" is a folder. Of a
+             row that comes with the program they are relative to `ASSETS`, and the first word of a file's
+             name is the part of a run that it is; without files its networks get seeded random weights.
+    sha256:  digest of a file by its name, where the row states it.
     stand_ins: names in `files` -> the name under which `avatarctl convert-ckpt` may have written the same.
     network: constructor arguments by part: "dit" (the family's transformer), "vae" (`AutoencoderKLWan`),
              "text" (`UMT5Config`), "audio" (`Wav2Vec2Config`), "clip" (`clip_config`), if there is one.
     defaults: RunConfig values by dotted key.
     audio_offset_stated: the weights themselves say which audio offset they were made with.
+    world:   the made-up world that the model alone knows, empty for people.
     compat:  what each `model.compat` sets for this model; None for `COMPAT`.
     needs:   names of the rows whose files it needs as well.
     part:    the part of a run that the folder of an encoder is, empty where each file is a part of its own.
@@ -80,6 +93,7 @@ class Row:
     source: Literal["package", "hub", "other", "path"] = "hub"
     hub_id: str = ""
     files: tuple[str, ...] = ()
+    sha256: Mapping[str, str] = field(default_factory=dict)
     stand_ins: Mapping[str, str] = field(default_factory=dict)
     obtained: str = ""
     license: str = ""
@@ -89,6 +103,7 @@ class Row:
     audio_offset_stated: bool = False
     compat: Mapping[str, Mapping[str, Any]] | None = None
     trained: bool = True
+    world: Literal["", "cartoon"] = ""
     trained_for: TrainedFor = TrainedFor()
     needs: tuple[str, ...] = ()
     part: str = ""

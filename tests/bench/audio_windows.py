@@ -24,7 +24,7 @@ import torch
 from reporting import print_table, write_voice
 
 from avatarctl.family import AudioEncoder
-from avatarctl.loading.modules import build_random_modules
+from avatarctl.loading.built_in import build_random_modules
 from avatarctl.media import Waveform, open_audio, survey, write_audio
 from avatarctl.models.encode import PIECE_OVERLAP_SECONDS, AudioFeatures, pieces
 from avatarctl.registry import find_model

@@ -44,7 +44,7 @@ from avatarctl.demo.sample import sample_image
 from avatarctl.events import silent
 from avatarctl.family import Modules, Span
 from avatarctl.flow_matching import double_shifted_sigmas, euler_step, timesteps_of
-from avatarctl.loading.modules import build_random_modules
+from avatarctl.loading.built_in import build_random_modules
 from avatarctl.media import Waveform, open_audio
 from avatarctl.models.encode import image_tensor
 from avatarctl.models.stableavatar import PreparedStable, StableAvatarTransformer

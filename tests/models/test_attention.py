@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from avatarctl.errors import ExtraMissing
-from avatarctl.loading.modules import build_random_modules
+from avatarctl.loading.built_in import build_random_modules
 from avatarctl.models.attention import choose_attention, use_attention
 from avatarctl.models.wan_blocks import AvatarAttnProcessor
 from avatarctl.registry import find_model

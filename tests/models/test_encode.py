@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from avatarctl.loading.modules import build_random_modules
+from avatarctl.loading.built_in import build_random_modules
 from avatarctl.models.encode import AudioFeatures, pieces
 from avatarctl.registry import find_model
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from avatarctl.loading.modules import build_random_modules
+from avatarctl.loading.built_in import build_random_modules
 from avatarctl.registry import find_model
 
 

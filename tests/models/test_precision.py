@@ -1,6 +1,6 @@
 import torch
 
-from avatarctl.loading.modules import build_random_modules
+from avatarctl.loading.built_in import build_random_modules
 from avatarctl.models.precision import cast
 from avatarctl.registry import find_model
 

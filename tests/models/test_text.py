@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from avatarctl.events import Notice
-from avatarctl.loading.modules import build_random_modules
+from avatarctl.loading.built_in import build_random_modules
 from avatarctl.models.encode import encode_prompt
 from avatarctl.models.text import clean_prompt
 from avatarctl.registry import find_model

@@ -12,7 +12,7 @@ import pytest
 from avatarctl.config import RunConfig
 from avatarctl.events import silent
 from avatarctl.family import Modules, VideoPlan
-from avatarctl.loading.modules import build_random_modules
+from avatarctl.loading.built_in import build_random_modules
 from avatarctl.media import audio_from_array, image_from_array
 from avatarctl.pipelines.infer import generate
 from avatarctl.pipelines.job import Job, check_job

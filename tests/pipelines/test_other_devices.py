@@ -18,7 +18,7 @@ from avatarctl.config import RunConfig
 from avatarctl.events import silent
 from avatarctl.families import family_named
 from avatarctl.family import Inputs, Modules
-from avatarctl.loading.modules import build_random_modules
+from avatarctl.loading.built_in import build_random_modules
 from avatarctl.media import audio_from_array, image_from_array
 from avatarctl.models.encode import AudioFeatures, window_tokens
 from avatarctl.models.wav2vec import normalise_waveform

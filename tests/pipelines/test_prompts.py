@@ -10,7 +10,7 @@ import torch
 from avatarctl.events import silent
 from avatarctl.families import family_named
 from avatarctl.family import Inputs
-from avatarctl.loading.modules import build_random_modules
+from avatarctl.loading.built_in import build_random_modules
 from avatarctl.registry import configure, find_model
 
 

@@ -38,7 +38,7 @@ from avatarctl.family import (
     VideoPlan,
 )
 from avatarctl.flow_matching import shifted_sigmas
-from avatarctl.loading import modules as loading
+from avatarctl.loading import parts as loading
 from avatarctl.timeline import FPS, SAMPLES_PER_FRAME, frames_of_samples, latent_frames
 
 WINDOW, OVERLAP = 4, 2  # latent frames

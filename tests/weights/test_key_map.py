@@ -1,6 +1,6 @@
 import pytest
 
-from avatarctl.loading.modules import build_random_modules
+from avatarctl.loading.built_in import build_random_modules
 from avatarctl.registry import find_model
 from avatarctl.weights.key_map import KeyMap
 from avatarctl.weights.layouts import OMNIAVATAR
