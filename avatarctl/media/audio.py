@@ -53,7 +53,7 @@ def open_audio(path: str | Path) -> Audio:
     if header.size_left_at_zero:
         note = "has a header that says 0 samples (an interrupted recording?); what follows it is used"
         return ContainerAudio(checked, (note,))
-    return _open_libsndfile(checked, header.declared, ())
+    return _open_libsndfile(checked, header.declared, header.doubts)
 
 
 def _open_libsndfile(path: Path, declared: int | None, doubts: tuple[str, ...]) -> Audio:
