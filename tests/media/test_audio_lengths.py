@@ -25,8 +25,10 @@ def heard(path: Path, content: bytes) -> tuple[int, tuple[str, ...]]:
 
 @pytest.mark.parametrize(
     "declared",
-    [0x7FFFFFFF, 0x7FFFF000, 0x80000000, 0xFFFFFFFE, 0xFFFFFFFF, 2_000_000_000]
-    + [0x7FFFFF00, 0x7FFFFFFF - 36, 0xFFFFFFFF - 44, 0x7FFFF000 - 0x7FFFF000 % 6],
+    [
+        *(0x7FFFFFFF, 0x7FFFF000, 0x80000000, 0xFFFFFFFE, 0xFFFFFFFF, 2_000_000_000),
+        *(0x7FFFFF00, 0x7FFFFFFF - 36, 0xFFFFFFFF - 44, 0x7FFFF000 - 0x7FFFF000 % 6),
+    ],
     ids=hex,
 )
 def test_placeholders_of_streams_state_no_length(tmp_path: Path, declared: int) -> None:
