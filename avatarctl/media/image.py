@@ -9,17 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, features
 
 from avatarctl.errors import UnusableImage
 from avatarctl.media.files import check_regular_file, file_sha256
+from avatarctl.media.image_colour import ToSRGB, embedded_profile
+from avatarctl.media.image_kinds import foreign_kind, way_out
 
 __all__ = ["BACKGROUND", "StillImage", "image_from_array", "load_image"]
 
 BACKGROUND = 128
 """The grey level (R = G = B) that shows through transparent pixels: neutral for the models."""
 
-_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+# Older releases of Pillow do not know the word, and some builds have no AVIF.
+_AVIF = ("AVIF",) if "avif" in features.modules and features.check_module("avif") else ()
+_FORMATS = ("PNG", "JPEG", "WebP", "GIF", "BMP", "TIFF", *_AVIF)
 _MAX_PIXELS = 100_000_000
 _MIN_SIDE = 8
 _MAX_ASPECT = 16
@@ -54,10 +58,12 @@ class StillImage:
 
 
 def load_image(path: str | Path) -> StillImage:
-    """The image of a PNG, JPEG, WebP, GIF, BMP or TIFF file, recognised by content.
+    """The image of a PNG, JPEG, WebP, GIF, BMP or TIFF file, and of AVIF where Pillow reads it, recognised
+    by content.
 
-    EXIF orientation is applied, transparency is composited on grey 128, 16-bit grey is divided by 257
-    and rounded, CMYK, grey, palette and bilevel become RGB; of several frames the first is used.
+    EXIF orientation is applied, colours are converted from an embedded ICC profile to sRGB, transparency is
+    composited on grey 128, 16-bit grey is divided by 257 and rounded, CMYK, grey, palette and bilevel become
+    RGB; of several frames the first is used.
 
     Raises PathNotFound when nothing is there; UnusableImage for other formats, damaged or truncated
     files, more than 100 million pixels, sides below 8 pixels and aspect ratios beyond 16:1.
@@ -96,6 +102,9 @@ def _read(path: Path) -> tuple[np.ndarray, list[str]]:
 
     Decoders answer hostile bytes with nearly any exception, hence `except Exception`.
     """
+    kind = foreign_kind(path)
+    if kind is not None and kind not in _FORMATS:
+        raise UnusableImage(f"is {kind}, which is not read", where=path, fix=way_out(kind))
     try:
         image = Image.open(path, formats=_FORMATS)
     except Image.DecompressionBombError as error:
@@ -106,7 +115,7 @@ def _read(path: Path) -> tuple[np.ndarray, list[str]]:
         raise UnusableImage(
             "not an image, or its header is invalid",
             where=path,
-            fix="PNG, JPEG, WebP, GIF, BMP and TIFF are read",
+            fix=f"{', '.join(_FORMATS[:-1])} and {_FORMATS[-1]} are read",
         ) from error
     with image:
         _check_size(image.width, image.height, path)
@@ -114,7 +123,9 @@ def _read(path: Path) -> tuple[np.ndarray, list[str]]:
             doubts = _doubts(image)
             image.load()
             orientation = image.getexif().get(ExifTags.Base.Orientation)
-            rgb = _to_rgb(image, path)
+            to_srgb, more = embedded_profile(image)
+            doubts += more
+            rgb = _to_rgb(image, path, to_srgb)
         except Image.DecompressionBombError as error:
             raise _too_large(path) from error
         except (MemoryError, UnusableImage):
@@ -152,37 +163,40 @@ def _doubts(image: Image.Image) -> list[str]:
     return [f"has {frames} frames; the first is used"] if frames > 1 else []
 
 
-def _to_rgb(image: Image.Image, path: Path) -> np.ndarray:
-    """uint8 [H, W, 3] of a loaded image of any mode, transparency composited."""
+def _to_rgb(image: Image.Image, path: Path, to_srgb: ToSRGB | None) -> np.ndarray:
+    """uint8 [H, W, 3] of a loaded image of any mode, in sRGB, transparency composited."""
     if image.mode in ("I", "F") and image.format != "PNG":
         raise UnusableImage(
             "unsupported pixel format: 32-bit grey has no defined white",
             where=path,
             fix="save it with 8 or 16 bits",
         )
-    convert = _deep_grey if image.mode.startswith("I") else _composited
     rgb = np.empty((image.height, image.width, 3), np.uint8)
     rows = max(1, _BAND_PIXELS // image.width)
     for top in range(0, image.height, rows):
         bottom = min(top + rows, image.height)
-        rgb[top:bottom] = convert(image.crop((0, top, image.width, bottom)))
+        band = image.crop((0, top, image.width, bottom))
+        rgb[top:bottom] = _composited(_shallow_grey(band) if band.mode.startswith("I") else band, to_srgb)
     return rgb
 
 
-def _composited(image: Image.Image) -> np.ndarray:
-    if not image.has_transparency_data:
-        return np.asarray(image.convert("RGB"))
-    rgba = np.asarray(image.convert("RGBA"))
-    alpha = rgba[..., 3:].astype(np.uint16)
-    blended = rgba[..., :3] * alpha + BACKGROUND * (255 - alpha)  # at most 255 * 255
+def _composited(image: Image.Image, to_srgb: ToSRGB | None) -> np.ndarray:
+    alpha = None
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        alpha = np.asarray(image.getchannel("A"))[..., None].astype(np.uint16)
+    rgb = np.asarray(to_srgb(image) if to_srgb else image.convert("RGB"))
+    if alpha is None:
+        return rgb
+    blended = rgb * alpha + BACKGROUND * (255 - alpha)  # at most 255 * 255
     return (blended + 127) // 255
 
 
-def _deep_grey(image: Image.Image) -> np.ndarray:
+def _shallow_grey(image: Image.Image) -> Image.Image:
     """16-bit grey as 8 bits: 65535 = 255 * 257, so dividing by 257 with rounding keeps both ends."""
     levels = np.asarray(image).astype(np.uint32)
-    grey = ((levels + 128) // 257).astype(np.uint8)
+    grey = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
     key = image.info.get("transparency")  # one level that stands for "transparent"
     if isinstance(key, int):
-        grey[levels == key] = BACKGROUND
-    return np.broadcast_to(grey[..., None], (*grey.shape, 3))
+        grey.putalpha(Image.fromarray(np.where(levels == key, 0, 255).astype(np.uint8)))
+    return grey
