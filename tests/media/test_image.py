@@ -16,7 +16,16 @@ from PIL import Image
 
 from avatarctl.errors import AvatarctlError, PathNotFound, UnusableImage
 from avatarctl.media import image_from_array, load_image
+from avatarctl.media.image import _FORMATS
 
+AVIF = pytest.param(
+    "avif", marks=pytest.mark.skipif("AVIF" not in _FORMATS, reason="this Pillow has no AVIF")
+)
+OPTIONS = {
+    "webp": {"lossless": True},
+    "jpg": {"quality": 95, "subsampling": 0},
+    "avif": {"quality": 95, "subsampling": "4:4:4"},
+}
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 
@@ -50,11 +59,15 @@ def close(pixels: np.ndarray, expected: np.ndarray, within: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("extension", "within"), [("png", 0), ("bmp", 0), ("tiff", 0), ("gif", 0), ("webp", 0), ("jpg", 12)]
+    ("extension", "within"),
+    [
+        *[("png", 0), ("bmp", 0), ("tiff", 0), ("gif", 0), ("webp", 0), ("jpg", 12)],
+        pytest.param("avif", 12, marks=AVIF.marks),
+    ],
 )
 def test_formats(tmp_path: Path, extension: str, within: int) -> None:
     path = tmp_path / f"a.{extension}"
-    options = {"webp": {"lossless": True}, "jpg": {"quality": 95, "subsampling": 0}}.get(extension, {})
+    options = OPTIONS.get(extension, {})
     Image.fromarray(quadrants()).save(path, **options)
     image = load_image(path)
     assert close(image.pixels, quadrants(), within)
@@ -84,15 +97,15 @@ STORED = {
 
 
 @pytest.mark.parametrize("orientation", STORED)
-@pytest.mark.parametrize("extension", ["png", "jpg", "webp", "tiff"])
+@pytest.mark.parametrize("extension", ["png", "jpg", "webp", "tiff", AVIF])
 def test_exif_orientation(tmp_path: Path, extension: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / f"a.{extension}"
     stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](quadrants())))
-    options = {"webp": {"lossless": True}, "jpg": {"quality": 95, "subsampling": 0}}.get(extension, {})
+    options = OPTIONS.get(extension, {})
     stored.save(path, exif=exif, **options)
-    assert close(load_image(path).pixels, quadrants(), 12 if extension == "jpg" else 0)
+    assert close(load_image(path).pixels, quadrants(), 12 if extension in ("jpg", "avif") else 0)
 
 
 @pytest.mark.parametrize("extension", ["png", "webp", "tiff"])
@@ -211,7 +224,7 @@ def test_sizes_at_the_limits_are_accepted(tmp_path: Path) -> None:
         assert load_image(tmp_path / "a.png").pixels.shape == (size[1], size[0], 3)
 
 
-@pytest.mark.parametrize("extension", ["png", "jpg", "webp", "gif", "bmp", "tiff"])
+@pytest.mark.parametrize("extension", ["png", "jpg", "webp", "gif", "bmp", "tiff", AVIF])
 def test_truncated_files_are_refused(tmp_path: Path, extension: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     buffer = io.BytesIO()
@@ -224,7 +237,7 @@ def test_truncated_files_are_refused(tmp_path: Path, extension: str) -> None:
             load_image(path)
 
 
-@pytest.mark.parametrize("extension", ["png", "jpg", "webp", "gif", "bmp", "tiff"])
+@pytest.mark.parametrize("extension", ["png", "jpg", "webp", "gif", "bmp", "tiff", AVIF])
 def test_damaged_bytes_never_raise_anything_else(
     tmp_path: Path, extension: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
