@@ -16,7 +16,7 @@ FIELD = Path(__file__).resolve().parents[3] / "shared" / "field-cases"
 DATA = (voice(0.5) * 32767).astype("<i2").tobytes()
 
 
-def heard(path: Path, content: bytes) -> tuple[int, tuple[str, ...]]:
+def read_back(path: Path, content: bytes) -> tuple[int, tuple[str, ...]]:
     """Samples and warnings of a file of these bytes."""
     path.write_bytes(content)
     found = survey(open_audio(path))
@@ -32,7 +32,7 @@ def heard(path: Path, content: bytes) -> tuple[int, tuple[str, ...]]:
     ids=hex,
 )
 def test_placeholders_of_streams_state_no_length(tmp_path: Path, declared: int) -> None:
-    assert heard(tmp_path / "a.wav", wav(DATA, declared=declared)) == (8_000, ())
+    assert read_back(tmp_path / "a.wav", wav(DATA, declared=declared)) == (8_000, ())
 
 
 def test_placeholders_in_aiff_and_rf64(tmp_path: Path) -> None:
@@ -41,23 +41,23 @@ def test_placeholders_in_aiff_and_rf64(tmp_path: Path) -> None:
     frames, size = content.find(b"COMM") + 10, content.find(b"SSND") + 4
     for stated in (0x7FFFFFFF, 0xFFFFFFFF, 0x7F000000):
         content[frames : frames + 4] = content[size : size + 4] = struct.pack(">I", stated)
-        assert heard(tmp_path / "a.aiff", bytes(content)) == (8_000, ())
+        assert read_back(tmp_path / "a.aiff", bytes(content)) == (8_000, ())
 
     wave = wav(DATA, declared=0xFFFFFFFF)
     for stated, count in ((2**63 - 1, 0), (10**15, 1), (17_000, 1)):
         ds64 = b"ds64" + struct.pack("<IQQQI", 28, stated, stated, stated // 2, 0)
         content = b"RF64\xff\xff\xff\xffWAVE" + ds64 + wave[12:]
-        samples, warnings = heard(tmp_path / "a.wav", content)
+        samples, warnings = read_back(tmp_path / "a.wav", content)
         assert samples == 8_000 and len(warnings) == count
         assert any("cut short" in warning for warning in warnings) == (stated == 17_000)
 
 
 def test_a_length_far_beyond_the_file_is_told_and_never_a_cut(tmp_path: Path) -> None:
     for declared in (1_234_567_890, 0x70000000, 100 * len(DATA) + 2):
-        samples, (warning,) = heard(tmp_path / "a.wav", wav(DATA, declared=declared))
+        samples, (warning,) = read_back(tmp_path / "a.wav", wav(DATA, declared=declared))
         assert samples == 8_000 and "cut short" not in warning
         assert f"{declared} bytes" in warning and f"{len(DATA)} follow" in warning
-    samples, (warning,) = heard(tmp_path / "a.wav", wav(DATA, declared=100 * len(DATA)))
+    samples, (warning,) = read_back(tmp_path / "a.wav", wav(DATA, declared=100 * len(DATA)))
     assert samples == 8_000 and "cut short" in warning
 
 
@@ -66,24 +66,24 @@ def test_what_lies_behind_the_audio_is_told_with_its_bytes(tmp_path: Path) -> No
     second = wav(DATA[:5000])
     tag = b"LIST\x04\0\0\0abcd"
     text = f"has another WAV file behind its audio: the last {len(second)} bytes are not read"
-    assert heard(path, first + second) == (8_000, (text,))
-    assert heard(path, first + tag + second) == (8_000, (text,)), "behind a chunk of the first"
+    assert read_back(path, first + second) == (8_000, (text,))
+    assert read_back(path, first + tag + second) == (8_000, (text,)), "behind a chunk of the first"
     odd = wav(DATA[:-1])
-    assert heard(path, odd + second) == (7_999, (text,)), "without the padding of an odd chunk"
-    assert heard(path, odd + b"\0" + second) == (7_999, (text,))
+    assert read_back(path, odd + second) == (7_999, (text,)), "without the padding of an odd chunk"
+    assert read_back(path, odd + b"\0" + second) == (7_999, (text,))
     rifx = soundfile_bytes(tmp_path / "b.wav", endian="BIG")
     text = f"has another WAV file behind its audio: the last {len(rifx)} bytes are not read"
-    assert heard(path, first + rifx) == (8_000, (text,))
+    assert read_back(path, first + rifx) == (8_000, (text,))
 
     raw = DATA * 3  # audio that went on when the header was final
     text = f"holds more than its header declares: the last {len(raw)} bytes are not read"
-    assert heard(path, first + b"\x01\x02" + raw[2:]) == (8_000, (text,))
+    assert read_back(path, first + b"\x01\x02" + raw[2:]) == (8_000, (text,))
 
 
 def test_chunks_tags_and_padding_behind_the_audio_are_no_reason_to_say_anything(tmp_path: Path) -> None:
     large = b"id3 " + struct.pack("<I", 100_000) + bytes(100_000)
     for tail in (b"LIST\x04\0\0\0abcd", large, bytes(2048), b"TAG" + bytes(125), b"\0"):
-        assert heard(tmp_path / "a.wav", wav(DATA) + tail) == (8_000, ())
+        assert read_back(tmp_path / "a.wav", wav(DATA) + tail) == (8_000, ())
 
 
 def test_a_forged_chain_of_chunks_takes_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
