@@ -19,6 +19,7 @@ import click
 
 import avatarctl
 from avatarctl.cli.command import Command
+from avatarctl.cli.screen import spell_out
 from avatarctl.errors import (
     AvatarctlError,
     DoesNotFit,
@@ -244,6 +245,8 @@ def _open_closed_streams() -> None:
 def main() -> NoReturn:
     """The console script."""
     _open_closed_streams()
+    for stream in (sys.stdout, sys.stderr):
+        spell_out(stream)
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
     app.main(prog_name="avatarctl")

@@ -293,7 +293,7 @@ def _agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 def _short(value: Any) -> str:
     text = str(value)
-    return text if len(text) <= 60 else f"{text[:59]}…"
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _asked(command: str, params: Mapping[str, Any]) -> Iterator[tuple[str, Setting]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import io
 import sys
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
@@ -22,12 +24,34 @@ from avatarctl.events import (
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-__all__ = ["Screen"]
+__all__ = ["Screen", "spell_out"]
 
 LONG_MOVE = 10**9
 """Bytes from which a log says how far they are."""
 
 _LEVELS = ("debug", "info", "warning", "error")
+_SPELLED_OUT = {"…": "...", "–": "-", "—": "-", "→": "->", "×": "x", "±": "+-", "“": '"', "”": '"', "’": "'"}
+
+
+def _replacement(error: UnicodeError) -> tuple[str, int]:
+    """What codecs ask of a handler: text for what cannot be encoded, and where to go on."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    refused = error.object[error.start : error.end]
+    escaped = (
+        _SPELLED_OUT.get(char) or char.encode("ascii", "backslashreplace").decode() for char in refused
+    )
+    return "".join(escaped), error.end
+
+
+codecs.register_error("avatarctl-spelled-out", _replacement)
+
+
+def spell_out(stream: TextIO) -> None:
+    """Let a stream whose encoding lacks a sign (ASCII, Latin-1) write it with the signs it has, or escaped:
+    neither "\\u2026" for an ellipsis nor a failure at somebody's name."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="avatarctl-spelled-out")
 
 
 class Screen:
@@ -38,6 +62,7 @@ class Screen:
 
     def __init__(self, level: str, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
+        spell_out(self._stream)
         self._rank = _LEVELS.index(level)
         self._progress: Progress | None = None
         self._task: TaskID | None = None

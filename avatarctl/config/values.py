@@ -49,7 +49,7 @@ def kind_of(annotation: Any) -> Any:
 def shown(value: object) -> str:
     """`value` for a message: quoted if it is text, and not longer than a line bears."""
     text = repr(value)
-    return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 2]}…{text[-1]}"
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 4]}...{text[-1]}"
 
 
 def expected(spec: KeySpec) -> str:

@@ -240,7 +240,7 @@ def _read_block(tensor: StoredTensor, start: int, stop: int) -> Array:
 
 def _not_finite(name: str, tensor: StoredTensor, shard: _Shard) -> UnusableWeights:
     """Names what is to blame: the file that was read, where there is one."""
-    cut = name if len(name) <= _NAME_CHARS else name[:_NAME_CHARS] + "…"
+    cut = name if len(name) <= _NAME_CHARS else name[:_NAME_CHARS] + "..."
     return UnusableWeights(
         f"tensor {cut} ({tensor.info}) holds NaN or infinity; nothing is written",
         where=nonfinite_file(tensor) or (shard.sources[0] if len(shard.sources) == 1 else shard.path),

@@ -282,4 +282,4 @@ def _text(value: object) -> str:
 
 
 def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else f"{text[:width]}…"
+    return text if len(text) <= width else f"{text[:width]}..."
