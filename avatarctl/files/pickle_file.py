@@ -33,7 +33,7 @@ from avatarctl.files.pickle_scan import (
     is_plain_pickle,
     scan_pickle,
 )
-from avatarctl.files.safetensors_file import is_possible_shape, refuse_placeholder
+from avatarctl.files.safetensors_file import is_possible_shape, is_text, refuse_placeholder
 from avatarctl.files.stamp import FileStamp
 from avatarctl.files.state_dict import Wrapper, open_wrappers, tensors_in
 from avatarctl.files.strict_json import clip, file_size, reading
@@ -133,7 +133,7 @@ def _refuse_other_things(start: bytes, file: BinaryIO, path: Path) -> None:
         raise UnusableWeights("is a GGUF file, which is unsupported", where=path)
     if is_plain_pickle(io.BytesIO(file.read(MAX_PICKLE)), path):
         raise UnusableWeights("refused: it is a plain pickle, not a file of torch.save", where=path)
-    kind = "text" if start.isascii() and b"\0" not in start else "other data"
+    kind = "text" if is_text(start) else "other data"
     raise UnusableWeights(f"is not a weight file: neither safetensors nor torch.save ({kind})", where=path)
 
 

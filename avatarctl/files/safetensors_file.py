@@ -7,6 +7,7 @@ of safetensors 0.8). Only the header is read here; tensors are lazy.
 
 from __future__ import annotations
 
+import codecs
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from avatarctl.files.stamp import FileStamp
 from avatarctl.files.strict_json import clip, file_size, parse_object, reading
 from avatarctl.files.tensors import DTYPES, FileTensor, TensorInfo
 
-__all__ = ["Header", "is_possible_shape", "read_header", "refuse_placeholder"]
+__all__ = ["Header", "is_possible_shape", "is_text", "read_header", "refuse_placeholder"]
 
 MAX_HEADER: Final = 32 << 20
 """Bytes of a header. The format allows 100 MB, but two characters of JSON become up to 64 bytes of Python
@@ -52,6 +53,12 @@ def read_header(path: Path) -> Header:
         if size < 8:
             raise UnusableWeights(
                 f"too small for the length of a header ({size} bytes); truncated", where=path
+            )
+        if is_text(start):
+            raise UnusableWeights(
+                f"is a text, not a weight file; it begins {start[:40].decode('utf-8', 'replace')!r}",
+                where=path,
+                fix="read it: it may say why nothing was fetched; then download again",
             )
         length = int.from_bytes(start[:8], "little")
         if length > size - 8 or length < 2:
@@ -94,6 +101,19 @@ def refuse_placeholder(start: bytes, path: Path) -> None:
             "is a saved web page (HTML), not a weight file", where=path,
             fix="download it again; a gated file needs a login",
         )  # fmt: skip
+
+
+def is_text(start: bytes) -> bool:
+    """Whether the first bytes of a file are text: UTF-8 without control characters, or UTF-16 by its mark.
+
+    The length of a safetensors header always has zeros in it, as `MAX_HEADER` is below 2**32."""
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return True
+    try:  # the last character may be cut
+        text = codecs.getincrementaldecoder("utf-8")().decode(start)
+    except UnicodeDecodeError:
+        return False
+    return all(sign.isprintable() or sign.isspace() or sign == "\ufeff" for sign in text)
 
 
 def is_possible_shape(shape: Sequence[int], itemsize: int) -> bool:

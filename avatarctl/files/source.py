@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -52,6 +52,26 @@ _WELL_KNOWN: Final = {
 """File names that say "these are the weights of this folder"; equal values are one model in two formats."""
 
 _TRAINING_STATE = re.compile(r"(optimizer|scheduler|scaler|random_states|rng_state|training_args)", re.ASCII)
+_BLOCK: Final = re.compile(r"block_\d+\.safetensors|non_block\.safetensors", re.ASCII)
+_TRAINERS: Final = (
+    (
+        re.compile(r"zero_to_fp32\.py|.+_(optim|model)_states\.pt", re.ASCII),
+        "is a checkpoint of DeepSpeed, its weights in parts among the states of processes",
+        "run `python zero_to_fp32.py FOLDER OUT`, a script that lies in it, and name OUT",
+    ),
+    (
+        re.compile(r".+\.distcp", re.ASCII),
+        "is a distributed checkpoint of torch (DCP, also of FSDP), one part for each process",
+        "name OUT of `python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER OUT.pt`",
+    ),
+    (
+        _BLOCK,
+        "holds a model in files by block, as LightX2V writes them, without their index",
+        "put diffusion_pytorch_model.safetensors.index.json beside them, or name the uncut model",
+    ),
+)
+"""Names of files that tell what wrote a folder, what that is, and how it becomes a file that is read."""
+
 _STEP = re.compile(r"(step-.*|trainable_weights)\.pt", re.ASCII)
 
 Format = Literal["safetensors", "zip", "legacy"]
@@ -93,6 +113,8 @@ def open_weights(path: Path) -> RawWeights:
         index = path.with_name(f"{name}.index.json")
         hint = f"name {index.name} or the folder" if index.exists() else f"its index {index.name} is missing"
         raise UnusableWeights(f"is one of {count} files of a model, not the whole", where=path, fix=hint)
+    elif path.name.endswith((".distcp", "_optim_states.pt")) and path.is_file():
+        _refuse_of_trainers([path.parent])
     raw = _read_index(chosen) if chosen.name.endswith(INDEX_SUFFIXES) else _with_companion(_read_file(chosen))
     config_path = _config_beside(chosen, anything=chosen != path)
     config = read_object(config_path, MAX_CONFIG) if config_path else {}
@@ -264,6 +286,8 @@ def _choose(folder: Path, notes: list[str]) -> Path:
         notes.append(f"a diffusers pipeline: read its folder transformer{aside}")
         return _choose(folder / "transformer", notes)
     sets = _weight_sets(inside)
+    if len(sets) > 1 and all(any(told.fullmatch(path.name) for told, *_ in _TRAINERS) for path in sets):
+        _refuse_of_trainers([folder])
     if not sets:
         return _choose_checkpoint(folder, inside, notes)
     newer = {_stem(path) for path in sets if ".safetensors" in path.suffixes}
@@ -285,11 +309,23 @@ def _choose(folder: Path, notes: list[str]) -> Path:
     return chosen
 
 
+def _refuse_of_trainers(folders: Iterable[Path]) -> None:
+    """Raise UnusableWeights for the first folder whose files a trainer has cut into parts."""
+    for folder in folders:
+        with reading(folder):
+            names = [path.name for path in folder.iterdir()]
+        for told, what, fix in _TRAINERS:
+            if any(map(told.fullmatch, names)):
+                raise UnusableWeights(what, where=folder, fix=fix)
+
+
 def _choose_checkpoint(folder: Path, inside: Sequence[Path], notes: list[str]) -> Path:
     """Weights of a training run's folder that holds nothing but `checkpoint-N` folders."""
     entries = [entry for entry in inside if entry.name.startswith("checkpoint-")]
     found = [weights for entry in entries if (weights := entry / "trainable_weights.pt").is_file()]
     if not found:
+        below = [*folder.glob("*"), *(path for entry in entries for path in entry.glob("*"))]
+        _refuse_of_trainers([folder, *sorted(path for path in below if path.is_dir())])
         raise UnusableWeights("holds no weight file", where=folder, fix="name the file or its folder")
     if len(found) > 1:
         listed = _listed([weights.parent for weights in found])
@@ -312,7 +348,7 @@ def _weight_sets(inside: Sequence[Path]) -> list[Path]:
             if shard[0] not in covered:
                 what = f"holds {clip(path.name)}, but its index {clip(shard[0])}.index.json is missing"
                 raise UnusableWeights(what, where=path.parent)
-        elif not _TRAINING_STATE.match(path.name):
+        elif not _TRAINING_STATE.match(path.name) and not (indexes and _BLOCK.fullmatch(path.name)):
             single.append(path)
     if len(single) > 1:
         single = [path for path in single if not _is_companion(path, single)]

@@ -23,7 +23,7 @@ from avatarctl.weights.layout import Sizes
 from avatarctl.weights.layouts import LAYOUTS
 from avatarctl.weights.lineage import check_lineage
 from avatarctl.weights.made_for import made_for_others
-from avatarctl.weights.merge import merge_adapter
+from avatarctl.weights.merge import merge_adapter, with_base_config
 from avatarctl.weights.recognise import open_model
 from avatarctl.weights.weight_file import WeightFile
 
@@ -64,6 +64,11 @@ def assemble(row: Row, sources: Sources, model: Model, emit: Emit) -> WeightFile
     if row.source == "package":
         return with_loras(built_in(row, open_weights(base).tensors), sources.loras, emit)
     held = open_model(base)
+    for config in sources.base_configs:
+        told = with_base_config(held, config)
+        if told.heads != held.heads:
+            emit(Notice(f"{base} has {told.heads} attention heads, as {config} states"))
+        held = told
     for path in adapters:
         part = open_model(path)
         held = _merged(held, part, 1.0, emit)

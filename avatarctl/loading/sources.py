@@ -42,6 +42,7 @@ class Sources:
     """dit: a full model, or a base and the adapters that make it the model, in order; empty where built in.
     encoders: "vae", "text", "tokenizer" (a folder), "audio" (a folder), "clip", as far as found; of a row
              that comes with the program "vae", "config" (of the VAE), "text" and "audio", each a file.
+    base_configs: for one full model, each config.json that may be that of the base it came out of.
     row:    name of the row whose own files these are: the one that was asked for, or one of its `instead`.
     notes:  one line each, for people.
     """
@@ -52,6 +53,7 @@ class Sources:
     missing: tuple[Wanted, ...] = ()
     row: str = ""
     notes: tuple[str, ...] = ()
+    base_configs: tuple[Path, ...] = ()
 
 
 def find_sources(row: Row, model: Model, size: tuple[int, int] | None = None) -> Sources:
@@ -73,7 +75,16 @@ def find_sources(row: Row, model: Model, size: tuple[int, int] | None = None) ->
     places = [own, *needed]
     encoders, missing = _encoders(places, named, model.weights_root)
     dit, wanted = _transformer(row, places, named.get("dit"))
-    return Sources(dit, encoders, loras, (*wanted, *missing), own.row.name, () if "dit" in named else notes)
+    notes = () if "dit" in named else notes
+    configs = _base_configs(dit[0], encoders) if len(dit) == 1 else ()
+    return Sources(dit, encoders, loras, (*wanted, *missing), own.row.name, notes, configs)
+
+
+def _base_configs(model: Path, encoders: Mapping[str, Path]) -> tuple[Path, ...]:
+    """config.json beside a full model, and in the release that its encoders are of: what was trained out of
+    that release has none of its own."""
+    beside = (path.parent for path in (model, *map(encoders.get, ("clip", "vae"))) if path and path.is_file())
+    return tuple(path for home in dict.fromkeys(beside) if (path := home / "config.json").is_file())
 
 
 def _packaged(row: Row) -> Sources:

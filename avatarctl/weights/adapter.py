@@ -1,9 +1,8 @@
 """LoRA pairs and the factor they are merged with.
 
 W' = W + alpha / rank * up @ down (Hu et al. 2021, "LoRA"). A file states alpha by a tensor of its own
-(`.alpha`), in its metadata, or in a config beside it. Where nothing does, the rule of its naming holds:
-original names (`blocks.N….lora_A[.default].weight`, no prefix) take the published ratio (`UNSTATED_SCALES`),
-all others 1, as ComfyUI, kohya's scripts and diffusers do (spec/field.md 4a).
+(`.alpha`), in its metadata, or in a config beside it. Where nothing does, the factor is 1, as ComfyUI,
+kohya's scripts and diffusers have it, but for an avatar's adapter, by what it holds (`unstated_scale`).
 
 kohya's `ss_network_alpha` counts beside kohya's names only. musubi-tuner's `convert_lora.py --target other`
 multiplies alpha into the matrices, renames them and keeps the header; no other program reads that entry.
@@ -18,7 +17,8 @@ from typing import Any, Final
 
 from avatarctl.errors import UnusableWeights, printable
 from avatarctl.files.tensors import DTYPES, StoredTensor, read_whole, to_float32
-from avatarctl.weights.layouts import UNSTATED_SCALES
+from avatarctl.weights.layout import WeightLayout
+from avatarctl.weights.layouts import unstated_scale
 from avatarctl.weights.naming import Names
 from avatarctl.weights.stated_alpha import StatedAlpha, finite_number, stated_alpha
 from avatarctl.weights.weight_file import LoraPair, Naming
@@ -39,7 +39,11 @@ class Pairs:
 
 
 def read_pairs(
-    names: Names, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any], metadata: Mapping[str, str]
+    names: Names,
+    layout: WeightLayout,
+    tensors: Mapping[str, StoredTensor],
+    config: Mapping[str, Any],
+    metadata: Mapping[str, str],
 ) -> Pairs:
     """The LoRA pairs of a file, with the alpha of each as far as anything states it.
 
@@ -64,7 +68,7 @@ def read_pairs(
     notes: list[str] = []
     if own < len(lora_pairs):
         some = f"alpha in the file for {own} of {len(lora_pairs)} targets, else " if own else ""
-        scale, rule = _rule(names.naming, stated, in_file.values(), "ss_network_alpha" in metadata)
+        scale, rule = _rule(names.naming, layout, stated, in_file.values(), "ss_network_alpha" in metadata)
         rule = some + rule
         if stated is None and "ss_network_alpha" in metadata:
             alpha = printable(metadata["ss_network_alpha"])[:20]
@@ -88,7 +92,7 @@ def _with_alpha(pair: LoraPair, stated: StatedAlpha, module: str) -> LoraPair:
 
 
 def _rule(
-    naming: Naming, stated: StatedAlpha | None, modules: Iterable[str], by_kohya: bool
+    naming: Naming, layout: WeightLayout, stated: StatedAlpha | None, modules: Iterable[str], by_kohya: bool
 ) -> tuple[float, str]:
     """Scale of the pairs without an alpha, and why. by_kohya: the header is one of kohya's scripts."""
     if stated is not None:
@@ -96,7 +100,7 @@ def _rule(
         return 1.0, f"{stated}" + (f"; {others} targets by its patterns" if others else "")
     if by_kohya:
         return 1.0, f"no alpha is stated: 1, by a header of kohya's scripts and {naming} names"
-    scale, why = UNSTATED_SCALES.get(naming, (1.0, f"1, by {naming} names"))
+    scale, why = unstated_scale(layout, naming)
     return scale, f"no alpha is stated: {why}"
 
 
@@ -106,9 +110,10 @@ def _pair(module: str, part: Mapping[str, str], tensors: Mapping[str, StoredTens
             raise UnusableWeights(f"{module} lacks its {name}: half of a LoRA pair is missing")
     down, up = tensors[part["down"]], tensors[part["up"]]
     for tensor, name in ((down, part["down"]), (up, part["up"])):
-        if len(tensor.info.shape) != 2 or 0 in tensor.info.shape:
-            shape = list(tensor.info.shape)
-            raise UnusableWeights(f"{name[:100]}: shape {shape} is no LoRA matrix of a linear layer")
+        shape = tensor.info.shape
+        kernel = shape[2:] if tensor is up else ()  # of a convolution, down alone has one
+        if len(shape) < 2 or 0 in shape or any(side != 1 for side in kernel):
+            raise UnusableWeights(f"{name[:100]}: shape {list(shape)} is no LoRA matrix")
     if down.info.shape[0] != up.info.shape[1]:
         raise UnusableWeights(
             f"{module}: LoRA ranks disagree, lora_A has shape {list(down.info.shape)} and lora_B "

@@ -19,8 +19,8 @@ __all__ = [
     "OMNIAVATAR",
     "PATCHED_ADAPTERS",
     "STABLEAVATAR",
-    "UNSTATED_SCALES",
     "WAN",
+    "unstated_scale",
 ]
 
 Shapes = dict[str, tuple[int, ...]]
@@ -228,11 +228,20 @@ LAYOUTS: Final = (OMNIAVATAR, STABLEAVATAR, _LIVEAVATAR, _VACE, WAN)
 PATCHED_ADAPTERS: Final = OMNIAVATAR
 """Whose adapter a LoRA with a patch embedding is: nothing else widens it (spec/omniavatar.md i)."""
 
-UNSTATED_SCALES: Final[Mapping[str, tuple[float, str]]] = {
-    "original": (0.5, "0.5, the published ratio, by OmniAvatar's names")
-}
-"""By naming: alpha / rank of a LoRA whose alpha nothing states, and why; 1 for all others
-(spec/field.md 4a)."""
+_PUBLISHED_SCALES: Final[Mapping[str, float]] = {OMNIAVATAR.family: 0.5, _LIVEAVATAR.family: 0.5}
+"""alpha / rank of the published adapters of a family (spec/omniavatar.md g.4, spec/liveavatar.md b.7)."""
+
+
+def unstated_scale(layout: WeightLayout, naming: str) -> tuple[float, str]:
+    """alpha / rank of a LoRA whose alpha nothing states, and why: the published ratio for tensors that only
+    its family has, under the release's names, else 1 (spec/field.md 4a). DiffSynth writes these names too.
+    """
+    if naming != "original":
+        return 1.0, f"1, by {naming} names"
+    if scale := _PUBLISHED_SCALES.get(layout.family):
+        return scale, f"{scale:g}, the published ratio, as tensors of {layout.title}'s own are in it"
+    ratio = _PUBLISHED_SCALES[OMNIAVATAR.family]
+    return 1.0, f"1, as nothing in it is {OMNIAVATAR.title}'s own, whose published ratio is {ratio:g}"
 
 
 _NO_NAMES: Final = KeyMap(())

@@ -185,6 +185,7 @@ def _load_lora_adapter(held: WeightFile) -> Answers:
     yield from _no_pairs(held)
     if held.naming != "diffusers":
         yield "no", "reads the names of diffusers only; see load_lora_weights"
+    yield from _read_by_us_alone(held)
     yield from _release_modules(held)
     if held.format != "safetensors":
         yield "no", "reads safetensors only"
@@ -204,6 +205,7 @@ def _load_lora_weights(held: WeightFile) -> Answers:
     if held.wrappers:
         yield "no", "it opens no dictionary around the tensors"
     if not _begin(held, "transformer.", "diffusion_model.", "lora_unet_"):
+        yield from _read_by_us_alone(held)
         yield "no", "all names must begin with transformer., diffusion_model. or lora_unet_"
     if held.tensors:
         yield "no", "whole tensors in a LoRA file are refused"
@@ -287,8 +289,17 @@ def _has_foreign_prefix(held: WeightFile) -> bool:
     return not names <= known | set(held.unknown)
 
 
+_OURS_ALONE: Final = re.compile(r"lora_unet__|.*[._](_orig_mod|(\w+_)?module)[._]")
+"""Two underscores behind kohya's prefix, and what wrappers as torch.compile put inside a name."""
+
+
+def _read_by_us_alone(held: WeightFile) -> Answers:
+    if found := next(filter(_OURS_ALONE.match, held.names), ""):
+        yield "no", f"names like {found[:100]} are not known there"
+
+
 def _begin(held: WeightFile, *prefixes: str) -> bool:
-    return all(name.startswith(prefixes) for name in held.names)
+    return all(name.startswith(prefixes) and not _OURS_ALONE.match(name) for name in held.names)
 
 
 _LOADERS: Final[tuple[tuple[str, tuple[str, ...], Callable[[WeightFile], Answers]], ...]] = (

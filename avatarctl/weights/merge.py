@@ -9,19 +9,22 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Final
 
 from avatarctl.errors import UnusableWeights, printable
-from avatarctl.files.strict_json import parse_json
+from avatarctl.files.source import MAX_CONFIG
+from avatarctl.files.strict_json import parse_json, read_object, reading
 from avatarctl.files.tensors import StoredTensor
 from avatarctl.files.writer import SOURCES_KEY
 from avatarctl.weights.layout import Sizes, WeightLayout
 from avatarctl.weights.metadata import config_of, mismatch, stated_network
+from avatarctl.weights.recognise import heads_of
 from avatarctl.weights.sizes import variant_of
 from avatarctl.weights.transforms import cast, plus_difference, plus_lora
 from avatarctl.weights.weight_file import WeightFile
 
-__all__ = ["merge_adapter", "refuse_other_conventions"]
+__all__ = ["merge_adapter", "refuse_other_conventions", "with_base_config"]
 
 PATCH: Final = "patch_embedding.weight"
 _NARROW: Final = ("BF16", "F16")
@@ -81,6 +84,26 @@ def merge_adapter(
     )
 
 
+def with_base_config(held: WeightFile, path: Path) -> WeightFile:
+    """A full model with the heads and eps that the config.json of its base states.
+
+    A config of another width, or of no transformer, is another model's. Raises UnusableWeights, naming both,
+    where the file states something else.
+    """
+    config = read_object(path, MAX_CONFIG)
+    heads, of_head = (config.get(name) for name in ("num_attention_heads", "attention_head_dim"))
+    of_diffusers = heads * of_head if isinstance(heads, int) and isinstance(of_head, int) else 0
+    if config.get("dim", of_diffusers) != held.sizes.width:
+        return held
+    base = replace(held, path=path, config=config, metadata={})
+    with reading(path):
+        heads, stated = heads_of(base, held.sizes)
+    network = _network(replace(base, heads=heads, heads_stated=stated), held)
+    metadata = {**held.metadata, "avatarctl.network": json.dumps(network, allow_nan=False)}
+    heads = int(network.get("num_attention_heads", held.heads))
+    return replace(held, heads=heads, heads_stated="num_attention_heads" in network, metadata=metadata)
+
+
 def _sums(
     base: WeightFile,
     adapter: WeightFile,
@@ -92,7 +115,7 @@ def _sums(
     sums: dict[str, StoredTensor] = {}
     for module, pair in adapter.lora_pairs.items():
         name = f"{module}.weight"
-        _check_shape(base, adapter, name, (pair.up.info.shape[0], pair.down.info.shape[1]))
+        _check_shape(base, adapter, name, pair.shape)
         held = tensors[name]
         if held.info.dtype.startswith("F8") and dtype is None:
             raise UnusableWeights(

@@ -5,14 +5,16 @@ Five conventions are read (spec/field.md 4a, spec/building-blocks.md 1):
     original    blocks.0.self_attn.q.weight         the release, also with `pipe.dit.` and the like
     diffusers   blocks.0.attn1.to_q.weight
     peft        base_model.model.<either>.lora_A.weight
-    comfyui     diffusion_model.<original>.lora_A.weight, .lora_down.weight, .alpha, .diff, .diff_b
-    kohya       lora_unet_blocks_0_self_attn_q.lora_down.weight, .alpha
+    comfyui     diffusion_model.<original>.lora_A.weight, .lora_down.weight, .alpha, .diff, .diff_b, .diff_m
+    kohya       lora_unet_blocks_0_self_attn_q.lora_down.weight, .alpha; also lora_transformer_, and either
+                with a second underscore
 
 A name that no rule places is returned as unknown, never dropped.
 """
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -24,28 +26,33 @@ from avatarctl.errors import UnusableWeights
 from avatarctl.weights.layout import WeightLayout
 from avatarctl.weights.weight_file import Naming
 
-__all__ = ["Names", "Placed", "Role", "place_names", "plain_name"]
+__all__ = ["Names", "Placed", "Role", "nearest_form", "place_names", "plain_name"]
 
 Role = Literal["tensor", "down", "up", "alpha", "diff"]
 
 _PREFIXES: Final = (
     "pipe.dit.", "model.diffusion_model.", "diffusion_model.", "base_model.model.", "transformer.", "module.",
-    "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "model.", "dit.",
+    "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_forward_module.", "model.",
+    "dit.",
 )  # fmt: skip
-_INNER: Final = re.compile(r"(?<=\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-"""What PyTorch's wrappers (compile, FSDP, activation checkpointing) put in front of a part of a network."""
-_FLAT: Final = ("lora_unet_", "lora_transformer__", "lora_transformer_")
+_INNER: Final = re.compile(
+    r"(?<=([._]))(_orig_mod|module|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\1"
+)
+"""What wrappers (torch.compile, DDP, FSDP, activation checkpointing) put in front of a part of a network."""
+_FLAT: Final = re.compile(r"lora_(unet|transformer)__?")
+"""In front of names whose dots are underscores. A second underscore joins the network's own empty name."""
 
 _ENDINGS: Final[tuple[tuple[re.Pattern[str], Role, str], ...]] = tuple(
-    (re.compile(rf"(?P<module>.+)\.{pattern}"), role, leaf)  # type: ignore[misc]
+    (re.compile(rf"(?P<module>.+)\.(?:{pattern})"), role, leaf)  # type: ignore[misc]
     for pattern, role, leaf in (
         (r"lora_A(\.\w+)?\.weight", "down", ""),
         (r"lora_B(\.\w+)?\.weight", "up", ""),
         (r"lora[_.]down\.weight", "down", ""),
         (r"lora[_.]up\.weight", "up", ""),
         (r"alpha", "alpha", ""),
-        (r"diff_b", "diff", "bias"),
-        (r"diff", "diff", "weight"),
+        (r"diff_b|b_norm", "diff", "bias"),
+        (r"diff_m", "diff", "modulation"),
+        (r"diff|w_norm", "diff", "weight"),
         (r"set_weight", "tensor", "weight"),
         (r"modules_to_save\.\w+\.weight", "tensor", "weight"),
         (r"modules_to_save\.\w+\.bias", "tensor", "bias"),
@@ -119,7 +126,7 @@ def place_names(names: Iterable[str], layout: WeightLayout) -> Names:
     found = Names(translate.naming)
     taken: dict[Placed, str] = {}
     for name, (prefix, rest) in stripped.items():
-        placed = _place(rest, prefix in _FLAT, translate)
+        placed = _place(rest, _FLAT.search(prefix) is not None, translate)
         if placed is None:
             found.unknown.append(name)
             continue
@@ -135,6 +142,22 @@ def place_names(names: Iterable[str], layout: WeightLayout) -> Names:
     return found
 
 
+def nearest_form(name: str, layout: WeightLayout) -> str:
+    """The name that is read and most like one that is not; N is a block's number. Empty for strangers."""
+    asked = re.sub(r"(?<=blocks[._])\d+", "N", name)
+    templates = [each.replace("{n}", "N") for rule in layout.key_map.rules for each in rule]
+    modules = [each.removesuffix(".{rest}") for each in templates]
+    module, _, ending = asked.partition(".lora")
+    if "." not in module:
+        modules = ["lora_unet_" + each.replace(".", "_") for each in modules]
+    if ended := _ended(asked):
+        module = ended[0]
+    elif not ending:
+        module = asked.rpartition(".")[0]
+    found = next(iter(difflib.get_close_matches(module, modules, n=1, cutoff=0.75)), "")
+    return found and found + (asked[len(module) :] if ended or not ending else ".lora_A.weight")
+
+
 def _refuse_foreign(names: list[str]) -> None:
     for name in names:
         if _OTHER_ADAPTERS.fullmatch(name):
@@ -147,16 +170,15 @@ def _refuse_foreign(names: list[str]) -> None:
 
 
 def _strip(name: str) -> tuple[str, str]:
-    """The wrappers in front of a name, then those inside it, and the rest."""
-    for flat in _FLAT:
-        if name.startswith(flat):
-            return flat, name[len(flat) :]
+    """The wrappers in front of a name and inside it, then what says that it is flat, and the rest."""
     taken = ""
     while prefix := next((each for each in _PREFIXES if name.startswith(each)), ""):
         taken, name = taken + prefix, name[len(prefix) :]
     for inner in dict.fromkeys(match[0] for match in _INNER.finditer(name)):
         taken += "" if inner in taken else inner
-    return taken, _INNER.sub("", name)
+    name = _INNER.sub("", name)
+    flat = match[0] if (match := _FLAT.match(name)) else ""
+    return taken + flat, name[len(flat) :]
 
 
 class _Translator:
@@ -223,9 +245,9 @@ def _place(name: str, flat: bool, translate: _Translator) -> Placed | None:
         named = role == "tensor" and target.endswith((".weight", ".bias"))
         if not named and (module := translate.module(target, flat)):
             return Placed(role, f"{module}.{leaf}" if leaf else module)
-        if name.endswith((".diff", ".set_weight")) and not flat:
+        if (leaf == "modulation" or name.endswith((".diff", ".set_weight"))) and not flat:
             # ComfyUI names what is no module's weight in full: blocks.0.modulation.diff.
-            parameter = translate.tensor(target)
+            parameter = translate.tensor(f"{target}.{leaf}" if leaf == "modulation" else target)
             return None if parameter is None else Placed(role, parameter)
         if role == "tensor":
             return None
@@ -238,7 +260,7 @@ def _place(name: str, flat: bool, translate: _Translator) -> Placed | None:
 def _naming(found: Names, base: Naming) -> Naming:
     """The convention as people call it."""
     prefixes = "".join(found.prefixes)
-    if any(flat in prefixes for flat in _FLAT):
+    if _FLAT.search(prefixes):
         return "kohya"
     if "base_model.model." in prefixes:
         return "peft"

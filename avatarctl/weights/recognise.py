@@ -15,11 +15,11 @@ from avatarctl.weights.adapter import read_pairs
 from avatarctl.weights.layout import Sizes, WeightLayout
 from avatarctl.weights.layouts import COMPONENTS, LAYOUTS, PATCHED_ADAPTERS, WAN
 from avatarctl.weights.metadata import read_own
-from avatarctl.weights.naming import Names, Placed, place_names, plain_name
+from avatarctl.weights.naming import Names, Placed, nearest_form, place_names, plain_name
 from avatarctl.weights.sizes import MOST_LAYERS, read_sizes, variant_of
 from avatarctl.weights.weight_file import Kind, LoraPair, WeightFile
 
-__all__ = ["open_model", "read_weight_file", "recognise", "require_complete", "require_whole"]
+__all__ = ["heads_of", "open_model", "read_weight_file", "recognise", "require_complete", "require_whole"]
 
 HEAD_WIDTH: Final = 128
 """Width of an attention head in every published Wan transformer."""
@@ -72,7 +72,13 @@ def require_complete(weight_file: WeightFile) -> None:
             f"{count} unknown tensor{'s have' if count > 1 else ' has'} no place in {weight_file.variant}, "
             f"{listed(weight_file.unknown, most=3)}",
             where=weight_file.path,
+            fix=_nearest(weight_file.unknown[0], weight_file.layout),
         )
+
+
+def _nearest(name: str, layout: WeightLayout) -> str | None:
+    form = nearest_form(name, layout)
+    return f"the nearest name that is read: {form}" if form else None
 
 
 def recognise(raw: RawWeights) -> WeightFile:
@@ -85,6 +91,7 @@ def _recognise(raw: RawWeights) -> WeightFile:
     if not raw.tensors:
         raise UnusableWeights("the file is empty: no tensors")
     layout = _layout_of(raw)
+    _refuse_placeholders(raw.tensors)
     held = WeightFile(
         path=raw.path,
         kind="component",
@@ -105,7 +112,7 @@ def _recognise(raw: RawWeights) -> WeightFile:
         return held
     names = place_names(raw.tensors, layout)
     _refuse_integers(raw.tensors, names)
-    pairs = read_pairs(names, raw.tensors, raw.config, raw.metadata)
+    pairs = read_pairs(names, layout, raw.tensors, raw.config, raw.metadata)
     whole, added = names.of("tensor"), names.of("diff")
     shapes = {name: raw.tensors[key].info.shape for name, key in whole.items()}
     shapes |= {f"{module}.weight": pair.shape for module, pair in pairs.lora_pairs.items()}
@@ -119,10 +126,12 @@ def _recognise(raw: RawWeights) -> WeightFile:
         _check_channels(layout, sizes)
         _check_shapes(shapes, expected)
         strange |= {key for key, placed in names.placed.items() if placed.weight not in expected}
+        if len(strange) == len(raw.tensors):
+            raise _of_nobody(raw)
         missing = _missing(kind, layout, expected, shapes, pairs.lora_pairs, raw.config)
     _check_config(raw.config, sizes, kind, pairs.lora_pairs)
     offset, offset_rule, assumed = _audio_offset(raw, layout, sizes)
-    heads, stated = _heads(raw, sizes)
+    heads, stated = heads_of(raw, sizes)
     return replace(
         held,
         kind=kind,
@@ -152,15 +161,31 @@ def _layout_of(raw: RawWeights) -> WeightLayout:
     for layout in (*LAYOUTS, *COMPONENTS):
         if any(layout.owns(name) for name in names):
             return layout
-    known = place_names(raw.tensors, WAN).placed.values()
-    if known:
-        roles = {placed.role for placed in known}
-        patched = Placed("tensor", "patch_embedding.weight") in known
+    if known := place_names(raw.tensors, WAN).placed:
+        roles = {placed.role for placed in known.values()}
+        patch = Placed("tensor", "patch_embedding.weight")
+        shapes = [raw.tensors[key].info.shape for key, placed in known.items() if placed == patch]
+        patched = any(len(shape) > 1 and shape[1] in PATCHED_ADAPTERS.channels for shape in shapes)
         return PATCHED_ADAPTERS if patched and "down" in roles else WAN
-    raise UnusableWeights(
+    raise _of_nobody(raw)
+
+
+def _of_nobody(raw: RawWeights) -> UnusableWeights:
+    names = list(raw.tensors)
+    return UnusableWeights(
         f"unknown tensors: none of the {len(names)} names belongs to a network that we know: "
-        f"{listed(list(raw.tensors), most=3)}"
+        f"{listed(names, most=3)}",
+        fix=_nearest(names[0], WAN),
     )
+
+
+def _refuse_placeholders(tensors: Mapping[str, StoredTensor]) -> None:
+    if empty := [name for name, tensor in tensors.items() if tensor.info.shape == (0,)]:
+        raise UnusableWeights(
+            f"{len(empty)} of {len(tensors)} tensors have shape [0], first {empty[0][:100]}: placeholders of "
+            "DeepSpeed ZeRO-3, for weights that other processes hold",
+            fix="gather them when saving (stage3_gather_16bit_weights_on_model_save), or run zero_to_fp32.py",
+        )
 
 
 def _refuse_integers(tensors: Mapping[str, StoredTensor], names: Names) -> None:
@@ -263,7 +288,7 @@ def _check_config(
         )
 
 
-def _heads(raw: RawWeights, sizes: Sizes) -> tuple[int, bool]:
+def heads_of(raw: RawWeights | WeightFile, sizes: Sizes) -> tuple[int, bool]:
     """Attention heads, and whether they are stated: no tensor tells them, as queries and keys are normalised
     over the full width."""
     name, heads = _stated(raw, "num_attention_heads", "num_heads")
@@ -293,7 +318,7 @@ def _with_assumed(raw: RawWeights, layout: WeightLayout, sizes: Sizes) -> Sizes:
     return replace(sizes, **found)
 
 
-def _stated(raw: RawWeights, *names: str) -> tuple[str, int]:
+def _stated(raw: RawWeights | WeightFile, *names: str) -> tuple[str, int]:
     """The first of these numbers that our metadata or the config states, with its name; 0 for none."""
     for fields in (read_own(raw.metadata).network, raw.config, raw.config.get("model_config")):
         for name in names:

@@ -72,10 +72,10 @@ def padded_pair(pair: LoraPair, rank: int) -> LoraPair:
     so is its scale, alpha / rank."""
     if pair.rank == rank:
         return pair
-    outputs, inputs = pair.shape
+    outputs, *inputs = pair.shape
     return replace(
         pair,
-        down=_resized(pair.down, (rank, inputs)),
+        down=_resized(pair.down, (rank, *inputs)),
         up=_resized(pair.up, (outputs, rank)),
         alpha=None if pair.alpha is None else pair.alpha / pair.rank * rank,
     )

@@ -21,7 +21,8 @@ Naming = Literal["original", "diffusers", "peft", "comfyui", "kohya"]
 class LoraPair:
     """One target of a LoRA: the weight gains `scale * up @ down`.
 
-    down: [rank, inputs] (lora_A, lora_down); up: [outputs, rank] (lora_B, lora_up);
+    down: [rank, inputs, ...] (lora_A, lora_down), the kernel of a convolution behind; up: [outputs, rank]
+    (lora_B, lora_up), ones behind or not;
     alpha: what the file or its config states, else None; over `rank` it is the scale.
     stated_alpha: what is stated, where `alpha` is that times the root of the rank (rank-stabilised).
     """
@@ -37,9 +38,9 @@ class LoraPair:
         return self.down.info.shape[0]
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Shape of the weight that it changes: outputs, inputs."""
-        return self.up.info.shape[0], self.down.info.shape[1]
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight that it changes: outputs, inputs and the kernel of a convolution."""
+        return self.up.info.shape[0], *self.down.info.shape[1:]
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class WeightFile:
     lora_pairs: LoRA pairs by original module ("blocks.0.self_attn.q").
     differences: tensors to be added to the base's (`.diff`, `.diff_b`), by original tensor name.
     scale:      factor of every LoRA pair without an alpha of its own, already divided by rank:
-                0.5 by published ratio, 1 by the rule of its naming.
+                0.5 by published ratio, else 1.
     scale_rule: which rule gave `scale`, for people ("alpha 64 / rank 128 from config.json").
     heads:      attention heads (config, metadata, or width / 128), 0 where nothing tells;
     heads_stated: whether the config or the metadata says so.
