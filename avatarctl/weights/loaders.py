@@ -295,7 +295,9 @@ _OURS_ALONE: Final = re.compile(r"lora_unet__|.*[._](_orig_mod|(\w+_)?module)[._
 
 def _read_by_us_alone(held: WeightFile) -> Answers:
     if found := next(filter(_OURS_ALONE.match, held.names), ""):
-        yield "no", f"names like {found[:100]} are not known there"
+        # Beside its own names diffusers leaves others out, with a warning.
+        left_out = held.naming == "diffusers"
+        yield "wrong" if left_out else "no", f"names like {found[:100]} are not known there"
 
 
 def _begin(held: WeightFile, *prefixes: str) -> bool:

@@ -247,6 +247,7 @@ def _network(base: WeightFile, adapter: WeightFile) -> dict[str, float]:
             raise UnusableWeights(
                 f"was made for {name} {ours[name]:g}, and the base {base.path} has {theirs[name]:g}",
                 where=adapter.path,
+                fix="take both from one release, or correct the one that is wrong",
             )
     heads = ours.get("num_attention_heads")
     if heads and base.sizes.width % heads:

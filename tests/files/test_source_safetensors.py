@@ -135,6 +135,12 @@ def test_a_header_that_breaks_the_format_is_refused(
         (struct.pack("<Q", 0) + b"{}", "header length is invalid"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git LFS pointer"),
         (b"<!DOCTYPE html><html>Please log in</html>", "saved web page"),
+        (b"Access to model X is restricted.\n", "is a text, .* begins 'Access to model X"),
+        (b'{"error": "Repository not found"}', "is a text"),
+        ("Zugriff verweigert: größe \u00a0 – 模型".encode() * 20, "is a text"),
+        (b"\xef\xbb\xbfEntry not found", "is a text"),
+        ("not found\r\n".encode("utf-16"), "is a text"),
+        (b"blocks.0.weight\t[1, 2]\r\n" * 40, "is a text"),
         (b"\x80\x02}q\x00.", "is a pickle"),
     ],
 )

@@ -92,6 +92,20 @@ def in_kohya() -> Lora:
     return Lora(kohya, ("lora_down", "lora_up"))
 
 
+def wrapped(module: str) -> str:
+    return module.replace(".self_attn", "._orig_mod.self_attn").replace(".attn1", "._orig_mod.attn1")
+
+
+def with_patch(lora: Lora, module: str) -> Lora:
+    """A pair of the convolution that embeds patches."""
+    down = torch.randn(RANK, 16, 1, 2, 2, generator=DRAWS)
+    up = torch.randn(WIDTH, RANK, 1, 1, 1, generator=DRAWS)
+    lora.state |= {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}
+    product = up.flatten(1) @ down.flatten(1)
+    lora.changes["patch_embedding.weight"] = product.reshape(WIDTH, 16, 1, 2, 2)
+    return lora
+
+
 def in_diffusers() -> Lora:
     return Lora(lambda module: f"transformer.{theirs(module)}")
 
@@ -106,6 +120,35 @@ LORAS: dict[str, Callable[[], Lora]] = {
     "kohya without the first block": lambda: in_kohya().pairs(*LATER),
     "kohya with the head": lambda: in_kohya().pairs(*MODULES, "head.head"),
     "kohya with differences": lambda: in_kohya().pairs(*MODULES).biases(*MODULES[:1]),
+    "kohya with two underscores": lambda: Lora(
+        lambda module: kohya(module).replace("unet_", "unet__"), ("lora_down", "lora_up")
+    ).pairs(*MODULES),
+    "compiled": lambda: Lora(lambda module: comfyui(wrapped(module))).pairs(*MODULES),
+    "kohya of a compiled network": lambda: Lora(
+        lambda module: kohya(wrapped(module)), ("lora_down", "lora_up")
+    ).pairs(*MODULES),
+    "diffusers, compiled": lambda: Lora(lambda module: f"transformer.{wrapped(theirs(module))}").pairs(
+        *MODULES, alpha=False
+    ),
+    "diffusers, compiled as a whole": lambda: Lora(
+        lambda module: f"transformer._orig_mod.{theirs(module)}"
+    ).pairs(*MODULES, alpha=False),
+    "a difference of a modulation": lambda: (
+        in_comfyui()
+        .pairs(*MODULES, alpha=False)
+        .adds("diffusion_model.blocks.0.diff_m", "blocks.0.scale_shift_table", 1, 6, WIDTH)
+    ),
+    "a difference of the head's modulation": lambda: (
+        in_comfyui()
+        .pairs(*MODULES, alpha=False)
+        .adds("diffusion_model.head.diff_m", "scale_shift_table", 1, 2, WIDTH)
+    ),
+    "the patch embedding": lambda: with_patch(
+        in_comfyui().pairs(*MODULES, alpha=False), "diffusion_model.patch_embedding"
+    ),
+    "diffusers with the patch embedding": lambda: with_patch(
+        in_diffusers().pairs(*MODULES, alpha=False), "transformer.patch_embedding"
+    ),
     "attention only": lambda: in_comfyui().pairs(*ATTENTION),
     "without the first block": lambda: in_comfyui().pairs(*LATER),
     "alpha of half of the targets": lambda: (

@@ -138,6 +138,8 @@ NAMINGS = {
     "comfyui": "diffusion_model.blocks.{i}.{linear}.lora_{ab}.weight",
     "kohya": "lora_unet_blocks_{i}_{flat}.lora_{ab}.weight",
     "kohya, two underscores": "lora_transformer__blocks_{i}_{flat}.lora_{ab}.weight",
+    "kohya, another root": "lora_transformer_blocks_{i}_{flat}.lora_{ab}.weight",
+    "kohya, another root, two underscores": "lora_unet__blocks_{i}_{flat}.lora_{ab}.weight",
 }
 
 
@@ -152,9 +154,8 @@ def test_a_lora_means_the_same_in_every_naming(naming: str) -> None:
         f"blocks.{i}.{linear}" for i in range(LAYERS) for linear in LINEARS
     }
     assert all(pair.shape == ends(module.split(".", 2)[2]) for module, pair in weight_file.lora_pairs.items())
-    published = naming in ("original", "without default", "trainer's prefix")
-    assert weight_file.scale_of(weight_file.lora_pairs["blocks.0.ffn.0"]) == (0.5 if published else 1.0)
-    assert ("0.5" in weight_file.scale_rule) == published
+    assert weight_file.scale_of(weight_file.lora_pairs["blocks.0.ffn.0"]) == 1
+    assert "no alpha is stated: 1" in weight_file.scale_rule
 
 
 def test_an_adapter_of_omniavatar_is_recognised_with_its_sizes() -> None:
