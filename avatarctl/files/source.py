@@ -314,8 +314,9 @@ def _refuse_of_trainers(folders: Iterable[Path]) -> None:
     for folder in folders:
         with reading(folder):
             names = [path.name for path in folder.iterdir()]
+        whole = any(name.endswith(INDEX_SUFFIXES) for name in names)
         for told, what, fix in _TRAINERS:
-            if any(map(told.fullmatch, names)):
+            if not whole and any(map(told.fullmatch, names)):
                 raise UnusableWeights(what, where=folder, fix=fix)
 
 

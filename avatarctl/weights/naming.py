@@ -144,7 +144,7 @@ def place_names(names: Iterable[str], layout: WeightLayout) -> Names:
 
 def nearest_form(name: str, layout: WeightLayout) -> str:
     """The name that is read and most like one that is not; N is a block's number. Empty for strangers."""
-    asked = re.sub(r"(?<=blocks[._])\d+", "N", name)
+    asked = re.sub(r"(?<=blocks[._])\d+", "N", name[:200])
     templates = [each.replace("{n}", "N") for rule in layout.key_map.rules for each in rule]
     modules = [each.removesuffix(".{rest}") for each in templates]
     module, _, ending = asked.partition(".lora")

@@ -78,18 +78,22 @@ def test_weights_of_the_second_stage_are_read_by_their_file(tmp_path: Path) -> N
 
 
 def test_blocks_with_their_index_are_one_model(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
     files = {
         "blocks.0.x": "block_0.safetensors",
         "blocks.1.x": "block_1.safetensors",
         "y": "non_block.safetensors",
     }
     for name, file in files.items():
-        save_file({name: np.ones(2, np.float32)}, tmp_path / file)
-    index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+        save_file({name: np.ones(2, np.float32)}, folder / file)
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": files}))
-    raw = open_weights(tmp_path)
+    raw = open_weights(folder)
     assert raw.tensors.keys() == files.keys()
     assert not any("not read" in note for note in raw.notes)
+    with pytest.raises(UnusableWeights, match="holds no weight file"):
+        open_weights(tmp_path)
 
 
 def test_a_folder_of_other_things_holds_no_weights(tmp_path: Path) -> None:
