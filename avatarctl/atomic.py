@@ -1,20 +1,36 @@
 """Files that appear whole or not at all, and disk errors told in one line.
 
-A file is written under a temporary name in its own folder, flushed to the disk, and renamed: a
+A file is written in a hidden folder beside its place, flushed to the disk, and renamed: a
 reader, a crash or a power cut never meets half of it. `video.py` writes files that grow for hours
 and uses only the error translation and the flushing from here.
+
+Who makes a hidden folder holds its lock (flock(2)) for as long as it lives, so that a later run can tell a
+dead run's from a living one's. A lock says so only to processes that see it, and network file systems may
+keep it to one machine, or to one mount. The name therefore holds a mark of the boot and the mount that it was
+locked under: a lock is believed where the mark is one's own, or the disk is one that a single machine has.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
+import re
 import secrets
+import shutil
+import stat
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Final
 
 from avatarctl.errors import OutputRefused, WriteFailed
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 __all__ = [
     "atomic_path",
@@ -24,8 +40,15 @@ __all__ = [
     "ensure_writable_folder",
     "flush_file",
     "flush_folder",
+    "held_folder",
+    "remove_left_behind",
     "removed_after_failure",
 ]
+
+_TEMPORARY: Final = re.compile(r"\.tmp-(?:(?P<mark>[0-9a-f]{8})-)?[0-9a-f]{16}(\.[^.]+)?", re.DOTALL)
+"""Names of hidden folders. Older versions made files too, without a mark and without a lock."""
+_BOOT: Final = Path("/proc/sys/kernel/random/boot_id")
+"""A number that Linux draws when it starts (random(4)); containers on one kernel share it."""
 
 _FAILED = {
     errno.ENOSPC: "no space left on the device",
@@ -68,7 +91,8 @@ def disk_errors(path: Path, *, refusals: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_path(final: Path, *, replace: bool = True) -> Iterator[Path]:
-    """Lends a temporary path beside `final`; renames it to `final` when the block ends well.
+    """Lends a temporary path in a hidden folder beside `final`; renames it to `final` when the block ends
+    well.
 
     Without `replace` a `final` that exists by then, however late it came, is refused and stays.
 
@@ -82,8 +106,9 @@ def atomic_path(final: Path, *, replace: bool = True) -> Iterator[Path]:
         WriteFailed: the disk is full.
     """
     suffix = final.suffix if len(os.fsencode(final.suffix)) <= 32 else ""
-    temporary = final.with_name(f".tmp-{secrets.token_hex(8)}{suffix}")
-    try:
+    with contextlib.ExitStack() as stack:
+        with disk_errors(final):
+            temporary = stack.enter_context(held_folder(final.parent)) / f"new{suffix}"
         with disk_errors(final, refusals=False):
             yield temporary
         with disk_errors(final):
@@ -93,10 +118,110 @@ def atomic_path(final: Path, *, replace: bool = True) -> Iterator[Path]:
             else:
                 _name_new(temporary, final)
             flush_folder(final.parent)
-    except BaseException:
-        with contextlib.suppress(OSError):  # the first error is the one to tell
-            temporary.unlink(missing_ok=True)
-        raise
+
+
+@contextlib.contextmanager
+def held_folder(parent: Path) -> Iterator[Path]:
+    """Lends a new hidden folder in `parent`, locked as long as the block lasts, then removed with what is
+    still in it. It may be renamed meanwhile. Raises OSError."""
+    folder, lock = _make_held(parent)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # the next run in this folder tries again, and says so
+        if lock is not None:
+            os.close(lock)
+
+
+def _make_held(parent: Path) -> tuple[Path, int | None]:
+    mark = _mark(parent)
+    while True:
+        folder = parent / (f".tmp-{mark}-" if mark else ".tmp-")
+        folder = folder.with_name(folder.name + secrets.token_hex(8))
+        folder.mkdir()
+        if not mark:
+            return folder, None
+        try:
+            lock = _lock(folder)
+        except FileNotFoundError:  # before it was locked, another run took it for a dead one's
+            continue
+        except OSError:  # no locks here: a name that nobody ever takes for a dead one's
+            folder.rmdir()
+            mark = ""
+            continue
+        if lock is not None:
+            return folder, lock
+
+
+def _mark(parent: Path) -> str:
+    """Eight digits for this boot of this machine and this mount of a file system; empty where not known."""
+    if fcntl is None or not _BOOT.is_file():
+        return ""
+    return hashlib.sha256(f"{_BOOT.read_text()} {parent.stat().st_dev}".encode()).hexdigest()[:8]
+
+
+def _lock(path: Path) -> int | None:
+    """A descriptor that has the lock of `path` until it is closed; None if another has it, or `path` was
+    renamed before. Raises OSError where there are no locks, or nothing is there."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    held = False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = os.path.samestat(os.fstat(descriptor), path.lstat())
+    except BlockingIOError:
+        pass
+    finally:
+        if not held:
+            os.close(descriptor)
+    return descriptor if held else None
+
+
+def remove_left_behind(folder: Path) -> Iterator[str]:
+    """Removes from `folder` what dead runs left hidden in it; yields a line for each, and for what cannot be
+    told from a living run's or cannot be removed. What a living run holds stays without a word."""
+    try:
+        with os.scandir(folder) as entries:
+            names = sorted(entry.name for entry in entries)
+    except OSError:  # who writes there finds the same, and says it of the file
+        return
+    for name in names:
+        path = folder / name
+        if (match := _TEMPORARY.fullmatch(name)) is None:
+            continue
+        try:
+            if not _is_told_by_its_lock(path, match["mark"]):
+                yield (
+                    f"{path} may be what a dead run left, or a run on another machine still uses: remove it "
+                    "yourself if none does"
+                )
+            elif _remove_unheld(path):
+                yield f"removed {path}, which a run left that did not end"
+        except FileNotFoundError:
+            continue  # its run ended just now
+        except OSError as error:
+            yield f"{path} is left, perhaps by a dead run, and cannot be removed: {error.strerror}"
+
+
+def _is_told_by_its_lock(path: Path, mark: str | None) -> bool:
+    """Whether nobody can be using `path` when nobody is seen to have its lock. On Linux a device with the
+    major number of a driver is a disk of this machine; networks, overlays and memory have none."""
+    if fcntl is None or not mark:
+        return False
+    return mark == _mark(path.parent) or (sys.platform == "linux" and os.major(path.lstat().st_dev) != 0)
+
+
+def _remove_unheld(path: Path) -> bool:
+    lock = _lock(path)
+    if lock is None:
+        return False
+    try:
+        if stat.S_ISDIR(os.fstat(lock).st_mode):
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    finally:
+        os.close(lock)
+    return True
 
 
 def _name_new(temporary: Path, final: Path) -> None:
@@ -148,7 +273,6 @@ def ensure_writable_folder(folder: Path) -> None:
         OutputRefused: not a folder, no permission, read-only.
         WriteFailed: the disk is too full to create a file.
     """
-    probe = folder / f".tmp-{secrets.token_hex(8)}"
     with disk_errors(folder):
         if folder.exists() and not folder.is_dir():
             raise OutputRefused("is a file, not a folder", where=folder, fix="choose another --out")
@@ -158,10 +282,8 @@ def ensure_writable_folder(folder: Path) -> None:
             raise OutputRefused(
                 "is not a folder", where=error.filename or folder, fix="choose another --out"
             ) from error
-        try:
-            probe.touch(exist_ok=False)
-        finally:
-            probe.unlink(missing_ok=True)
+        with held_folder(folder) as probe:
+            (probe / "probe").touch(exist_ok=False)
 
 
 def flush_file(path: Path) -> None:

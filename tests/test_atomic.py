@@ -42,7 +42,7 @@ def test_a_failure_leaves_the_old_file_and_no_other(tmp_path: Path, failure: typ
     (tmp_path / "a.bin").write_bytes(b"old")
     with pytest.raises(failure), atomic_path(tmp_path / "a.bin") as temporary:
         temporary.write_bytes(b"half")
-        assert temporary.parent == tmp_path and temporary.suffix == ".bin"
+        assert temporary.parent.parent == tmp_path and temporary.suffix == ".bin"
         assert (tmp_path / "a.bin").read_bytes() == b"old"
         raise failure
     assert names(tmp_path) == ["a.bin"]

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -20,9 +21,11 @@ import click
 import avatarctl
 from avatarctl.cli.command import Command
 from avatarctl.cli.screen import spell_out
+from avatarctl.cli.signals import HANGUP, heard_signals
 from avatarctl.errors import (
     AvatarctlError,
     DoesNotFit,
+    EnvironmentMissing,
     Interrupted,
     PathNotFound,
     UsageError,
@@ -151,15 +154,60 @@ def _known(error: BaseException) -> AvatarctlError | None:
         return UsageError(one_line(error))
     if isinstance(error, (click.Abort, KeyboardInterrupt, _Stopped)):
         return Interrupted("interrupted")
-    if isinstance(error, OSError) and error.errno in _UNREACHABLE and error.filename is not None:
-        return PathNotFound(os.strerror(error.errno).lower(), where=error.filename)
-    if isinstance(error, OSError) and error.errno in _FAILED_OUTPUT and _is_of_a_result(error):
-        return WriteFailed(os.strerror(error.errno).lower(), where="standard output")
     if _is_out_of_memory(error):
         return DoesNotFit(
             "out of memory", where=str(error)[:200] or None, fix="use a smaller --size or fewer --num-frames"
         )
+    if isinstance(error, Exception) and (package := _failed_import(error)) is not None:
+        return _of_this_machine(error, package)
+    if isinstance(error, OSError) and error.errno in _UNREACHABLE and error.filename is not None:
+        return PathNotFound(os.strerror(error.errno).lower(), where=error.filename)
+    if isinstance(error, OSError) and error.errno in _FAILED_OUTPUT and _is_of_a_result(error):
+        return WriteFailed(os.strerror(error.errno).lower(), where="standard output")
     return None
+
+
+def _failed_import(error: BaseException) -> str | None:
+    """The foreign package whose import raised `error` or its cause, empty if its name is unknown; None if it
+    came from no import.
+
+    Within an import the body of a foreign module is on the stack; a call into a finished one has none. Python
+    leaves out its own frames of an import.
+    """
+    found = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        module = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if module == "avatarctl":
+            found = None
+        elif frame.f_code.co_name == "<module>" and found is None:
+            found = module
+    if found is None and error.__cause__ is not None:
+        found = _failed_import(error.__cause__)
+    if found is None and isinstance(error, ImportError):
+        found = (error.name or "").partition(".")[0]
+    return None if found == "avatarctl" else found
+
+
+def _of_this_machine(error: Exception, package: str) -> EnvironmentMissing:
+    """What an import met here, and the variable to set, where one is known."""
+    import tempfile
+
+    said = " ".join(str(error).split())[:300]
+    fix = f"`{sys.executable} -c 'import {package}'` says more" if package else None
+    if isinstance(error, OSError):
+        try:
+            tempfile.gettempdir()
+        except OSError:
+            said, fix = "there is no usable temporary folder", "set TMPDIR to a folder that can be written"
+        named = [name for name, value in os.environ.items() if value and _is_below(error.filename, value)]
+        if named:
+            nearest = max(named, key=lambda name: len(os.environ[name]))
+            fix = f"set {nearest} to a folder that can be written"
+    return EnvironmentMissing(f"{package or 'a package'} cannot be imported: {said}", fix=fix)
+
+
+def _is_below(path: object, folder: str) -> bool:
+    return isinstance(path, str) and Path(path).is_relative_to(folder)
 
 
 def _is_of_a_result(error: OSError) -> bool:
@@ -213,7 +261,7 @@ class _Stopped(BaseException):
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    for each in (signal.SIGINT, signal.SIGTERM):
+    for each in heard_signals():
         signal.signal(each, _interrupt_again)
     raise _Stopped
 
@@ -224,10 +272,13 @@ def _interrupt_again(number: int, frame: FrameType | None) -> None:
     Terminals and the programs that start others often send the same one twice, and an exception here would
     come in the middle of the removal.
     """
+    if number == HANGUP:
+        return
     with contextlib.suppress(OSError):  # nobody reads it
         os.write(2, b"cleaning up; once more to stop at once\n")
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_DFL)
+    for each in heard_signals():
+        if each != HANGUP:
+            signal.signal(each, signal.SIG_DFL)
 
 
 def _open_closed_streams() -> None:
@@ -247,7 +298,9 @@ def main() -> NoReturn:
     _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         spell_out(stream)
-    signal.signal(signal.SIGINT, _interrupt)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for each in heard_signals():
+        signal.signal(each, _interrupt)
+    # The hub's client warns of it at its import, whatever the command; it changes nothing here.
+    warnings.filterwarnings("ignore", ".*HF_HUB_ENABLE_HF_TRANSFER", FutureWarning)
     app.main(prog_name="avatarctl")
     raise AssertionError("unreachable: App.main ends the process")

@@ -203,9 +203,12 @@ def _dry_run(request: ConvertRequest, as_json: bool, screen: Screen) -> None:
 
 
 def _run(request: ConvertRequest, as_json: bool, screen: Screen) -> None:
+    from avatarctl.atomic import remove_left_behind
     from avatarctl.pipelines.convert import plan_conversion, write
     from avatarctl.weights.describe import size_text
 
+    for line in remove_left_behind(request.out.parent):  # before the free space is looked at
+        screen(Notice(line))
     plan = plan_conversion(request, screen)
     for line in plan.did:
         screen(Notice(line))

@@ -142,11 +142,14 @@ def _show_plan(plan: JobPlan, as_json: bool, screen: Screen) -> None:
 
 
 def _make(plan: JobPlan, path: Path, screen: Screen) -> OutputFinished:
+    from avatarctl.atomic import remove_left_behind
     from avatarctl.cli.signals import stop_on_signals
 
     plan.require_weights()  # before the seconds that the next import takes
     from avatarctl.pipelines.infer import write_video
 
+    for line in remove_left_behind(path.parent):
+        screen(Notice(line))
     with stop_on_signals() as should_stop, _leaving_no_empty_folder(path.parent):
         return write_video(plan, path, emit=screen, should_stop=should_stop)
 

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a question that loops ask between steps."""
+"""SIGINT, SIGTERM and SIGHUP as a question that loops ask between steps."""
 
 from __future__ import annotations
 
@@ -7,8 +7,20 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Final
 
-__all__ = ["stop_on_signals"]
+__all__ = ["HANGUP", "heard_signals", "stop_on_signals"]
+
+HANGUP: Final = getattr(signal, "SIGHUP", None)
+"""Windows has none. It comes twice when a terminal is closed, from the system and from the shell, and nobody
+can send it again out of impatience: it never counts as a second signal."""
+
+
+def heard_signals() -> list[int]:
+    """The signals that stop a run. What was ignored at the start stays ignored: SIGHUP below `nohup`, SIGINT
+    in the background of a script."""
+    known = [signal.SIGINT, signal.SIGTERM, *([] if HANGUP is None else [HANGUP])]
+    return [number for number in known if signal.getsignal(number) != signal.SIG_IGN]
 
 
 @contextlib.contextmanager
@@ -18,7 +30,7 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
     A flag and no exception: an exception out of a handler could leave a muxer or a rename half done.
     """
     asked = False
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in heard_signals()}
 
     def note(number: int, frame: FrameType | None) -> None:
         nonlocal asked
@@ -26,7 +38,8 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
         # The write call itself: buffered output may be in the middle of a line that it cannot re-enter.
         with contextlib.suppress(OSError):  # nobody reads it
             os.write(2, b"stopping at the next step; once more to stop at once\n")
-        signal.signal(number, before[signal.Signals(number)])
+        if number != HANGUP:
+            signal.signal(number, before[number])
 
     for number in before:
         signal.signal(number, note)

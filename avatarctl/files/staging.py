@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from avatarctl.atomic import disk_errors, flush_file, flush_folder
+from avatarctl.atomic import disk_errors, flush_file, flush_folder, held_folder
 from avatarctl.errors import OutputRefused
 
 __all__ = ["refuse_folder", "staged_folder"]
@@ -46,23 +46,18 @@ def staged_folder(final: Path, *, overwrite: bool, sources: Sequence[Path] = ())
         WriteFailed: the disk is full.
     """
     refuse_folder(final, overwrite=overwrite, sources=sources)
-    mark = secrets.token_hex(8)
-    temporary = final.with_name(f".tmp-{mark}")
-    try:
+    with contextlib.ExitStack() as stack:
         with disk_errors(final):
-            temporary.mkdir()
+            temporary = stack.enter_context(held_folder(final.parent))
         with disk_errors(final, refusals=False):
             yield temporary
         with disk_errors(final):
             _flush_tree(temporary)
             refuse_folder(final, overwrite=overwrite, sources=sources)  # that was long ago
             if overwrite:
-                _replace(temporary, final, final.with_name(f".old-{mark}"))
+                _replace(temporary, final, final.with_name(f".old-{secrets.token_hex(8)}"))
             else:
                 _name_new(temporary, final)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)  # the first error is the one to tell
-        raise
 
 
 def refuse_folder(final: Path, *, overwrite: bool, sources: Sequence[Path] = ()) -> None:
