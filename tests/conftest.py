@@ -11,6 +11,7 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Nor may what this machine happens to have in its cache be found.
 os.environ["HF_HUB_CACHE"] = str(Path(__file__).parent / "no-hub-cache")
+os.environ["MODELSCOPE_CACHE"] = os.environ["HF_HUB_CACHE"]
 
 
 # Servers of the suite are on this machine: no proxy of this environment leads to them.

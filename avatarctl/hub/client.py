@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import avatarctl
 from avatarctl.errors import (
@@ -129,7 +130,9 @@ def hub_errors(what: str) -> Iterator[None]:
         raise WeightsMissing(f"no connection to {endpoint()}", where=what, fix=AGAIN) from error
     except errors.HTTPError as error:
         cause = f"no connection to {endpoint()} ({type(error).__name__})"
-        raise WeightsMissing(cause, where=what, fix="check the network, the proxy and HF_ENDPOINT") from error
+        raise WeightsMissing(
+            cause, where=what, fix=f"check the network, HF_ENDPOINT and {_proxies()}"
+        ) from error
     except UnicodeEncodeError as error:
         raise WeightsMissing(
             "the token of the hub holds characters that no token has", where=what, fix="set HF_TOKEN anew"
@@ -158,10 +161,36 @@ def _refusal(error: Any, what: str) -> tuple[str, str | None]:
     return f"{endpoint()} answered with HTTP {status}", "try again later"
 
 
+def _proxies() -> str:
+    """The variables of the proxies that the client asks, in words; never their values, which may hold a
+    password."""
+    found = {f"{kind.upper()}_PROXY": getproxies().get(kind) for kind in ("https", "http", "all")}
+    names = [
+        name if "://" in address else f"{name} (without socks5:// in front, it is an HTTP proxy)"
+        for name, address in found.items()
+        if address
+    ]
+    return ", ".join(names) or "the proxy"
+
+
+def _check_endpoint(address: str) -> None:
+    """Raises EnvironmentMissing if the hub's address is none."""
+    try:
+        parts = urlsplit(address)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets, or a port that is no number
+        usable = False
+    if not usable:
+        plain = re.fullmatch(r"[\w.-]+\.\w+(:\d+)?(/[\w./-]*)?", address, re.ASCII)  # nobody's password
+        fix = f"set it to https://{address}" if plain else "set it to https://HOST, or unset it"
+        raise EnvironmentMissing("is not an address that begins with https://", where="HF_ENDPOINT", fix=fix)
+
+
 def _check_environment() -> None:
     """Asks the client for what it reads on this machine before it can ask anybody.
 
-    Raises UsageError (a time that is none) or EnvironmentMissing (token or certificates cannot be read).
+    Raises UsageError (a time that is none) or EnvironmentMissing (token or certificates cannot be read, no
+    usable address of the hub or of a proxy).
     """
     from huggingface_hub.utils import build_hf_headers, get_session
 
@@ -169,6 +198,7 @@ def _check_environment() -> None:
     for name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):
         if getattr(constants, name) <= 0:
             raise UsageError(f"{name} must be a positive number of seconds", where="environment")
+    _check_endpoint(constants.ENDPOINT)
     try:
         build_hf_headers()
     except (OSError, UnicodeDecodeError) as error:
@@ -184,6 +214,18 @@ def _check_environment() -> None:
             "the certificates for secure connections cannot be read",
             where="environment",
             fix="check SSL_CERT_FILE and SSL_CERT_DIR",
+        ) from error
+    except ImportError as error:
+        raise EnvironmentMissing(
+            "a SOCKS proxy needs the package socksio",
+            where=_proxies(),
+            fix="`pip install socksio`, or set it to http://HOST:PORT",
+        ) from error
+    except Exception as error:  # of several classes, not all of them public
+        raise EnvironmentMissing(
+            "the address of a proxy cannot be used",
+            where=_proxies(),
+            fix="set it to http://HOST:PORT or socks5://HOST:PORT",
         ) from error
 
 

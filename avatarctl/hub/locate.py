@@ -2,11 +2,13 @@
 
 Layouts: spec/weight-sources.md. The hub's cache is read by its documented layout
 (`models--ORG--NAME/refs/main`, `snapshots/COMMIT/`), below the folder that `huggingface_hub` takes from its
-own environment variables; its client is not imported for that.
+own environment variables; its client is not imported for that. ModelScope's cache is read by the layout that
+its client writes: `models/ORG/NAME` with the dots of the name as `___`, by older ones without `models/`.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -90,10 +92,10 @@ def locate(row: Row, weights_root: str | None) -> Located:
     downloads may be of two versions, and an index knows its shards only beside itself.
 
     Places, in this order: `weights_root/FOLDER`, `weights_root` itself, `FOLDER` in each of `USUAL_ROOTS`,
-    these themselves, the hub's cache; behind each the same files in another repository (`row.copies`). A root
-    itself counts only if every file of the row lies directly in it, and not if it is named for another row:
-    `config.json` alone says nothing about whose it is. A folder that a pull has filled from another
-    repository counts nowhere.
+    these themselves, the hub's cache, ModelScope's; behind each the same files in another repository
+    (`row.copies`). A root itself counts only if every file of the row lies directly in it, and not if it is
+    named for another row: `config.json` alone says nothing about whose it is. A folder that a pull has filled
+    from another repository counts nowhere.
     """
     together = files_together(row)
     files: dict[str, Path] = {}
@@ -165,7 +167,7 @@ def _places(row: Row, weights_root: str | None) -> Iterator[Path]:
                 yield root / folder_name(repo) / inner
     for repo, inner in ((row.hub_id, ""), *row.copies):
         if repo:
-            yield from (snapshot / inner for snapshot in snapshots(repo))
+            yield from (folder / inner for folder in (*snapshots(repo), *_of_modelscope(repo)))
 
 
 def found_in(folder: Path, names: str) -> Path | None:
@@ -229,10 +231,27 @@ def snapshots(repo: str) -> Iterator[Path]:
     """
     home = hub_cache() / f"models--{repo.replace('/', '--')}"
     folder = home / "snapshots"
-    commits = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    commits = [path for path in folder.iterdir() if path.is_dir()] if _is_folder(folder) else []
     reference = home / "refs" / "main"
     main = reference.read_text(encoding="utf-8", errors="replace").strip() if reference.is_file() else ""
     yield from sorted(commits, key=lambda path: (path.name == main, path.stat().st_mtime), reverse=True)
+
+
+def _of_modelscope(repo: str) -> Iterator[Path]:
+    """Folders of a repository in ModelScope's cache, which `MODELSCOPE_CACHE` may move, and in `models/` of
+    the current folder, where DiffSynth-Studio puts them."""
+    cache = os.environ.get("MODELSCOPE_CACHE") or "~/.cache/modelscope"
+    home = Path(os.path.expanduser(cache))  # noqa: PTH111 unlike Path's no error where there is no home
+    owner, _, name = repo.partition("/")
+    for root in (Path("models"), home / "models", home, home / "hub" / "models", home / "hub"):
+        for folder in (root / owner / name.replace(".", "___"), root / owner / name):
+            if _is_folder(folder):
+                yield folder
+
+
+def _is_folder(path: Path) -> bool:
+    """No, instead of an error, also in a home that is not ours to enter: root's, in a container."""
+    return os.path.isdir(path)  # noqa: PTH112
 
 
 def read_hub_name(text: str) -> HubName | None:
@@ -253,6 +272,7 @@ def places_of(repo: str, weights_root: str | None) -> Iterator[Path]:
         if recorded_owner(root / folder_name(repo)) in ("", repo):
             yield root / folder_name(repo)
     yield from snapshots(repo)
+    yield from _of_modelscope(repo)
 
 
 def locate_hub_name(name: HubName, weights_root: str | None) -> Path | None:

@@ -22,8 +22,9 @@ from avatarctl.atomic import (
     ensure_writable_folder,
     flush_file,
     flush_folder,
+    remove_left_behind,
 )
-from avatarctl.errors import OutputRefused, WriteFailed
+from avatarctl.errors import EnvironmentMissing, OutputRefused, WriteFailed
 from avatarctl.files.named_path import expanded
 from avatarctl.hub.client import DIGEST, HubFile, Listing, hub_errors, kept_bytes
 from avatarctl.hub.locate import RECORD, folder_name, hub_cache, read_record, recorded_owner
@@ -89,14 +90,15 @@ class Store:
     def lend(self, file: HubFile) -> Iterator[Path | None]:
         """Lends the place of a partial file, alone; None if the file is whole already.
 
-        Raises OutputRefused if the place cannot be written or another program fetches the same file;
-        WriteFailed if the disk is full meanwhile, and then the part is kept.
+        Raises OutputRefused if the place cannot be written or another program fetches the same file,
+        EnvironmentMissing if it is the hub's cache that cannot be written; WriteFailed if the disk is full
+        meanwhile, and then the part is kept.
         """
         from huggingface_hub.utils import WeakFileLock
 
         partial = self._partial(file)
         lock = self._lock(file)
-        with _writable():
+        with self._writable():
             ensure_writable_folder(partial.parent)
             ensure_writable_folder(lock.parent)
         with contextlib.ExitStack() as stack:
@@ -104,13 +106,13 @@ class Store:
                 stack.enter_context(WeakFileLock(lock, timeout=1))
             except TimeoutError as error:
                 raise OutputRefused("another program is fetching this file", where=file) from error
-            with _writable(), disk_errors(partial, refusals=False):
+            with self._writable(), disk_errors(partial, refusals=False):
                 yield None if self._whole(file).is_file() else partial
 
     def keep(self, file: HubFile, partial: Path) -> None:
         """Gives a checked partial file its name among the blobs or in its folder."""
         target = self._whole(file)
-        with _writable(), disk_errors(target):
+        with self._writable(), disk_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             flush_file(partial)
             partial.replace(target)
@@ -130,14 +132,38 @@ class Store:
         with hub_errors(str(file)):
             path = Path(hf_hub_download(file.repo, file.name, revision=file.commit))
         reference = self.home(file.repo) / "refs" / "main"
-        reference.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(reference, file.commit)
+        with self._writable(), disk_errors(reference):
+            reference.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write_text(reference, file.commit)
         return path
+
+    def left_behind(self, repo: str) -> Iterator[str]:
+        """Removes what dead pulls left hidden where notes about `repo` are written, unfinished downloads
+        excepted; yields a line for each."""
+        home = self.home(repo)
+        notes = ("", "refs") if self.root is None else (_LOCAL, _LOCAL / "download")
+        for folder in notes:
+            yield from remove_left_behind(home / folder)
 
     def record(self, listing: Listing) -> None:
         """Writes down what was fetched, and under which licence."""
         record = {"repository": listing.repo, "commit": listing.commit, "license": listing.license}
         atomic_write_text(_record_path(self, listing.repo), json.dumps(record, indent=1) + "\n")
+
+    @contextlib.contextmanager
+    def _writable(self) -> Iterator[None]:
+        """Says what to do about a place that cannot be written."""
+        try:
+            yield
+        except WriteFailed as error:
+            error.fix = "free some space, or choose another place by --weights-root"
+            raise
+        except OutputRefused as error:
+            error.fix = "choose another place by --weights-root"
+            if self.root is not None:
+                raise
+            fix = f"set HF_HOME or HF_HUB_CACHE to a folder that can be written, or {error.fix}"
+            raise EnvironmentMissing(error.what, where=error.where, fix=fix) from error
 
     def _whole(self, file: HubFile) -> Path:
         """Where the content goes: in the cache under its digest, and `path` becomes a link to it."""
@@ -153,16 +179,6 @@ class Store:
         if self.root is None:
             return hub_cache() / ".locks" / self.home(file.repo).name / f"{file.digest}.lock"
         return self._partial(file).with_suffix(".lock")
-
-
-@contextlib.contextmanager
-def _writable() -> Iterator[None]:
-    try:
-        yield
-    except (OutputRefused, WriteFailed) as error:
-        space = "free some space, or " if isinstance(error, WriteFailed) else ""
-        error.fix = f"{space}choose another place by --weights-root"
-        raise
 
 
 def _record_path(store: Store, repo: str) -> Path:
