@@ -194,11 +194,12 @@ def _of_this_machine(error: Exception, package: str) -> EnvironmentMissing:
 
     said = " ".join(str(error).split())[:300]
     fix = f"`{sys.executable} -c 'import {package}'` says more" if package else None
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.filename is None:
         try:
             tempfile.gettempdir()
         except OSError:
             said, fix = "there is no usable temporary folder", "set TMPDIR to a folder that can be written"
+    elif isinstance(error, OSError):
         named = [name for name, value in os.environ.items() if value and _is_below(error.filename, value)]
         if named:
             nearest = max(named, key=lambda name: len(os.environ[name]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -164,13 +165,13 @@ def _refusal(error: Any, what: str) -> tuple[str, str | None]:
 def _proxies() -> str:
     """The variables of the proxies that the client asks, in words; never their values, which may hold a
     password."""
-    found = {f"{kind.upper()}_PROXY": getproxies().get(kind) for kind in ("https", "http", "all")}
-    names = [
-        name if "://" in address else f"{name} (without socks5:// in front, it is an HTTP proxy)"
-        for name, address in found.items()
-        if address
-    ]
-    return ", ".join(names) or "the proxy"
+    names = []
+    for kind in ("https", "http", "all"):
+        name = f"{kind}_proxy" if f"{kind}_proxy" in os.environ else f"{kind.upper()}_PROXY"
+        if address := getproxies().get(kind):
+            http = "" if "://" in address else ", which is an HTTP proxy without socks5:// in front"
+            names.append(f"{name}{http}")
+    return " and ".join(names) or "the proxy"
 
 
 def _check_endpoint(address: str) -> None:
@@ -182,15 +183,15 @@ def _check_endpoint(address: str) -> None:
         usable = False
     if not usable:
         plain = re.fullmatch(r"[\w.-]+\.\w+(:\d+)?(/[\w./-]*)?", address, re.ASCII)  # nobody's password
-        fix = f"set it to https://{address}" if plain else "set it to https://HOST, or unset it"
-        raise EnvironmentMissing("is not an address that begins with https://", where="HF_ENDPOINT", fix=fix)
+        fix = f"set it to https://{address}" if plain else "unset it, or set it to one"
+        raise EnvironmentMissing("is no address such as https://HOST", where="HF_ENDPOINT", fix=fix)
 
 
 def _check_environment() -> None:
     """Asks the client for what it reads on this machine before it can ask anybody.
 
-    Raises UsageError (a time that is none) or EnvironmentMissing (token or certificates cannot be read, no
-    usable address of the hub or of a proxy).
+    Raises UsageError (a time that is none) or EnvironmentMissing (token or certificates cannot be read, a
+    proxy cannot be used).
     """
     from huggingface_hub.utils import build_hf_headers, get_session
 
@@ -198,7 +199,6 @@ def _check_environment() -> None:
     for name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):
         if getattr(constants, name) <= 0:
             raise UsageError(f"{name} must be a positive number of seconds", where="environment")
-    _check_endpoint(constants.ENDPOINT)
     try:
         build_hf_headers()
     except (OSError, UnicodeDecodeError) as error:
@@ -233,9 +233,10 @@ def list_files(repo: str) -> Listing:
     """Every file of the repository as it is now, with sizes and digests.
 
     Raises WeightsMissing as `hub_errors`; UnusableWeights if the answer is not a hub's, or a file name leads
-    out of the repository; what `_check_environment` raises.
+    out of the repository; what `_check_endpoint` and `_check_environment` raise.
     """
     timeout = float(hub_constants().HF_HUB_ETAG_TIMEOUT)
+    _check_endpoint(hub_constants().ENDPOINT)  # with a wrong one the client cannot even be imported
     from huggingface_hub import HfApi
 
     with hub_errors(repo):

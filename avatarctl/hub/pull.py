@@ -220,7 +220,7 @@ def run_pull(plan: PullPlan, emit: Emit, should_stop: Callable[[], bool]) -> dic
     plan.store.check_space(plan.fetch)
     paths = {}
     unrecorded = dict(plan.listings)
-    for line in (line for repo in plan.listings for line in plan.store.left_behind(repo)):
+    for line in plan.store.left_behind(plan.fetch):
         emit(Notice(line))
     for file in plan.fetch:
         with plan.store.lend(file) as partial:

@@ -11,7 +11,7 @@ import contextlib
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -137,18 +137,18 @@ class Store:
             atomic_write_text(reference, file.commit)
         return path
 
-    def left_behind(self, repo: str) -> Iterator[str]:
-        """Removes what dead pulls left hidden where notes about `repo` are written, unfinished downloads
-        excepted; yields a line for each."""
-        home = self.home(repo)
-        notes = ("", "refs") if self.root is None else (_LOCAL, _LOCAL / "download")
-        for folder in notes:
-            yield from remove_left_behind(home / folder)
-
     def record(self, listing: Listing) -> None:
         """Writes down what was fetched, and under which licence."""
         record = {"repository": listing.repo, "commit": listing.commit, "license": listing.license}
         atomic_write_text(_record_path(self, listing.repo), json.dumps(record, indent=1) + "\n")
+
+    def left_behind(self, files: Iterable[HubFile]) -> Iterator[str]:
+        """Removes what dead pulls left hidden where something about these files is written, unfinished
+        downloads excepted; yields a line for each."""
+        homes = {self.home(file.repo) for file in files}
+        notes = {home / below for home in homes for below in ("", "refs", _LOCAL)}
+        for folder in sorted(notes | {self._partial(file).parent for file in files}):
+            yield from remove_left_behind(folder)
 
     @contextlib.contextmanager
     def _writable(self) -> Iterator[None]:
