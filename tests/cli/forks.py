@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -94,13 +95,24 @@ class Forks(AbstractContextManager["Forks"]):
         return answer
 
     def start(
-        self, *words: str, folder: Path, file_bytes: int | None = None, user: int | None = None
+        self,
+        *words: str,
+        folder: Path,
+        file_bytes: int | None = None,
+        user: int | None = None,
+        env: Mapping[str, str | None] | None = None,
     ) -> Fork:
         """`avatarctl WORDS` in a folder; file_bytes: the largest file it may write; user: who runs it, where
-        root starts it."""
+        root starts it; env: variables set besides, or taken away (None), of those that no import reads."""
         stdout, their_stdout = os.pipe()
         stderr, their_stderr = os.pipe()
-        request = {"words": words, "folder": str(folder), "file_bytes": file_bytes, "user": user}
+        request: dict[str, Any] = {
+            "words": words,
+            "folder": str(folder),
+            "file_bytes": file_bytes,
+            "user": user,
+        }
+        request["env"] = dict(env or {})
         try:
             pid = self.ask(request, their_stdout, their_stderr)["pid"]
         finally:
@@ -121,6 +133,10 @@ def _become(request: dict[str, Any], descriptors: list[int]) -> None:
         os.close(descriptor)
     os.chdir(request["folder"])
     sys.argv[:] = ["avatarctl", *request["words"]]
+    for name, value in request["env"].items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
     if request["file_bytes"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_bytes"],) * 2)
     if request["user"] is not None and os.geteuid() == 0:

@@ -12,6 +12,8 @@ import pytest
 import yaml
 from click.testing import Result
 
+from avatarctl.atomic import _mark
+
 TINY = ("-o", "output.width=16", "-o", "output.height=16", "--steps", "1", "--num-frames", "9")
 Run = Callable[..., Result]
 
@@ -90,6 +92,22 @@ def test_run_file_repeats_from_any_folder(
     again = run("infer", "--config", "../a.run.yaml", "--out", "b.mp4")
     assert again.exit_code == 0, again.stderr
     np.testing.assert_array_equal(frames_of(Path("b.mp4")), frames_of(here / "a.mp4"))
+
+
+def test_what_a_dead_run_left_is_removed_and_a_playable_part_is_not(
+    run: Run, voice: Path, here: Path
+) -> None:
+    mark = _mark(here)
+    if not mark:
+        pytest.skip("no locks, or no number of this boot")
+    left = here / f".tmp-{mark}-0123456789abcdef"
+    left.mkdir()
+    (here / "b.partial.mp4").write_bytes(b"playable")
+    dry = run("infer", *TINY, "--audio", str(voice), "--out", "a.mp4", "--dry-run")
+    assert left.exists() and ".tmp-" not in dry.stderr
+    done = run("infer", *TINY, "--audio", str(voice), "--out", "a.mp4")
+    assert done.exit_code == 0 and done.stderr.count(f"removed {left.name}, which a run left") == 1
+    assert files(here) == ["a.mp4", "a.run.yaml", "b.partial.mp4"] and not left.exists()
 
 
 def test_a_run_file_that_is_there_is_not_replaced(run: Run, voice: Path, here: Path) -> None:

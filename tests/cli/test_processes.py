@@ -157,8 +157,9 @@ def test_without_inputs_on_a_fresh_machine(here: Path, forks: Forks) -> None:
         (CHUNKS, signal.SIGINT, 9 + 8 + 8),
         (CHUNKS, signal.SIGTERM, 9 + 8 + 8),
         (WINDOWS, signal.SIGTERM, 1 + 4 + 4),
+        (WINDOWS, signal.SIGHUP, 1 + 4 + 4),
     ],
-    ids=["chunks-INT", "chunks-TERM", "windows-TERM"],
+    ids=["chunks-INT", "chunks-TERM", "windows-TERM", "windows-HUP"],
 )
 def test_signal_in_the_middle_keeps_the_playable_part(
     model: tuple[str, ...], number: signal.Signals, finished: int, here: Path, speech: Path, forks: Forks
@@ -251,6 +252,16 @@ def test_read_only_folder(sealed: Path, forks: Forks) -> None:
     assert process.returncode == 2 and stdout == "", stderr
     assert "no permission to write" in error_of(stderr)
     assert names(sealed) == ["speech.wav"]
+
+
+def test_a_cache_that_is_not_ours_to_enter(sealed: Path, forks: Forks) -> None:
+    """As root's, which HOME names in many a container of another user."""
+    sealed.chmod(0o700 if os.geteuid() == 0 else 0)
+    env = {"MODELSCOPE_CACHE": str(sealed), "HOME": None}
+    words = ("models", "show", "wan2.1-t2v-1.3b")
+    process, stdout, stderr = forks.run(*words, folder=Path("/"), user=NOBODY, env=env)
+    assert (process.returncode, stderr) == (0, ""), stderr
+    assert "missing    Wan2.1_VAE.pth" in stdout
 
 
 def test_hostile_image_with_a_hostile_name(here: Path, forks: Forks) -> None:

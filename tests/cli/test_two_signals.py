@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from avatarctl.cli.signals import heard_signals, stop_on_signals
+
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX systems")
 
 INTERRUPTED = """
@@ -62,3 +64,27 @@ def test_a_third_signal_ends_the_process(tmp_path: Path) -> None:
     found = interrupted(tmp_path, FIRST, "signal.SIGINT, signal.SIGINT")
     assert found.returncode == -signal.SIGINT
     assert [path.name for path in tmp_path.iterdir()] == ["begun"]
+
+
+def test_a_terminal_that_is_closed_counts_once() -> None:
+    """The system and the shell both say so; the step that runs may end."""
+    before = signal.getsignal(signal.SIGHUP)
+    with stop_on_signals() as stop:
+        assert not stop()
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert stop()
+    assert signal.getsignal(signal.SIGHUP) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
+def test_what_was_ignored_stays_ignored(number: signal.Signals) -> None:
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        assert number not in heard_signals() and len(heard_signals()) == 2
+        with stop_on_signals() as stop:
+            os.kill(os.getpid(), number)
+            assert not stop() and signal.getsignal(number) == signal.SIG_IGN
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)

@@ -235,6 +235,38 @@ def test_a_link_whose_blob_is_gone_does_not_count(tmp_path: Path) -> None:
     assert len(names_of("liveavatar-adapter")) == 1
 
 
+@pytest.mark.parametrize(
+    ("cache", "below"),
+    [
+        (None, "home/.cache/modelscope/hub/models"),
+        (None, "home/.cache/modelscope/hub"),
+        ("", "home/.cache/modelscope/models"),
+        ("ms", "ms/models"),
+        ("ms", "ms/hub/models"),
+        ("ms", "ms"),
+        ("ms", "here/models"),
+    ],
+)
+@pytest.mark.parametrize("name", ["Wan2___1-T2V-1___3B", "Wan2.1-T2V-1.3B"])
+def test_the_cache_of_modelscope(
+    cache: str | None, below: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("MODELSCOPE_CACHE", raising=False)
+    if cache is not None:
+        monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path / cache) if cache else "")
+    row = find("wan2.1-t2v-1.3b")
+    put(tmp_path / below / "Wan-AI" / name, TRANSFORMER, *_WAN_PARTS)
+    put(tmp_path / below / "other" / name, "config.json")
+    found = locate(row, None)
+    assert found.missing == () and found.folder is not None
+    assert found.folder.resolve() == (tmp_path / below / "Wan-AI" / name).resolve()
+    assert locate_hub_name(HubName("Wan-AI/Wan2.1-T2V-1.3B", TRANSFORMER), None) is not None
+    cached(tmp_path, "Wan-AI/Wan2.1-T2V-1.3B", TRANSFORMER)
+    (of_the_hub,) = (path for path in locate(row, None).files.values() if path.name == TRANSFORMER)
+    assert of_the_hub.is_relative_to(tmp_path / "hub"), "the hub's comes first"
+
+
 def test_an_older_commit_counts_and_main_comes_first(tmp_path: Path) -> None:
     cached(tmp_path, "facebook/wav2vec2-base-960h", *WAV2VEC, commit=OLDER, main=False)
     home = cached(tmp_path, "facebook/wav2vec2-base-960h", "config.json")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants, hf_hub_download, scan_cache_dir
 
+from avatarctl.atomic import _mark
 from avatarctl.errors import Interrupted
 from avatarctl.hub.locate import locate, snapshots
 from avatarctl.hub.pull import plan_pull, run_pull
@@ -260,6 +261,28 @@ def test_a_place_that_cannot_be_written(hub: HubServer, client: Path, tmp_path: 
     (tmp_path / "file").touch()
     line = error_of(models("pull", NAME, "--weights-root", str(tmp_path / "file"), code=2))
     assert "not a folder" in line and "--weights-root" in line
+
+
+def test_a_cache_that_cannot_be_written(client: Path) -> None:
+    """It was nobody's wish that it lies there: the variables that move it are named."""
+    client.write_bytes(b"")
+    result = models("pull", NAME, code=4)
+    assert "set HF_HOME or HF_HUB_CACHE to a folder that can be written, or" in error_of(result)
+
+
+@pytest.mark.parametrize("below", ["refs", "blobs", ".cache/huggingface/download"])
+def test_what_a_dead_pull_left_is_removed_and_a_part_is_not(below: str, hub: HubServer, client: Path) -> None:
+    root = [] if below in ("refs", "blobs") else ["--weights-root", "root"]
+    folder = (Path("root") / NAME if root else client / f"models--{REPO.replace('/', '--')}") / below
+    folder.mkdir(parents=True)
+    if not (mark := _mark(folder)):
+        pytest.skip("no locks, or no number of this boot")
+    left = folder / f".tmp-{mark}-0123456789abcdef"
+    left.mkdir()
+    part = folder / f"{'0' * 64}.incomplete"
+    part.write_bytes(b"of another file")
+    assert models("pull", NAME, *root).stderr.count(f"removed {left}, which a run left") == 1
+    assert part.exists() and not left.exists()
 
 
 def test_for_a_command_with_parts_by_hand(hub: HubServer, client: Path) -> None:

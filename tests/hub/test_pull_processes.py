@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -106,15 +107,23 @@ def test_a_person_is_asked(answer: str, hub: HubServer, start: Start, tmp_path: 
         ("HF_HOME", __file__, 4, "the token of the hub cannot be read (check HF_HOME"),
         ("HF_HUB_DOWNLOAD_TIMEOUT", "-1", 2, "HF_HUB_DOWNLOAD_TIMEOUT must be a positive number"),
         ("SSL_CERT_FILE", "/nonexist", 4, "check SSL_CERT_FILE"),
+        ("HF_ENDPOINT", "http://hub:port", 4, "HF_ENDPOINT: is no address"),
+        pytest.param(
+            "ALL_PROXY",
+            "socks5://me:hf_right@127.0.0.1:1",
+            4,
+            "ALL_PROXY: a SOCKS proxy needs the package",
+            marks=pytest.mark.skipif(find_spec("socksio") is not None, reason="socksio is here"),
+        ),
     ],
 )
 def test_an_environment_that_cannot_work(
     variable: str, value: str, code: int, says: str, hub: HubServer, start: Start
 ) -> None:
-    process = start(HF_TOKEN="", **{variable: value})
+    process = start(HF_TOKEN="", HF_HUB_ENABLE_HF_TRANSFER="1", **{variable: value})
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == code and says in errors and "Traceback" not in errors
-    assert hub.requests == []
+    assert process.returncode == code and says in errors and "hf_right" not in errors
+    assert hub.requests == [] and len(errors.splitlines()) == 1, "no traceback, no warning"
 
 
 def test_offline_by_the_environment(hub: HubServer, start: Start) -> None:
