@@ -21,7 +21,7 @@ import click
 import avatarctl
 from avatarctl.cli.command import Command
 from avatarctl.cli.screen import spell_out
-from avatarctl.cli.signals import HANGUP, heard_signals
+from avatarctl.cli.signals import HANGUP, stop_signals
 from avatarctl.errors import (
     AvatarctlError,
     DoesNotFit,
@@ -262,7 +262,7 @@ class _Stopped(BaseException):
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    for each in heard_signals():
+    for each in stop_signals():
         signal.signal(each, _interrupt_again)
     raise _Stopped
 
@@ -277,7 +277,7 @@ def _interrupt_again(number: int, frame: FrameType | None) -> None:
         return
     with contextlib.suppress(OSError):  # nobody reads it
         os.write(2, b"cleaning up; once more to stop at once\n")
-    for each in heard_signals():
+    for each in stop_signals():
         if each != HANGUP:
             signal.signal(each, signal.SIG_DFL)
 
@@ -299,7 +299,7 @@ def main() -> NoReturn:
     _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         spell_out(stream)
-    for each in heard_signals():
+    for each in stop_signals():
         signal.signal(each, _interrupt)
     # The hub's client warns of it at its import, whatever the command; it changes nothing here.
     warnings.filterwarnings("ignore", ".*HF_HUB_ENABLE_HF_TRANSFER", FutureWarning)

@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Final
 
-__all__ = ["HANGUP", "heard_signals", "stop_on_signals"]
+__all__ = ["HANGUP", "stop_on_signals", "stop_signals"]
 
 HANGUP: Final = getattr(signal, "SIGHUP", None)
 """Windows has none. It comes twice when a terminal is closed, from the system and from the shell, and nobody
 can send it again out of impatience: it never counts as a second signal."""
 
 
-def heard_signals() -> list[int]:
+def stop_signals() -> list[int]:
     """The signals that stop a run. What was ignored at the start stays ignored: SIGHUP below `nohup`, SIGINT
     in the background of a script."""
     known = [signal.SIGINT, signal.SIGTERM, *([] if HANGUP is None else [HANGUP])]
@@ -30,7 +30,7 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
     A flag and no exception: an exception out of a handler could leave a muxer or a rename half done.
     """
     asked = False
-    before = {number: signal.getsignal(number) for number in heard_signals()}
+    before = {number: signal.getsignal(number) for number in stop_signals()}
 
     def note(number: int, frame: FrameType | None) -> None:
         nonlocal asked

@@ -11,8 +11,8 @@ it gets its name. After each:
 - an older folder may instead lie complete beside its place, as `.old-...` (see `staged_folder`);
 - the source is what it was, and every other name begins with `.tmp-`.
 
-At the end the same command runs undisturbed in what the kills left. Needs 1 GB in the system's temporary
-folder.
+At the end the same command runs undisturbed in what the last kill left, and removes it. Needs 1 GB in the
+system's temporary folder.
 """
 
 from __future__ import annotations
@@ -192,6 +192,8 @@ def torture(title: str, case: Case, source: Path, base: Path, draw: random.Rando
     undisturbed(words if "--overwrite" in words else [*words, "--overwrite"], folder)
     if numbers(final, source_hash) != complete:
         raise Torn("the run after the kills wrote something else")
+    if any(path.name.startswith(".tmp-") for path in folder.iterdir()):
+        raise Torn("the run after the kills left what they left")
     return seen
 
 
