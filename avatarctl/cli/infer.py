@@ -25,6 +25,7 @@ from avatarctl.registry import COMPAT, NOT_YET, ROWS, Row, find_model
 
 # The rooms below import numpy, which `--help` need not wait for: their names come where they are used.
 if TYPE_CHECKING:
+    from avatarctl.demo.contact_sheet import ContactSheet
     from avatarctl.events import OutputFinished
     from avatarctl.pipelines.job import Job, JobPlan
 
@@ -78,7 +79,7 @@ def infer(**params: Any) -> None:
     row = named(cfg.model.name)
     if row.status == NOT_YET:
         raise NotYetSupported(f"{row.name} is not yet supported", where="model.name")
-    _refuse_existing(cfg)
+    _refuse_existing(cfg, row)
 
     from avatarctl.atomic import atomic_write_text
     from avatarctl.pipelines.job import check_job
@@ -91,7 +92,11 @@ def infer(**params: Any) -> None:
             _show_plan(plan, request.json, screen)
             return
         path = Path(cfg.output.path) if cfg.output.path else _fresh_path(row)
-        finished = _make(plan, path, screen)
+        sheet = _contact_sheet(plan)
+        finished = _make(plan, path, screen, sheet)
+        if sheet is not None:
+            sheet.save(_sheet_path(path), f"{path.name}: {plan.job.image.name}, {plan.job.audio.name}")
+            screen(Notice(f"frames at eight times: {_sheet_path(path)}"))
     _show_result(plan, finished, request.json)
     # After the result: a record that cannot be written must not hide a finished video.
     atomic_write_text(_record_path(path), dump_run(_from_anywhere(request.resolved, plan.cfg), "infer"))
@@ -101,7 +106,12 @@ def _introduction(request: Request, row: Row) -> list[str]:
     asked = "" if "model.name" in request.resolved.asked else " (built in; --model names another)"
     untrained = "" if row.trained else ", untrained: the video will be noise"
     title = f" ({row.title})" if row.source == "path" else ""
-    return [f"model: {row.name}{title}{asked}{untrained}", *request.resolved.notices]
+    lines = [f"model: {row.name}{title}{asked}{untrained}", *request.resolved.notices]
+    if row.world and request.resolved.cfg.input.image:
+        lines.append(
+            f"{row.name} knows only the drawn faces of the {row.world} world; others will look wrong"
+        )
+    return lines
 
 
 def _job(request: Request, row: Row, screen: Screen) -> Job:
@@ -141,7 +151,26 @@ def _show_plan(plan: JobPlan, as_json: bool, screen: Screen) -> None:
             click.echo(f"{name}: {printable(', '.join(value) if isinstance(value, list) else value)}")
 
 
-def _make(plan: JobPlan, path: Path, screen: Screen) -> OutputFinished:
+def _contact_sheet(plan: JobPlan) -> ContactSheet | None:
+    """For a model whose faces can be measured. How a mouth should move is known of the built-in sentence
+    alone."""
+    if plan.row.world != "cartoon":
+        return None
+    import numpy as np
+
+    from avatarctl.demo.contact_sheet import ContactSheet
+    from avatarctl.demo.sample import sentence
+    from avatarctl.timeline import SAMPLES_PER_FRAME
+
+    given = plan.cfg.input
+    if given.audio or given.image or plan.lead_samples % SAMPLES_PER_FRAME:
+        return ContactSheet(plan.video.frames)
+    lead = plan.lead_samples // SAMPLES_PER_FRAME
+    said = sentence(plan.video.frames - lead).opening
+    return ContactSheet(plan.video.frames, np.concatenate([np.zeros(lead), said]))
+
+
+def _make(plan: JobPlan, path: Path, screen: Screen, sheet: ContactSheet | None) -> OutputFinished:
     from avatarctl.atomic import remove_left_behind
     from avatarctl.cli.signals import stop_on_signals
 
@@ -151,7 +180,8 @@ def _make(plan: JobPlan, path: Path, screen: Screen) -> OutputFinished:
     for line in remove_left_behind(path.parent):
         screen(Notice(line))
     with stop_on_signals() as should_stop, _leaving_no_empty_folder(path.parent):
-        return write_video(plan, path, emit=screen, should_stop=should_stop)
+        watch = {"watch": sheet.add} if sheet else {}
+        return write_video(plan, path, emit=screen, should_stop=should_stop, **watch)
 
 
 def _show_result(plan: JobPlan, finished: OutputFinished, as_json: bool) -> None:
@@ -216,7 +246,11 @@ def _record_path(path: Path) -> Path:
     return path.with_suffix(".run.yaml")
 
 
-def _refuse_existing(cfg: RunConfig) -> None:
+def _sheet_path(path: Path) -> Path:
+    return path.with_suffix(".sheet.png")
+
+
+def _refuse_existing(cfg: RunConfig, row: Row) -> None:
     """Before anything is read or loaded; the writer looks again when it opens the file."""
     if cfg.output.path is None:
         return
@@ -226,9 +260,11 @@ def _refuse_existing(cfg: RunConfig) -> None:
     from avatarctl.media.growing_file import check_video_name
 
     check_video_name(path)
-    for output in (path, _record_path(path)):
+    for output in (path, _record_path(path), *([_sheet_path(path)] if row.world else [])):
         if os.path.lexists(output) and not cfg.output.overwrite:
             raise OutputRefused("exists", where=output, fix="add --overwrite or choose another --out")
+    if cfg.input.image and _sheet_path(path).exists() and _sheet_path(path).samefile(cfg.input.image):
+        raise OutputRefused(f"writing it would destroy the input {cfg.input.image}", where=_sheet_path(path))
 
 
 def _fresh_path(row: Row) -> Path:

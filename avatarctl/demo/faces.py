@@ -3,8 +3,8 @@
 Image coordinates run from 0 to 1, x to the right and y down; lengths and distances are in them. Time is in
 pixel frames of 1/25 s. Everything is a signed distance with a soft edge of 1.5 pixels, painted back to front.
 
-Lips, nose and skin of a face share one red value, and the inside of every mouth has the same red. So red alone
-tells how far a mouth is open (demo/mouth_meter.py).
+Lips, nose and skin of a face share one red value, and the inside of every mouth has the same red. So red
+alone tells how far a mouth is open (demo/mouth_meter.py).
 """
 
 from __future__ import annotations
@@ -109,15 +109,16 @@ class Motion:
 def draw_motion(seed: int, start: int, stop: int) -> Motion:
     """The motion of a seed in frames [start, stop): two slow sines each, and a blink every 1 to 3.5 s.
 
-    The same for every range that holds a frame. Blinks are drawn one after the other from the beginning, which
-    takes a microsecond each.
+    The same for every range that holds a frame. Blinks are drawn one after the other from the beginning,
+    which takes a microsecond each.
     """
     rng = np.random.default_rng([seed, 3])
     seconds = np.arange(start, stop) / FPS
 
     def wander(size: float) -> Array:
         waves = [(rng.uniform(0.1, 0.8), rng.random(), rng.uniform(0.3, 0.7)) for _ in range(2)]
-        return size * sum(np.sin(2 * np.pi * (rate * seconds + turn)) * share for rate, turn, share in waves)
+        turns = [np.sin(2 * np.pi * (rate * seconds + turn)) * share for rate, turn, share in waves]
+        return size * (turns[0] + turns[1])
 
     lids = np.ones(stop - start)
     blink = rng.uniform(0, 3.5)

@@ -17,7 +17,9 @@ Array = NDArray[np.floating]
 # Of the window, which must stay inside the face: with its corners it would see shirt and neck.
 _CENTRE: Final = (0.50, 0.735)
 _RADII: Final = (0.21, 0.15)
-_DEAD: Final = 0.10  # below it darkness is shading, not the inside of a mouth
+_DEAD: Final = 0.08  # below it darkness is shading, not the inside of a mouth
+_EDGE: Final = 1.5  # pixels, as in demo/faces.py
+_TINY: Final = 0.5  # square pixels of an image of 64; much smaller mouths give 0
 _CHEEK_ROWS: Final = (0.52, 0.60)
 _CHEEKS: Final = ((0.26, 0.36), (0.64, 0.74))
 _LEAST_CONTRAST: Final = 0.1
@@ -27,7 +29,8 @@ def measure_mouth(frames: NDArray[np.uint8]) -> tuple[Array, Array]:
     """Frames uint8 [F, H, W, 3] of one clip -> height and width of the mouth, each [F], in 64ths of the
     image's side: about 12 for a fully open mouth, 0 for a closed one.
 
-    For an ellipse of full contrast they are exact: 3 pi / 8 times the sum of squared column sums over the sum.
+    For an ellipse of full contrast they are exact: 3 pi / 8 times the sum of squared column sums over the
+    sum. A mouth thinner than the soft edge is drawn fainter, by a rule that `_unfaded` turns round.
     """
     red = frames[..., 0] / 255.0
     side = red.shape[1]
@@ -35,10 +38,10 @@ def measure_mouth(frames: NDArray[np.uint8]) -> tuple[Array, Array]:
     dark = np.clip((skin - red) / (skin - INSIDE_RED), 0, 1.1)
     dark = np.clip((dark - _DEAD) / (1 - _DEAD), 0, None) * _window(side)
     unit = side / 64
-    total = dark.sum((1, 2)) / unit**2 + 1  # tiny mouths give 0
+    total = dark.sum((1, 2)) / unit**2 + _TINY
     height, width = ((dark.sum(axis) / unit) ** 2 for axis in (1, 2))
     factor = 3 * np.pi / 8 / unit
-    return factor * height.sum(1) / total, factor * width.sum(1) / total
+    return _unfaded(factor * height.sum(1) / total), factor * width.sum(1) / total
 
 
 def correlation(a: Array, b: Array) -> float:
@@ -46,6 +49,17 @@ def correlation(a: Array, b: Array) -> float:
     a, b = a - a.mean(), b - b.mean()
     size = float(np.sqrt((a * a).sum() * (b * b).sum()))
     return float((a * b).sum() / size) if size > 1e-9 else 0.0
+
+
+def _unfaded(height: Array) -> Array:
+    """Heights as they would be without the fading of thin mouths in `faces.render`.
+
+    There a column of half height b < e / 2, with an edge of e, holds (b + e / 2)^2 / e of darkness (the
+    integral of its coverage), times 2 b / e. In an image of another size the edge is another: left out.
+    """
+    half = np.linspace(0, _EDGE / 2, 64)
+    seen = (half + _EDGE / 2) ** 2 / _EDGE * 2 * half / _EDGE
+    return np.where(height < _EDGE, np.interp(height, seen, 2 * half), height)
 
 
 def _window(side: int) -> Array:

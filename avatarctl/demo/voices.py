@@ -1,8 +1,8 @@
 """Voices of the cartoon world: what they say and how the mouth moves, from a seed (spec/cartoon-world.md 1).
 
 Speech is a sequence of 13 symbols. Each has resonances, a loudness and a shape of the mouth; the vocal tract
-moves at 400 steps a second, smoothed as real mouths are (co-articulation). Audio is 16 kHz, and frame i of the
-mouth is its shape at the moment of sample 640 i.
+moves at 400 steps a second, smoothed as real mouths are (co-articulation). Audio is 16 kHz, and frame i of
+the mouth is its shape at the moment of sample 640 i.
 
 A voice speaks without end, and everything is made second by second from what was drawn so far: the beginning
 of a longer speech is the same speech, and its memory does not grow.
@@ -111,6 +111,10 @@ class Speech:
     symbol: NDArray[np.int64]
 
 
+_NO_TRACK: Final = np.zeros(0, np.float32)
+_NOTHING: Final = Speech(_NO_TRACK, _NO_TRACK, _NO_TRACK, np.zeros(0, np.int64))
+
+
 def draw_voice(seed: int) -> Voice:
     """The voice of a seed; high voices have high formants."""
     rng = np.random.default_rng([seed, 1])
@@ -129,7 +133,7 @@ def draw_voice(seed: int) -> Voice:
 
 def speech(seed: int, frames: int, *, closing: bool = False) -> Speech:
     """What the voice of a seed says in its first `frames` frames. closing: it ends in a pause."""
-    parts = list(speak(seed, frames, closing=closing))
+    parts = list(speak(seed, frames, closing=closing)) or [_NOTHING]
     fields = ("audio", "opening", "spread", "symbol")
     return Speech(*(np.concatenate([getattr(part, field) for part in parts]) for field in fields))
 
@@ -147,10 +151,10 @@ def speak(seed: int, frames: int, *, closing: bool = False) -> Iterator[Speech]:
         if count <= 0:
             return
         noise = rng.standard_normal(len(audio)) * voice.background
-        heard = ((audio / level + noise) * voice.gain).astype(np.float32)
+        loud = ((audio / level + noise) * voice.gain).astype(np.float32)
         at = np.arange(count) * (_STEPS // FPS)
         yield Speech(
-            heard[: count * SAMPLE_RATE // FPS],
+            loud[: count * SAMPLE_RATE // FPS],
             mouth.opening[at].astype(np.float32),
             mouth.spread[at].astype(np.float32),
             mouth.symbol[at],

@@ -39,6 +39,10 @@ def _never() -> bool:
     return False
 
 
+def _unwatched(frames: np.ndarray) -> None:
+    """Nobody looks."""
+
+
 @overload
 def load(plan: JobPlan, parts: None = None, *, emit: Emit = silent) -> Modules: ...
 
@@ -130,8 +134,11 @@ def write_video(
     *,
     emit: Emit = silent,
     should_stop: Callable[[], bool] = _never,
+    watch: Callable[[np.ndarray], None] = _unwatched,
 ) -> OutputFinished:
     """Make the video of a plan at `path`, by way of `NAME.partial.mp4`.
+
+    watch: is given the frames as they are written, uint8 [n, H, W, 3].
 
     A run that ends early with finished chunks leaves the playable part and names it in the error; without
     any it leaves nothing. Raises what `generate` raises, OutputRefused (also where the output is an
@@ -164,7 +171,9 @@ def write_video(
         loaded = first_frame = time.monotonic()
         frames = 0
         for block in generate(plan, modules=modules, emit=emit, should_stop=stop_asked):
-            encoder.write(_to_bytes(block.pixels))
+            pixels = _to_bytes(block.pixels)
+            encoder.write(pixels)
+            watch(pixels)
             if frames == 0:
                 first_frame = time.monotonic()
             frames += block.pixels.shape[1]
