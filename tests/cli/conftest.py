@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,20 +12,8 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from avatarctl.cli import app
-from avatarctl.demo import sample
 
 Run = Callable[..., Result]
-
-DRAWN = {name: functools.cache(getattr(sample, name)) for name in ("face_pixels", "voice_samples")}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def sample_made_once() -> Iterator[None]:
-    """The built-in sample is the same in every run (tests/demo), and half a second of work."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, drawn in DRAWN.items():
-            patch.setattr(sample, name, lambda *size, drawn=drawn, **seed: drawn(*size, **seed).copy())
-        yield
 
 
 @pytest.fixture

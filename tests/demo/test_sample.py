@@ -1,88 +1,54 @@
-"""The built-in sample is the same for everybody, and is what its name says: a face and a voice."""
+"""The built-in sample: a face and a sentence of seeds that nothing was trained on, as the loaders would give
+them; and the picture that is made of a video."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from PIL import Image
 
-from avatarctl.demo.sample import face_pixels, sample_audio, sample_image, voice_samples
-
-RATE = 16_000
-
-
-@pytest.mark.parametrize("size", [64, 256])
-def test_the_face_is_an_rgb_image_of_the_size_that_was_asked(size: int) -> None:
-    face = face_pixels(size)
-    assert (face.shape, face.dtype) == ((size, size, 3), np.uint8)
+from avatarctl.demo import sample
+from avatarctl.demo.clips import HELD_OUT, clip
+from avatarctl.demo.contact_sheet import ContactSheet
+from avatarctl.demo.sample import face_pixels, sample_audio, sample_image, sentence
 
 
-def test_the_face_depends_on_the_seed_alone() -> None:
-    assert np.array_equal(face_pixels(seed=3), face_pixels(seed=3))
-    assert not np.array_equal(face_pixels(seed=0), face_pixels(seed=1))
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_the_face_has_the_parts_of_a_face_where_they_belong(seed: int) -> None:
-    face = face_pixels(200, seed).astype(int)
-    cheek, shirt, corner = face[108, 80], face[192, 100], face[4, 4]
-    eye_row = face[99, 62:100].sum(-1)
-    assert eye_row.max() > 690 and eye_row.min() < 200, "white of the eye and pupil"
-    assert np.abs(face[132, 100] - cheek).sum() > 120, "the mouth differs from the cheek"
-    assert np.abs(face[60, 100] - cheek).sum() > 40, "so does the hair over the forehead"
-    assert min(np.abs(cheek - shirt).sum(), np.abs(cheek - corner).sum()) > 60
-
-
-def test_the_edges_are_soft_and_agree_between_sizes() -> None:
-    large = face_pixels(512).astype(float).reshape(64, 8, 64, 8, 3).mean(axis=(1, 3))
-    assert np.abs(large - face_pixels(64)).mean() < 2.0
-
-
-@pytest.mark.parametrize("seconds", [0.0, 1 / RATE, 0.2, 1.0, 4.0])
-def test_the_voice_has_the_length_that_was_asked(seconds: float) -> None:
-    voice = voice_samples(seconds)
-    assert (voice.shape, voice.dtype) == ((round(seconds * RATE),), np.float32)
-    assert np.isfinite(voice).all()
-
-
-@pytest.mark.parametrize("seconds", [0.2, 4.0])
-def test_the_voice_is_loud_but_never_clips(seconds: float) -> None:
-    assert np.abs(voice_samples(seconds)).max() == pytest.approx(0.5, abs=1e-6)
-
-
-def test_the_voice_depends_on_the_seed_alone() -> None:
-    assert np.array_equal(voice_samples(1.0, seed=2), voice_samples(1.0, seed=2))
-    assert not np.array_equal(voice_samples(1.0, seed=0), voice_samples(1.0, seed=1))
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_the_voice_comes_in_syllables_with_pauses_and_ends_in_silence(seed: int) -> None:
-    voice = voice_samples(4.0, seed).reshape(-1, RATE // 200)  # pieces of 5 ms
-    loudness = np.convolve(np.sqrt((voice**2).mean(axis=1)), np.ones(4) / 4, "same")
-    loud = loudness > 0.15 * loudness.max()
-    syllables = np.count_nonzero(np.diff(loud.astype(int)) == 1)
-    assert 6 <= syllables <= 26
-    assert np.abs(voice[-1]).max() < 0.2 * np.abs(voice).max(), "the last syllable is not cut off"
-
-
-def test_the_voice_is_voiced_at_the_pitch_of_a_person() -> None:
-    voice = voice_samples(4.0)
-    loudest = int(np.argmax(np.convolve(voice**2, np.ones(1024), "valid")))
-    piece = voice[loudest : loudest + 1024].astype(float)
-    correlation = np.correlate(piece, piece, "full")[1023:]
-    lags = np.arange(RATE // 300, RATE // 80)
-    best = lags[np.argmax(correlation[lags])]
-    assert 120 < RATE / best < 180
-    assert correlation[best] > 0.6 * correlation[0]
-
-
-def test_the_voice_has_no_energy_close_to_half_the_sample_rate() -> None:
-    power = np.abs(np.fft.rfft(voice_samples(4.0))) ** 2
-    assert power[len(power) * 15 // 16 :].sum() < 1e-4 * power.sum(), "a folded harmonic would be here"
+def test_the_sample_is_of_seeds_that_are_never_trained_on() -> None:
+    assert min(sample._FACE, sample._VOICE) >= HELD_OUT
 
 
 def test_image_and_audio_are_what_the_loaders_would_give() -> None:
     image, audio = sample_image(), sample_audio()
-    assert np.array_equal(image.pixels, face_pixels())
-    assert (audio.rate, audio.channels) == (RATE, 1)
-    assert np.array_equal(np.concatenate(list(audio.blocks()))[:, 0], voice_samples())
+    assert np.array_equal(image.pixels, face_pixels()) and image.pixels.shape == (64, 64, 3)
+    assert (audio.rate, audio.channels) == (16_000, 1)
+    assert np.array_equal(np.concatenate(list(audio.blocks()))[:, 0], sentence(100).audio)
     assert (image.sha256, audio.sha256()) == (sample_image().sha256, sample_audio().sha256())
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1 / 16_000, 0.2, 1.0, 4.0])
+def test_the_audio_has_the_length_that_was_asked(seconds: float) -> None:
+    assert sum(map(len, sample_audio(seconds).blocks())) == round(seconds * 16_000)
+
+
+def test_a_contact_sheet_shows_eight_times_and_both_curves(tmp_path: Path) -> None:
+    made = clip(HELD_OUT + 3, 50)
+    sheet = ContactSheet(50, made.speech.opening)
+    for start in range(0, 50, 17):
+        sheet.add(made.frames[start : start + 17])
+    agreement = sheet.agreement()
+    assert agreement is not None and agreement > 0.99
+    sheet.save(tmp_path / "sheet.png", "a title")
+    page = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB")).astype(int)
+    first = np.asarray(Image.fromarray(made.frames[0]).resize((128, 128), Image.Resampling.BICUBIC))
+    assert np.abs(page[36 : 36 + 128, 8 : 8 + 128] - first).max() <= 1, "the first tile is the first frame"
+    assert page.shape[0] > 350, "curves below"
+
+
+def test_a_contact_sheet_without_a_known_opening_measures_nothing(tmp_path: Path) -> None:
+    sheet = ContactSheet(3)
+    sheet.add(np.zeros((3, 40, 60, 3), np.uint8))
+    assert sheet.agreement() is None
+    sheet.save(tmp_path / "sheet.png", "short")
+    assert Image.open(tmp_path / "sheet.png").height < 200
