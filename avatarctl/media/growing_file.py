@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from avatarctl.atomic import disk_errors, ensure_writable_folder, flush_folder
@@ -98,6 +100,37 @@ class GrowingFile:
             with contextlib.suppress(OSError):  # on a disk so broken the tail stays torn
                 os.ftruncate(self._descriptor, self._whole)
 
+    @contextlib.contextmanager
+    def replaced(self) -> Iterator[Path]:
+        """Lends a temporary path beside `path`; when the block ends well, its file takes this one's place.
+
+        At any moment the partial name stands for one whole file: for what has grown until the replacement is
+        on the disk, then for that. After an exception the replacement is removed and nothing has changed.
+
+        Raises:
+            OutputRefused: the folder can no longer be written.
+            WriteFailed: the disk is full.
+        """
+        staged = self.path.with_name(f".tmp-{secrets.token_hex(8)}{self.path.suffix}")
+        with disk_errors(self.path):
+            descriptor = _open_for_one_writer(staged)  # locked before it takes a name that others wait for
+            try:
+                yield staged
+                os.fsync(descriptor)
+                if fcntl is None:  # an open file keeps its name there, and there is no lock to lose
+                    os.close(descriptor)
+                    descriptor = -1
+                    self._close()
+                staged.replace(self.path)
+            except BaseException:
+                with contextlib.suppress(OSError):  # the first error is the one to tell
+                    os.close(descriptor)
+                with contextlib.suppress(OSError):
+                    staged.unlink(missing_ok=True)
+                raise
+        self._close()
+        self._descriptor = descriptor
+
     def commit(self) -> Path:
         """Flushes to the disk and renames to the final name, which is returned.
 
@@ -107,7 +140,8 @@ class GrowingFile:
         """
         self._refuse_existing()
         with disk_errors(self.path):
-            os.fsync(self._descriptor)
+            if self._descriptor >= 0:  # else `replaced` has flushed and closed it
+                os.fsync(self._descriptor)
             if fcntl is None:
                 self._close()
             self.path.replace(self.final)

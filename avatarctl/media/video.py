@@ -1,11 +1,11 @@
-"""Video out: an MP4 (H.264 + AAC) that can be played while it grows.
+"""Video out: an MP4 (H.264 + AAC) that can be played while it grows, and is an ordinary one at the end.
 
-The file is a fragmented MP4, a third of a second per fragment, so that a reader, a crash or a full
-disk finds every frame whose bytes are there. A reader that goes forward (a pipe, or FFmpeg's
-`-fflags +ignidx`) finds them before a cut at any byte. FFmpeg given a path looks at all fragment
-headers first and refuses a file that ends inside one (about 1 % of all cuts at 64x64, 2 % with a
-fragment per frame); this writer never leaves such a file: a fragment is one system call, and what
-a full disk tore is cut off.
+While it grows the file is a fragmented MP4, a third of a second per fragment, so that a reader, a
+crash or a full disk finds every frame whose bytes are there. A reader that goes forward (a pipe, or
+FFmpeg's `-fflags +ignidx`) finds them before a cut at any byte. FFmpeg given a path looks at all
+fragment headers first and refuses a file that ends inside one (about 1 % of all cuts at 64x64, 2 %
+with a fragment per frame); this writer never leaves such a file: a fragment is one system call, and
+what a full disk tore is cut off. Once complete, it becomes an ordinary MP4 (`finish.py`).
 
 Settings that matter, each found by measuring:
 
@@ -35,7 +35,9 @@ import numpy.typing as npt
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 from avatarctl.atomic import disk_errors
+from avatarctl.errors import WriteFailed
 from avatarctl.media.audio_feed import AudioBlocks, AudioFeed
+from avatarctl.media.finish import copy_packets
 from avatarctl.media.growing_file import GrowingFile, check_video_name
 
 __all__ = ["LATENCY_FRAMES", "AudioBlocks", "VideoWriter"]
@@ -55,7 +57,7 @@ _CONVERSION = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation
 
 
 class VideoWriter:
-    """Writes frames and a soundtrack to `NAME.partial.mp4`, then renames it to `NAME.mp4`.
+    """Writes frames and a soundtrack to `NAME.partial.mp4`, which `finish` makes an ordinary `NAME.mp4`.
 
     path:       the final name; must end in `.mp4`
     width, height: of the frames that `write` gets, in pixels. H.264 with 4:2:0 colour needs even
@@ -68,7 +70,7 @@ class VideoWriter:
 
     As a context manager it finishes at the end of the block and abandons after an exception.
     Memory does not grow with the length of the video, but for the index of fragments that the
-    muxer keeps (some 10 bytes per packet).
+    muxer keeps (some 10 bytes per packet) and the tables that `finish` makes (see `copy_packets`).
 
     Raises (on construction):
         OutputRefused: the final name exists and `overwrite` is false, another living process
@@ -98,6 +100,7 @@ class VideoWriter:
         self._empty_soundtrack = audio is not None and audio.at_end()
         self._audio = None if self._empty_soundtrack else audio
         self._audio_samples = 0
+        self._stays_fragmented: str | None = None
         self._file = GrowingFile(path, overwrite=overwrite)
         try:
             self._open(crf, metadata or {})
@@ -157,10 +160,11 @@ class VideoWriter:
 
     @property
     def notices(self) -> tuple[str, ...]:
-        """What was changed about the soundtrack, one line each; may grow while writing."""
+        """What is other than asked for, one line each; may grow until `finish` has returned."""
+        lines = [] if self._audio is None else self._audio.notices
         if self._empty_soundtrack:
-            return ("the soundtrack is empty: the video has no audio",)
-        return () if self._audio is None else tuple(self._audio.notices)
+            lines = ["the soundtrack is empty: the video has no audio"]
+        return (*lines, *([self._stays_fragmented] if self._stays_fragmented else []))
 
     def write(self, frames: npt.NDArray[np.uint8]) -> None:
         """Appends frames, uint8 RGB `[n, height, width, 3]`, and the audio that belongs to them.
@@ -180,7 +184,9 @@ class VideoWriter:
                 self._write_frame(frame)
 
     def finish(self) -> Path:
-        """Writes what the encoders hold, flushes to the disk, renames; returns the final path.
+        """Writes what the encoders hold, makes an ordinary MP4 of it all, renames; returns the final path.
+
+        Where the disk has no room for the file once more, it stays fragmented, and `notices` says so.
 
         Raises:
             ValueError: no frame was written, or the writer has ended.
@@ -193,9 +199,20 @@ class VideoWriter:
         with self._disk():
             self._drain()
             self._container.close()
+        self._make_ordinary()
         final = self._file.commit()
         self._end()
         return final
+
+    def _make_ordinary(self) -> None:
+        try:
+            with self._file.replaced() as ordinary:
+                copy_packets(self._file.path, ordinary)
+        except WriteFailed as error:
+            self._stays_fragmented = (
+                f"{self._file.final.name} plays but stays fragmented: it could not be written once more, "
+                f"as an ordinary MP4 ({error.what}); some programs take its audio a moment late"
+            )
 
     def abandon(self) -> Path | None:
         """Closes the unfinished file and returns its path if it can be played, else removes it.

@@ -159,13 +159,14 @@ def write_video(
         overwrite=output.overwrite,
     )
     encoder = BackgroundWriter(writer)
+    told = writer.notices
 
     def stop_asked() -> bool:
         encoder.check()
         return should_stop()
 
     try:
-        for notice in writer.notices:
+        for notice in told:
             emit(Notice(notice, "warning"))
         modules = load(plan, emit=emit)
         loaded = first_frame = time.monotonic()
@@ -183,6 +184,8 @@ def write_video(
     except BaseException as error:
         _abandon(encoder, error, emit)
         raise
+    for notice in writer.notices[len(told) :]:
+        emit(Notice(notice, "warning"))
     finished = OutputFinished(
         path=str(path.absolute()),
         frames=frames,

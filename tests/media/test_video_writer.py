@@ -221,9 +221,11 @@ def test_it_plays_while_it_grows(tmp_path: Path, rate: int) -> None:
 
 @pytest.mark.parametrize("rate", [0, 16000, 48000])
 def test_every_complete_frame_before_a_cut_is_readable(tmp_path: Path, rate: int) -> None:
-    path, cut = tmp_path / "a.mp4", tmp_path / "cut.mp4"
-    with VideoWriter(path, width=64, height=48, soundtrack=tone(rate, 1, 3.0) if rate else None) as writer:
-        writer.write(moving(60))
+    cut, track = tmp_path / "cut.mp4", tone(rate, 1, 3.0) if rate else None
+    writer = VideoWriter(tmp_path / "a.mp4", width=64, height=48, soundtrack=track)
+    writer.write(moving(60))
+    path = writer.abandon()  # all frames, and not yet an ordinary MP4
+    assert path is not None
     data, ends = path.read_bytes(), frame_ends(path)
     headers = fragment_headers(data)
     assert len(ends) == 60 and ends == sorted(ends) and len(headers) >= 60 // 8
@@ -251,10 +253,9 @@ def test_no_system_call_ends_inside_a_fragment_header(
         return write(descriptor, data)
 
     monkeypatch.setattr(os, "write", counted)
-    with VideoWriter(
-        tmp_path / "a.mp4", width=640, height=480, soundtrack=tone(16000, 1, 1.0), crf=1
-    ) as writer:
-        writer.write(np.random.default_rng(0).integers(0, 256, (10, 480, 640, 3), dtype=np.uint8))
-    data = (tmp_path / "a.mp4").read_bytes()
+    writer = VideoWriter(tmp_path / "a.mp4", width=640, height=480, soundtrack=tone(16000, 1, 1.0), crf=1)
+    writer.write(np.random.default_rng(0).integers(0, 256, (10, 480, 640, 3), dtype=np.uint8))
+    assert writer.abandon() == tmp_path / "a.partial.mp4"
+    data = (tmp_path / "a.partial.mp4").read_bytes()
     assert ends[-1] == len(data) > 1_000_000
     assert not [end for end in ends for header in fragment_headers(data) if end in header]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -16,11 +15,14 @@ import numpy as np
 import pytest
 
 from avatarctl.errors import OutputRefused, WriteFailed
+from avatarctl.media.finish import copy_packets
 from avatarctl.media.video import LATENCY_FRAMES, VideoWriter
 from tests.helpers_video import (
     AAC_PACKET,
     Track,
     count_frames,
+    fragment_headers,
+    largest_file,
     moving,
     names,
     probe_video,
@@ -197,19 +199,6 @@ def test_a_leftover_link_is_not_followed(tmp_path: Path) -> None:
     assert (tmp_path / "other").read_bytes() == b"precious"
 
 
-@contextlib.contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """No file may grow beyond this many bytes, which looks like a full disk."""
-    import resource
-
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @posix
 @pytest.mark.parametrize("limit", [100_000, 60])
 def test_a_full_disk_is_told_and_the_playable_part_stays(
@@ -245,3 +234,130 @@ def test_a_disk_that_fills_at_the_very_end(tmp_path: Path) -> None:
     assert writer.abandon() == tmp_path / "a.partial.mp4"
     assert names(tmp_path) == ["a.partial.mp4"]
     assert count_frames(tmp_path / "a.partial.mp4") >= 20 - LATENCY_FRAMES
+
+
+# Between the growing file and the finished one
+
+
+def complete(path: Path) -> VideoWriter:
+    writer = VideoWriter(path, width=64, height=48, soundtrack=tone(16000, 1, 1.0), overwrite=True)
+    writer.write(moving(25))
+    return writer
+
+
+@posix
+@pytest.mark.parametrize("part", [0.0, 0.01, 0.5, 0.99])
+def test_a_disk_without_room_for_the_copy_keeps_the_growing_form(
+    part: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """0.99: there is room for the packets, and not for the tables in front of them."""
+    complete(tmp_path / "whole.mp4").finish()
+    limit = int(part * (tmp_path / "whole.mp4").stat().st_size)
+    (tmp_path / "whole.mp4").unlink()
+
+    def copy_to_a_full_disk(growing: Path, ordinary: Path) -> None:
+        with largest_file(limit):
+            copy_packets(growing, ordinary)
+
+    monkeypatch.setattr("avatarctl.media.video.copy_packets", copy_to_a_full_disk)
+    writer = complete(tmp_path / "a.mp4")
+    assert writer.notices == ()
+    assert writer.finish() == tmp_path / "a.mp4" and names(tmp_path) == ["a.mp4"]
+    (line,) = writer.notices
+    assert line.startswith("a.mp4 plays but stays fragmented") and "no space left" in line
+    assert (
+        fragment_headers((tmp_path / "a.mp4").read_bytes()) and probe_video(tmp_path / "a.mp4").frames == 25
+    )
+    assert capfd.readouterr() == ("", "")
+
+
+@posix
+@pytest.mark.parametrize("moment", ["copying", "copied", "replaced", "named"])
+def test_a_kill_while_finishing_leaves_one_playable_file(moment: str, tmp_path: Path) -> None:
+    """In the middle of the copy, before it takes the partial name, between the two names, after them."""
+    out, child = tmp_path / "a.mp4", os.fork()
+    if child == 0:
+        try:
+            finish_until(moment, out)
+        finally:
+            os._exit(1)  # not reached: the process is killed
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    (left,) = [name for name in names(tmp_path) if not name.startswith(".tmp-")]
+    assert left == ("a.mp4" if moment == "named" else "a.partial.mp4")
+    facts = probe_video(tmp_path / left)
+    assert facts.frames == 25 and facts.steady and abs(facts.audio_seconds - 1.0) <= AAC_PACKET / 16000
+    ordinary = not fragment_headers((tmp_path / left).read_bytes())
+    assert ordinary == (moment in ("replaced", "named"))
+    complete(out).finish()
+    assert "a.partial.mp4" not in names(tmp_path) and count_frames(out) == 25
+
+
+def finish_until(moment: str, out: Path) -> None:
+    """Kills this process at that moment of `finish`."""
+    from avatarctl.media import video
+
+    replace, told = Path.replace, ["copied", "replaced"]
+
+    def copy(growing: Path, ordinary: Path) -> None:
+        copy_packets(growing, ordinary)
+        if moment == "copying":
+            os.truncate(ordinary, ordinary.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def renamed(self: Path, target: Path) -> Path:
+        if told.pop(0) == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+        done = replace(self, target)
+        if moment == "named" and not told:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return done
+
+    video.copy_packets, Path.replace = copy, renamed
+    complete(out).finish()
+
+
+@posix
+def test_no_other_run_takes_the_name_while_a_video_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, replace, tried = tmp_path / "a.mp4", Path.replace, []
+
+    def try_to_write(moment: str) -> None:
+        with pytest.raises(OutputRefused, match="another run is writing"):
+            VideoWriter(out, width=64, height=48, soundtrack=None)
+        tried.append(moment)
+
+    def renamed(self: Path, target: Path) -> Path:
+        try_to_write(f"before it is {target.name}")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", renamed)
+    complete(out).finish()
+    assert tried == ["before it is a.partial.mp4", "before it is a.mp4"]
+    assert names(tmp_path) == ["a.mp4"] and count_frames(out) == 25
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_an_interruption_of_the_copy_keeps_the_part(
+    error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(growing: Path, ordinary: Path) -> None:
+        ordinary.write_bytes(growing.read_bytes()[:2000])
+        raise error
+
+    monkeypatch.setattr("avatarctl.media.video.copy_packets", interrupted)
+    with pytest.raises(error), complete(tmp_path / "a.mp4"):
+        pass
+    assert names(tmp_path) == ["a.partial.mp4"] and probe_video(tmp_path / "a.partial.mp4").frames == 25
+
+
+@pytest.mark.parametrize("name", ["a:b.mp4", "pipe:.mp4", "-i %d.mp4", "concat:a|b.MP4"])
+def test_names_that_mean_something_to_ffmpeg(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9 %03d")  # no UTF-8: of an older disk
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    complete(Path(name)).finish()
+    assert names(folder) == [name] and not fragment_headers(Path(name).read_bytes())
