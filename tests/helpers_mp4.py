@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -63,7 +64,9 @@ def read_tables(path: Path) -> tuple[Fraction, list[Tables]]:
 
 
 def _track(trak: bytes, movie: int) -> Tables:
-    found = {kind: _numbers(body) for kind, body in boxes(trak) if kind != "hdlr"}  # all of version 0 here
+    found = {
+        kind: _numbers(body) for kind, body in boxes(trak) if kind not in HOLDERS
+    }  # all of version 0 here
     scale = found["mdhd"][3]
     elst, stts, stsz = found["elst"], found["stts"], found["stsz"]
     edits = [(elst[at], elst[at + 1]) for at in range(2, 2 + 3 * elst[1], 3)]
@@ -79,5 +82,5 @@ def _track(trak: bytes, movie: int) -> Tables:
     )
 
 
-def _numbers(body: bytes) -> list[int]:
-    return [int.from_bytes(body[at : at + 4], "big") for at in range(0, len(body) - 3, 4)]
+def _numbers(body: bytes) -> tuple[int, ...]:
+    return struct.unpack(f">{len(body) // 4}I", body[: len(body) // 4 * 4])

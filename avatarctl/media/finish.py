@@ -18,20 +18,21 @@ def copy_packets(growing: Path, ordinary: Path) -> None:
     """Copies the packets of the MP4 at `growing`, as they are, to a new MP4 at `ordinary`.
 
     `ordinary` has durations, a sample table per stream, an edit list that skips the AAC priming, and `moov`
-    before `mdat`. Memory grows by the tables of both files, 120 to 165 bytes per packet; the disk needs the
+    before `mdat`. Memory grows by the tables of both files, 130 to 175 bytes per packet; the disk needs the
     file once more.
 
     Raises:
         OSError: what the disk says, with its number. What stands at `ordinary` is then of no use.
     """
-    with av.open(
-        str(growing.absolute()), format="mp4"
-    ) as source:  # absolute: "a:b.mp4" would name a protocol
+    # Absolute paths: "a:b.mp4" alone would name a protocol.
+    with av.open(str(growing.absolute()), format="mp4") as source:
+        unit = source.streams[-1].time_base
+        assert unit is not None  # a stream of an MP4 that was read
         options = {
             "movflags": "faststart",
             # Durations and edits count in the units of the audio (of the video, if there is none). The
             # default, milliseconds, would round some of them down and so cut off samples.
-            "movie_timescale": str(source.streams[-1].time_base.denominator),
+            "movie_timescale": str(unit.denominator),
             "max_interleave_delta": "1000000",  # µs: audio that ends early holds back a second of frames
         }
         _copy(source, ordinary, options)

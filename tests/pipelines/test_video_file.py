@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
@@ -26,6 +28,7 @@ from avatarctl.media import audio_from_array, image_from_array
 from avatarctl.pipelines.infer import generate, load, write_video
 from avatarctl.pipelines.job import Job, JobPlan, check_job
 from avatarctl.registry import configure, find_model
+from tests.helpers_mp4 import read_tables
 
 TINY = ("output.width=16", "output.height=16", "sampling.steps=1", "long_video.num_frames=9")
 ROW = find_model("cartoon-i2v")
@@ -98,6 +101,27 @@ def test_frames_audio_length_and_audio_delay(
     assert abs(len(decoded) - rate * (1 + delay)) <= 1024, "more than one AAC packet off"
     late = delay_of(decoded, noise_burst(1.0, rate, channels))
     assert abs(late - delay * rate) <= rate // 1000, "audio is off by more than a millisecond"
+    duration, (video, audio) = read_tables(tmp_path / "talk.mp4")
+    assert duration == Fraction(frames, 25) and len(video.sizes) == frames
+    ((shown, skipped),) = audio.edits
+    assert (shown, skipped * rate, sum(audio.deltas) - 1024) == (1 + delay, 1024, rate * (1 + delay))
+
+
+def test_a_disk_too_full_for_the_finished_form_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(growing: Path, ordinary: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("avatarctl.media.video.copy_packets", full)
+    events: list[Event] = []
+    finished = write_video(planned(job(0.2, channels=7)), tmp_path / "talk.mp4", emit=events.append)
+    told = [event.text for event in events if isinstance(event, Notice)]
+    assert sum("mixed to stereo" in line for line in told) == 1, "said at the start, and not again"
+    assert sum("talk.mp4 plays but stays fragmented" in line for line in told) == 1
+    assert told[-1].startswith("talk.mp4 plays") and events[-1] == finished
+    assert [path.name for path in tmp_path.iterdir()] == ["talk.mp4"]
+    assert read_back(tmp_path / "talk.mp4")[0] == 5
 
 
 @pytest.mark.parametrize("seconds", [0.04, 0.0401, 0.36, 0.3601, 1.48])
