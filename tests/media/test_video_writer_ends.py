@@ -271,50 +271,65 @@ def test_a_disk_without_room_for_the_copy_keeps_the_growing_form(
     assert capfd.readouterr() == ("", "")
 
 
-@posix
-@pytest.mark.parametrize("moment", ["copying", "copied", "replaced", "named"])
-def test_a_kill_while_finishing_leaves_one_playable_file(moment: str, tmp_path: Path) -> None:
-    """In the middle of the copy, before it takes the partial name, between the two names, after them."""
-    out, child = tmp_path / "a.mp4", os.fork()
-    if child == 0:
-        try:
-            finish_until(moment, out)
-        finally:
-            os._exit(1)  # not reached: the process is killed
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-    (left,) = [name for name in names(tmp_path) if not name.startswith(".tmp-")]
-    assert left == ("a.mp4" if moment == "named" else "a.partial.mp4")
-    facts = probe_video(tmp_path / left)
-    assert facts.frames == 25 and facts.steady and abs(facts.audio_seconds - 1.0) <= AAC_PACKET / 16000
-    ordinary = not fragment_headers((tmp_path / left).read_bytes())
-    assert ordinary == (moment in ("replaced", "named"))
-    complete(out).finish()
-    assert "a.partial.mp4" not in names(tmp_path) and count_frames(out) == 25
-
-
-def finish_until(moment: str, out: Path) -> None:
-    """Kills this process at that moment of `finish`."""
+FINISH = """
+    import os, signal, sys
+    from pathlib import Path
+    import numpy as np
     from avatarctl.media import video
 
-    replace, told = Path.replace, ["copied", "replaced"]
+    copy_packets, replace = video.copy_packets, Path.replace
 
-    def copy(growing: Path, ordinary: Path) -> None:
-        copy_packets(growing, ordinary)
-        if moment == "copying":
-            os.truncate(ordinary, ordinary.stat().st_size // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
+    def kill():
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    def renamed(self: Path, target: Path) -> Path:
-        if told.pop(0) == moment:
-            os.kill(os.getpid(), signal.SIGKILL)
-        done = replace(self, target)
-        if moment == "named" and not told:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return done
+    def finish_until(moment, out):
+        def copy(growing, ordinary):
+            copy_packets(growing, ordinary)
+            if moment == "copying":
+                os.truncate(ordinary, ordinary.stat().st_size // 2)
+                kill()
 
-    video.copy_packets, Path.replace = copy, renamed
-    complete(out).finish()
+        def renamed(path, target):
+            if moment == ("copied" if target.stem == "a.partial" else "replaced"):
+                kill()
+            replace(path, target)
+            if moment == "named" and target.stem == "a":
+                kill()
+
+        video.copy_packets, Path.replace = copy, renamed
+        writer = video.VideoWriter(out, width=64, height=48, soundtrack=None)
+        writer.write(np.random.default_rng(0).integers(0, 256, (25, 48, 64, 3), dtype=np.uint8))
+        writer.finish()
+
+    for moment in sys.argv[2:]:  # forks of a process that has no threads yet
+        if os.fork() == 0:
+            finish_until(moment, Path(sys.argv[1], moment, "a.mp4"))
+            os._exit(1)
+        assert os.WTERMSIG(os.wait()[1]) == signal.SIGKILL, moment
+"""
+
+
+@posix
+def test_a_kill_while_finishing_leaves_one_playable_file(tmp_path: Path) -> None:
+    """In the middle of the copy, before it takes the partial name, between the two names, after them."""
+    moments = {
+        "copying": "a.partial.mp4",
+        "copied": "a.partial.mp4",
+        "replaced": "a.partial.mp4",
+        "named": "a.mp4",
+    }
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(FINISH), tmp_path, *moments], check=True, timeout=120
+    )
+    for moment, name in moments.items():
+        folder = tmp_path / moment
+        assert [left for left in names(folder) if not left.startswith(".tmp-")] == [name], moment
+        facts = probe_video(folder / name)
+        assert facts.frames == 25 and facts.steady, moment
+        ordinary = not fragment_headers((folder / name).read_bytes())
+        assert ordinary == (moment in ("replaced", "named"))
+        complete(folder / "a.mp4").finish()
+        assert "a.partial.mp4" not in names(folder) and count_frames(folder / "a.mp4") == 25
 
 
 @posix
