@@ -10,12 +10,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from avatarctl.atomic import disk_errors, ensure_writable_folder, flush_folder
+from avatarctl.atomic import disk_errors, ensure_writable_folder, flush_folder, held_folder
 from avatarctl.errors import OutputRefused
 
 try:
@@ -111,8 +110,8 @@ class GrowingFile:
             OutputRefused: the folder can no longer be written.
             WriteFailed: the disk is full.
         """
-        staged = self.path.with_name(f".tmp-{secrets.token_hex(8)}{self.path.suffix}")
-        with disk_errors(self.path):
+        with disk_errors(self.path), held_folder(self.path.parent) as folder:
+            staged = folder / f"new{self.path.suffix}"
             descriptor = _open_for_one_writer(staged)  # locked before it takes a name that others wait for
             try:
                 yield staged
@@ -125,8 +124,6 @@ class GrowingFile:
             except BaseException:
                 with contextlib.suppress(OSError):  # the first error is the one to tell
                     os.close(descriptor)
-                with contextlib.suppress(OSError):
-                    staged.unlink(missing_ok=True)
                 raise
         self._close()
         self._descriptor = descriptor
