@@ -22,7 +22,7 @@ def test_row_is_well_formed(row: Row) -> None:
     assert set(row.needs) <= ROWS.keys() - {row.name}
     assert (row.kind == "model") == bool(row.family)
     if row.source == "package":
-        assert not row.files and not row.hub_id
+        assert not row.hub_id and row.sha256.keys() == set(row.files)
     else:
         assert row.files or row.needs
     if row.source == "other":

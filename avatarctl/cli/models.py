@@ -79,7 +79,7 @@ def show_model(name: str, weights_root: str | None, as_json: bool) -> None:
         click.echo(f"{label:<10} {value}")
     for repo, text in licenses.items():
         click.echo(f"{'license':<10} {printable(text)}  (of {repo}, as its card said when it was fetched)")
-    if row.source == "package":
+    if row.source == "package" and not row.files:
         click.echo("weights    none needed: seeded random weights are made at load")
     elif not missing:
         click.echo("weights    all files are here")

@@ -1,4 +1,4 @@
-"""A picture of a video: frames at eight times, and below them how far the mouth is open over time."""
+"""One page that shows a video: frames at eight times, and below them how far the mouth is open over time."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class ContactSheet:
         return correlation(measured, self._opening)
 
     def save(self, path: Path, title: str) -> None:
-        """Write the picture as PNG, whole or not at all. Raises OutputRefused and WriteFailed."""
+        """Write the page as PNG, whole or not at all. Raises OutputRefused and WriteFailed."""
         width = _COLUMNS * (_TILE + _GAP) + _GAP
         agreement = self.agreement()
         curves: list[tuple[str, Array]] = []

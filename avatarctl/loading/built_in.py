@@ -27,7 +27,7 @@ from avatarctl.loading.parts import TRANSFORMERS, UNUSED_IN_EVALUATION, transfor
 from avatarctl.models.clip import ClipImageEncoder, clip_config
 from avatarctl.models.precision import cast
 from avatarctl.models.text import PromptEncoder
-from avatarctl.models.vae import WanVae
+from avatarctl.models.vae import WanVae, fast_on_cpu
 from avatarctl.models.wav2vec import FrameWav2Vec2
 from avatarctl.rng import stable_hash
 from avatarctl.weights.weight_file import WeightFile
@@ -128,7 +128,7 @@ def _itself(network: nn.Module) -> nn.Module:
 _WRAPPED: Final[Mapping[str, Callable[[nn.Module], nn.Module]]] = {
     # A tokenizer of bytes: 256 values, padding, end and unknown.
     "text": lambda network: PromptEncoder(network, ByT5Tokenizer(extra_ids=0)),
-    "vae": WanVae,
+    "vae": lambda network: fast_on_cpu(WanVae(network)),
     "audio": _itself,
     "image": _itself,
     "dit": _itself,

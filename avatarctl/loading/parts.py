@@ -32,7 +32,7 @@ from avatarctl.models.omniavatar import OmniAvatarTransformer
 from avatarctl.models.precision import is_float32_island
 from avatarctl.models.stableavatar import StableAvatarTransformer
 from avatarctl.models.text import PromptEncoder
-from avatarctl.models.vae import WanVae
+from avatarctl.models.vae import WanVae, fast_on_cpu
 from avatarctl.models.wav2vec import FrameWav2Vec2
 from avatarctl.timeline import SAMPLE_RATE, SAMPLES_PER_FRAME
 from avatarctl.weights.key_map import KeyMap
@@ -102,7 +102,7 @@ def video_codec(path: Path, dtype: torch.dtype, device: torch.device) -> WanVae:
             temperal_downsample=list(sizes.temporal),  # diffusers' spelling
         )
     _fill_renamed(network, held, vae_key_map(sizes), dtype, device)
-    return WanVae(network.eval())
+    return fast_on_cpu(WanVae(network.eval()))
 
 
 def text_encoder(path: Path, tokenizer: Path, dtype: torch.dtype, device: torch.device) -> PromptEncoder:

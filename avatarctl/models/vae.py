@@ -3,7 +3,7 @@
 This is the only place that normalises latents: z = (mean of the posterior - mean) / std per channel
 (spec/omniavatar.md c). Nothing is tiled.
 
-On a CPU in float32 the convolutions go straight to oneDNN, see `_use_onednn`.
+On a CPU in float32 a loaded VAE convolves by oneDNN, see `fast_on_cpu`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from diffusers import AutoencoderKLWan
 from einops import rearrange
 from torch import Tensor, nn
 
-__all__ = ["StreamingDecoder", "WanVae"]
+__all__ = ["StreamingDecoder", "WanVae", "fast_on_cpu"]
 
 
 class WanVae(nn.Module):
@@ -25,14 +25,17 @@ class WanVae(nn.Module):
     def __init__(self, vae: AutoencoderKLWan) -> None:
         super().__init__()
         self.vae = vae
-        if next(vae.parameters()).device.type == "cpu" and torch.backends.mkldnn.is_available():
-            _use_onednn(vae)
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents, [1, C, 1, 1, 1]."""
         values = (self.vae.config.latents_mean, self.vae.config.latents_std)
         mean, std = torch.tensor(values, device=like.device, dtype=like.dtype)
         return rearrange(mean, "c -> 1 c 1 1 1"), rearrange(std, "c -> 1 c 1 1 1")
+
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are."""
+        return next(self.vae.parameters()).device
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -56,19 +59,22 @@ class WanVae(nn.Module):
         return self.decoder().push(latents)
 
 
-def _use_onednn(network: nn.Module) -> None:
-    """Let every 3-D convolution of a network on the CPU go to oneDNN, with weights in the order it wants.
+def fast_on_cpu(codec: WanVae) -> WanVae:
+    """The same codec; on a CPU its 3-D convolutions go to oneDNN, with weights in the order that it wants.
 
-    For one small clip PyTorch chooses its own unoptimised convolution instead: with a batch of 1 where
-    channels x frames x rows is at most 20480, and that is most of a decoder that takes one latent frame at a
-    time (spec/cartoon-world.md 6). oneDNN is exact to rounding and three times as fast, which
-    docs/benchmarks.md states; half precision on a CPU is no faster than this, and 100 times slower where the
-    processor has no instructions for it.
+    For one small clip PyTorch chooses an unoptimised convolution of its own: with a batch of 1 where channels
+    x frames x rows is at most 20480, which is most of a decoder that takes one latent frame at a time
+    (spec/cartoon-world.md 6). oneDNN, which it takes for all larger ones, is three times as fast, and sums in
+    another order: pixels differ by up to 2e-5 of their range of 2. docs/benchmarks.md states both. Half
+    precision on a CPU is no faster than this, and 100 times slower where the processor has no instructions
+    for it.
     """
-    for module in network.modules():
-        if isinstance(module, nn.Conv3d):
-            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
-            module._conv_forward = MethodType(_convolve, module)  # type: ignore[method-assign]
+    if codec.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        for module in codec.modules():
+            if isinstance(module, nn.Conv3d):
+                module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
+                module._conv_forward = MethodType(_convolve, module)  # type: ignore[method-assign]
+    return codec
 
 
 def _convolve(self: nn.Conv3d, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -197,7 +197,7 @@ def test_without_model_image_and_audio_it_says_what_it_takes(run: Run) -> None:
     result = run("infer", "--chunked", "--dry-run")
     assert result.exit_code == 0
     first, second = result.stderr.splitlines()[:2]
-    assert "cartoon-i2v" in first and "untrained: the video will be noise" in first
+    assert "cartoon-i2v (built in" in first and "untrained" not in first
     assert "built-in face" in second and "voice" in second
 
 

@@ -36,7 +36,7 @@ def test_run_file_repeats_the_run_to_the_bit(run: Run, voice: Path, face: Path, 
     first = run("infer", *TINY, "--image", str(face), "--audio", str(voice), "--seed", "5", "--out", "a.mp4")
     assert first.exit_code == 0, first.stderr
     assert first.stdout == f"{here / 'a.mp4'}\n"
-    assert files(here) == ["a.mp4", "a.run.yaml"]
+    assert files(here) == ["a.mp4", "a.run.yaml", "a.sheet.png"]
     record = yaml.safe_load((here / "a.run.yaml").read_text(encoding="utf-8"))
     assert record["command"] == "infer"
     assert record["asked"]["runtime"] == {"seed": 5}
@@ -70,7 +70,7 @@ def test_without_a_name_every_run_gets_a_fresh_folder(
     second = run("infer", "--config", str(folder / "video.run.yaml"))
     assert second.exit_code == 0, second.stderr
     assert "20260101-000001" in second.stdout
-    assert len(files(here)) == 4
+    assert len(files(here)) == 6
 
 
 def test_json_is_one_document_that_names_the_video(run: Run, voice: Path, here: Path) -> None:
@@ -107,7 +107,7 @@ def test_what_a_dead_run_left_is_removed_and_a_playable_part_is_not(
     assert left.exists() and ".tmp-" not in dry.stderr
     done = run("infer", *TINY, "--audio", str(voice), "--out", "a.mp4")
     assert done.exit_code == 0 and done.stderr.count(f"removed {left.name}, which a run left") == 1
-    assert files(here) == ["a.mp4", "a.run.yaml", "b.partial.mp4"] and not left.exists()
+    assert files(here) == ["a.mp4", "a.run.yaml", "a.sheet.png", "b.partial.mp4"] and not left.exists()
 
 
 def test_a_run_file_that_is_there_is_not_replaced(run: Run, voice: Path, here: Path) -> None:

@@ -40,7 +40,7 @@ def test_without_a_temporary_folder(tmp_path: Path) -> None:
         cwd=tmp_path, env=environment(), text=True, capture_output=True, timeout=120,
         preexec_fn=nothing_can_be_written,
     )  # fmt: skip
-    assert (found.returncode, found.stdout) == (4, "")
+    assert (found.returncode, found.stdout) == (4, ""), found.stderr
     line = found.stderr.splitlines()[-1]
     assert line.startswith("error: ") and "no usable temporary folder (set TMPDIR to" in line
     assert "Traceback" not in found.stderr and list(tmp_path.iterdir()) == []

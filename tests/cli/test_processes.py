@@ -146,8 +146,8 @@ def test_without_inputs_on_a_fresh_machine(here: Path, forks: Forks) -> None:
     video = probe_video(path)
     assert (video.frames, video.width, video.height, video.fps) == (100, 64, 64, 25)
     assert abs(video.audio_seconds - 4.0) <= 1024 / video.audio_rate and video.steady
-    assert names(path.parent) == ["video.mp4", "video.run.yaml"]
-    assert "untrained: the video will be noise" in stderr
+    assert names(path.parent) == ["video.mp4", "video.run.yaml", "video.sheet.png"]
+    assert "untrained" not in stderr
     assert "\x1b" not in stderr, "no colours and no cursor movements in a log"
 
 

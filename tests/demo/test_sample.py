@@ -1,5 +1,5 @@
 """The built-in sample: a face and a sentence of seeds that nothing was trained on, as the loaders would give
-them; and the picture that is made of a video."""
+them; and the page that is made of a video."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ from tests.families.watched import WatchedCodec
 
 TINY = find_model("cartoon-i2v")
 SMALLER = {"vae": {**TINY.network["vae"], "base_dim": 4}, "dit": {**TINY.network["dit"], "num_layers": 4}}
-ROW = replace(TINY, network={**TINY.network, **SMALLER})
+ROW = replace(TINY, files=(), network={**TINY.network, **SMALLER})
 LENGTH = 17
 LATENTS = (16, 2, 4)  # channels, height, width of a latent frame
 CHUNKS = 3

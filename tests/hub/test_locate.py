@@ -376,4 +376,7 @@ def test_the_environment_of_the_hub_is_honoured_without_its_client(tmp_path: Pat
 def test_every_row_can_be_looked_up() -> None:
     for row in ROWS.values():
         found = locate(row, None)
-        assert len(found.missing) == len(row.files) and not found.files
+        here, there = (
+            (found.files, found.missing) if row.source == "package" else (found.missing, found.files)
+        )
+        assert len(here) == len(row.files) and not there, row.name
