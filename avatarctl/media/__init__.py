@@ -3,10 +3,12 @@
 from avatarctl.media.audio import Audio, audio_from_array, open_audio, write_audio
 from avatarctl.media.audio_survey import AudioSurvey, survey
 from avatarctl.media.background import BackgroundWriter
+from avatarctl.media.clip_writer import write_clip
 from avatarctl.media.files import check_regular_file
 from avatarctl.media.growing_file import partial_path
 from avatarctl.media.image import StillImage, image_from_array, load_image
 from avatarctl.media.video import AudioBlocks, VideoWriter
+from avatarctl.media.video_reader import VideoReader, open_video
 from avatarctl.media.waveform import MODEL_RATE, Soundtrack, Waveform
 
 __all__ = [
@@ -17,6 +19,7 @@ __all__ = [
     "BackgroundWriter",
     "Soundtrack",
     "StillImage",
+    "VideoReader",
     "VideoWriter",
     "Waveform",
     "audio_from_array",
@@ -24,7 +27,9 @@ __all__ = [
     "image_from_array",
     "load_image",
     "open_audio",
+    "open_video",
     "partial_path",
     "survey",
     "write_audio",
+    "write_clip",
 ]

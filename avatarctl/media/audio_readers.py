@@ -16,10 +16,12 @@ import av.container
 import av.error
 import numpy as np
 import soundfile
+from av.stream import Disposition
 
 from avatarctl.errors import UnusableAudio
 from avatarctl.media.containers import cause_of, open_container
-from avatarctl.media.files import file_sha256
+from avatarctl.media.files import file_identity, file_sha256
+from avatarctl.media.video_track import first_time
 
 __all__ = ["BLOCK_SAMPLES", "ArrayAudio", "Audio", "ContainerAudio", "LibsndfileAudio", "Samples"]
 
@@ -33,6 +35,7 @@ _MAX_CHANNELS = 64
 _MAX_GAP_SECONDS = 60  # in all; a few forged time stamps must not become hours of silence
 _LOOSE = Fraction(1, 25)  # s; recorders' time stamps jitter, filling that would click: one video frame
 _LATE = Fraction(1, 10)  # s; less is the delay of an encoder
+_MAX_DELAY = 3600  # s of silence in front; a forged time stamp must not become days
 _TIGHT = Fraction(1, 500)  # s; after a damaged packet (Matroska counts in ms) and in FLAC (counts samples)
 
 
@@ -106,7 +109,7 @@ class _FileAudio(Audio):
         self.name = str(path)
         self._path = path
         self._sha256: str | None = None
-        self._identity = _identity(path)
+        self._identity = file_identity(path, UnusableAudio)
         self._known = self._doubts = doubts
 
     def sha256(self) -> str:
@@ -122,18 +125,8 @@ class _FileAudio(Audio):
     def _check_unchanged(self) -> None:
         """Audio is read more than once: another file under its name would be played with the first
         one's length and level."""
-        if _identity(self._path) != self._identity:
+        if file_identity(self._path, UnusableAudio) != self._identity:
             raise UnusableAudio("changed while it was in use", where=self.name)
-
-
-def _identity(path: Path) -> tuple[int, ...]:
-    try:
-        found = path.stat()
-    except OSError as error:
-        raise UnusableAudio(
-            f"cannot be read any more: {os.strerror(error.errno or 0)}", where=path
-        ) from error
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 class LibsndfileAudio(_FileAudio):
@@ -175,7 +168,11 @@ class LibsndfileAudio(_FileAudio):
 
 
 class ContainerAudio(_FileAudio):
-    """The first audio stream of anything that FFmpeg reads: MP3, AAC, FLAC, MP4, MKV, WebM ...
+    """An audio track of anything that FFmpeg reads: MP3, AAC, FLAC, MP4, MKV, WebM ...
+
+    Of several tracks it is the default one, or the first, that can be decoded; a doubt names it. Beside a
+    video the audio begins with the first frame that is shown: what starts later is padded with silence,
+    what starts earlier is cut. On its own it begins with its first sample.
 
     Encoder delay that the file declares (LAME tag, Opus pre-skip, edit list) is removed by FFmpeg; up to
     one codec frame of padding at the end may stay. A packet that cannot be decoded, or a jump of the
@@ -188,28 +185,53 @@ class ContainerAudio(_FileAudio):
 
     def __init__(self, path: Path, doubts: tuple[str, ...] = ()) -> None:
         super().__init__(path, doubts)
+        self._track, first, note = self._find_track()
+        # From a decoded frame: headers of HE-AAC name half the rate that comes out.
+        self.rate, self.channels = first.sample_rate, len(first.layout.channels)
+        check_format(self.name, self.rate, self.channels)
+        start = (first.pts or 0) * (first.time_base or Fraction(0))
+        zero = first_time(path)
+        late = Fraction(0) if zero is None else start - zero
+        if late > _MAX_DELAY:
+            raise UnusableAudio(f"its audio starts {float(late):.0f} s after its video", where=path)
+        self._lead = round(late * self.rate)
         with open_container(path, UnusableAudio, "an audio file") as container:
-            first = next(_Decoding(container, self.name).frames(), None)
-            if first is None:
-                raise UnusableAudio(
-                    "no samples can be decoded: invalid or empty audio stream", where=self.name
-                )
-            # From a decoded frame: headers of HE-AAC name half the rate that comes out.
-            self.rate, self.channels = first.sample_rate, len(first.layout.channels)
-            check_format(self.name, self.rate, self.channels)
-            start = (first.pts or 0) * (first.time_base or Fraction(0))
             self._declared = self._declared_samples(container, start)
-        if start > _LATE:
-            text = f"starts {float(start):.2f} s late in its container; the delay is left out"
-            self._known = self._doubts = (*self._known, text)
+        self._known = self._doubts = (*self._known, *note, *_offset(start, None if zero is None else late))
+
+    def _find_track(self) -> tuple[int, av.audio.AudioFrame, tuple[str, ...]]:
+        """The position among the audio tracks of the one to read, its first frame, and what to say."""
+        with open_container(self._path, UnusableAudio, "an audio file") as container:
+            tracks = list(container.streams.audio)
+        if not tracks:
+            raise UnusableAudio("no audio stream in it", where=self.name)
+        order = sorted(range(len(tracks)), key=lambda at: not tracks[at].disposition & Disposition.default)
+        refused = None
+        for at in order:
+            try:
+                with open_container(self._path, UnusableAudio, "an audio file") as container:
+                    first = next(_Decoding(container, at, self.name).frames(), None)
+                    what = _describe(container.streams.audio[at])
+            except UnusableAudio as error:
+                refused = refused or error
+                continue
+            if first is not None:
+                note = f"has {len(tracks)} audio tracks; number {at + 1} ({what}) is used"
+                passed = order[: order.index(at)]
+                if passed:
+                    note += f", as number {_listed(passed)} cannot be decoded"
+                return at, first, (note,) if len(tracks) > 1 else ()
+        raise refused or UnusableAudio(
+            "no samples can be decoded: invalid or empty audio stream", where=self.name
+        )
 
     def blocks(self) -> Iterator[Samples]:
         self._check_unchanged()
         with open_container(self._path, UnusableAudio, "an audio file") as container:
-            decoding = _Decoding(container, self.name)
+            decoding = _Decoding(container, self._track, self.name)
             pending: list[Samples] = []
             present = waiting = 0
-            for piece in self._pieces(decoding):
+            for piece in _shifted(self._pieces(decoding), self._lead, self.channels):
                 pending.append(piece)
                 waiting += len(piece)
                 present += len(piece)
@@ -219,7 +241,7 @@ class ContainerAudio(_FileAudio):
             if pending:
                 yield np.concatenate(pending)
         found = decoding.doubts()
-        declared = self._declared
+        declared = None if self._declared is None else max(0, self._declared + self._lead)
         # Decoders may keep the last frame's padding or drop it: a codec frame is no cut.
         if declared is not None and present < declared - max(2048, self.rate // 20):
             found = (*found, cut_short(declared, present))
@@ -251,7 +273,7 @@ class ContainerAudio(_FileAudio):
 
         start: of the first sample, s. Matroska's tag holds the end of the stream, not its length.
         """
-        stream = container.streams.audio[0]
+        stream = container.streams.audio[self._track]
         if tag := re.fullmatch(r"(\d\d):(\d\d):(\d\d\.\d{1,9})", stream.metadata.get("DURATION", "").strip()):
             seconds = int(tag[1]) * 3600 + int(tag[2]) * 60 + Fraction(tag[3]) - start
         elif {"flac", "mov"} & set(container.format.name.split(",")) and stream.duration and stream.time_base:
@@ -262,18 +284,16 @@ class ContainerAudio(_FileAudio):
 
 
 class _Decoding:
-    """One pass of FFmpeg over the first audio stream, with an account of what went wrong."""
+    """One pass of FFmpeg over one of the audio tracks, with an account of what went wrong."""
 
-    def __init__(self, container: av.container.InputContainer, name: str) -> None:
+    def __init__(self, container: av.container.InputContainer, track: int, name: str) -> None:
         self._container, self._name = container, name
         self._good = self._damaged = 0
         self._just_damaged = False
         self._counts_samples = container.format.name == "flac"
         self._stopped: str | None = None
         self._silence = Fraction(0)
-        if not container.streams.audio:
-            raise UnusableAudio("no audio stream in it", where=name)
-        self._stream = container.streams.audio[0]
+        self._stream = container.streams.audio[track]
         if self._stream.codec_context is None:
             raise UnusableAudio("unsupported format: its audio has a codec that cannot be read", where=name)
 
@@ -327,6 +347,37 @@ class _Decoding:
         if self._stopped is not None:
             found.append(f"cannot be read to its end: {self._stopped}")
         return tuple(found)
+
+
+def _shifted(pieces: Iterator[Samples], lead: int, channels: int) -> Iterator[Samples]:
+    """`lead` samples of silence and then the pieces; where it is negative, the pieces without so many."""
+    for start in range(0, lead, BLOCK_SAMPLES):
+        yield np.zeros((min(BLOCK_SAMPLES, lead - start), channels), np.float32)
+    early = max(0, -lead)
+    for piece in pieces:
+        if early < len(piece):
+            yield piece[early:]
+        early = max(0, early - len(piece))
+
+
+def _offset(start: Fraction, late: Fraction | None) -> Iterator[str]:
+    """What to say of audio that does not begin with its container (`late` None) or its video."""
+    if late is None:
+        if start > _LATE:
+            yield f"starts {float(start):.2f} s late in its container; the delay is left out"
+    elif late > _LATE:
+        yield f"starts {float(late):.2f} s after the video; silence is put in front"
+    elif late < -_LATE:
+        yield f"starts {float(-late):.2f} s before the video; so much of it is cut"
+
+
+def _describe(stream: av.audio.AudioStream) -> str:
+    language = stream.language if stream.language not in (None, "und") else None
+    return ", ".join(str(part) for part in (stream.codec_context.name, language) if part)
+
+
+def _listed(positions: list[int]) -> str:
+    return ", ".join(str(at + 1) for at in sorted(positions))
 
 
 # PyAV 18 reads past the planes of planar frames with eight channels and crashes; packed ones are safe.

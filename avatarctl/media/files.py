@@ -9,7 +9,7 @@ from pathlib import Path
 
 from avatarctl.errors import PathNotFound, UnusableFile
 
-__all__ = ["check_regular_file", "file_sha256"]
+__all__ = ["check_regular_file", "file_identity", "file_sha256"]
 
 _HASH_BLOCK = 1 << 20
 
@@ -63,3 +63,15 @@ def file_sha256(path: Path) -> str:
         while block := handle.read(_HASH_BLOCK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def file_identity(path: Path, kind_error: type[UnusableFile]) -> tuple[int, ...]:
+    """What changes when a file is written or replaced: what is read in parts is compared by it.
+
+    Raises `kind_error` when the file cannot be looked at any more.
+    """
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise kind_error(f"cannot be read any more: {os.strerror(error.errno or 0)}", where=path) from error
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
