@@ -8,9 +8,9 @@ Inference calls, once per job: `plan`, `open`, `sigmas`, `decoder`; once per spa
 `build_condition`, `noise_key`, `prepare`, `advance`; once per step: `branches`, `predict`, `combine`.
 Training adds the calls of `TrainableFamily`.
 
-What is called before networks are loaded (`frame_size`, `guidance`, `conventions`, `notices`, `plan`,
-`branches`) is arithmetic. A family's module imports torch and networks only inside the methods that compute,
-so that a plan costs no such import.
+What is called before networks are loaded (`takes`, `frame_size`, `guidance`, `conventions`, `notices`,
+`plan`, `branches`) is arithmetic. A family's module imports torch and networks only inside the methods that
+compute, so that a plan costs no such import.
 """
 
 from __future__ import annotations
@@ -34,12 +34,14 @@ __all__ = [
     "Conventions",
     "Decoder",
     "Family",
+    "FrameReader",
     "FusedFamily",
     "Guidance",
     "ImageEncoder",
     "Inputs",
     "Modules",
     "Prepared",
+    "Source",
     "Span",
     "TextEncoder",
     "Timesteps",
@@ -208,6 +210,33 @@ class WaveformReader(Protocol):
         """float32 [stop - start]; zeros outside the recording."""
 
 
+class FrameReader(Protocol):
+    """A video of the network's size at 25 frames a second, read in ranges; it never holds the whole."""
+
+    @property
+    def frames(self) -> int:
+        """Its length."""
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Frames [start, stop): uint8 [stop - start, H, W, 3] RGB."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A video that is given a new mouth.
+
+    frames:    what the finished video shows, frame by frame; may be read behind its end, where it goes on as
+               `output.length` says.
+    keep:      the mask as a picture, float [1, 1, h, w] of any size, 1 = kept;
+               `conditioning.masking.keep_map` makes the maps of a size from it.
+    reference: the same video at its own length, from which a reference sequence is taken. None: `frames`.
+    """
+
+    frames: FrameReader
+    keep: Tensor
+    reference: FrameReader | None = None
+
+
 @dataclass
 class Modules:
     """The networks of one job. image: for families that look at the image through an encoder.
@@ -226,10 +255,10 @@ class Modules:
 
 @dataclass(frozen=True)
 class Inputs:
-    """One job: image [1, 3, H, W] in [-1, 1]; audio as a reader with its length and moments (of the
-    samples at 16 kHz, lead silence included); job: key of its random numbers."""
+    """One job: image [1, 3, H, W] in [-1, 1] or source, as `Family.takes` says; audio as a reader with its
+    length and moments (of the samples at 16 kHz, lead silence included); job: key of its random numbers."""
 
-    image: Tensor
+    image: Tensor | None
     waveform: WaveformReader
     samples: int
     mean: float
@@ -238,6 +267,7 @@ class Inputs:
     negative_prompt: str
     job: int
     emit: Emit
+    source: Source | None = None
 
 
 class Family(Protocol):
@@ -245,8 +275,12 @@ class Family(Protocol):
 
     name: str
 
+    def takes(self, cfg: RunConfig) -> Literal["image", "video"]:
+        """What a run starts from beside the audio."""
+
     def frame_size(self, image: tuple[int, int], cfg: RunConfig) -> tuple[int, int]:
-        """Height and width of the video for an image of (height, width), where neither is asked for."""
+        """Height and width of the video for an image or a source of (height, width), where neither is asked
+        for."""
 
     def guidance(self, cfg: RunConfig) -> Guidance:
         """The guidance scales of a run."""

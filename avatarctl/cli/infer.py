@@ -1,4 +1,4 @@
-"""`avatarctl infer`: an image and a voice to a talking video."""
+"""`avatarctl infer`: an image or a video, and a voice, to a talking video."""
 
 from __future__ import annotations
 
@@ -27,19 +27,28 @@ from avatarctl.registry import COMPAT, NOT_YET, ROWS, Row, find_model
 if TYPE_CHECKING:
     from avatarctl.demo.contact_sheet import ContactSheet
     from avatarctl.events import OutputFinished
+    from avatarctl.media import Video
     from avatarctl.pipelines.job import Job, JobPlan
 
 __all__ = ["DEFAULT_MODEL", "infer"]
 
 DEFAULT_MODEL = "cartoon-i2v"
 
-_PATHS = ("model.weights_root", "input.image", "input.audio", "output.path")
+_PATHS = (
+    "model.weights_root",
+    "input.image",
+    "input.video",
+    "input.audio",
+    "data.mask",
+    "output.path",
+)
 """Keys whose paths a run file holds as absolute ones; those of a model's own files need more than that."""
 
 EXAMPLES = f"""\b
 Examples:
   avatarctl infer --chunked
   avatarctl infer --image me.jpg --audio hello.wav --out hello.mp4
+  avatarctl infer --model cartoon-v2v --video clip.mp4 --audio hello.wav
   avatarctl infer --model {EXAMPLE_MODEL} --image me.jpg --audio hello.wav --dry-run
 """
 
@@ -62,14 +71,15 @@ def _read(params: Mapping[str, Any], row_of: Callable[[str], Row] = _row) -> Req
     read=_read,
     epilog=EXAMPLES,
     context_settings={"help_option_names": ["-h", "--help"]},
-    short_help="Make a talking video from an image and a voice.",
+    short_help="Make a talking video from an image or a video, and a voice.",
     params=config_options("infer"),
 )
 def infer(**params: Any) -> None:
-    """Make a talking video from an image and a voice.
+    """Make a talking video from an image and a voice, or give a video another voice and the mouth to it.
 
     Without --model it is the built-in cartoon model, and without --image or --audio its built-in face and
-    voice. The path of the video is printed on standard output.
+    voice. Which model takes --video is in `avatarctl models list`. The path of the video is printed on
+    standard output.
     """
     named = functools.cache(_row)  # a file says once what it is
     request = _read(params, named)
@@ -84,10 +94,10 @@ def infer(**params: Any) -> None:
     from avatarctl.atomic import atomic_write_text
     from avatarctl.pipelines.job import check_job
 
-    with Screen(cfg.runtime.log_level) as screen:
+    with Screen(cfg.runtime.log_level) as screen, contextlib.ExitStack() as opened:
         for notice in _introduction(request, row):
             screen(Notice(notice))
-        plan = check_job(cfg, row, _job(request, row, screen), screen)
+        plan = check_job(cfg, row, _job(request, row, screen, opened), screen)
         if request.dry_run:
             _show_plan(plan, request.json, screen)
             return
@@ -95,7 +105,7 @@ def infer(**params: Any) -> None:
         sheet = _contact_sheet(plan)
         finished = _make(plan, path, screen, sheet)
         if sheet is not None:
-            sheet.save(_sheet_path(path), f"{path.name}: {plan.job.image.name}, {plan.job.audio.name}")
+            sheet.save(_sheet_path(path), f"{path.name}: {plan.job.person.name}, {plan.job.audio.name}")
             screen(Notice(f"frames at eight times: {_sheet_path(path)}"))
     _show_result(plan, finished, request.json)
     # After the result: a record that cannot be written must not hide a finished video.
@@ -107,29 +117,46 @@ def _introduction(request: Request, row: Row) -> list[str]:
     untrained = "" if row.trained else ", untrained: the video will be noise"
     title = f" ({row.title})" if row.source == "path" else ""
     lines = [f"model: {row.name}{title}{asked}{untrained}", *request.resolved.notices]
-    if row.world and request.resolved.cfg.input.image:
+    given = request.resolved.cfg.input
+    if row.world and (given.image or given.video):
         lines.append(
             f"{row.name} knows only the drawn faces of the {row.world} world; others will look wrong"
         )
     return lines
 
 
-def _job(request: Request, row: Row, screen: Screen) -> Job:
-    """The inputs, opened. For the built-in model, and for a dry run, the built-in sample stands in for
-    what is not given."""
-    from avatarctl.demo.sample import sample_audio, sample_image
+def _job(request: Request, row: Row, screen: Screen, opened: contextlib.ExitStack) -> Job:
+    """The inputs, opened. For the built-in models, and for a dry run, the built-in sample stands in for
+    what is not given; a video of a person's own is given a voice by that person."""
+    from avatarctl.demo.sample import sample_audio, sample_image, sample_video
     from avatarctl.media import load_image, open_audio
-    from avatarctl.pipelines.job import Job, missing_inputs, require_inputs
+    from avatarctl.pipelines.job import Job, missing_inputs, require_inputs, require_taken
 
     cfg = request.resolved.cfg
-    if row.source != "package" and not request.dry_run:
+    takes = require_taken(cfg, row)
+    if (row.source != "package" and not request.dry_run) or cfg.input.video:
         require_inputs(cfg, row)
-    if missing := missing_inputs(cfg):
-        names = {"image": "face (--image for yours)", "audio": "voice (--audio for yours)"}
+    if missing := missing_inputs(cfg, row):
+        names = {
+            "image": "face (--image for yours)",
+            "video": "clip (--video for yours)",
+            "audio": "voice (--audio for yours)",
+        }
         screen(Notice(f"input: the built-in {' and '.join(names[key] for key in missing)}"))
-    image = load_image(cfg.input.image) if cfg.input.image else sample_image()
+    image = video = None
+    if takes == "video":
+        video = _open_video(cfg.input.video, opened) if cfg.input.video else sample_video()
+    else:
+        image = load_image(cfg.input.image) if cfg.input.image else sample_image()
     audio = open_audio(cfg.input.audio) if cfg.input.audio else sample_audio()
-    return Job(image, audio, cfg.input.prompt or "", cfg.input.negative_prompt or "")
+    return Job(image, audio, cfg.input.prompt or "", cfg.input.negative_prompt or "", video)
+
+
+def _open_video(path: str, opened: contextlib.ExitStack) -> Video:
+    """Open until the run ends: chunks are read while they are made."""
+    from avatarctl.media.video_reader import open_video
+
+    return opened.enter_context(open_video(path))
 
 
 def _show_plan(plan: JobPlan, as_json: bool, screen: Screen) -> None:
@@ -163,7 +190,7 @@ def _contact_sheet(plan: JobPlan) -> ContactSheet | None:
     from avatarctl.timeline import SAMPLES_PER_FRAME
 
     given = plan.cfg.input
-    if given.audio or given.image or plan.lead_samples % SAMPLES_PER_FRAME:
+    if given.audio or given.image or given.video or plan.lead_samples % SAMPLES_PER_FRAME:
         return ContactSheet(plan.video.frames)
     lead = plan.lead_samples // SAMPLES_PER_FRAME
     said = sentence(plan.video.frames - lead).opening
@@ -263,8 +290,9 @@ def _refuse_existing(cfg: RunConfig, row: Row) -> None:
     for output in (path, _record_path(path), *([_sheet_path(path)] if row.world else [])):
         if os.path.lexists(output) and not cfg.output.overwrite:
             raise OutputRefused("exists", where=output, fix="add --overwrite or choose another --out")
-    if cfg.input.image and _sheet_path(path).exists() and _sheet_path(path).samefile(cfg.input.image):
-        raise OutputRefused(f"writing it would destroy the input {cfg.input.image}", where=_sheet_path(path))
+    for given in filter(None, (cfg.input.image, cfg.data.mask)):
+        if _sheet_path(path).exists() and _sheet_path(path).samefile(given):
+            raise OutputRefused(f"writing it would destroy the input {given}", where=_sheet_path(path))
 
 
 def _fresh_path(row: Row) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, get_args, get_origin
 
@@ -71,7 +71,8 @@ TITLES: Final[Mapping[str, str]] = {
 }
 
 SIZE_SECTIONS: Final = ("data", "output")
-"""`--size` is the width and height of the first of these that a command reads."""
+"""`--size` is the width and height of the first of these that a command reads, of its main sections if one
+of them is."""
 
 WEIGHTS_VARIABLE: Final = "AVATARCTL_WEIGHTS"
 
@@ -143,17 +144,18 @@ def _options(command: str, flags: Mapping[str, tuple[str, ...]]) -> list[click.O
     options = [_option(keys()[dotted], own, command) for dotted, own in flags.items() if own]
     if "long_video.strategy" in flags:
         options.append(click.Option(["--chunked"], is_flag=True, help="The same as --long-video chunks."))
-    if _size_section(flags):
+    if _size_section(command):
         options.append(
             click.Option(["--size"], multiple=True, metavar="WxH", help="Width and height in pixels.")
         )
     return [*options, *_common_options()]
 
 
-def _size_section(read: Container[str]) -> str | None:
-    return next(
-        (each for each in SIZE_SECTIONS if f"{each}.width" in read and f"{each}.height" in read), None
-    )
+def _size_section(command: str) -> str | None:
+    """The section of which `--size` is width and height: the command's main one before others."""
+    read, main = keys_of(command), COMMANDS[command].main
+    sections = [each for each in SIZE_SECTIONS if f"{each}.width" in read and f"{each}.height" in read]
+    return next((each for each in sections if each in main), sections[0] if sections else None)
 
 
 def _common_options() -> list[click.Option]:
@@ -314,7 +316,7 @@ def _asked(command: str, params: Mapping[str, Any]) -> Iterator[tuple[str, Setti
     if params.get("chunked"):
         yield "long_video.strategy", Setting("chunks", "--chunked")
     for text in params.get("size", ()):
-        yield from _width_and_height(text, _size_section(keys_of(command)))
+        yield from _width_and_height(text, _size_section(command))
     if params["verbose"]:
         yield "runtime.log_level", Setting("debug", "--verbose")
     if params["quiet"]:

@@ -11,11 +11,13 @@ layouts 33, 49, 65                                   layout 36, of image-to-vide
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from einops import repeat
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 __all__ = [
@@ -24,7 +26,8 @@ __all__ = [
     "MASK_KEEP",
     "condition_channels",
     "first_frame_channels",
-    "prefix_mask",
+    "given_frames",
+    "mask_channel",
 ]
 
 MASK_KEEP, MASK_GENERATE = 0, 1
@@ -34,12 +37,25 @@ MASK4_KEEP = 1
 _MASK4_CHANNELS = 4  # one per pixel frame of a latent frame
 
 
-def prefix_mask(reference: Tensor, frames: int, fixed: int) -> Tensor:
-    """[B, 1, frames, h, w] in the dtype of `reference`: 0 on the first `fixed` latent frames, else 1."""
-    batch, _, _, height, width = reference.shape
-    mask = reference.new_full((batch, 1, frames, height, width), MASK_GENERATE)
-    mask[:, :, :fixed] = MASK_KEEP
-    return mask
+def given_frames(counts: Sequence[int], frames: int, device: torch.device) -> Tensor:
+    """bool [B, 1, frames, 1, 1]: true on the first `counts[b]` latent frames of sample b, which are given."""
+    import torch
+
+    places = torch.arange(frames, device=device)
+    first = torch.tensor(counts, device=device)
+    return (places < first[:, None])[:, None, :, None, None]
+
+
+def mask_channel(given: Tensor, keep: Tensor) -> Tensor:
+    """[B, 1, T, h, w] in the dtype of `keep`: 0 on given latent frames and where pixels are kept, else 1.
+
+    given: of `given_frames`. keep: [B or 1, 1, h, w] of `masking.keep_map` at latent size; zeros where a
+    model makes whole frames. A kept pixel does not give the latent: only `given` says what is frozen.
+    """
+    import torch
+
+    made = torch.where(keep > 0, MASK_KEEP, MASK_GENERATE).to(keep.dtype).unsqueeze(2)
+    return torch.where(given, torch.full_like(made, MASK_KEEP), made)
 
 
 def condition_channels(

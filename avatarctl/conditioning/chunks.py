@@ -23,7 +23,8 @@ __all__ = ["ChunkPlan", "plan_chunks"]
 @dataclass(frozen=True)
 class ChunkPlan:
     """audio_frames: A, frames filled by audio. padded_frames: A', feature frames that the plan consumes.
-    length, overlap: pixel frames of a chunk and of its carried head. count: chunks. offset: see above."""
+    length, overlap: pixel frames of a chunk and of its carried head. count: chunks. offset: see above.
+    opening: latent frames that the first chunk is given."""
 
     audio_frames: int
     padded_frames: int
@@ -31,6 +32,7 @@ class ChunkPlan:
     overlap: int
     count: int
     offset: int
+    opening: int = 1
 
     @property
     def video_frames(self) -> int:
@@ -48,12 +50,12 @@ class ChunkPlan:
                 start=first_frame // 4,
                 frames=latent_frames(self.length),
                 audio=(first_sample, first_sample + self.length * SAMPLES_PER_FRAME),
-                fixed=1 if index == 0 else latent_frames(self.overlap),
+                fixed=self.opening if index == 0 else latent_frames(self.overlap),
                 keep_from=0 if index == 0 else self.overlap,
             )
 
 
-def plan_chunks(audio_frames: int, *, length: int, overlap: int, offset: int) -> ChunkPlan:
+def plan_chunks(audio_frames: int, *, length: int, overlap: int, offset: int, opening: int = 1) -> ChunkPlan:
     """Chunks for A = `audio_frames` frames of audio.
 
     The first chunk consumes L - offset feature frames, each later one L - overlap. Raises UsageError for
@@ -80,4 +82,5 @@ def plan_chunks(audio_frames: int, *, length: int, overlap: int, offset: int) ->
         overlap=overlap,
         count=1 + later,
         offset=offset,
+        opening=opening,
     )

@@ -52,7 +52,7 @@ class Model:
     channels: Literal[33, 36, 49, 65] | None = key(
         None,
         "input channels: 33 image, 36 image and image tokens, 49 video, 65 video and reference sequence",
-        from_row=True, not_yet=(49, 65),
+        from_row=True,
     )  # fmt: skip
     audio_offset: Literal[0, 1] | None = key(
         None, "1: audio frame k drives video frame k + 1 (published I2V weights); 0: frame k", from_row=True
@@ -82,9 +82,7 @@ class Input:
     fit: Literal["crop", "stretch"] = key(
         "crop", "how an image of another shape fills the frame: its edges are cut, or it is stretched"
     )
-    video: str | None = key(
-        None, "video of the person, to be given a new mouth", rule=rules.PATH, not_yet=ANY
-    )
+    video: str | None = key(None, "video of the person, to be given a new mouth", rule=rules.PATH)
     audio: str | None = key(None, "audio file with the voice", rule=rules.PATH)
     prompt: str | None = key(None, "what the video shows", from_row=True)
     negative_prompt: str | None = key(None, "what the video should not show", from_row=True)
@@ -199,7 +197,9 @@ class Output:
     )
     lead_silence: float = key(0.0, "seconds of silence put before the audio", low=0, high=60)
     length: Literal["pingpong", "hold", "video"] = key(
-        "pingpong", "what a source video does when the audio is longer", not_yet=ANY
+        "pingpong",
+        "what a source video does when the audio is longer: pingpong turns back and forth, hold keeps the "
+        "last frame, video ends with it",
     )
     soundtrack: str = key(
         "input", "audio of the video: input, source, or the path of a file", rule=rules.PATH, not_yet=ANY

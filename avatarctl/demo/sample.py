@@ -1,5 +1,5 @@
-"""The built-in sample: a face and a sentence of the cartoon world, neither of which the built-in model was
-trained on.
+"""The built-in sample: a face, a clip of it and a sentence of the cartoon world, none of which the built-in
+models were trained on.
 
 Nothing is stored and nothing is downloaded, and the result is nobody's likeness and nobody's voice.
 """
@@ -11,19 +11,27 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from avatarctl.demo.clips import HELD_OUT
+from avatarctl.demo.clips import HELD_OUT, clip
 from avatarctl.demo.faces import SIZE, draw_face, draw_motion, render
 from avatarctl.demo.voices import Speech, speech
-from avatarctl.media import Audio, StillImage, audio_from_array, image_from_array
+from avatarctl.media import (
+    Audio,
+    StillImage,
+    Video,
+    audio_from_array,
+    image_from_array,
+    video_from_array,
+)
 from avatarctl.timeline import SAMPLE_RATE, frames_of_samples
 
-__all__ = ["SECONDS", "face_pixels", "sample_audio", "sample_image", "sentence"]
+__all__ = ["SECONDS", "face_pixels", "sample_audio", "sample_image", "sample_video", "sentence"]
 
 SECONDS: Final = 4.0
 """Length of the sentence."""
 
 _FACE: Final = HELD_OUT + 38
 _VOICE: Final = HELD_OUT + 5
+_CLIP: Final = HELD_OUT + 3
 
 
 def sample_image() -> StillImage:
@@ -36,6 +44,12 @@ def sample_audio(seconds: float = SECONDS) -> Audio:
     samples = round(seconds * SAMPLE_RATE)
     said = sentence(frames_of_samples(samples))
     return audio_from_array(said.audio[:samples], SAMPLE_RATE, "built-in voice")
+
+
+def sample_video(seconds: float = SECONDS) -> Video:
+    """A clip in which another face says something else: its mouth moves, and not to the sentence."""
+    frames = clip(_CLIP, frames_of_samples(round(seconds * SAMPLE_RATE))).frames
+    return video_from_array(frames, "built-in clip")
 
 
 def sentence(frames: int) -> Speech:

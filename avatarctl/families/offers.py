@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 from avatarctl.config import RunConfig, keys, value_of
 from avatarctl.errors import UsageError
 
-__all__ = ["require_offered"]
+__all__ = ["OF_A_SOURCE", "require_offered"]
+
+OF_A_SOURCE: Final = ("output.length", "data.mask", "data.mask_rule")
+"""Keys that mean something to a model that takes a video alone."""
 
 
 def require_offered(

@@ -1,22 +1,24 @@
-"""OmniAvatar: an image and a voice -> chunks of video, audio added to the tokens of early blocks.
+"""OmniAvatar: an image or a video, and a voice -> chunks of video, audio added to the tokens of early blocks.
 
-Specification: spec/omniavatar.md a, b, f. Chunks overlap in pixel frames; the image's latent is the
-reference of every chunk, and the first latent frames of a chunk are given (the image, then the tail of the
-chunk before).
+Specification: spec/omniavatar.md a, b, f, g.3. Chunks overlap in pixel frames; the latent of the image, or of
+the source's first frame, is the reference of every chunk, and the first latent frames of a chunk are given
+(the image, then the tail of the chunk before). With 49 channels it is shown what a chunk of the source holds
+outside the mask, with 65 also other frames of the source.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, Literal
 
-from avatarctl.conditioning.channels import MASK_KEEP, condition_channels, prefix_mask
+from avatarctl.conditioning.channels import MASK_KEEP, condition_channels, given_frames, mask_channel
 from avatarctl.conditioning.chunks import ChunkPlan, plan_chunks
 from avatarctl.conditioning.geometry import choose_bucket, chunk_frames
+from avatarctl.conditioning.masking import HOLE, MaskRule, reference_range
 from avatarctl.config import RunConfig
 from avatarctl.errors import UsageError
-from avatarctl.families.offers import require_offered
+from avatarctl.families.offers import OF_A_SOURCE, require_offered
 from avatarctl.family import (
     Carry,
     Condition,
@@ -26,11 +28,18 @@ from avatarctl.family import (
     Inputs,
     Modules,
     Prepared,
+    Source,
     Span,
     VideoPlan,
 )
 from avatarctl.sampling.guidance import combine, text_first
-from avatarctl.timeline import FPS, SAMPLES_PER_FRAME, frames_of_samples, reference_frames_of_samples
+from avatarctl.timeline import (
+    FPS,
+    SAMPLES_PER_FRAME,
+    frames_of_samples,
+    pixel_frames,
+    reference_frames_of_samples,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -43,7 +52,25 @@ __all__ = ["OmniAvatar"]
 _LATENT_CHANNELS = 16
 _PIXELS_PER_LATENT = 8
 _SHORTEST_CHUNK = 5
+_IMAGE_CHANNELS: Final = 33
+_SEQUENCE_CHANNELS: Final = 65
 _BRANCH_TEXT = {"full": "prompt", "silent": "prompt", "negative": "negative"}
+
+
+@dataclass
+class _SourceState:
+    """A source and what of it stays the same.
+
+    keep [1, 1, H, W] and keep_latent [1, 1, h, w] of 0 and 1; wants_sequence: whether the model is shown a
+    reference sequence; sequence: the last one, with the frames that it is of.
+    """
+
+    source: Source
+    rule: MaskRule
+    keep: Tensor
+    keep_latent: Tensor
+    wants_sequence: bool
+    sequence: tuple[tuple[int, int], Tensor] | None = None
 
 
 @dataclass
@@ -54,6 +81,7 @@ class _State:
     features: AudioFeatures
     overlap: int
     text: dict[str, Tensor]  # prompt, negative: [1, text_len, width]
+    source: _SourceState | None = None
     text_ready: dict[str, PreparedTensors] = field(default_factory=dict)
     silence_ready: PreparedTensors | None = None
     rotary: Tensor | None = None
@@ -61,13 +89,19 @@ class _State:
 
 @dataclass(frozen=True)
 class _Encoded:
-    """reference [B, 16, 1, h, w]; given [B, 16, k, h, w]; audio [B, L, A]; frames: latent frames."""
+    """reference [B, 16, 1, h, w]; given [B, 16, k, h, w], of which the first `counts` of a sample count;
+    audio [B, L, A]; frames: latent frames; keep [B or 1, 1, h, w], None where whole frames are made; masked
+    video and reference sequence [B, 16, T, h, w], where the model has them."""
 
     reference: Tensor
-    given: Tensor
+    given: Tensor | None
+    counts: Sequence[int]
     audio: Tensor
     text: Mapping[str, Tensor]
     frames: int
+    keep: Tensor | None = None
+    masked: Tensor | None = None
+    sequence: Tensor | None = None
 
 
 class OmniAvatar:
@@ -81,13 +115,21 @@ class OmniAvatar:
         return Conventions(
             audio_offset=cfg.model.audio_offset,
             mask_keep=MASK_KEEP,
-            hole=0.0,
+            hole=HOLE,
             fps=FPS,
             sigma_shift=cfg.sampling.shift,
         )
 
+    def takes(self, cfg: RunConfig) -> Literal["image", "video"]:
+        """A video where the network has channels for it."""
+        return "image" if cfg.model.channels == _IMAGE_CHANNELS else "video"
+
     def frame_size(self, image: tuple[int, int], cfg: RunConfig) -> tuple[int, int]:
-        """Height and width of the video for an image of (height, width), where neither is asked for."""
+        """Height and width of the video for an image of (height, width), where neither is asked for: the
+        bucket of its shape. A source is fitted to the size of the clips that its model learnt from."""
+        if self.takes(cfg) == "video":
+            assert cfg.data.height is not None and cfg.data.width is not None
+            return cfg.data.height, cfg.data.width
         return choose_bucket(*image, cfg.long_video.max_size or 720)
 
     def notices(self, cfg: RunConfig) -> tuple[str, ...]:
@@ -104,19 +146,7 @@ class OmniAvatar:
 
     def plan(self, samples: int, cfg: RunConfig) -> VideoPlan:
         """Chunks for `samples` at 16 kHz; needs output.width and output.height."""
-        require_offered(
-            cfg,
-            self.name,
-            choices={
-                "long_video.strategy": ("off", "chunks"),
-                "long_video.carry": (None, "pixels"),
-                "model.channels": (33,),
-            },
-            without=(
-                "long_video.schedule", "long_video.blend", "sampling.guidance_rule", "sampling.null_audio",
-                "sampling.batch_branches", "sampling.latents_dtype",
-            ),
-        )  # fmt: skip
+        self._require_offered(cfg)
         chunks = self._chunks(samples, cfg)
         height, width = cfg.output.height, cfg.output.width
         assert height is not None and width is not None
@@ -134,6 +164,27 @@ class OmniAvatar:
             frames=chunks.video_frames,
             shape=(_LATENT_CHANNELS, height // _PIXELS_PER_LATENT, width // _PIXELS_PER_LATENT),
         )
+
+    def _require_offered(self, cfg: RunConfig) -> None:
+        of_video = self.takes(cfg) == "video"
+        require_offered(
+            cfg,
+            self.name,
+            choices={
+                "long_video.strategy": ("off", "chunks"),
+                "long_video.carry": (None, "pixels"),
+                "model.channels": (33, 49, 65),
+            },
+            without=(
+                "long_video.schedule", "long_video.blend", "sampling.guidance_rule", "sampling.null_audio",
+                "sampling.batch_branches", "sampling.latents_dtype", *(() if of_video else OF_A_SOURCE),
+            ),
+        )  # fmt: skip
+        if (
+            of_video
+        ):  # frame k of the source is driven by audio frame k, as the public trainer's models learnt it
+            choices = {"model.compat": ("none", "fork"), "model.audio_offset": (0,)}
+            require_offered(cfg, f"{self.name} on a video", choices=choices)
 
     def _chunks(self, samples: int, cfg: RunConfig) -> ChunkPlan:
         reference = cfg.model.compat == "reference"
@@ -157,6 +208,7 @@ class OmniAvatar:
             length=length,
             overlap=overlap,
             offset=cfg.model.audio_offset,
+            opening=1 if self.takes(cfg) == "image" or cfg.data.mask_rule == "first_keep" else 0,
         )
 
     def guidance(self, cfg: RunConfig) -> Guidance:
@@ -174,7 +226,7 @@ class OmniAvatar:
         return shifted_sigmas(steps, shift)
 
     def open(self, modules: Modules, inputs: Inputs, cfg: RunConfig) -> _State:
-        from avatarctl.models.encode import AudioFeatures, encode_prompt
+        from avatarctl.models.encode import AudioFeatures, encode_prompt, frames_tensor
         from avatarctl.models.text import clean_prompt
 
         chunks = self._chunks(inputs.samples, cfg)
@@ -185,8 +237,14 @@ class OmniAvatar:
             negative = clean_prompt(inputs.negative_prompt)
             text["negative"] = encode_prompt(modules.text, negative, modules.device, inputs.emit)
         whole = cfg.model.compat == "reference"
+        source = None if inputs.source is None else _open_source(inputs.source, modules, cfg)
+        if source is not None:
+            first = frames_tensor(source.source.frames.read(0, 1), modules.device)
+        else:
+            assert inputs.image is not None
+            first = inputs.image.unsqueeze(2)
         state = _State(
-            reference=modules.vae.encode(inputs.image.unsqueeze(2)),
+            reference=modules.vae.encode(first),
             features=AudioFeatures(
                 modules.audio,
                 inputs.waveform,
@@ -199,6 +257,7 @@ class OmniAvatar:
             ),
             overlap=chunks.overlap,
             text=text,
+            source=source,
         )
         _ready_text(modules.dit, state, text)
         return state
@@ -206,24 +265,34 @@ class OmniAvatar:
     def encode(self, modules: Modules, inputs: Inputs, span: Span, state: _State, carry: Carry) -> _Encoded:
         """carry: the last pixel frames of the chunk before, [1, 3, overlap, H, W]; None for the first."""
         first, last = (sample // SAMPLES_PER_FRAME for sample in span.audio)
+        given = modules.vae.encode(carry) if carry is not None else state.reference if span.fixed else None
+        source = state.source
         return _Encoded(
             reference=state.reference,
-            given=state.reference if carry is None else modules.vae.encode(carry),
+            given=given,
+            counts=(0 if given is None else given.shape[2],),
             audio=state.features.rows(first, last),
             text=state.text,
             frames=span.frames,
+            keep=None if source is None else source.keep_latent,
+            masked=None if source is None else _masked(modules, source, span, carry),
+            sequence=_sequence(modules, source, span) if source and source.wants_sequence else None,
         )
 
     def build_condition(self, encoded: _Encoded) -> Condition:
-        given = encoded.given.shape[2]
-        mask = prefix_mask(encoded.reference, encoded.frames, given)
-        batch, channels, _, height, width = encoded.reference.shape
-        clean = encoded.reference.new_zeros((batch, channels, encoded.frames, height, width))
-        clean[:, :, :given] = encoded.given
+        reference = encoded.reference
+        batch, channels, _, height, width = reference.shape
+        given = given_frames(encoded.counts, encoded.frames, reference.device)
+        keep = reference.new_zeros((batch, 1, height, width)) if encoded.keep is None else encoded.keep
+        clean = reference.new_zeros((batch, channels, encoded.frames, height, width))
+        if encoded.given is not None:
+            clean[:, :, : encoded.given.shape[2]] = encoded.given
         return Condition(
-            channels=condition_channels(encoded.reference, mask),
+            channels=condition_channels(
+                reference, mask_channel(given, keep.to(reference.dtype)), encoded.masked, encoded.sequence
+            ),
             clean=clean,
-            fixed_mask=mask[..., :1, :1] == MASK_KEEP,
+            fixed_mask=given,
             audio={"features": encoded.audio},
             text=encoded.text,
         )
@@ -294,3 +363,43 @@ def _ready_text(dit: nn.Module, state: _State, text: Mapping[str, Tensor]) -> No
     """Keys and values of the texts that have none yet."""
     for name in text.keys() - state.text_ready.keys():
         state.text_ready[name] = dit(mode="prepare", text=text[name])
+
+
+def _open_source(source: Source, modules: Modules, cfg: RunConfig) -> _SourceState:
+    from avatarctl.conditioning.masking import keep_map
+
+    height, width = cfg.output.height, cfg.output.width
+    assert height is not None and width is not None
+    keep = source.keep.to(modules.device)
+    return _SourceState(
+        source=source,
+        rule=cfg.data.mask_rule,
+        keep=keep_map(keep, (height, width)),
+        keep_latent=keep_map(keep, (height // _PIXELS_PER_LATENT, width // _PIXELS_PER_LATENT)),
+        wants_sequence=cfg.model.channels == _SEQUENCE_CHANNELS,
+    )
+
+
+def _masked(modules: Modules, state: _SourceState, span: Span, carry: Carry) -> Tensor:
+    """Latents of what the span shows of the source outside the hole: [1, 16, T, h, w]."""
+    from avatarctl.models.encode import source_latents
+
+    first = 4 * span.start
+    frames = state.source.frames.read(first, first + pixel_frames(span.frames))
+    made = source_latents(modules.vae, frames, state.keep, state.rule, wanted=("masked",), given=carry)
+    return made["masked"]
+
+
+def _sequence(modules: Modules, state: _SourceState, span: Span) -> Tensor:
+    """The reference sequence of a span, [1, 16, T, h, w]. The same frames are coded once."""
+    from avatarctl.models.encode import reference_latents
+
+    reader = state.source.reference or state.source.frames
+    first = 4 * span.start
+    where = reference_range(reader.frames, first, pixel_frames(span.frames))
+    if state.sequence is None or state.sequence[0] != where:
+        state.sequence = (
+            where,
+            reference_latents(modules.vae, reader.read(*where), span.frames, modules.device),
+        )
+    return state.sequence[1]

@@ -17,7 +17,7 @@ from avatarctl.conditioning.windows import WindowPlan, blend_weights, plan_windo
 from avatarctl.config import RunConfig
 from avatarctl.errors import UsageError
 from avatarctl.events import Notice
-from avatarctl.families.offers import require_offered
+from avatarctl.families.offers import OF_A_SOURCE, require_offered
 from avatarctl.family import (
     Carry,
     Condition,
@@ -104,6 +104,10 @@ class StableAvatar:
             audio_offset=0, mask_keep=MASK4_KEEP, hole=0.0, fps=FPS, sigma_shift=cfg.sampling.shift
         )
 
+    def takes(self, cfg: RunConfig) -> Literal["image", "video"]:
+        """An image; there is no other published model."""
+        return "image"
+
     def frame_size(self, image: tuple[int, int], cfg: RunConfig) -> tuple[int, int]:
         """Height and width of the video for an image of (height, width), where neither is asked for."""
         return nearest_shape(image, _PUBLISHED_SIZES)
@@ -156,6 +160,7 @@ class StableAvatar:
             },
             without=(
                 "long_video.carry", "long_video.max_tokens", "long_video.max_size", "long_video.audio_window",
+                *OF_A_SOURCE,
             ),
         )  # fmt: skip
         if cfg.model.compat == "reference":
@@ -182,7 +187,7 @@ class StableAvatar:
     def open(self, modules: Modules, inputs: Inputs, cfg: RunConfig) -> _State:
         from avatarctl.models.encode import encode_prompt
 
-        assert modules.image is not None
+        assert modules.image is not None and inputs.image is not None
         windows = _windows(inputs.samples, cfg)
         published = cfg.model.compat == "reference"
         full = latent_frames(_length(cfg))

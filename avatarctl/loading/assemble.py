@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from avatarctl.config import Model, RunConfig
-from avatarctl.errors import UnusableWeights
+from avatarctl.errors import ConfigError, UnusableWeights
 from avatarctl.events import Emit, Notice
 from avatarctl.files.source import open_weights
 from avatarctl.files.tensors import ArrayTensor, StoredTensor
@@ -42,6 +42,7 @@ def check_transformer(row: Row, sources: Sources, cfg: RunConfig, emit: Emit) ->
     """
     if row.source == "package":
         check_packaged(row, sources)
+        _check_channels_of(row, cfg.model)
     if sources.dit and not sources.missing:
         held = assemble(row, sources, cfg.model, emit)
         if (size := asked_size(cfg)) and (line := made_for_others(held, size)):
@@ -171,6 +172,16 @@ def _check_asked(row: Row, model: Model, held: WeightFile, emit: Emit) -> None:
     if not row.path and held.audio_offset not in (None, model.audio_offset):
         stated = f"{held.path} has audio offset {held.audio_offset} ({held.audio_offset_rule})"
         emit(Notice(f"{stated}; {model.audio_offset} moves the lips", "warning"))
+
+
+def _check_channels_of(row: Row, model: Model) -> None:
+    """A built-in network has the channels that its row states."""
+    if (has := row.network["dit"]["in_channels"]) != model.channels:
+        raise ConfigError(
+            f"{row.name} has {has} input channels, and {model.channels} were asked for",
+            where="model.channels",
+            fix="leave it out",
+        )
 
 
 def _check_channels(row: Row, model: Model, held: WeightFile) -> None:

@@ -1,8 +1,8 @@
-"""Audio, images and text -> tensors: the one place that inference and preparation share."""
+"""Audio, images, video and text -> tensors: the one place that inference and preparation share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,21 +14,25 @@ from einops import rearrange
 from torch import Tensor
 
 from avatarctl.conditioning.geometry import fit_image
+from avatarctl.conditioning.masking import MaskRule, masked_video
 from avatarctl.events import Notice
 from avatarctl.models.wav2vec import normalise_waveform
 from avatarctl.timeline import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME
 
 if TYPE_CHECKING:
     from avatarctl.events import Emit
-    from avatarctl.family import AudioEncoder, TextEncoder, WaveformReader
+    from avatarctl.family import AudioEncoder, TextEncoder, VideoCodec, WaveformReader
 
 __all__ = [
     "PIECE_OVERLAP_SECONDS",
     "AudioFeatures",
     "Piece",
     "encode_prompt",
+    "frames_tensor",
     "image_tensor",
     "pieces",
+    "reference_latents",
+    "source_latents",
     "window_tokens",
 ]
 
@@ -49,6 +53,56 @@ def image_tensor(
         pixels = np.array(PIL.Image.fromarray(pixels).resize((size[1], size[0]), bicubic))
     image = rearrange(torch.from_numpy(pixels).to(torch.float32) / 255, "h w c -> 1 c h w")
     return (fit_image(image, size) if fit == "crop" else image) * 2 - 1
+
+
+def frames_tensor(frames: np.ndarray, device: torch.device | None = None) -> Tensor:
+    """uint8 [n, H, W, 3] -> float32 [1, 3, n, H, W] in [-1, 1], as `image_tensor` maps an image of this
+    size."""
+    video = torch.from_numpy(frames).to(device)
+    return rearrange(video.to(torch.float32) / 255, "n h w c -> 1 c n h w") * 2 - 1
+
+
+def source_latents(
+    vae: VideoCodec,
+    frames: np.ndarray | Tensor,
+    keep: Tensor,
+    rule: MaskRule,
+    *,
+    wanted: Collection[str] = ("latents", "masked"),
+    given: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Latents of a stretch of source video, each [1, C, T, h, w]; what inference and preparation both call.
+
+    latents: of the frames as they are. masked: of the frames without what is made anew. all: the hole is in
+    every frame. first_keep: in every frame but the first. legacy_two_step: as first_keep, then the first
+    latent is that of the first frame with its hole, so that the later ones still know the whole frame: the
+    data on which published trainers' checkpoints were trained (spec/omniavatar.md h.5).
+
+    frames: uint8 [n, H, W, 3], or pixels [1, 3, n, H, W] in [-1, 1]; n is 4T - 3. keep: [1, 1, H, W] of
+    `keep_map`. given: pixels [1, 3, k, H, W] that the stretch starts with, if any: the frame that a rule
+    keeps is then theirs, as the source's own would show the mouth that is to be replaced.
+    """
+    pixels = frames if isinstance(frames, Tensor) else frames_tensor(frames, keep.device)
+    made = {"latents": vae.encode(pixels)} if "latents" in wanted else {}
+    if "masked" not in wanted:
+        return made
+    if given is not None and rule != "all":
+        pixels = torch.cat([given[:, :, :1].to(pixels.dtype), pixels[:, :, 1:]], dim=2)
+    masked = vae.encode(masked_video(pixels, keep, first_whole=rule != "all"))
+    if rule == "legacy_two_step":
+        first = vae.encode(masked_video(pixels[:, :, :1], keep))
+        masked = torch.cat([first, masked[:, :, 1:]], dim=2)
+    return {**made, "masked": masked}
+
+
+def reference_latents(vae: VideoCodec, frames: np.ndarray, length: int, device: torch.device) -> Tensor:
+    """Latents of a reference sequence, [1, C, length, h, w]: a shorter one is padded with its last latent.
+
+    frames: uint8 [4n + 1, H, W, 3] of `conditioning.masking.reference_range`.
+    """
+    latents = vae.encode(frames_tensor(frames, device))[:, :, :length]
+    missing = length - latents.shape[2]
+    return torch.cat([latents, latents[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
 
 
 def window_tokens(

@@ -12,11 +12,20 @@ import numpy as np
 import torch
 from einops import rearrange
 
+from avatarctl.conditioning.masking import mask_picture
 from avatarctl.errors import AvatarctlError, NotYetSupported, OutputRefused
 from avatarctl.events import Emit, Notice, OutputFinished, Planned, SpanFinished, Stage, silent
-from avatarctl.family import Inputs, Modules
+from avatarctl.family import Inputs, Modules, Source
 from avatarctl.loading.modules import PARTS, Part, Parts, load_parts
-from avatarctl.media import BackgroundWriter, Soundtrack, VideoWriter, Waveform, partial_path
+from avatarctl.media import (
+    BackgroundWriter,
+    FittedFrames,
+    LengthRule,
+    Soundtrack,
+    VideoWriter,
+    Waveform,
+    partial_path,
+)
 from avatarctl.models.device import resolve_device
 from avatarctl.models.encode import image_tensor
 from avatarctl.pipelines.job import Job, JobPlan
@@ -112,9 +121,7 @@ def generate(
     )
     with Waveform(job.audio, lead_samples=plan.lead_samples) as waveform:
         inputs = Inputs(
-            image=image_tensor(job.image.pixels, (cfg.output.height, cfg.output.width), cfg.input.fit).to(
-                modules.device
-            ),
+            image=_image(plan, modules),
             waveform=waveform,
             samples=plan.samples,
             mean=plan.mean,
@@ -123,9 +130,31 @@ def generate(
             negative_prompt=job.negative_prompt,
             job=job.key,
             emit=emit,
+            source=_source(plan),
         )
         emit(Stage("sampling"))
         yield from _LOOPS[video.kind](denoise, modules, inputs, video, cfg)
+
+
+def _image(plan: JobPlan, modules: Modules) -> torch.Tensor | None:
+    cfg, image = plan.cfg, plan.job.image
+    if image is None:
+        return None
+    assert cfg.output.width is not None and cfg.output.height is not None
+    fitted = image_tensor(image.pixels, (cfg.output.height, cfg.output.width), cfg.input.fit)
+    return fitted.to(modules.device)
+
+
+def _source(plan: JobPlan) -> Source | None:
+    """The video of a job as the network sees it. Chunks and a reference sequence read through the same
+    frames, so that what both need is decoded once."""
+    cfg, video = plan.cfg, plan.job.video
+    if video is None:
+        return None
+    assert cfg.output.width is not None and cfg.output.height is not None and plan.mask is not None
+    fitted = FittedFrames(video, (cfg.output.height, cfg.output.width), cfg.input.fit)
+    frames = LengthRule(fitted, plan.video.frames, cfg.output.length)
+    return Source(frames, mask_picture(plan.mask), fitted)
 
 
 def write_video(
@@ -148,7 +177,7 @@ def write_video(
     assert output.width is not None and output.height is not None
     started = time.monotonic()
     plan.require_weights()  # before an output is begun
-    _refuse_inputs(plan.job, path)
+    _refuse_inputs(plan.job, plan.cfg.data.mask, path)
     writer = VideoWriter(
         path,
         width=output.width,
@@ -196,9 +225,9 @@ def write_video(
     return finished
 
 
-def _refuse_inputs(job: Job, path: Path) -> None:
+def _refuse_inputs(job: Job, mask: str | None, path: Path) -> None:
     """An output, growing or finished, must not be a file that the job reads."""
-    for name in (job.image.name, job.audio.name):
+    for name in filter(None, (job.person.name, job.audio.name, mask)):
         for output in (path, partial_path(path)):
             with contextlib.suppress(OSError):  # one of the two is no file
                 if output.samefile(name):

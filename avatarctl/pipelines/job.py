@@ -4,24 +4,35 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from avatarctl.conditioning.geometry import distortion, nearest_shape
+from avatarctl.conditioning.masking import mouth_mask
 from avatarctl.config import RunConfig, require_supported
-from avatarctl.errors import EnvironmentMissing, UnusableAudio, UsageError
+from avatarctl.errors import EnvironmentMissing, UnusableAudio, UnusableImage, UsageError
 from avatarctl.events import Emit, Notice, Stage
 from avatarctl.families import family_named
 from avatarctl.family import Family, VideoPlan
 from avatarctl.loading.assemble import check_transformer
 from avatarctl.loading.sources import Sources, asked_size, find_sources, weights_missing
-from avatarctl.media import Audio, AudioSurvey, StillImage, survey
+from avatarctl.media import Audio, AudioSurvey, StillImage, Video, load_image, survey
 from avatarctl.registry import Row, outside_training
 from avatarctl.rng import stable_hash
 from avatarctl.sampling.window_order import chosen_order
 from avatarctl.timeline import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, pixel_frames
 from avatarctl.weights.weight_file import WeightFile
 
-__all__ = ["Job", "JobPlan", "check_job", "environment_problems", "missing_inputs", "require_inputs"]
+__all__ = [
+    "Job",
+    "JobPlan",
+    "check_job",
+    "environment_problems",
+    "missing_inputs",
+    "require_inputs",
+    "require_taken",
+]
 
 _STRETCHED = 2.0  # a face that is this much too wide or too narrow is worth a word
 _WHOLE = 0.8  # of an image: a crop that keeps less is worth a word, as a head may be outside
@@ -30,18 +41,36 @@ _MORE = 0.05  # of an image: what another size must keep besides to be named
 
 @dataclass(frozen=True)
 class Job:
-    """An image, a voice and two prompts."""
+    """An image or a video, as the model takes it, a voice and two prompts."""
 
-    image: StillImage
+    image: StillImage | None
     audio: Audio
     prompt: str
     negative_prompt: str
+    video: Video | None = None
+
+    @property
+    def person(self) -> StillImage | Video:
+        """The image or the video. Raises UsageError where there are both, or none."""
+        given = [each for each in (self.image, self.video) if each is not None]
+        if len(given) != 1:
+            raise UsageError("a job needs an image or a video, and not both")
+        return given[0]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of what is given."""
+        if self.video is not None:
+            return self.video.height, self.video.width
+        assert self.image is not None
+        return self.image.pixels.shape[0], self.image.pixels.shape[1]
 
     @property
     def key(self) -> int:
         """Key of the job's random numbers: its own fields and the contents of its inputs, so that a result
         does not depend on file names, on other jobs or on their order."""
-        return stable_hash(self.image.sha256, self.audio.sha256(), self.prompt, self.negative_prompt)
+        person = self.video.sha256() if self.video is not None else self.image.sha256 if self.image else ""
+        return stable_hash(person, self.audio.sha256(), self.prompt, self.negative_prompt)
 
 
 @dataclass(frozen=True)
@@ -54,6 +83,8 @@ class JobPlan:
     video:   the spans in which it is sampled.
     lead_samples: of silence in front of the audio.
     mean, variance: of silence and audio together, at 16 kHz.
+    samples: at 16 kHz that drive the model; fewer than there are where the video ends with its source.
+    mask:    uint8 [h, w] or [h, w, 3], white is kept; None for a model that takes an image.
     """
 
     cfg: RunConfig
@@ -67,16 +98,13 @@ class JobPlan:
     lead_samples: int
     mean: float
     variance: float
+    samples: int
+    mask: np.ndarray | None = None
 
     def require_weights(self) -> None:
         """Raises WeightsMissing (exit 4), naming every file of the run that is not here."""
         if self.sources.missing:
             raise weights_missing(self.row, self.sources)
-
-    @property
-    def samples(self) -> int:
-        """Samples at 16 kHz that drive the model."""
-        return self.lead_samples + self.survey.samples
 
     @property
     def audio_delay(self) -> Fraction:
@@ -95,6 +123,7 @@ class JobPlan:
             "fps": FPS,
             "frames": self.video.frames,
             "seconds_of_audio": round(self.survey.samples / SAMPLE_RATE, 3),
+            **({} if self.job.video is None else self._about_source(self.job.video)),
             "strategy": self.video.kind,
             "spans": self.video.count,
             "latent_frames_per_span": next(self.video.spans()).frames,
@@ -106,21 +135,38 @@ class JobPlan:
             "seed": cfg.runtime.seed,
         }
 
+    def _about_source(self, video: Video) -> dict[str, Any]:
+        return {
+            "frames_of_source": video.frames,
+            "length": self.cfg.output.length,
+            "mask": self.cfg.data.mask or "mouth",
+            "mask_rule": self.cfg.data.mask_rule,
+        }
+
     def _order(self) -> str:
         steps = self.cfg.sampling.steps
         assert steps is not None
         return chosen_order(list(self.video.spans()), steps, self.cfg.long_video.schedule)
 
 
-def missing_inputs(cfg: RunConfig) -> tuple[str, ...]:
-    """The keys of `input` that a job needs and `cfg` leaves open."""
-    return tuple(name for name in ("image", "audio") if getattr(cfg.input, name) is None)
+def missing_inputs(cfg: RunConfig, row: Row) -> tuple[str, ...]:
+    """The keys of `input` that a job of `row` needs and `cfg` leaves open."""
+    person = family_named(row.family).takes(cfg)
+    return tuple(name for name in (person, "audio") if getattr(cfg.input, name) is None)
+
+
+def require_taken(cfg: RunConfig, row: Row) -> Literal["image", "video"]:
+    """Which of the two the model takes. Raises UsageError where the other was given."""
+    takes = family_named(row.family).takes(cfg)
+    if (cfg.input.video if takes == "image" else cfg.input.image) is not None:
+        raise _takes_another(row, takes)
+    return takes
 
 
 def require_inputs(cfg: RunConfig, row: Row) -> None:
     """Raises UsageError where an input is missing; WeightsMissing where files of the model are missing as
     well, the larger obstacle first."""
-    if missing := missing_inputs(cfg):
+    if missing := missing_inputs(cfg, row):
         sources = find_sources(row, cfg.model, asked_size(cfg))
         if sources.missing:
             raise weights_missing(row, sources)
@@ -138,15 +184,18 @@ def check_job(cfg: RunConfig, row: Row, job: Job, emit: Emit) -> JobPlan:
     """
     require_supported(cfg, "infer")
     family = family_named(row.family)
-    image = job.image.pixels.shape[:2]
+    takes = family.takes(cfg)
+    if getattr(job, takes) is not job.person:
+        raise _takes_another(row, takes)
     height, width = cfg.output.height, cfg.output.width
     if height is None or width is None:
-        height, width = family.frame_size(image, cfg)
+        height, width = family.frame_size(job.size, cfg)
     cfg = replace(cfg, output=replace(cfg.output, width=width, height=height))
     sources = find_sources(row, cfg.model, (width, height))
     emit(Stage("reading the audio"))
     surveyed = survey(job.audio)
-    for material, warnings in ((job.image, job.image.warnings), (job.audio, surveyed.warnings)):
+    mask = _mask(cfg) if job.video is not None else None
+    for material, warnings in ((job.person, job.person.warnings), (job.audio, surveyed.warnings)):
         for warning in warnings:
             emit(Notice(f"{material.name}: {warning}", "warning"))
     stated = row.defaults.get("model.audio_offset")
@@ -155,10 +204,13 @@ def check_job(cfg: RunConfig, row: Row, job: Job, emit: Emit) -> JobPlan:
         emit(Notice(f"{row.name} was made with audio offset {stated}; {asked} moves the lips", "warning"))
     lead = round(cfg.output.lead_silence * SAMPLE_RATE)
     mean, variance = _with_silence(surveyed, lead)
-    _require_a_frame(lead + surveyed.samples, job.audio.name)
-    video = family.plan(lead + surveyed.samples, cfg)
-    if doubt := _misfit(image, (height, width), cfg, row):
-        emit(Notice(f"{job.image.name}: {doubt}", "warning"))
+    samples = lead + surveyed.samples
+    _require_a_frame(samples, job.audio.name)
+    if job.video is not None and cfg.output.length == "video":
+        samples = min(samples, job.video.frames * SAMPLES_PER_FRAME)
+    video = family.plan(samples, cfg)
+    if doubt := _misfit(job.size, (height, width), cfg, row):
+        emit(Notice(f"{job.person.name}: {doubt}", "warning"))
     for notice in (*family.notices(cfg), *sources.notes):
         emit(Notice(notice))
     assert cfg.sampling.shift is not None and cfg.sampling.guidance_scale is not None
@@ -184,7 +236,27 @@ def check_job(cfg: RunConfig, row: Row, job: Job, emit: Emit) -> JobPlan:
         lead_samples=lead,
         mean=mean,
         variance=variance,
+        samples=samples,
+        mask=mask,
     )
+
+
+def _takes_another(row: Row, takes: Literal["image", "video"]) -> UsageError:
+    says = {"image": "an image, not a video", "video": "a video, not an image"}[takes]
+    return UsageError(f"{row.name} takes {says}", fix=f"give it by --{takes}")
+
+
+def _mask(cfg: RunConfig) -> np.ndarray:
+    """The mask of a run: the file of `data.mask`, else the drawn mouth. Raises UnusableImage for one that
+    keeps everything, which leaves nothing to be made."""
+    if cfg.data.mask is None:
+        return mouth_mask()
+    mask = load_image(cfg.data.mask).pixels[..., 0]
+    if mask.min() > 127:
+        raise UnusableImage(
+            "keeps the whole frame: nothing of it is black", where=cfg.data.mask, fix="paint the mouth black"
+        )
+    return mask
 
 
 def environment_problems(plan: JobPlan) -> tuple[str, ...]:

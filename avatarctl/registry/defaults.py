@@ -10,6 +10,7 @@ from typing import Any, Final
 
 __all__ = [
     "CARTOON",
+    "CARTOON_V2V",
     "COMPAT",
     "OMNIAVATAR",
     "STABLEAVATAR",
@@ -59,6 +60,8 @@ CARTOON: Final[Defaults] = {
     "data.height": 64,
     "runtime.dtype": "float32",
 }
+
+CARTOON_V2V: Final[Defaults] = {**CARTOON, "model.channels": 49}
 
 OMNIAVATAR: Final[Defaults] = {
     "model.channels": 33,

@@ -8,7 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-__all__ = ["CARTOON", "OMNIAVATAR_1_3B", "OMNIAVATAR_14B", "STABLEAVATAR_1_3B", "STABLEAVATAR_TINY"]
+__all__ = [
+    "CARTOON",
+    "CARTOON_V2V",
+    "OMNIAVATAR_1_3B",
+    "OMNIAVATAR_14B",
+    "STABLEAVATAR_1_3B",
+    "STABLEAVATAR_TINY",
+]
 
 Network = Mapping[str, Mapping[str, Any]]
 
@@ -27,6 +34,8 @@ CARTOON: Final[Network] = {
     },
 }  # fmt: skip
 
+
+CARTOON_V2V: Final[Network] = {**CARTOON, "dit": {**CARTOON["dit"], "in_channels": 49}}
 
 _PUBLISHED_ENCODERS: Final[Network] = {
     "vae": {"base_dim": 96, "dim_mult": (1, 2, 4, 4), "num_res_blocks": 2, "z_dim": 16},

@@ -60,6 +60,10 @@ _CARTOON_SHA256: Final = {
 }
 """`config.json` is the VAE's, whose latents have a mean and deviation of their own."""
 
+_CARTOON_ENCODERS: Final = {
+    name: digest for name, digest in _CARTOON_SHA256.items() if not name.startswith("cartoon/dit_")
+}
+
 MODELS: Final = (
     Row(
         "cartoon-i2v", "model", "built-in cartoon model, image and voice to video", WORKS, "package",
@@ -73,6 +77,16 @@ MODELS: Final = (
         trained_for=TrainedFor(
             sizes=((64, 64),), num_frames=(33,), overlap_frames=(1,), shifts=(5.0,), guidance_scales=(1.0,)
         ),
+    ),
+    Row(
+        "cartoon-v2v", "model", "built-in cartoon model, video and voice to video", WORKS, "package",
+        files=tuple(_CARTOON_ENCODERS),
+        sha256=_CARTOON_ENCODERS,
+        world="cartoon",
+        family="omniavatar",
+        network=networks.CARTOON_V2V,
+        defaults=defaults.CARTOON_V2V,
+        trained=False,
     ),
     Row(
         "omniavatar-14b", "model", "OmniAvatar on Wan 2.1 T2V 14B", NEEDS_WEIGHTS,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import av
 import numpy as np
@@ -67,6 +67,9 @@ class ThirdFamily:
 
     name = "third"
 
+    def takes(self, cfg: RunConfig) -> Literal["image", "video"]:
+        return "image"
+
     def frame_size(self, image: tuple[int, int], cfg: RunConfig) -> tuple[int, int]:
         return 16, 16
 
@@ -98,6 +101,7 @@ class ThirdFamily:
         return VideoPlan("fused", spans, len(starts), frames, shape)
 
     def open(self, modules: Modules, inputs: Inputs, cfg: RunConfig) -> ThirdState:
+        assert inputs.image is not None
         return ThirdState(modules.vae.encode(inputs.image.unsqueeze(2)), modules.vae.decoder())
 
     def encode(self, modules: Modules, inputs: Inputs, span: Span, state: ThirdState, carry: Carry) -> Tensor:

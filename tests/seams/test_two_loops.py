@@ -78,6 +78,9 @@ class Toy:
     name = "toy"
     kind: Literal["chunks", "fused"] = "chunks"
 
+    def takes(self, cfg: RunConfig) -> Literal["image", "video"]:
+        return "image"
+
     def frame_size(self, image: tuple[int, int], cfg: RunConfig) -> tuple[int, int]:
         return 2, 2
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from ..golden import Format, Listed
-from . import adapters, chunks, denoising, encoders, network, schedule
+from . import adapters, chunks, denoising, encoders, network, schedule, video
+
+_OF_TRAINING = (
+    "*.noise", "*.noisy_latents", "*.pred", "*.x0_pred", "*.loss", "*.logged_unweighted_mse_reference", "*.sigmas",
+    "*.timestep*", "*.train_weights", "*.grad.*", "*.data.precomputed_audio_emb", "*.data.precomputed_text_emb",
+    "*state.*",
+)  # fmt: skip
 
 _WAITS_FOR = (
-    Listed("latentsync_mask.safetensors", "*", "masks of video-to-video"),
     Listed("train_i2v_in*.safetensors", "*", "training"),
-    Listed("train_v2v_in*.safetensors", "*", "training"),
+    *(Listed("train_v2v_in*.safetensors", key, "training") for key in _OF_TRAINING),
     Listed("denoise.safetensors", "teacache.2pass.*", "TeaCache"),
     Listed("denoise.safetensors", "teacache.rel_l1_distances", "TeaCache"),
     Listed("vae.safetensors", "*_tiled_*", "the tiled VAE"),
@@ -37,6 +42,7 @@ OMNIAVATAR = Format(
         *chunks.checks,
         *encoders.checks,
         *adapters.checks,
+        *video.checks,
     ),
     waits_for=_WAITS_FOR,
     defects=_DEFECTS,

@@ -45,6 +45,7 @@ def _state(given: dict[str, Tensor]) -> Any:
         text_ready={},
         silence_ready=None,
         rotary=None,
+        source=None,
     )
 
 
