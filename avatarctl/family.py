@@ -227,7 +227,7 @@ class Source:
 
     frames:    what the finished video shows, frame by frame; may be read behind its end, where it goes on as
                `output.length` says.
-    keep:      the mask as a picture, float [1, 1, h, w] of any size, 1 = kept;
+    keep:      the mask as an image, float [1, 1, h, w] of any size, 1 = kept;
                `conditioning.masking.keep_map` makes the maps of a size from it.
     reference: the same video at its own length, from which a reference sequence is taken. None: `frames`.
     """

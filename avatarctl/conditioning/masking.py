@@ -1,6 +1,6 @@
 """The mouth mask, and the one function that erases what a video-to-video model has to make.
 
-A mask is a picture: white is kept, black is made anew. It is held at its own resolution, and a keep map of
+A mask is an image: white is kept, black is made anew. It is held at its own resolution, and a keep map of
 any size is made from it in one way (spec/omniavatar.md g.3), so pixels and latents agree with what published
 models were trained on. Erased pixels are 0.0 in [-1, 1], mid grey (spec/omniavatar.md f.7, j 5).
 """
@@ -20,7 +20,7 @@ __all__ = [
     "MASK_SIZE",
     "MaskRule",
     "keep_map",
-    "mask_picture",
+    "mask_tensor",
     "masked_video",
     "mouth_mask",
     "reference_range",
@@ -33,8 +33,8 @@ MaskRule = Literal["all", "first_keep", "legacy_two_step"]
 
 MASK_SIZE: Final = 256
 
-# Geometry of the published mouth mask (spec/losses-and-eval.md 5.3): from this row on both cheeks are erased,
-# the nose between them is kept; further down everything between two edges that meet at the chin.
+# Geometry of the published mouth mask, LatentSync's (its size is in spec/omniavatar.md g.3): in these rows both
+# cheeks are erased and the nose between them is kept; below, everything between two edges that meet at the chin.
 _CHEEK_ROWS: Final = (95, 127)
 _CHEEK_COLUMNS: Final = ((9, 77), (178, 246))
 # (row, column) of the edges; straight lines lie between them.
@@ -65,7 +65,7 @@ def _columns(edge: Sequence[tuple[int, int]], rows: np.ndarray) -> np.ndarray:
     return np.rint(np.interp(rows, corners[:, 0], corners[:, 1])).astype(int)
 
 
-def mask_picture(mask: np.ndarray) -> Tensor:
+def mask_tensor(mask: np.ndarray) -> Tensor:
     """uint8 [h, w] or [h, w, 3], of which the first channel counts -> float32 [1, 1, h, w] in [0, 1]."""
     import torch
 
@@ -73,15 +73,15 @@ def mask_picture(mask: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(grey)).to(torch.float32)[None, None] / 255
 
 
-def keep_map(picture: Tensor, size: tuple[int, int]) -> Tensor:
+def keep_map(mask: Tensor, size: tuple[int, int]) -> Tensor:
     """[B, 1, h, w] in [0, 1] -> [B, 1, H, W] of exactly 0 and 1, where 1 is kept.
 
     Bilinear without antialias, then above one half. A map that has the size already is not changed.
     """
     from torch.nn import functional as F
 
-    resized = F.interpolate(picture, size=size, mode="bilinear", align_corners=False)
-    return (resized > 0.5).to(picture.dtype)
+    resized = F.interpolate(mask, size=size, mode="bilinear", align_corners=False)
+    return (resized > 0.5).to(mask.dtype)
 
 
 def masked_video(video: Tensor, keep: Tensor, *, first_whole: bool = False) -> Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from einops import rearrange
 
-from avatarctl.conditioning.masking import mask_picture
+from avatarctl.conditioning.masking import mask_tensor
 from avatarctl.errors import AvatarctlError, NotYetSupported, OutputRefused
 from avatarctl.events import Emit, Notice, OutputFinished, Planned, SpanFinished, Stage, silent
 from avatarctl.family import Inputs, Modules, Source
@@ -154,7 +154,7 @@ def _source(plan: JobPlan) -> Source | None:
     assert cfg.output.width is not None and cfg.output.height is not None and plan.mask is not None
     fitted = FittedFrames(video, (cfg.output.height, cfg.output.width), cfg.input.fit)
     frames = LengthRule(fitted, plan.video.frames, cfg.output.length)
-    return Source(frames, mask_picture(plan.mask), fitted)
+    return Source(frames, mask_tensor(plan.mask), fitted)
 
 
 def write_video(

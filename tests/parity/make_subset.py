@@ -54,11 +54,11 @@ is compared through the long pipeline, for two pairs of scales; its single steps
 """
 
 _OF_TRAINING = (
-    "*.noise", "*.noisy_latents", "*.pred", "*.x0_pred", "*.loss", "*.logged_unweighted_mse_reference", "*.sigmas",
-    "*.timestep*", "*.train_weights", "*.grad.*", "*.data.precomputed_audio_emb", "*.data.precomputed_text_emb",
-    "*state.*",
+    "*.noise", "*.noisy_latents", "*.pred", "*.x0_pred", "*.loss", "*.logged_unweighted_mse_reference",
+    "*.sigmas", "*.timestep*", "*.train_weights", "*.grad.*", "*.data.precomputed_audio_emb",
+    "*.data.precomputed_text_emb", "*state.*",
 )  # fmt: skip
-"""Of a training step all but what the transformer is shown beside the noisy latents, and what that is made of."""
+"""Of a training step all but the channels beside the noisy latents, and what these are made of."""
 
 SUBSETS: dict[str, Subset] = {
     "omniavatar": Subset(

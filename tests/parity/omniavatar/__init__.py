@@ -6,9 +6,9 @@ from ..golden import Format, Listed
 from . import adapters, chunks, denoising, encoders, network, schedule, video
 
 _OF_TRAINING = (
-    "*.noise", "*.noisy_latents", "*.pred", "*.x0_pred", "*.loss", "*.logged_unweighted_mse_reference", "*.sigmas",
-    "*.timestep*", "*.train_weights", "*.grad.*", "*.data.precomputed_audio_emb", "*.data.precomputed_text_emb",
-    "*state.*",
+    "*.noise", "*.noisy_latents", "*.pred", "*.x0_pred", "*.loss", "*.logged_unweighted_mse_reference",
+    "*.sigmas", "*.timestep*", "*.train_weights", "*.grad.*", "*.data.precomputed_audio_emb",
+    "*.data.precomputed_text_emb", "*state.*",
 )  # fmt: skip
 
 _WAITS_FOR = (

@@ -1,4 +1,4 @@
-"""What a video-to-video model is shown: the mouth mask, and the channels of a chunk (spec/omniavatar.md g.3)."""
+"""What a video-to-video model is shown: mouth mask and channels of a chunk (spec/omniavatar.md g.3)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import torch
 from torch import Tensor
 
-from avatarctl.conditioning.masking import keep_map, mask_picture, mouth_mask
+from avatarctl.conditioning.masking import keep_map, mask_tensor, mouth_mask
 from avatarctl.families.omniavatar import OmniAvatar, _Encoded
 
 from ..golden import Checks, Reader
@@ -20,7 +20,7 @@ STEPS = ("train_v2v_in49.safetensors", "train_v2v_in65.safetensors")
 
 @checks(MASK, compares=("latent_mask_keep.*", "latent_mask_generate.*"))
 def drawn_mask_at_latent_size(reader: Reader) -> None:
-    picture = mask_picture(mouth_mask())
+    picture = mask_tensor(mouth_mask())
     for key in reader.keys("latent_mask_keep.*"):
         size = tuple(map(int, key.rpartition(".")[2].split("x")))
         keep = keep_map(picture, size)[0, 0]
@@ -31,7 +31,7 @@ def drawn_mask_at_latent_size(reader: Reader) -> None:
 @checks(MASK, compares=("pixel_mask_keep_512.*",), needs=("mask_image_uint8",))
 def keep_map_of_the_published_mask(reader: Reader) -> None:
     """All three published ways of resizing give one map of this mask, and so does ours."""
-    keep = keep_map(mask_picture(reader.take("mask_image_uint8").numpy()), (512, 512))[0, 0]
+    keep = keep_map(mask_tensor(reader.take("mask_image_uint8").numpy()), (512, 512))[0, 0]
     for key in reader.keys("pixel_mask_keep_512.*"):
         reader.compare(key, keep.to(torch.uint8))
 
@@ -66,7 +66,7 @@ def _conditions(reader: Reader) -> None:
                 audio=torch.zeros(batch, 1, 1),
                 text={},
                 frames=latents.shape[2],
-                keep=keep_map(mask_picture(mouth_mask()), (latents.shape[3], latents.shape[4])),
+                keep=keep_map(mask_tensor(mouth_mask()), (latents.shape[3], latents.shape[4])),
                 masked=masked,
                 sequence=sequence,
             )
