@@ -56,10 +56,10 @@ def test_every_kind_is_there() -> None:
 def test_the_models() -> None:
     status = {row.name: row.status for row in ROWS.values() if row.kind == "model"}
     assert status.keys() == {
-        "cartoon-i2v", "omniavatar-14b", "omniavatar-1.3b", "stableavatar-1.3b", "stableavatar-1.3b-rec-vec",
-        "stableavatar-tiny", "liveavatar-14b",
+        "cartoon-i2v", "cartoon-v2v", "omniavatar-14b", "omniavatar-1.3b", "stableavatar-1.3b",
+        "stableavatar-1.3b-rec-vec", "stableavatar-tiny", "liveavatar-14b",
     }  # fmt: skip
-    assert status["cartoon-i2v"] == "works"
+    assert status["cartoon-i2v"] == status["cartoon-v2v"] == "works"
     assert status["stableavatar-tiny"] == "works" and status["liveavatar-14b"] == "not yet supported"
     assert status["omniavatar-14b"] == status["stableavatar-1.3b"] == "needs weights"
 

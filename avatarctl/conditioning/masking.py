@@ -33,8 +33,8 @@ MaskRule = Literal["all", "first_keep", "legacy_two_step"]
 
 MASK_SIZE: Final = 256
 
-# Geometry of the published mouth mask, LatentSync's (its size is in spec/omniavatar.md g.3): in these rows both
-# cheeks are erased and the nose between them is kept; below, everything between two edges that meet at the chin.
+# Geometry of the published mouth mask, LatentSync's (its size is in spec/omniavatar.md g.3): in these rows
+# both cheeks are erased and the nose between them is kept; below, all between edges that meet at the chin.
 _CHEEK_ROWS: Final = (95, 127)
 _CHEEK_COLUMNS: Final = ((9, 77), (178, 246))
 # (row, column) of the edges; straight lines lie between them.

@@ -32,7 +32,7 @@ def test_a_mark_names_commands_that_read_its_key() -> None:
 def test_infer_reads_what_it_uses_of_a_shared_section() -> None:
     read = keys_of("infer")
     assert {"memory.mode", "memory.swap_blocks", "runtime.seed", "output.width"} <= set(read)
-    about_training = {"memory.vae_gradient", "memory.optimizer_device", "runtime.trackers", "data.width"}
+    about_training = {"memory.vae_gradient", "memory.optimizer_device", "runtime.trackers", "data.window"}
     assert not about_training & set(read)
     assert list(read) == [dotted for dotted in keys() if dotted in read], "in the order of RunConfig"
 

@@ -60,7 +60,7 @@ class Codec:
         self.coded.append(video.shape[2])
         latents = torch.zeros(1, 16, (video.shape[2] + 3) // 4, SIDE // 8, SIDE // 8)
         for channel, corner in enumerate((0, -1)):
-            latents[:, channel] = video[:, :1, ::4, corner, corner].unsqueeze(-1)
+            latents[:, channel] = video[0, 0, ::4, corner, corner, None, None]
         return latents
 
     def decoder(self) -> Codec:

@@ -20,10 +20,10 @@ STEPS = ("train_v2v_in49.safetensors", "train_v2v_in65.safetensors")
 
 @checks(MASK, compares=("latent_mask_keep.*", "latent_mask_generate.*"))
 def drawn_mask_at_latent_size(reader: Reader) -> None:
-    picture = mask_tensor(mouth_mask())
+    mask = mask_tensor(mouth_mask())
     for key in reader.keys("latent_mask_keep.*"):
         size = tuple(map(int, key.rpartition(".")[2].split("x")))
-        keep = keep_map(picture, size)[0, 0]
+        keep = keep_map(mask, size)[0, 0]
         reader.compare(key, keep)
         reader.compare(key.replace("keep", "generate"), 1 - keep)
 

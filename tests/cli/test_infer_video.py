@@ -1,0 +1,139 @@
+"""`avatarctl infer` on a video: the built-in clip, a file, and what is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import yaml
+from click.testing import Result
+from PIL import Image
+
+from avatarctl.demo.clips import clip
+from avatarctl.media.frames import ArrayVideo
+from tests.helpers_video import read_frames
+
+Run = Callable[..., Result]
+Refused = Callable[..., str]
+
+SMALL = ("--model", "cartoon-v2v", "--steps", "1", "--size", "32x32", "--num-frames", "9")
+
+
+class _Thin(ArrayVideo):
+    """All frames of a file at once, until there is a reader of files."""
+
+    def __enter__(self) -> _Thin:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    if importlib.util.find_spec("avatarctl.media.video_reader") is None:
+
+        def open_video(path: str) -> _Thin:
+            with av.open(path) as container:
+                frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            return _Thin(np.stack(frames), str(path))
+
+        module: Any = SimpleNamespace(open_video=open_video)
+        monkeypatch.setitem(sys.modules, "avatarctl.media.video_reader", module)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """20 frames of the cartoon world, 64x64, with a sentence of their own left out."""
+    path = tmp_path / "source.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(25), options={"crf": "4"})
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for frame in clip(3, 20).frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+    return path
+
+
+def test_the_built_in_clip_is_dubbed_and_the_screen_says_what_it_is(run: Run, here: Path) -> None:
+    again = run("infer", "--model", "cartoon-v2v", "--steps", "1", "--size", "16x16", "--out", "b.mp4")
+    assert again.exit_code == 0, again.stderr
+    first, second = again.stderr.splitlines()[:2]
+    assert first == "model: cartoon-v2v, untrained: the video will be noise"
+    assert second == "input: the built-in clip (--video for yours) and voice (--audio for yours)"
+    assert len(read_frames(here / "b.mp4")) == 100
+
+
+def test_a_file_is_dubbed_with_a_file(run: Run, source: Path, voice: Path, here: Path) -> None:
+    words = ("infer", *SMALL, "--video", str(source), "--audio", str(voice))
+    result = run(*words, "--out", "a.mp4")
+    assert result.exit_code == 0, result.stderr
+    assert read_frames(here / "a.mp4").shape == (13, 32, 32, 3)  # 0.5 s of audio end the video
+    record = yaml.safe_load((here / "a.run.yaml").read_text(encoding="utf-8"))
+    assert record["input"]["video"] == str(source)
+    again = run("infer", "--config", "a.run.yaml", "--out", "b.mp4")
+    assert again.exit_code == 0, again.stderr
+    np.testing.assert_array_equal(read_frames(here / "a.mp4"), read_frames(here / "b.mp4"))
+
+
+@pytest.mark.parametrize(("length", "frames"), [("pingpong", 50), ("hold", 50), ("video", 20)])
+def test_longer_audio(length: str, frames: int, run: Run, source: Path, here: Path) -> None:
+    long = here / "long.wav"
+    import soundfile
+
+    soundfile.write(long, np.random.default_rng(0).standard_normal(32_000) * 0.1, 16_000)
+    words = ("infer", *SMALL, "--video", str(source), "--audio", str(long), "--length", length)
+    plan = run(*words, "--dry-run")
+    assert plan.exit_code == 0 and f"frames: {frames}\n" in plan.stdout, plan.stderr
+    assert "frames_of_source: 20\n" in plan.stdout and f"length: {length}\n" in plan.stdout
+    result = run(*words, "--out", "a.mp4")
+    assert result.exit_code == 0, result.stderr
+    assert len(read_frames(here / "a.mp4")) == frames
+
+
+def test_another_mask_makes_another_video(run: Run, source: Path, voice: Path, here: Path) -> None:
+    black = np.full((100, 80), 255, np.uint8)
+    black[50:] = 0
+    Image.fromarray(black).save(here / "half.png")
+    words = ("infer", *SMALL, "--video", str(source), "--audio", str(voice))
+    videos = []
+    for name, more in (
+        ("mouth", ()),
+        ("half", ("--mask", "half.png")),
+        ("first", ("--mask-rule", "first_keep")),
+    ):
+        result = run(*words, *more, "--out", f"{name}.mp4")
+        assert result.exit_code == 0, result.stderr
+        videos.append(read_frames(here / f"{name}.mp4"))
+    assert not np.array_equal(videos[0], videos[1]) and not np.array_equal(videos[0], videos[2])
+
+
+def test_what_is_refused(refused: Refused, source: Path, voice: Path, face: Path, here: Path) -> None:
+    video, audio, image = ("--video", str(source)), ("--audio", str(voice)), ("--image", str(face))
+    v2v = ("infer", "--model", "cartoon-v2v")
+    for more in ((), ("--dry-run",)):
+        assert refused(2, *v2v, *video, *more) == "cartoon-v2v needs --audio"
+        assert "cartoon-v2v takes a video, not an image" in refused(2, *v2v, *image, *audio, *more)
+        assert "cartoon-i2v takes an image, not a video" in refused(2, "infer", *video, *audio, *more)
+    assert "both given" in refused(2, *v2v, *video, *image, *audio)
+    assert "49 input channels, and 65 were asked for" in refused(2, *v2v, "--channels", "65", "--dry-run")
+    Image.new("L", (64, 64), 255).save(here / "white.png")
+    line = refused(3, *v2v, *video, *audio, "--mask", "white.png", "--dry-run")
+    assert line.startswith("white.png: keeps the whole frame")
+    assert "no such file" in refused(2, *v2v, *video, *audio, "--mask", "none.png", "--dry-run")
+    (here / "text.png").write_text("no image", encoding="utf-8")
+    assert refused(3, *v2v, *video, *audio, "--mask", "text.png", "--dry-run").startswith("text.png: ")
+    target = here / "in.mp4"
+    target.write_bytes(source.read_bytes())
+    words = (*v2v, *audio, "--video", "in.mp4", "--out", "in.mp4", "--overwrite")
+    assert "would destroy the input in.mp4" in refused(2, *words)
+    assert target.read_bytes() == source.read_bytes()
