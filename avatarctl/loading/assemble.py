@@ -175,8 +175,8 @@ def _check_asked(row: Row, model: Model, held: WeightFile, emit: Emit) -> None:
 
 
 def _check_channels_of(row: Row, model: Model) -> None:
-    """A built-in network has the channels that its row states."""
-    if (has := row.network["dit"]["in_channels"]) != model.channels:
+    """A built-in network has the channels that its row states, if it states any."""
+    if (has := row.network["dit"].get("in_channels")) not in (None, model.channels):
         raise ConfigError(
             f"{row.name} has {has} input channels, and {model.channels} were asked for",
             where="model.channels",
