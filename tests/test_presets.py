@@ -89,7 +89,8 @@ def test_each_holds_every_value_that_its_command_takes(name: str) -> None:
     file = read_config(find_config(name, "infer"))
     cfg = resolved(find_config(name, "infer")).cfg
     for dotted, spec in keys_of("infer").items():
-        if dotted not in file.settings:
+        of_video = dotted.startswith("data.")  # read for models that take a video, which none of these does
+        if dotted not in file.settings and not of_video:
             nothing = value_of(cfg, dotted) in (None, (), {})
             assert nothing or is_without_code(spec, "infer"), dotted
 
@@ -128,7 +129,8 @@ def test_reference_does_what_the_published_script_does(model: str, material: tup
     assert plan["audio_delay_seconds"] == pytest.approx(0.34)
 
 
-@pytest.mark.parametrize("model", RUNNABLE)
+# No published script runs on a video, so that `reference` means nothing there and is refused.
+@pytest.mark.parametrize("model", [name for name in RUNNABLE if name != "cartoon-v2v"])
 def test_reference_is_for_every_model(model: str, material: tuple[str, ...], tmp_path: Path) -> None:
     """Of the file only the wish is kept: what a model's own script does stands in its row."""
     (tmp_path / "bare.yaml").write_text(f"model:\n  name: {model}\n  compat: reference\n")

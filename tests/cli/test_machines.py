@@ -24,8 +24,12 @@ def run_of(*words: str) -> list[str]:
     return [sys.executable, "-m", "avatarctl", *words]
 
 
+# torch sets a folder of its own once it has compiled something in this process, and then asks for no other.
+OF_LIBRARIES = ("HF_", "XDG_", "TORCHINDUCTOR_", "TRITON_")
+
+
 def environment(**variables: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XDG_"))}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(OF_LIBRARIES)}
     return kept | {"HF_HUB_ENABLE_HF_TRANSFER": "1", "HF_HUB_OFFLINE": "1"} | variables
 
 

@@ -217,7 +217,7 @@ def test_models_show(name: str, run: Run) -> None:
 
 def test_models_show_of_the_built_in_model(run: Run) -> None:
     text = run("models", "show", "cartoon-i2v").stdout
-    assert "none needed" in text and "sampling.steps = 4" in text
+    assert "all files are here" in text and "sampling.steps = 4" in text
 
 
 def test_weights_root_from_the_environment(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

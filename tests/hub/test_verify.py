@@ -77,7 +77,7 @@ def test_what_is_missing_is_named_with_all_that_the_user_named(hub: HubServer, c
     assert f"`avatarctl models pull omniavatar-1.3b --weights-root '{folder}'`" in error_of(result)
     assert result.stdout.splitlines()[-1] == "total        5 ok, 9 missing"
     assert f"pytorch_model.pt: not here: fetch it, or put it in {folder}/OmniAvatar-1.3B/" in result.stdout
-    assert "built in" in models("verify", "cartoon-i2v").stdout
+    assert "built in" in models("verify", "stableavatar-tiny").stdout
 
 
 def test_show_says_how_to_get_what_is_missing(hub: HubServer, client: Path) -> None:
