@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from fractions import Fraction
@@ -21,7 +20,7 @@ from av.stream import Disposition
 from avatarctl.errors import UnusableAudio
 from avatarctl.media.containers import cause_of, open_container
 from avatarctl.media.files import file_identity, file_sha256
-from avatarctl.media.video_track import first_time
+from avatarctl.media.video_track import first_time, stated_end
 
 __all__ = ["BLOCK_SAMPLES", "ArrayAudio", "Audio", "ContainerAudio", "LibsndfileAudio", "Samples"]
 
@@ -274,8 +273,8 @@ class ContainerAudio(_FileAudio):
         start: of the first sample, s. Matroska's tag holds the end of the stream, not its length.
         """
         stream = container.streams.audio[self._track]
-        if tag := re.fullmatch(r"(\d\d):(\d\d):(\d\d\.\d{1,9})", stream.metadata.get("DURATION", "").strip()):
-            seconds = int(tag[1]) * 3600 + int(tag[2]) * 60 + Fraction(tag[3]) - start
+        if (end := stated_end(stream.metadata)) is not None:
+            seconds = end - start
         elif {"flac", "mov"} & set(container.format.name.split(",")) and stream.duration and stream.time_base:
             seconds = stream.duration * stream.time_base
         else:

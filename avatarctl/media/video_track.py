@@ -6,6 +6,7 @@ Times are whole ticks of the track's time base, as the container states them aft
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -24,12 +25,13 @@ from avatarctl.errors import UnusableVideo
 from avatarctl.media.containers import cause_of, open_container
 from avatarctl.media.files import file_identity
 
-__all__ = ["Extent", "Playback", "first_time", "is_cover", "measure", "video_stream"]
+__all__ = ["Extent", "Playback", "first_time", "is_cover", "measure", "stated_end", "video_stream"]
 
 _WANTED = "a video"
 _BACK = (0, 2, 8, 32)  # s before the wanted time, where a first seek lands too late
 _FAR = 3  # s; decoding on is cheaper than a seek up to here
 _JUMP = 1  # s that the decoding times may step back; more is another recording glued on
+_CUT = 1  # s that a track may end before what its tag says
 _LONGEST = 100 * 3600  # s; more is a forged or broken time stamp
 _THREADS = min(4, os.cpu_count() or 1)
 _WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own decoders leave alpha out
@@ -106,7 +108,7 @@ def measure(path: Path, zero: int) -> Extent:
         if seconds > _LONGEST:
             text = f"its time stamps reach over {float(seconds / 3600):.0f} hours"
             raise UnusableVideo(text, where=path, fix="convert it first")
-        return Extent(end, tuple(_doubts(stream, scan, seconds, stopped)))
+        return Extent(end, tuple(_doubts(stream, scan, end * tick, stopped)))
 
 
 class _Scan:
@@ -154,11 +156,21 @@ class _Scan:
         return self._last + (self._duration or gap)
 
 
-def _doubts(stream: VideoStream, scan: _Scan, seconds: Fraction, stopped: str | None) -> Iterator[str]:
+def _doubts(stream: VideoStream, scan: _Scan, end: Fraction, stopped: str | None) -> Iterator[str]:
     if scan.damaged or stopped is not None:
         declared = f" of {stream.frames} frames" if stream.frames > scan.whole else " frames"
         why = "" if stopped is None else f" ({stopped})"
-        yield f"is cut short or damaged: {scan.whole}{declared} can be read, {float(seconds):.2f} s{why}"
+        yield f"is cut short or damaged: {scan.whole}{declared} can be read{why}"
+        return
+    stated = stated_end(stream.metadata)  # Matroska simply ends where it was cut
+    if stated is not None and end < stated - _CUT:
+        yield f"is cut short: its header declares an end at {float(stated):.2f} s, it is at {float(end):.2f} s"
+
+
+def stated_end(metadata: dict[str, str]) -> Fraction | None:
+    """Seconds at which a Matroska track ends by its tag; None where none is stated."""
+    tag = re.fullmatch(r"(\d\d):(\d\d):(\d\d\.\d{1,9})", metadata.get("DURATION", "").strip())
+    return None if tag is None else int(tag[1]) * 3600 + int(tag[2]) * 60 + Fraction(tag[3])
 
 
 class Playback:
@@ -225,7 +237,7 @@ class Playback:
 
     def _go_to(self, tick: int) -> None:
         """Decodes from a key frame at or before `tick`; from the start where none can be found."""
-        for back in _BACK:
+        for back in () if self._untimed else _BACK:
             target = tick - round(back / self.tick)
             if target <= self.zero:
                 break
@@ -259,6 +271,7 @@ class Playback:
                 "unsupported format: its video has a codec that cannot be read", where=self._path
             )
         self.stream, self.tick = stream, _ticks(stream)
+        self._untimed = _is_untimed(self.container, stream)
         stream.thread_type, stream.thread_count = "AUTO", _THREADS
         self._own_decoder = _alpha_decoder(stream)
         self._frames = self._decoded(sought=False)
@@ -283,8 +296,9 @@ class Playback:
         read. Until the first frame, packets that cannot be decoded are passed over: a recording of a
         broadcast begins anywhere.
         """
-        begun, latest, damage = False, Fraction(0), None
+        damage: str | None = None
         key: int | None = None
+        latest: int | None = None
         assert self.container is not None
         packets = self.container.demux(self.stream)
         while (packet := _next_packet(packets)) is not None:
@@ -296,19 +310,27 @@ class Playback:
                 frames: list[Any] = self._decode(packet)
             except av.error.FFmpegError as error:
                 damage = cause_of(error)
-                if begun:
-                    text = f"damaged at about {float(latest):.2f} s: {damage}"
+                if latest is not None:
+                    text = f"damaged at about {float(latest * self.tick):.2f} s: {damage}"
                     raise UnusableVideo(text, where=self._path) from error
                 continue
             for frame in frames:
                 # libvpx names no key frames; one packet is one frame there.
                 starts = frame.key_frame or (self._own_decoder is not None and frame.pts == key)
-                if frame.pts is None or (sought and not begun and not starts):
+                if self._untimed and latest is not None:
+                    frame.pts = self._counted(frame.pts, latest + (frame.duration or 1))
+                if frame.pts is None or (sought and latest is None and not starts):
                     continue
-                begun, latest = True, frame.pts * self.tick
+                latest = frame.pts
                 yield frame
-        if not begun and damage is not None and not sought:
+        if latest is None and damage is not None and not sought:
             raise UnusableVideo(f"no frames can be decoded: {damage}", where=self._path)
+
+    def _counted(self, stated: int | None, following: int) -> int:
+        assert self.container is not None
+        if self.container.format.name == "avi" or stated is None:
+            return following
+        return max(stated, following)
 
     def _decode(self, packet: av.Packet) -> list[Any]:
         if self._own_decoder is None:
@@ -321,6 +343,15 @@ def _next_packet(packets: Iterator[av.Packet]) -> av.Packet | None:
         return next(packets, None)
     except av.error.FFmpegError:  # `measure` has said that the file ends here
         return None
+
+
+def _is_untimed(container: av.container.InputContainer, stream: VideoStream) -> bool:
+    """Whether the times of frames are guesses of the demuxer: AVI has none, which shows with B-frames of
+    H.264 and HEVC, and MPEG program streams state one for several small frames. There frames
+    follow each other by their durations, and everything is decoded from the start."""
+    context = stream.codec_context
+    reordered = context.name in ("h264", "hevc") and context.has_b_frames
+    return container.format.name == "mpeg" or (container.format.name == "avi" and bool(reordered))
 
 
 def _alpha_decoder(stream: VideoStream) -> Any:
