@@ -164,7 +164,7 @@ def _doubts(stream: VideoStream, scan: _Scan, end: Fraction, stopped: str | None
         return
     stated = stated_end(stream.metadata)  # Matroska simply ends where it was cut
     if stated is not None and end < stated - _CUT:
-        yield f"is cut short: its header declares an end at {float(stated):.2f} s, it is at {float(end):.2f} s"
+        yield f"is cut short: its header declares an end at {float(stated):.2f} s, not {float(end):.2f} s"
 
 
 def stated_end(metadata: dict[str, str]) -> Fraction | None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from avatarctl.errors import AvatarctlError, UnusableAudio
-from avatarctl.media import AudioSurvey, StillImage, Waveform, load_image, open_audio, survey
+from avatarctl.media import AudioSurvey, StillImage, Waveform, load_image, open_audio, open_video, survey
 
 HOSTILE = Path(__file__).resolve().parents[3] / "shared" / "hostile"
 MANIFEST = HOSTILE / "manifest.json"
@@ -134,6 +134,33 @@ def test_image(row: dict) -> None:
         height, width = pixels.shape[0] // 2, pixels.shape[1] // 2
         centre = pixels[height * (index // 2) + height // 2, width * (index % 2) + width // 2].astype(int)
         assert np.abs(centre - COLOURS[colour]).max() < 60, (index, colour, centre)
+
+
+@pytest.mark.parametrize("row", rows("video"))
+def test_video(row: dict, tmp_path: Path) -> None:
+    if row.get("needs_links"):  # a name that is not stored: the control clip under it
+        (tmp_path / Path(row["file"]).name).write_bytes((HOSTILE / "good" / "clip.mp4").read_bytes())
+
+    def load(path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
+        with open_video(path if path.exists() else tmp_path / path.name) as video:
+            return video.read(0, video.frames), video.warnings
+
+    code, result = outcome(row, load)
+    if check_refusal(row, code, result):
+        return
+    assert isinstance(result, tuple)
+    (frames, height, width, _), expect = result[0].shape, row.get("expect", {})
+    if "frames_at_25fps" in expect:
+        assert abs(frames - expect["frames_at_25fps"]) <= expect.get("tolerance_frames", 0)
+    if "width" in expect:
+        assert (width, height) == (expect["width"], expect["height"])
+    if "display_aspect" in expect:
+        assert width / height == expect["display_aspect"]
+    for index, colour in enumerate(expect.get("quadrants", [])):
+        centre = result[0][0, height // 4 + height // 2 * (index // 2), width // 4 + width // 2 * (index % 2)]
+        assert np.abs(centre.astype(int) - COLOURS[colour]).max() < 60, (index, colour, centre)
+    said = {"video/cut_mid.mp4": "9 of 25 frames", "video/interlaced.mkv": "interlaced"}.get(row["file"])
+    assert [said in line for line in result[1]] == [True] if said else result[1] == ()
 
 
 SURVEY_AND_READ = """
