@@ -60,11 +60,11 @@ def test_flash_and_click_stay_together_for_a_minute(
     with open_video(tmp_path / name) as video:
         light = video.read(0, video.frames).mean(axis=(1, 2, 3)) > 128
     seen = np.flatnonzero(light & ~np.roll(light, 1))
-    heard = np.array(click_times(open_audio(tmp_path / name)))
-    assert len(seen) == len(heard) == 60
+    clicked = np.array(click_times(open_audio(tmp_path / name)))
+    assert len(seen) == len(clicked) == 60
     # A flash of 40 ms and less is there when its second is on the screen, and may have begun before.
     lasting = [np.argmin(light[start:]) for start in seen]
-    for start, length, second in zip(seen, lasting, heard, strict=True):
+    for start, length, second in zip(seen, lasting, clicked, strict=True):
         assert start - 0.5 <= second * 25 <= start + max(length - 1, 0) + 0.5
 
 
@@ -80,10 +80,10 @@ def test_audio_that_starts_beside_the_video_is_padded_or_cut(
     start = begin + late
     write_video(tmp_path / name, times, audio=[(clicks(4, late), start)], audio_codec=codec, audio_rate=RATE)
     found = open_audio(tmp_path / name)
-    heard = click_times(found)
+    clicked = click_times(found)
     want = [second for second in (1, 2, 3, 4) if second - late < 4]
-    assert len(heard) == len(want)
-    assert np.abs(np.array(heard) - want).max() < 0.003
+    assert len(clicked) == len(want)
+    assert np.abs(np.array(clicked) - want).max() < 0.003
     samples = survey(found).native_samples
     assert abs(samples - (4 + late) * RATE) < 0.05 * RATE
     if late:  # MPEG-TS states no priming of AAC: 0.02 s of silence more
@@ -179,8 +179,8 @@ def test_a_clip_is_read_back_frame_for_frame_with_its_audio(tmp_path: Path) -> N
         found = video.read(0, 90)
         assert [number_of(frame) for frame in found] == list(range(90))
         assert np.abs(found.astype(int) - want).mean() < 1
-    heard = click_times(open_audio(tmp_path / "a.mp4"))
-    assert np.abs(np.array(heard) - [1, 2, 3]).max() < 0.003
+    clicked = click_times(open_audio(tmp_path / "a.mp4"))
+    assert np.abs(np.array(clicked) - [1, 2, 3]).max() < 0.003
 
 
 def test_a_clip_is_visually_lossless_and_keeps_odd_sizes(tmp_path: Path) -> None:
