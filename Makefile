@@ -18,8 +18,9 @@ installed := $(VENV)/installed
 demo: $(installed)
 	$(bin)/avatarctl infer --chunked --out "$(OUT)" --overwrite
 	@$(bin)/python -c 'import pathlib, sys; print("\nYour video:", pathlib.Path(sys.argv[1]).resolve())' "$(OUT)"
-	@echo 'Now your own image and voice:'
-	@echo '  $(bin)/avatarctl infer --chunked --image IMAGE.png --audio VOICE.wav --out talking.mp4'
+	@echo 'Now your own voice:'
+	@echo '  $(bin)/avatarctl infer --chunked --audio VOICE.wav --out talking.mp4'
+	@echo 'Your own image needs a published model: see README.md.'
 
 test: demo
 	$(bin)/python -m pytest $(PYTEST_ARGS)

@@ -104,12 +104,13 @@ def infer(**params: Any) -> None:
         path = Path(cfg.output.path) if cfg.output.path else _fresh_path(row)
         sheet = _contact_sheet(plan)
         finished = _make(plan, path, screen, sheet)
+        _show_result(plan, finished, _sheet_path(path) if sheet else None, request.json)
+        # After the result: what cannot be written beside it must not hide a finished video.
+        atomic_write_text(_record_path(path), dump_run(_from_anywhere(request.resolved, plan.cfg), "infer"))
         if sheet is not None:
-            sheet.save(_sheet_path(path), f"{path.name}: {plan.job.person.name}, {plan.job.audio.name}")
+            inputs = (Path(each.name).name for each in (plan.job.visual, plan.job.audio))
+            sheet.save(_sheet_path(path), f"{path.name}: {', '.join(inputs)}")
             screen(Notice(f"frames at eight times: {_sheet_path(path)}"))
-    _show_result(plan, finished, request.json)
-    # After the result: a record that cannot be written must not hide a finished video.
-    atomic_write_text(_record_path(path), dump_run(_from_anywhere(request.resolved, plan.cfg), "infer"))
 
 
 def _introduction(request: Request, row: Row) -> list[str]:
@@ -183,18 +184,13 @@ def _contact_sheet(plan: JobPlan) -> ContactSheet | None:
     alone."""
     if plan.row.world != "cartoon":
         return None
-    import numpy as np
-
     from avatarctl.demo.contact_sheet import ContactSheet
     from avatarctl.demo.sample import sentence
-    from avatarctl.timeline import SAMPLES_PER_FRAME
 
     given = plan.cfg.input
-    if given.audio or given.image or given.video or plan.lead_samples % SAMPLES_PER_FRAME:
+    if given.audio or given.image or given.video or plan.lead_samples:
         return ContactSheet(plan.video.frames)
-    lead = plan.lead_samples // SAMPLES_PER_FRAME
-    said = sentence(plan.video.frames - lead).opening
-    return ContactSheet(plan.video.frames, np.concatenate([np.zeros(lead), said]))
+    return ContactSheet(plan.video.frames, sentence(plan.video.frames).opening)
 
 
 def _make(plan: JobPlan, path: Path, screen: Screen, sheet: ContactSheet | None) -> OutputFinished:
@@ -207,15 +203,16 @@ def _make(plan: JobPlan, path: Path, screen: Screen, sheet: ContactSheet | None)
     for line in remove_left_behind(path.parent):
         screen(Notice(line))
     with stop_on_signals() as should_stop, _leaving_no_empty_folder(path.parent):
-        watch = {"watch": sheet.add} if sheet else {}
-        return write_video(plan, path, emit=screen, should_stop=should_stop, **watch)
+        watch = sheet.add if sheet else None
+        return write_video(plan, path, emit=screen, should_stop=should_stop, watch=watch)
 
 
-def _show_result(plan: JobPlan, finished: OutputFinished, as_json: bool) -> None:
+def _show_result(plan: JobPlan, finished: OutputFinished, sheet: Path | None, as_json: bool) -> None:
     if as_json:
         result = {
             "command": "infer",
             "path": finished.path,
+            **({"sheet": str(sheet.absolute())} if sheet else {}),
             "frames": finished.frames,
             "seconds_to_first_frame": round(finished.seconds_to_first_frame, 3),
             "frames_per_second": round(finished.frames_per_second, 3),
@@ -287,12 +284,14 @@ def _refuse_existing(cfg: RunConfig, row: Row) -> None:
     from avatarctl.media.growing_file import check_video_name
 
     check_video_name(path)
-    for output in (path, _record_path(path), *([_sheet_path(path)] if row.world else [])):
+    sheet = [_sheet_path(path)] if row.world else []
+    for output in (path, _record_path(path), *sheet):
         if os.path.lexists(output) and not cfg.output.overwrite:
             raise OutputRefused("exists", where=output, fix="add --overwrite or choose another --out")
-    for given in filter(None, (cfg.input.image, cfg.data.mask)):
-        if _sheet_path(path).exists() and _sheet_path(path).samefile(given):
-            raise OutputRefused(f"writing it would destroy the input {given}", where=_sheet_path(path))
+    for output, given in itertools.product(sheet, filter(None, (cfg.input.image, cfg.data.mask))):
+        with contextlib.suppress(OSError):  # one of the two is no file; its reader says so
+            if output.samefile(given):
+                raise OutputRefused(f"writing it would destroy the input {given}", where=output)
 
 
 def _fresh_path(row: Row) -> Path:

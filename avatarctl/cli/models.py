@@ -304,6 +304,12 @@ def _raise_for(found: list[Checked], names: tuple[str, ...], weights_root: str |
     lacking = {item.row for item in (*damaged, *missing)}
     named = [name for name in names if any(row.name in lacking for row in with_needs(find(name)))]
     pull = f"`{_pull_words(dict.fromkeys(named), weights_root)}`"
+    if packaged := [item for item in (*damaged, *missing) if find(item.row).source == "package"]:
+        raise WeightsMissing(
+            packaged[0].why + _and_more(packaged),
+            where=packaged[0].path or packaged[0].name,
+            fix="install avatarctl again",
+        )
     if damaged:
         raise UnusableWeights(
             f"{damaged[0].why}{_and_more(damaged)}", where=damaged[0].path, fix=f"remove it, then {pull}"

@@ -9,7 +9,7 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from avatarctl.atomic import atomic_write_bytes
 from avatarctl.demo.faces import SIZE
@@ -49,7 +49,7 @@ class ContactSheet:
         for time in self._times:
             if self._done <= time < self._done + len(frames):
                 tile = Image.fromarray(frames[time - self._done])
-                self._tiles[time] = tile.resize((_TILE, _TILE), Image.Resampling.BICUBIC)
+                self._tiles[time] = ImageOps.contain(tile, (_TILE, _TILE))
         if self._opening is not None and frames.shape[1:3] == (SIZE, SIZE):
             self._measured += measure_mouth(frames)[0].tolist()
         self._done += len(frames)

@@ -180,9 +180,8 @@ class OmniAvatar:
                 "sampling.batch_branches", "sampling.latents_dtype", *(() if of_video else OF_A_SOURCE),
             ),
         )  # fmt: skip
-        if (
-            of_video
-        ):  # frame k of the source is driven by audio frame k, as the public trainer's models learnt it
+        if of_video:
+            # Frame k of the source is driven by audio frame k, as the public trainer's models learnt it.
             choices = {"model.compat": ("none", "fork"), "model.audio_offset": (0,)}
             require_offered(cfg, f"{self.name} on a video", choices=choices)
 

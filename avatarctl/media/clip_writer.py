@@ -11,22 +11,18 @@ import av
 import numpy as np
 import numpy.typing as npt
 from av.audio.stream import AudioStream
-from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from avatarctl.atomic import atomic_path, disk_errors
 from avatarctl.media.audio_readers import Samples
+from avatarctl.media.bt709 import state_colours, to_yuv
 from avatarctl.media.waveform import MODEL_RATE
 
 __all__ = ["write_clip"]
 
 _CRF = "10"  # of x264; from 12 down no difference is seen
 _AAC_BITS = 128_000  # per second and channel
-# ITU-T H.273 code points; 1 is BT.709 in all three tables, and 1 is limited range in FFmpeg's.
-_BT709 = 1
-_LIMITED_RANGE = 1
-# swscale's defaults round chroma carelessly; see `video.py`.
-_CONVERSION = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP
 
 
 def write_clip(
@@ -89,15 +85,7 @@ class _Clip:
             self._track = self._open_audio()
         if rgb.dtype != np.uint8 or rgb.shape != self._size or rgb.shape[2:] != (3,):
             raise ValueError(f"a frame is {rgb.dtype} {rgb.shape}, expected uint8 {self._size}")
-        frame = self._convert.reformat(
-            av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24"),
-            format=self._image.codec_context.pix_fmt,
-            src_colorspace=Colorspace.ITU709,
-            dst_colorspace=Colorspace.ITU709,
-            src_color_range=ColorRange.JPEG,
-            dst_color_range=ColorRange.MPEG,
-            interpolation=_CONVERSION,
-        )
+        frame = to_yuv(self._convert, rgb, self._image.codec_context.pix_fmt)
         frame.pts, frame.time_base = self.count, 1 / self._fps
         self._container.mux(self._image.encode(frame))
         self.count += 1
@@ -118,8 +106,7 @@ class _Clip:
         context.pix_fmt = "yuv420p" if width % 2 == height % 2 == 0 else "yuv444p"
         context.time_base = 1 / self._fps
         context.gop_size = max(1, round(self._fps))  # a window is sought by decoding a second at most
-        context.color_primaries = context.color_trc = context.colorspace = _BT709
-        context.color_range = _LIMITED_RANGE
+        state_colours(context)
         return stream
 
     def _open_audio(self) -> AudioStream | None:

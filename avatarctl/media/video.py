@@ -32,11 +32,12 @@ from types import TracebackType
 import av
 import numpy as np
 import numpy.typing as npt
-from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+from av.video.reformatter import VideoReformatter
 
 from avatarctl.atomic import disk_errors
 from avatarctl.errors import WriteFailed
 from avatarctl.media.audio_feed import AudioBlocks, AudioFeed
+from avatarctl.media.bt709 import state_colours, to_yuv
 from avatarctl.media.finish import copy_packets
 from avatarctl.media.growing_file import GrowingFile, check_video_name
 
@@ -49,11 +50,6 @@ LATENCY_FRAMES = 16
 _LOOKAHEAD_FRAMES = 5
 # More than a fragment: it reaches the file in one system call, which a signal does not split.
 _BUFFER_BYTES = 1 << 20
-# ITU-T H.273 code points; 1 is BT.709 in all three tables, and 1 is limited range in FFmpeg's.
-_BT709 = 1
-_LIMITED_RANGE = 1
-# swscale's defaults round chroma carelessly; these flags keep pure colours within two levels.
-_CONVERSION = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP
 
 
 class VideoWriter:
@@ -141,8 +137,7 @@ class VideoWriter:
         context.pix_fmt = "yuv420p"
         context.time_base = 1 / self._fps
         context.gop_size = max(1, round(2 * self._fps))  # a seek decodes two seconds at most
-        context.color_primaries = context.color_trc = context.colorspace = _BT709
-        context.color_range = _LIMITED_RANGE
+        state_colours(context)
         self._convert = VideoReformatter()
         if self._audio is not None:
             self._audio_stream = self._container.add_stream(
@@ -256,15 +251,7 @@ class VideoWriter:
         odd_rows, odd_columns = self._height % 2, self._width % 2
         if odd_rows or odd_columns:
             rgb = np.pad(rgb, ((0, odd_rows), (0, odd_columns), (0, 0)), mode="edge")
-        frame = self._convert.reformat(
-            av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24"),
-            format="yuv420p",
-            src_colorspace=Colorspace.ITU709,
-            dst_colorspace=Colorspace.ITU709,
-            src_color_range=ColorRange.JPEG,
-            dst_color_range=ColorRange.MPEG,
-            interpolation=_CONVERSION,
-        )
+        frame = to_yuv(self._convert, rgb, "yuv420p")
         frame.pts, frame.time_base = self.frames_written, 1 / self._fps
         packets = self._image.encode(frame)
         self.frames_written += 1

@@ -14,11 +14,9 @@ from avatarctl.errors import UnusableVideo
 from avatarctl.media.files import check_regular_file, file_sha256
 from avatarctl.media.video_pixels import Seen
 from avatarctl.media.video_track import Playback, is_cover, measure
+from avatarctl.timeline import FPS
 
-__all__ = ["READ_FPS", "VideoReader", "open_video"]
-
-READ_FPS = 25
-"""Frames per second in which every video is read, whatever it has itself."""
+__all__ = ["VideoReader", "open_video"]
 
 
 def open_video(path: str | Path) -> VideoReader:
@@ -62,7 +60,7 @@ class VideoReader:
         self.width, self.height = seen.width, seen.height
         self.first_timestamp = self._playback.zero * self._playback.tick
         seconds = (extent.end - self._playback.zero) * self._playback.tick
-        self.frames = max(1, int(seconds * READ_FPS + Fraction(1, 2)))
+        self.frames = max(1, int(seconds * FPS + Fraction(1, 2)))
         self.warnings = (*_tracks(self._playback), *seen.doubts, *extent.doubts)
 
     def read(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
@@ -79,7 +77,7 @@ class VideoReader:
         frames = np.empty((stop - start, self.height, self.width, 3), np.uint8)
         playback = self._playback
         for row, number in enumerate(range(start, stop)):
-            tick = playback.zero + int(number / (READ_FPS * playback.tick))
+            tick = playback.zero + int(number / (FPS * playback.tick))
             shown = playback.at(tick)
             assert shown.pts is not None
             if self._latest is None or self._latest[0] != shown.pts:

@@ -48,10 +48,6 @@ def _never() -> bool:
     return False
 
 
-def _unwatched(frames: np.ndarray) -> None:
-    """Nobody looks."""
-
-
 @overload
 def load(plan: JobPlan, parts: None = None, *, emit: Emit = silent) -> Modules: ...
 
@@ -163,7 +159,7 @@ def write_video(
     *,
     emit: Emit = silent,
     should_stop: Callable[[], bool] = _never,
-    watch: Callable[[np.ndarray], None] = _unwatched,
+    watch: Callable[[np.ndarray], None] | None = None,
 ) -> OutputFinished:
     """Make the video of a plan at `path`, by way of `NAME.partial.mp4`.
 
@@ -203,7 +199,8 @@ def write_video(
         for block in generate(plan, modules=modules, emit=emit, should_stop=stop_asked):
             pixels = _to_bytes(block.pixels)
             encoder.write(pixels)
-            watch(pixels)
+            if watch is not None:
+                watch(pixels)
             if frames == 0:
                 first_frame = time.monotonic()
             frames += block.pixels.shape[1]
@@ -227,7 +224,7 @@ def write_video(
 
 def _refuse_inputs(job: Job, mask: str | None, path: Path) -> None:
     """An output, growing or finished, must not be a file that the job reads."""
-    for name in filter(None, (job.person.name, job.audio.name, mask)):
+    for name in filter(None, (job.visual.name, job.audio.name, mask)):
         for output in (path, partial_path(path)):
             with contextlib.suppress(OSError):  # one of the two is no file
                 if output.samefile(name):

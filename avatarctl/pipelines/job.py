@@ -50,7 +50,7 @@ class Job:
     video: Video | None = None
 
     @property
-    def person(self) -> StillImage | Video:
+    def visual(self) -> StillImage | Video:
         """The image or the video. Raises UsageError where there are both, or none."""
         given = [each for each in (self.image, self.video) if each is not None]
         if len(given) != 1:
@@ -69,8 +69,8 @@ class Job:
     def key(self) -> int:
         """Key of the job's random numbers: its own fields and the contents of its inputs, so that a result
         does not depend on file names, on other jobs or on their order."""
-        person = self.video.sha256() if self.video is not None else self.image.sha256 if self.image else ""
-        return stable_hash(person, self.audio.sha256(), self.prompt, self.negative_prompt)
+        visual = self.video.sha256() if self.video is not None else self.image.sha256 if self.image else ""
+        return stable_hash(visual, self.audio.sha256(), self.prompt, self.negative_prompt)
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def check_job(cfg: RunConfig, row: Row, job: Job, emit: Emit) -> JobPlan:
     require_supported(cfg, "infer")
     family = family_named(row.family)
     takes = family.takes(cfg)
-    if getattr(job, takes) is not job.person:
+    if getattr(job, takes) is not job.visual:
         raise _takes_another(row, takes)
     height, width = cfg.output.height, cfg.output.width
     if height is None or width is None:
@@ -195,7 +195,7 @@ def check_job(cfg: RunConfig, row: Row, job: Job, emit: Emit) -> JobPlan:
     emit(Stage("reading the audio"))
     surveyed = survey(job.audio)
     mask = _mask(cfg) if job.video is not None else None
-    for material, warnings in ((job.person, job.person.warnings), (job.audio, surveyed.warnings)):
+    for material, warnings in ((job.visual, job.visual.warnings), (job.audio, surveyed.warnings)):
         for warning in warnings:
             emit(Notice(f"{material.name}: {warning}", "warning"))
     stated = row.defaults.get("model.audio_offset")
@@ -210,7 +210,7 @@ def check_job(cfg: RunConfig, row: Row, job: Job, emit: Emit) -> JobPlan:
         samples = min(samples, job.video.frames * SAMPLES_PER_FRAME)
     video = family.plan(samples, cfg)
     if doubt := _misfit(job.size, (height, width), cfg, row):
-        emit(Notice(f"{job.person.name}: {doubt}", "warning"))
+        emit(Notice(f"{job.visual.name}: {doubt}", "warning"))
     for notice in (*family.notices(cfg), *sources.notes):
         emit(Notice(notice))
     assert cfg.sampling.shift is not None and cfg.sampling.guidance_scale is not None
