@@ -317,3 +317,15 @@ def test_a_dry_run_tries_an_attention_kernel_that_is_named(run: Run) -> None:
     assert result.exit_code == 0
     said = "a run would end with exit 4: runtime.attention: flash3 attention does not run here"
     assert said in result.stderr
+
+
+def test_the_page_of_frames_never_replaces_an_input(refused: Refused, here: Path, face: Path) -> None:
+    page = here / "own.sheet.png"
+    page.write_bytes(face.read_bytes())
+    words = ("infer", "--out", "own.mp4")
+    assert refused(2, *words).startswith("own.sheet.png: exists (add --overwrite")
+    line = refused(2, *words, "--overwrite", "--image", str(page))
+    assert "would destroy the input" in line and page.read_bytes() == face.read_bytes()
+    assert "absent.png: no such file" in refused(2, *words, "--overwrite", "--image", "absent.png")
+    # A model whose videos get no page may be given it.
+    assert "destroy" not in refused(4, *words, "--overwrite", "--image", str(page), "--model", CHUNKS)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants, hf_hub_download
 
+from avatarctl.registry import ASSETS
 from tests.hub.conftest import CONFIG, WEIGHTS
 from tests.hub.hub_server import HubServer
 from tests.hub.test_pull import FILES, NAME, REPO, error_of, models
@@ -122,3 +124,15 @@ def test_a_stop_in_the_middle(hub: HubServer, client: Path) -> None:
     models("pull", NAME)
     with pytest.raises(Interrupted):
         list(verify([find(NAME)], None, lambda event: None, lambda: True))
+
+
+def test_files_of_the_package_are_not_to_be_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = tmp_path / "assets"
+    shutil.copytree(ASSETS, copy)
+    monkeypatch.setattr("avatarctl.hub.locate.ASSETS", copy)
+    vae = copy / "cartoon/vae.safetensors"
+    vae.write_bytes(vae.read_bytes()[:-1] + b"x")
+    found = error_of(models("verify", "cartoon-i2v", code=4))
+    assert "vae.safetensors" in found and "SHA-256" in found and "(install avatarctl again)" in found
+    vae.unlink()
+    assert "(install avatarctl again)" in error_of(models("verify", "cartoon-i2v", code=4))
