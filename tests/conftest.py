@@ -27,7 +27,8 @@ SLOW = (
     "test_processes.py", "test_stableavatar_long.py", "test_release.py", "test_release_refused.py",
     "test_counted_work.py", "test_memory.py", "test_parity.py", "test_fused.py", "test_infer_imports.py",
     "test_other_devices.py", "test_video_writer.py", "test_finished_video.py", "test_video_file.py",
-    "test_pull_processes.py", "test_convert.py", "test_release_stable.py",
+    "test_pull_processes.py", "test_convert.py", "test_release_stable.py", "test_it_talks.py",
+    "test_video_reader.py",
 )  # fmt: skip
 """Files of ten seconds and more: one of them begun last would leave the other process without work."""
 

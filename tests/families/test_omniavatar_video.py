@@ -19,11 +19,12 @@ from avatarctl.config import RunConfig
 from avatarctl.errors import UsageError
 from avatarctl.events import silent
 from avatarctl.families.omniavatar import OmniAvatar
-from avatarctl.family import Condition, Guidance, Inputs, Modules, Prepared, Source
+from avatarctl.family import Condition, Guidance, Inputs, Modules, Source
 from avatarctl.media import FittedFrames, LengthRule
 from avatarctl.registry import configure
 from avatarctl.sampling.chunks import sample_chunks
 from avatarctl.sampling.denoise import Denoiser
+from tests.families.watched import Witness
 
 LENGTH, SIDE = 17, 16
 LATENTS = (LENGTH + 3) // 4
@@ -73,20 +74,6 @@ class Codec:
 class Idle(nn.Module):
     def forward(self, mode: str, text: Tensor) -> None:
         assert mode == "prepare"
-
-
-@dataclass
-class Witness(OmniAvatar):
-    """The family, noting the condition of every chunk; its network predicts nothing."""
-
-    seen: list[Condition] = field(default_factory=list)
-
-    def prepare(self, dit: nn.Module, condition: Condition, branches: Any, state: Any) -> Prepared:
-        self.seen.append(condition)
-        return Prepared(shared=None, branch={})
-
-    def predict(self, dit: nn.Module, x: Tensor, t: Tensor, prepared: Any, branches: Any, **_: Any) -> Any:
-        return {name: torch.zeros_like(x) for name in branches}
 
 
 @dataclass

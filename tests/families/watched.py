@@ -1,12 +1,15 @@
-"""A VAE that is watched while it works."""
+"""A VAE and a family that are watched while they work."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from avatarctl.family import Decoder, VideoCodec
+from avatarctl.families.omniavatar import OmniAvatar
+from avatarctl.family import Condition, Decoder, Prepared, VideoCodec
 
 
 @dataclass
@@ -37,3 +40,17 @@ class WatchedCodec:
     def decoder(self) -> Decoder:
         self.decoders.append(WatchedDecoder(self.real.decoder()))
         return self.decoders[-1]
+
+
+@dataclass
+class Witness(OmniAvatar):
+    """The family, noting the condition of every chunk; its network predicts nothing."""
+
+    seen: list[Condition] = field(default_factory=list)
+
+    def prepare(self, dit: nn.Module, condition: Condition, branches: Any, state: Any) -> Prepared:
+        self.seen.append(condition)
+        return Prepared(shared=None, branch={})
+
+    def predict(self, dit: nn.Module, x: Tensor, t: Tensor, prepared: Any, branches: Any, **_: Any) -> Any:
+        return {name: torch.zeros_like(x) for name in branches}

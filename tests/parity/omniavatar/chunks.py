@@ -6,9 +6,8 @@ note what they are given.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +17,11 @@ from avatarctl.conditioning.geometry import choose_bucket, chunk_frames, cover_s
 from avatarctl.config import LongVideo, Model, Output, RunConfig, Sampling
 from avatarctl.events import silent
 from avatarctl.families.omniavatar import OmniAvatar
-from avatarctl.family import Condition, Guidance, Inputs, Modules, Prepared
+from avatarctl.family import Condition, Guidance, Inputs, Modules
 from avatarctl.sampling.chunks import FrameBlock, sample_chunks
 from avatarctl.sampling.denoise import Denoiser
 from avatarctl.timeline import SAMPLES_PER_FRAME, latent_frames, reference_frames_of_samples
+from tests.families.watched import Witness
 
 from ..golden import Checks, Reader
 
@@ -140,23 +140,9 @@ class _Text:
         return torch.zeros(1, 1, 1)
 
 
-@dataclass
-class _Witness(OmniAvatar):
-    """The family, noting the condition of every chunk; its network predicts nothing."""
-
-    seen: list[Condition] = field(default_factory=list)
-
-    def prepare(self, dit: nn.Module, condition: Condition, branches: Any, state: Any) -> Prepared:
-        self.seen.append(condition)
-        return Prepared(shared=None, branch={})
-
-    def predict(self, dit: nn.Module, x: Tensor, t: Tensor, prepared: Any, branches: Any, **_: Any) -> Any:
-        return {name: torch.zeros_like(x) for name in branches}
-
-
 def _execute(cfg: RunConfig, samples: int) -> tuple[list[Condition], list[FrameBlock]]:
     """The chunk loop on an image of one latent: what each chunk was given and which frames it gave."""
-    family = _Witness()
+    family = Witness()
     plan = replace(family.plan(samples, cfg), shape=(16, 1, 1))
     inputs = Inputs(
         image=torch.zeros(1, 3, 8, 8),
