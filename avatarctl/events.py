@@ -17,6 +17,7 @@ __all__ = [
     "Notice",
     "OutputFinished",
     "Planned",
+    "SampleFinished",
     "SpanFinished",
     "Stage",
     "StepFinished",
@@ -88,7 +89,19 @@ class BytesMoved:
     total: int
 
 
-Event = Notice | Stage | Planned | StepFinished | SpanFinished | OutputFinished | BytesMoved
+@dataclass(frozen=True)
+class SampleFinished:
+    """`done` of `total` samples, or sources of samples, are finished; seconds_left by what they took so far."""
+
+    name: str
+    what: Literal["sample", "video"]
+    done: int
+    total: int
+    failed: int
+    seconds_left: float
+
+
+Event = Notice | Stage | Planned | StepFinished | SpanFinished | OutputFinished | BytesMoved | SampleFinished
 Emit = Callable[[Event], None]
 
 

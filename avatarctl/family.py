@@ -15,7 +15,7 @@ compute, so that a plan costs no such import.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from avatarctl.events import Emit
 
 __all__ = [
+    "Artifact",
     "AudioEncoder",
     "Carry",
+    "Clip",
     "Condition",
     "Conventions",
     "Decoder",
@@ -41,6 +43,7 @@ __all__ = [
     "Inputs",
     "Modules",
     "Prepared",
+    "Recording",
     "Source",
     "Span",
     "TextEncoder",
@@ -348,8 +351,81 @@ class FusedFamily(Family, Protocol):
         float32, written [B, C, overlap, h, w] may be empty. Returns as many frames as `new` has."""
 
 
+@dataclass(frozen=True)
+class Recording:
+    """Audio of one sample: a reader of 16 kHz mono, its length, and the moments of the whole."""
+
+    reader: WaveformReader
+    samples: int
+    mean: float
+    variance: float
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One training sample as media, before any network has seen it.
+
+    pixels:   its video in the network's size; only what `TrainableFamily.frames_read` asked for can be read.
+    waveform: its audio.
+    keep:     the mask as an image, float [1, 1, h, w], 1 = kept; `conditioning.masking.keep_map` fits it.
+    masks:    uint8 [n, h, w] by name, one image for each frame of the clip: those of `clip_masks`.
+    others:   uint8 [N, H, W, 3], frames elsewhere in the source that the sample was cut from.
+    """
+
+    pixels: FrameReader
+    waveform: Recording
+    prompt: str
+    keep: Tensor
+    masks: Mapping[str, np.ndarray] = field(default_factory=dict)
+    others: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A tensor that preparation makes once and training reads.
+
+    part:  of a run that makes it: the only network that is loaded for it.
+    of:    what there is one of: a sample, a prompt, a data set (`TrainableFamily.constants`).
+    reads: what of a sample it is made from; "frames" is the number of them, "mask" the mask of the run,
+           "masks" those of `clip_masks`.
+    keys:  settings that change its numbers, as `section.key`.
+    shape: for a clip of `data.num_frames`; None where only the network or the sample knows.
+    older: (file, entry) under which published trainers keep it, as a .pt file in the sample's folder.
+    """
+
+    name: str
+    part: Literal["text", "vae", "audio", "image"]
+    of: Literal["sample", "prompt", "data set"]
+    reads: tuple[Literal["video", "audio", "frames", "prompt", "mask", "masks", "others"], ...]
+    keys: tuple[str, ...]
+    shape: tuple[int | None, ...]
+    older: tuple[str, str] | None = None
+
+
 class TrainableFamily(Family, Protocol):
     """Training. Random numbers come by key, one key per sample of the batch."""
+
+    clip_masks: tuple[str, ...]
+    """Masks that a sample has for each frame, in the folder `NAME_masks`; all white where it has none."""
+
+    def artifacts(self, cfg: RunConfig) -> tuple[Artifact, ...]:
+        """What preparation makes for a run. Arithmetic."""
+
+    def frames_read(
+        self, frames: int, wanted: Collection[str], cfg: RunConfig
+    ) -> tuple[tuple[int, int], ...]:
+        """Ranges of a sample's `frames` that `encode_clip` will read for the artifacts `wanted`; the first
+        is the clip. Raises UnusableVideo for too few. Arithmetic."""
+
+    def encode_clip(
+        self, modules: Modules, clip: Clip, wanted: Collection[str], cfg: RunConfig
+    ) -> dict[str, Tensor]:
+        """The artifacts `wanted` of a sample or of its prompt, float32 without a batch; prepared and live."""
+
+    def constants(
+        self, modules: Modules, frames: int, wanted: Collection[str], cfg: RunConfig
+    ) -> dict[str, Tensor]:
+        """The artifacts `wanted` that a whole data set shares; frames: pixel frames of a clip."""
 
     def sample_timesteps(self, keys: Sequence[int], frames: int) -> Timesteps:
         """Sigmas to train at."""

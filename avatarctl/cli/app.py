@@ -242,6 +242,14 @@ def _is_out_of_memory(error: BaseException) -> bool:
             "Convert, merge, extract or inspect weight files.",
         ),
         "models": ("avatarctl.cli.models:models", "Show, fetch and check models and published files."),
+        "precompute-audio": (
+            "avatarctl.cli.precompute:precompute_audio",
+            "Encode the audio of training samples once.",
+        ),
+        "precompute-latents": (
+            "avatarctl.cli.precompute:precompute_latents",
+            "Cut videos into training samples; encode their video and text once.",
+        ),
     },
     context_settings={"help_option_names": ["-h", "--help"]},
 )

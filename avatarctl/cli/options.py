@@ -44,6 +44,8 @@ SHORT_FORMS: Final[Mapping[str, tuple[str, ...]]] = {
     "long_video.strategy": ("--long-video",),
     "long_video.overlap_frames": ("--overlap", "--overlap-frames"),
     "memory.mode": ("--memory",),
+    "data.path": ("--data",),
+    "data.videos": ("--from-videos",),
     "data.num_frames": ("--frames", "--num-frames"),
 }
 """Flags of keys that have a short form, or whose own name says too little alone."""

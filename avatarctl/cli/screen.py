@@ -16,6 +16,7 @@ from avatarctl.events import (
     Notice,
     OutputFinished,
     Planned,
+    SampleFinished,
     SpanFinished,
     Stage,
     StepFinished,
@@ -101,6 +102,8 @@ class Screen:
                     )
             case BytesMoved():
                 self._move(event)
+            case SampleFinished():
+                self._sample(event)
             case OutputFinished():
                 self._end_progress()
                 self.line(
@@ -177,6 +180,40 @@ class Screen:
         if event.done == event.total:
             self._end_progress()
 
+    def _sample(self, event: SampleFinished) -> None:
+        """A bar for a terminal; in a log every sample of a few, a line per twentieth of many."""
+        failed = f", {event.failed} failed" if event.failed else ""
+        if event.done == 1:
+            self._start_counting(event)
+        if self._progress is not None and self._task is not None:
+            with self._unread():
+                self._progress.update(self._task, completed=event.done, description=f"{event.what}s{failed}")
+        elif event.done * 20 // event.total > (event.done - 1) * 20 // event.total:
+            left = f", {_duration(event.seconds_left)} left" if event.done < event.total else ""
+            self.line(f"{event.what} {event.done} of {event.total}{failed}{left}")
+        if event.done == event.total:
+            self._end_progress()
+
+    def _start_counting(self, event: SampleFinished) -> None:
+        if not self._stream.isatty() or self._rank > _LEVELS.index("info"):
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._end_progress()
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=Console(file=self._stream),
+            transient=True,
+        )
+        self._task = self._progress.add_task(f"{event.what}s", total=event.total)
+        with self._unread():
+            self._progress.start()
+
     def _start_moving(self, event: BytesMoved) -> None:
         if not self._stream.isatty() or self._rank > _LEVELS.index("info"):
             return
@@ -209,6 +246,13 @@ class Screen:
             with self._unread():
                 self._progress.stop()
             self._progress = None
+
+
+def _duration(seconds: float) -> str:
+    """As people say it: 40 s, 12 min, 3.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _count(number: int, what: str) -> str:

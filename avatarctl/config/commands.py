@@ -25,7 +25,22 @@ class CommandKeys:
     read: Mapping[str, str]
 
 
+_PREPARE: Final = CommandKeys(
+    main=("data", "train", "checkpoint"),
+    read={
+        "model": "name channels audio_offset weights_root weights compat",
+        "input": "fit prompt negative_prompt",
+        "long_video": "audio_window",
+        "data": "path videos num_frames width height window stride max_windows faces audio_name mask "
+        "mask_rule reference_sequence reference_frames references artifact_dtype format shard workers force",
+        "runtime": "seed device dtype log_level",
+    },
+)
+"""Both commands read the same keys, so that one configuration serves both."""
+
 COMMANDS: Final[dict[str, CommandKeys]] = {
+    "precompute-audio": _PREPARE,
+    "precompute-latents": _PREPARE,
     "infer": CommandKeys(
         main=("sampling", "long_video", "output"),
         read={

@@ -237,6 +237,10 @@ class Data:
     """The training set and its preparation."""
 
     path: str | None = key(None, "folder of samples, or a list of them", rule=rules.PATH)
+    videos: str | None = key(
+        None, "folder or list of videos to cut samples from; they become folders below data.path",
+        rule=rules.PATH,
+    )  # fmt: skip
     num_frames: int | None = key(
         None, "pixel frames of a training clip", low=5, high=MAX_FRAMES, rule=rules.FRAMES_4K1, from_row=True
     )
@@ -254,7 +258,9 @@ class Data:
     )  # fmt: skip
     stride: int | None = key(None, "pixel frames between two windows of a clip", low=1, high=MAX_FRAMES)
     max_windows: int | None = key(None, "windows taken from one clip at most", low=1, high=1_000_000)
-    faces: str = key("auto", "faces: auto, none, all, or the path of a file with boxes", rule=rules.PATH)
+    faces: str = key(
+        "none", "faces: auto, none, all, or the path of a file with boxes", rule=rules.PATH, not_yet=ANY
+    )
     audio_name: str = key("audio.wav", "file name of the audio in a sample folder", rule=rules.PATH)
     mask: str | None = key(None, "image of the mouth mask; white is kept", rule=rules.PATH)
     mask_rule: Literal["all", "first_keep", "legacy_two_step"] = key("all", "which frames are masked")
@@ -262,9 +268,15 @@ class Data:
     reference_frames: int | None = key(
         None, "pixel frames of the reference sequence", low=1, high=MAX_FRAMES, rule=rules.FRAMES_4K1
     )
-    format: Literal["safetensors", "pt"] = key("safetensors", "format of written artifacts")
+    references: int = key(
+        0, "single frames elsewhere in the source that are coded alone, drawn at random", low=0, high=64
+    )
+    artifact_dtype: Literal["bfloat16", "float32"] = key("bfloat16", "numbers of written artifacts")
+    format: Literal["safetensors", "pt"] = key(
+        "safetensors", "format of written artifacts; pt is for published trainers"
+    )
     shard: str | None = key(None, "work on part i of n, as i/n counted from 0", rule=rules.SHARD)
-    workers: int = key(2, "reading processes", low=0, high=256)
+    workers: int = key(0, "reading processes beside the one that computes; 0 for none", low=0, high=256)
     force: bool = key(False, "make artifacts again that are up to date")
 
 

@@ -19,6 +19,7 @@ from avatarctl.conditioning.masking import HOLE, MaskRule, reference_range
 from avatarctl.config import RunConfig
 from avatarctl.errors import UsageError
 from avatarctl.families.offers import OF_A_SOURCE, require_offered
+from avatarctl.families.omniavatar_training import Preparation
 from avatarctl.family import (
     Carry,
     Condition,
@@ -104,7 +105,7 @@ class _Encoded:
     sequence: Tensor | None = None
 
 
-class OmniAvatar:
+class OmniAvatar(Preparation):
     """The `Family` of all rows with `family: omniavatar`. Holds nothing."""
 
     name = "omniavatar"

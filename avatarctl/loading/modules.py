@@ -63,7 +63,8 @@ def load_parts(
     """The wanted networks of a run, in eval mode, frozen, on `device`; without "image" where the model has
     none.
 
-    sources: with nothing missing; held: the transformer of its files, None where that is random.
+    sources: with nothing missing of what is wanted; held: the transformer of its files, None where that is
+    random, or not wanted: encoders are then not compared with it.
 
     Raises UnusableWeights for files that do not fit, ExtraMissing for an attention kernel that is not here.
     """
@@ -74,7 +75,6 @@ def load_parts(
     if row.source == "package":
         made = _built_in(row, sources, held, wanted, dtype, device, emit)
     else:
-        assert held is not None
         made = _from_files(held, sources.encoders, wanted, dtype, device, emit)
     if "dit" in wanted:
         use_attention(made["dit"], kernel)
@@ -112,18 +112,18 @@ def _built_in(
 
 
 def _from_files(
-    held: WeightFile,
+    held: WeightFile | None,
     files: Mapping[str, Path],
     wanted: Collection[Part],
     dtype: torch.dtype,
     device: torch.device,
     emit: Emit,
 ) -> Parts:
-    sizes, made = held.sizes, Parts()
+    made = Parts()
     if "text" in wanted:
         emit(Stage("loading the text encoder"))
         text = made["text"] = text_encoder(files["text"], files["tokenizer"], dtype, device)
-        _check_width(held, files["text"], "text", text.width, sizes.text_dim)
+        _check_width(held, files["text"], "text", {"text_dim": text.width})
     if "vae" in wanted:
         emit(Stage("loading the VAE"))
         made["vae"] = video_codec(files["vae"], _vae_dtype(dtype, device, emit), device)
@@ -131,21 +131,24 @@ def _from_files(
         emit(Stage("loading the audio encoder"))
         audio = made["audio"] = audio_encoder(files["audio"], device, emit)
         # Features on the grid of frames or tokens, as far as the transformer takes either.
-        for given, taken in ((audio.width, sizes.audio_input_dim), (audio.token_width, sizes.vocal_dim)):
-            _check_width(held, files["audio"], "audio", given, taken or given)
-    if "image" in wanted and sizes.image_dim:
+        widths = {"audio_input_dim": audio.width, "vocal_dim": audio.token_width}
+        _check_width(held, files["audio"], "audio", widths)
+    if "image" in wanted and (held is None or held.sizes.image_dim):
         emit(Stage("loading the image encoder"))
         image = made["image"] = image_encoder(files["clip"], device, emit)
-        _check_width(held, files["clip"], "image", image.width, sizes.image_dim)
+        _check_width(held, files["clip"], "image", {"image_dim": image.width})
     if "dit" in wanted:
+        assert held is not None
         emit(Stage("loading the transformer"))
         made["dit"] = transformer(held, dtype, device)
     return made
 
 
-def _check_width(held: WeightFile, path: Path, what: str, given: int, taken: int) -> None:
-    """What an encoder puts out is what the transformer takes in."""
-    if given != taken:
-        raise UnusableWeights(
-            f"gives {what} features of width {given}, and {held.path} takes {taken}", where=path
-        )
+def _check_width(held: WeightFile | None, path: Path, what: str, widths: Mapping[str, int]) -> None:
+    """What an encoder puts out is what the transformer takes in. widths: by the size that states it."""
+    for size, given in widths.items():
+        taken = getattr(held.sizes, size) if held else None
+        if held and taken and given != taken:
+            raise UnusableWeights(
+                f"gives {what} features of width {given}, and {held.path} takes {taken}", where=path
+            )

@@ -1,0 +1,131 @@
+"""The networks that preparation needs, loaded when one is first touched, and who they are."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from avatarctl.data.known import Known
+from avatarctl.errors import WeightsMissing
+from avatarctl.events import Emit
+from avatarctl.loading.sources import Sources, check_packaged, find_sources, missing_line
+from avatarctl.registry import Row, encoder_part
+from avatarctl.weights.weight_file import WeightFile
+
+if TYPE_CHECKING:
+    import torch
+
+    from avatarctl.config import RunConfig
+    from avatarctl.loading.modules import Part
+
+__all__ = ["Encoders"]
+
+_FILES: Final = {"vae": ("vae",), "text": ("text", "tokenizer"), "audio": ("audio",), "image": ("clip",)}
+"""What in `Sources.encoders` a part is loaded from."""
+
+
+class Encoders:
+    """Stands for `Modules`: its attributes are the networks of a run, each loaded when it is touched.
+
+    parts: those that may be; another one, and the transformer, raises AttributeError. Raises WeightsMissing.
+    """
+
+    def __init__(
+        self,
+        row: Row,
+        cfg: RunConfig,
+        parts: tuple[Part, ...],
+        known: Known,
+        emit: Emit,
+        *,
+        check: bool = True,
+    ) -> None:
+        self._row, self._cfg, self._parts, self._known, self._emit = row, cfg, parts, known, emit
+        assert cfg.data.width is not None and cfg.data.height is not None
+        self.sources: Sources = find_sources(row, cfg.model, (cfg.data.width, cfg.data.height))
+        self.missing = _missing(row, self.sources, parts)
+        if row.source == "package":
+            check_packaged(row, self.sources)
+        if check:
+            self.require()
+
+    def require(self) -> None:
+        """Raises WeightsMissing, naming the files of these parts that are not here."""
+        if self.missing:
+            fix = (
+                None
+                if self._row.source == "path"
+                else f"`avatarctl models pull {self.sources.row}` fetches them"
+            )
+            raise WeightsMissing(missing_line(self.missing), where=self._row.name, fix=fix)
+
+    @property
+    def device(self) -> torch.device:
+        from avatarctl.models.device import resolve_device
+
+        return resolve_device(self._cfg.runtime.device)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self.__dict__.get("_parts", ()):
+            raise AttributeError(f"{name} is no part that this preparation asked for")
+        from avatarctl.loading.modules import load_parts
+
+        held: WeightFile | None = None
+        made = load_parts(self._row, self.sources, held, self._cfg, (name,), self.device, self._emit)  # type: ignore[arg-type]
+        module = made[name]  # type: ignore[literal-required]
+        setattr(self, name, module)
+        return module
+
+    def identity(self, part: str) -> str:
+        """Names the network of a part by the bytes of its files, or by the row that draws it at random."""
+        paths = [path for key in _FILES[part] if (path := self.sources.encoders.get(key))]
+        if not paths:
+            return f"random {self._row.name} {part}"
+        if part == "vae" and (config := self.sources.encoders.get("config")):
+            paths.append(config)
+        digest = hashlib.sha256()
+        for path in (file for each in paths for file in _files(each)):
+            facts = self._known.facts(path, lambda file: {"digest": _digest(file)})
+            digest.update(f"{path.name} {facts['digest']}\n".encode())
+        return digest.hexdigest()
+
+
+def _files(path: Path) -> Iterator[Path]:
+    """The file, or those of a folder that a network or a tokenizer is read from."""
+    if path.is_file():
+        yield path
+        return
+    suffixes = {".safetensors", ".bin", ".json", ".model"}
+    yield from sorted(each for each in path.iterdir() if each.is_file() and each.suffix in suffixes)
+
+
+def _digest(path: Path) -> str:
+    """SHA-256; of large files that of samples (files/hashes.py), which training changes all the same."""
+    from avatarctl.files.hashes import FileHashes
+
+    with FileHashes() as hashes:
+        hashes.start([path])
+        (digest,) = hashes.digests([path])
+    return digest.sha256 or str(digest.sampled_sha256)
+
+
+def _missing(row: Row, sources: Sources, parts: tuple[Part, ...]) -> tuple[Any, ...]:
+    """Of what is missing the files of these parts; a row that is random needs none."""
+    lacking = {key for part in parts for key in _FILES.get(part, ()) if key not in sources.encoders}
+    if row.source == "package":
+        return sources.missing
+    named = {wanted for wanted in sources.missing if encoder_part(wanted.file) in lacking}
+    of_audio = {
+        wanted
+        for wanted in sources.missing
+        if "audio" in lacking and not encoder_part(wanted.file) and _is_of_audio(wanted.hub_id)
+    }
+    return tuple(wanted for wanted in sources.missing if wanted in named | of_audio)
+
+
+def _is_of_audio(hub_id: str) -> bool:
+    from avatarctl.registry import ROWS
+
+    return any(each.hub_id == hub_id and each.part == "audio" for each in ROWS.values())

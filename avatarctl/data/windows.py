@@ -1,0 +1,318 @@
+"""Videos -> sample folders: windows of one scene each, with their audio.
+
+A source is read once from its start, and its windows are written as they pass. The folder of a window is made
+under a hidden name and renamed, so that it is whole or absent. When all are there, a record says which they
+are; a run that finds the record of the same making reads nothing. Without it, what stands is kept and the rest
+is made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from avatarctl.atomic import atomic_write_text, disk_errors, flush_folder, held_folder, remove_left_behind
+from avatarctl.data.cuts import LOOKAHEAD, first_cut
+from avatarctl.data.samples import OWN, PROMPT, VIDEO, Sample, name_of, read_entries
+from avatarctl.errors import AvatarctlError, UnusableFile, UnusableVideo
+from avatarctl.files.strict_json import read_object
+from avatarctl.media import FittedFrames, Waveform, open_audio, open_video, write_audio, write_clip
+from avatarctl.rng import generator
+from avatarctl.timeline import SAMPLE_RATE, SAMPLES_PER_FRAME
+
+__all__ = [
+    "Cutting",
+    "RawVideo",
+    "find_videos",
+    "fingerprints",
+    "make_samples",
+    "others_of",
+    "recorded",
+    "sample_source",
+    "samples_of",
+]
+
+_MADE: Final = "sample.json"
+_VERSION: Final = 1
+_LARGEST_RECORD: Final = 1 << 26
+_POOL: Final = 32  # frames of a source that references are drawn from
+_VIDEO_SUFFIXES: Final = frozenset(
+    (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp")
+)
+
+
+@dataclass(frozen=True)
+class RawVideo:
+    """A video to cut samples from. name: its relative path. problem: why it cannot be."""
+
+    name: str
+    video: Path
+    audio: Path | None
+    prompt: str
+    problem: AvatarctlError | None = None
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """How samples are cut: pixel frames, the size [height, width], and what is kept of other frames."""
+
+    window: int
+    stride: int
+    max_windows: int | None
+    size: tuple[int, int]
+    fit: Any
+    audio_name: str
+    references: bool
+
+
+def find_videos(path: Path, default_prompt: str) -> list[RawVideo]:
+    """The videos of a folder (by their suffix, in all folders below) or of a list, by name.
+
+    A prompt is a text file beside the video (`talk.txt` for `talk.mp4`), the list's column, or the default.
+    Raises PathNotFound, UnusableFile for no videos.
+    """
+    if path.is_dir():
+        files = sorted(
+            Path(folder) / name
+            for folder, _, names in os.walk(path)
+            for name in names
+            if Path(name).suffix.lower() in _VIDEO_SUFFIXES
+        )
+        found = [_raw(file, path, None, "", default_prompt) for file in files]
+    else:
+        base = path.parent
+        found = [
+            _raw(
+                base / each.video,
+                base,
+                base / each.audio if each.audio else None,
+                each.prompt,
+                default_prompt,
+            )
+            for each in read_entries(path)
+        ]
+    if not found:
+        raise UnusableFile("holds no videos", where=path)
+    return _without_twins(found)
+
+
+def _raw(file: Path, base: Path, audio: Path | None, prompt: str, default: str) -> RawVideo:
+    name = name_of(file, base)
+    beside, problem = file.with_suffix(".txt"), None
+    text = prompt or default
+    if file.suffix and beside.is_file():
+        try:
+            text = beside.read_text(encoding="utf-8").strip() or text
+        except (UnicodeDecodeError, OSError):
+            problem = UnusableFile("is not UTF-8 text", where=beside)
+    if name.split("/")[0] == OWN:
+        problem = UnusableFile(f"a folder named {OWN} is taken by the data set", where=file, fix="rename it")
+    return RawVideo(name, file, audio, text, problem)
+
+
+def _without_twins(videos: list[RawVideo]) -> list[RawVideo]:
+    first: dict[str, RawVideo] = {}
+    result = []
+    for video in videos:
+        if first.setdefault(video.name, video) is not video:
+            problem = UnusableFile("is listed twice: both would be one sample", where=video.name)
+            video = RawVideo(**{**vars(video), "problem": problem})
+        result.append(video)
+    return result
+
+
+def fingerprints(raw: RawVideo, video: str, audio: str, cutting: Cutting) -> tuple[str, str]:
+    """Of a source's samples together and of the content of one, from the hashes of its files."""
+    content = [_VERSION, video, audio, cutting.window, *cutting.size, cutting.fit, cutting.audio_name]
+    every = [*content, raw.prompt, cutting.stride, cutting.max_windows, cutting.references]
+    whole, each = (hashlib.sha256(json.dumps(facts).encode()).hexdigest() for facts in (every, content))
+    return whole, each
+
+
+def recorded(out: Path, raw: RawVideo, whole: str) -> dict[str, Any] | None:
+    """The record of a source that is finished, and whose folders are all there."""
+    path = _record(out, raw)
+    if not path.is_file():
+        return None
+    record = read_object(path, _LARGEST_RECORD)
+    if record.get("fingerprint") != whole:
+        return None
+    there = all((out / raw.name / _folder_name(start) / _MADE).is_file() for start in record["windows"])
+    return record if there else None
+
+
+def samples_of(out: Path, raw: RawVideo, record: dict[str, Any], audio_name: str) -> Iterator[Sample]:
+    for start in record["windows"]:
+        folder = out / raw.name / _folder_name(start)
+        name = f"{raw.name}/{folder.name}"
+        yield Sample(name, folder, folder / VIDEO, folder / audio_name, folder / PROMPT)
+
+
+def make_samples(out: Path, raw: RawVideo, whole: str, each: str, cutting: Cutting) -> dict[str, Any]:
+    """Cuts a source and writes its folders and its record; the record.
+
+    Raises UnusableVideo, UnusableAudio, PathNotFound, and WriteFailed for a full disk.
+    """
+    home = out / raw.name
+    notes = [*remove_left_behind(home)]
+    source = raw.audio or raw.video
+    with open_video(raw.video) as reader, Waveform(open_audio(source)) as waveform:
+        fitted = FittedFrames(reader, cutting.size, cutting.fit)
+        work = _Work(home, raw, each, cutting, waveform)
+        windows, cuts = _walk(fitted, work, cutting)
+        pool = work.pool()
+        frames, warnings = reader.frames, list(reader.warnings)
+    if not windows:
+        what = (
+            f"shorter than a window of {cutting.window} frames"
+            if not cuts
+            else (f"no scene is as long as a window of {cutting.window} frames")
+        )
+        raise UnusableVideo(
+            f"{what} ({frames} frames at 25 a second, {len(cuts)} cuts)", where=raw.video,
+            fix="give a smaller --window",
+        )  # fmt: skip
+    _remove_others(home, {_folder_name(start) for start in windows})
+    if pool:
+        write_clip(_pool_file(out, raw), iter([np.stack([frame for _, frame in pool])]))
+    record = {
+        "fingerprint": whole,
+        "source": raw.name,
+        "frames": frames,
+        "windows": windows,
+        "cuts": cuts,
+        "others": [number for number, _ in pool],
+        "warnings": [*warnings, *notes],
+    }
+    path = _record(out, raw)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(path, json.dumps({**record, "warnings": warnings}, indent=1) + "\n")
+    return record
+
+
+def _walk(frames: FittedFrames, work: _Work, cutting: Cutting) -> tuple[list[int], list[int]]:
+    """Windows from the start on, each within one scene; behind a cut they begin anew. Stops when there are
+    enough: what lies behind is never decoded."""
+    windows: list[int] = []
+    cuts: list[int] = []
+    start = 0
+    while start + cutting.window <= frames.frames and len(windows) != cutting.max_windows:
+        stop = start + cutting.window
+        seen = frames.read(start, min(stop + LOOKAHEAD, frames.frames))
+        cut = first_cut(seen, cutting.window)
+        work.look(start, seen)
+        if cut is not None:
+            cuts.append(start + cut)
+            start += cut
+            continue
+        work.write(start, seen[: cutting.window])
+        windows.append(start)
+        start += cutting.stride
+    return windows, cuts
+
+
+class _Work:
+    """One source while it is cut: writes folders, and keeps a few frames that references are drawn from."""
+
+    def __init__(self, home: Path, raw: RawVideo, each: str, cutting: Cutting, waveform: Waveform) -> None:
+        self._home, self._raw, self._each, self._cutting = home, raw, each, cutting
+        self._waveform = waveform
+        self._pool: dict[int, np.ndarray] = {}
+        self._step = 1
+
+    def look(self, start: int, seen: np.ndarray) -> None:
+        """Keeps every `_step`th frame; where they become too many, every second of them."""
+        if not self._cutting.references:
+            return
+        for number in range(start, start + len(seen)):
+            if number % self._step == 0 and number not in self._pool:
+                self._pool[number] = seen[number - start].copy()
+        while len(self._pool) > _POOL:
+            self._step *= 2
+            self._pool = {number: frame for number, frame in self._pool.items() if number % self._step == 0}
+
+    def pool(self) -> list[tuple[int, np.ndarray]]:
+        return sorted(self._pool.items(), key=lambda item: item[0])
+
+    def write(self, start: int, frames: np.ndarray) -> None:
+        """A folder, unless it stands already as it would be made."""
+        folder = self._home / _folder_name(start)
+        made = {"made": self._each, "source": self._raw.name, "start": start, "frames": len(frames)}
+        if _made(folder) == made:
+            if _text(folder / PROMPT) != self._raw.prompt:
+                atomic_write_text(folder / PROMPT, self._raw.prompt + "\n")
+            return
+        with disk_errors(self._home):
+            self._home.mkdir(parents=True, exist_ok=True)
+        audio = self._waveform.read(start * SAMPLES_PER_FRAME, (start + len(frames)) * SAMPLES_PER_FRAME)
+        with held_folder(self._home) as hidden:
+            write_clip(hidden / VIDEO, iter([frames]), audio=audio)
+            write_audio(hidden / self._cutting.audio_name, audio, SAMPLE_RATE)
+            atomic_write_text(hidden / PROMPT, self._raw.prompt + "\n")
+            atomic_write_text(hidden / _MADE, json.dumps(made) + "\n")
+            with disk_errors(folder):
+                if folder.exists():
+                    shutil.rmtree(folder)
+                hidden.rename(folder)
+                flush_folder(self._home)
+
+
+def others_of(out: Path, raw_name: str, start: int, length: int, count: int, seed: int) -> np.ndarray:
+    """`count` frames of a sample's source that are outside the sample, drawn by its name alone:
+    uint8 [count, H, W, 3]. Raises UnusableVideo where there are none."""
+    raw = RawVideo(raw_name, Path(), None, "")
+    numbers = read_object(_record(out, raw), _LARGEST_RECORD).get("others", [])
+    outside = [row for row, number in enumerate(numbers) if not start <= number < start + length]
+    if not outside:
+        raise UnusableVideo(
+            "has no frames outside this sample to draw data.references from", where=raw_name,
+            fix="give --references when the samples are cut, or longer videos",
+        )  # fmt: skip
+    import torch
+
+    drawn = torch.randint(len(outside), (count,), generator=generator(seed, "references", raw_name, start))
+    with open_video(_pool_file(out, raw)) as reader:
+        return np.concatenate([reader.read(outside[row], outside[row] + 1) for row in drawn.tolist()])
+
+
+def sample_source(folder: Path) -> tuple[str, int, int] | None:
+    """Source, first frame and length of a sample that was cut here; None for any other."""
+    made = _made(folder)
+    return None if made is None else (str(made["source"]), int(made["start"]), int(made["frames"]))
+
+
+def _made(folder: Path) -> dict[str, Any] | None:
+    path = folder / _MADE
+    return read_object(path, _LARGEST_RECORD) if path.is_file() else None
+
+
+def _text(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else None
+
+
+def _remove_others(home: Path, wanted: set[str]) -> None:
+    """Samples of an earlier cutting of this source, which nothing would make again."""
+    for folder in home.iterdir():
+        if folder.name not in wanted and (folder / _MADE).is_file() and not folder.name.startswith("."):
+            shutil.rmtree(folder)
+
+
+def _folder_name(start: int) -> str:
+    return f"{start:06d}"
+
+
+def _record(out: Path, raw: RawVideo) -> Path:
+    return out / OWN / "sources" / f"{raw.name}.json"
+
+
+def _pool_file(out: Path, raw: RawVideo) -> Path:
+    return out / OWN / "sources" / f"{raw.name}.others.mp4"
