@@ -91,7 +91,7 @@ class BytesMoved:
 
 @dataclass(frozen=True)
 class SampleFinished:
-    """`done` of `total` samples, or sources of samples, are finished; seconds_left by what they took so far."""
+    """`done` of `total` samples, or videos to cut them from, are finished; seconds_left by what they took."""
 
     name: str
     what: Literal["sample", "video"]

@@ -59,9 +59,9 @@ def _command(name: Name, short: str) -> Callable[[Callable[..., None]], click.Co
 def precompute_latents(**params: Any) -> None:
     """Cut videos into training samples; encode their video and text once.
 
-    --from-videos makes the samples below --data, a folder for each window of each video. Without it --data is a
-    folder of samples or a list. What stands and is up to date is not made again, so the same command goes on
-    after an interruption.
+    --from-videos makes the samples below --data, a folder for each window of each video. Without it --data
+    is a folder of samples or a list. What stands and is up to date is not made again, so the same command
+    goes on after an interruption.
     """
     _run("precompute-latents", params)
 
@@ -138,7 +138,10 @@ def _absolute(resolved: Resolved) -> Resolved:
 
     cfg, asked = resolved.cfg, dict(resolved.asked)
     data = replace(
-        cfg.data, **{name: absolute(getattr(cfg.data, name)) for name in ("path", "videos", "mask")}
+        cfg.data,
+        path=absolute(cfg.data.path),
+        videos=absolute(cfg.data.videos),
+        mask=absolute(cfg.data.mask),
     )
     name = cfg.model.name if cfg.model.name in ROWS else absolute(cfg.model.name)
     weights = {part: str(Path(path).expanduser().absolute()) for part, path in cfg.model.weights.items()}

@@ -107,8 +107,8 @@ class Checker:
         except AvatarctlError as problem:
             return Checked(sample, problem=problem)
         except OSError as error:  # it vanished, or may not be read
-            problem = UnusableFile(f"cannot be read: {error.strerror}", where=error.filename or sample.name)
-            return Checked(sample, problem=problem)
+            what = f"cannot be read: {error.strerror}"
+            return Checked(sample, problem=UnusableFile(what, where=error.filename or sample.name))
 
     def makings_of(self, todo: Todo) -> dict[str, str]:
         """Fingerprints of a sample's artifacts, once it is finished."""

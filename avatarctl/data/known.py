@@ -1,8 +1,8 @@
 """What was found out about files, so that it is found out once: hashes, lengths, fingerprints.
 
-A file is known by its size and the time of its last change. Each process appends to a file of its own, a line
-for each fact, so that a run that was killed loses at most the line that it was writing; the others are read by
-whoever comes next.
+A file is known by its size and the time of its last change. Each process appends to a file of its own, a
+line for each fact, so that a run that was killed loses at most the line that it was writing; the others are
+read by whoever comes next.
 """
 
 from __future__ import annotations

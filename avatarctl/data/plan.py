@@ -40,7 +40,7 @@ def plan_summary(preparation: Preparation, emit: Emit) -> dict[str, Any]:
     each_took = _seconds_per_sample(preparation)
     unusable = sum(each.problem is not None for each in checked) + windows.count(0)
     size = _BYTES[preparation.cfg.data.artifact_dtype]
-    known = [each for each in of_sample if None not in each.shape]
+    shapes = {each.name: [side for side in each.shape if side] for each in of_sample}
     return {
         "model": preparation.row.name,
         "videos": len(raws),
@@ -49,7 +49,7 @@ def plan_summary(preparation: Preparation, emit: Emit) -> dict[str, Any]:
         "up_to_date": sum(each.todo is None and each.problem is None for each in checked),
         "unusable": unusable,
         "artifacts": {name: count for name, count in lacking.items() if count},
-        "bytes_at_least": sum(lacking[each.name] * size * math.prod(each.shape) for each in known),  # type: ignore[arg-type]
+        "bytes_at_least": sum(lacking[name] * size * math.prod(shape) for name, shape in shapes.items()),
         "seconds": None if each_took is None else round(todo * each_took, 1),
     }
 

@@ -102,8 +102,8 @@ class Preparation:
         self.encoders = Encoders(row, cfg, needed, self.known, emit, check=not dry_run)
 
     def run(self, should_stop: Callable[[], bool] = _never) -> Summary:
-        """Does it. Raises Interrupted, WriteFailed and OutputRefused at once; when all is done PartlyFailed or
-        UnusableFile, where samples failed or all of them did."""
+        """Does it. Raises Interrupted, WriteFailed and OutputRefused at once; when all is done PartlyFailed
+        or UnusableFile, where samples failed or all of them did."""
         started = time.monotonic()
         ensure_writable_folder(self.own)
         for line in (*remove_left_behind(self.own), *remove_left_behind(self.base)):

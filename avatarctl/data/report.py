@@ -39,8 +39,8 @@ class Done:
 
 
 def write_index(own: Path, results: Sequence[Done]) -> None:
-    """`index.jsonl`: every sample that has artifacts, by name, without times, so that it says the same however
-    often a run was interrupted. What other runs wrote of other samples and artifacts stays.
+    """`index.jsonl`: every sample that has artifacts, by name, without times, so that it says the same
+    however often a run was interrupted. What other runs wrote of other samples and artifacts stays.
     """
     path = own / "index.jsonl"
     with _alone(own):
@@ -73,8 +73,8 @@ def _table(results: Sequence[Done]) -> Iterator[str]:
     for each in results:
         cuts = len(each.facts["cuts"]) if "cuts" in each.facts else ""
         what = each.reason or ", ".join(each.artifacts) or _windows(each.facts)
-        name = printable(each.name)
-        yield f"{name:{width}}  {each.state:7}  {each.frames:7}  {each.seconds:8.2f}  {cuts:>4}  {printable(what)}"
+        first = f"{printable(each.name):{width}}  {each.state:7}  {each.frames:7}"
+        yield f"{first}  {each.seconds:8.2f}  {cuts:>4}  {printable(what)}"
 
 
 def _windows(facts: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """Where samples are: a folder of them, a list of their folders, or a list of videos.
 
-A sample is a folder with `sub_clip.mp4`, `audio.wav` and `prompt.txt` (spec/omniavatar.md h.1), or a line of a
-list that names a video, its audio and its prompt.
+A sample is a folder with `sub_clip.mp4`, `audio.wav` and `prompt.txt` (spec/omniavatar.md h.1), or a line of
+a list that names a video, its audio and its prompt.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Videos -> sample folders: windows of one scene each, with their audio.
 
-A source is read once from its start, and its windows are written as they pass. The folder of a window is made
-under a hidden name and renamed, so that it is whole or absent. When all are there, a record says which they
-are; a run that finds the record of the same making reads nothing. Without it, what stands is kept and the rest
-is made.
+A source is read once from its start, and its windows are written as they pass. The folder of a window is
+made under a hidden name and renamed, so that it is whole or absent. When all are there, a record says which
+they are; a run that finds the record of the same making reads nothing. Without it, what stands is kept and
+the rest is made.
 """
 
 from __future__ import annotations

@@ -49,9 +49,9 @@ class Preparation:
             older = ("ref_latents.pt", "ref_sequence_latents")
             made.append(Artifact("reference_sequence", "vae", "sample", ("video",), keys, shape, older))
         if data.references:
-            keys = (*_VIDEO_KEYS, "data.references", "runtime.seed")
+            drawn = (*_VIDEO_KEYS, "data.references", "runtime.seed")
             several = (_CHANNELS, data.references, *plane)
-            made.append(Artifact("references", "vae", "sample", ("others",), keys, several))
+            made.append(Artifact("references", "vae", "sample", ("others",), drawn, several))
         features, text, empty = (data.num_frames, None), (None, None), ("runtime.dtype",)
         audio = ("audio_emb_omniavatar.pt", "audio_emb")
         window = ("long_video.audio_window",)
