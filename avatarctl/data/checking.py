@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from avatarctl.config import RunConfig
 from avatarctl.data.artifacts import Making, Stale, check_artifact, check_older, made_by
 from avatarctl.data.encoders import Encoders
 from avatarctl.data.known import Known
-from avatarctl.data.media import ReadFrames, audio_facts, video_facts
+from avatarctl.data.media import ReadFrames, audio_facts, bytes_facts, video_facts
 from avatarctl.data.samples import VIDEO, Sample, prompt_of
 from avatarctl.data.windows import others_of, sample_source
 from avatarctl.errors import (
@@ -30,7 +30,7 @@ from avatarctl.errors import (
 from avatarctl.events import Emit, Notice
 from avatarctl.family import Artifact, Clip, Recording, TrainableFamily
 from avatarctl.media import Waveform, open_audio
-from avatarctl.media.files import check_regular_file, file_sha256
+from avatarctl.media.files import check_regular_file
 from avatarctl.timeline import frames_of_samples, latent_frames
 
 if TYPE_CHECKING:
@@ -161,8 +161,8 @@ class Checker:
     def _facts(self, sample: Sample) -> _Facts:
         if not sample.folder.is_dir() and sample.video.name == VIDEO and sample.video.parent == sample.folder:
             raise PathNotFound("not found: no such folder", where=sample.folder)
-        video = self._known.facts(_there(sample.video, UnusableVideo, "video"), video_facts)
-        audio = self._known.facts(_there(_audio_of(sample), UnusableAudio, "audio"), audio_facts)
+        video = self._known.facts(_there(sample.video, UnusableVideo, "video"), "video", video_facts)
+        audio = self._known.facts(_there(_audio_of(sample), UnusableAudio, "audio"), "audio", audio_facts)
         default = self._cfg.input.prompt or ""
         prompt, doubt = prompt_of(sample, default)
         if doubt:
@@ -196,7 +196,7 @@ class Checker:
     def _masks_hash(self, folder: Path) -> str:
         files = sorted(folder.iterdir()) if folder.is_dir() else []
         hashes = [
-            f"{path.name} {self._known.facts(path, lambda file: {'sha256': file_sha256(file)})['sha256']}"
+            f"{path.name} {self._known.facts(path, 'bytes', bytes_facts)['sha256']}"
             for path in files
             if path.is_file()
         ]
@@ -228,7 +228,7 @@ class Checker:
         Raises UnusableWeights for a damaged one.
         """
         try:
-            facts = self._known.recall(path)
+            facts = self._known.recall(path, "artifact")
         except (FileNotFoundError, NotADirectoryError):
             return False
         if facts is None:
@@ -239,7 +239,7 @@ class Checker:
             except AvatarctlError as problem:
                 problem.fix = problem.fix or "--force makes it again"
                 raise
-            self._known.note(path, {"fingerprint": making.fingerprint})
+            self._known.note(path, "artifact", {"fingerprint": making.fingerprint})
             return True
         return bool(facts.get("fingerprint") == making.fingerprint)
 
@@ -261,15 +261,15 @@ class Checker:
         found: dict[str, str] = {}
         for file in dict.fromkeys(each.older[0] for each in self._older if each.older):
             path = sample.folder / file
-            if not path.is_file():
-                continue
             entries = {each.older[1]: each for each in self._older if each.older and each.older[0] == file}
+            if not path.is_file() or self._replaced(sample, entries.values()):
+                continue
             shapes = {entry: _shape(each, rows, clip, self._cfg) for entry, each in entries.items()}
             try:
-                stated = self._known.recall(path)
+                stated = self._known.recall(path, "older")
                 if stated is None or stated.get("shapes") != _listed(shapes):
                     stated = {"entries": check_older(path, shapes), "shapes": _listed(shapes)}
-                    self._known.note(path, stated)
+                    self._known.note(path, "older", stated)
             except Stale as stale:
                 self._emit(Notice(f"{sample.name}: {stale}; it is made again", "warning"))
                 continue
@@ -280,6 +280,11 @@ class Checker:
                 entries[entry].name: made for entry, made in stated["entries"].items() if entry in entries
             }
         return found
+
+    def _replaced(self, sample: Sample, artifacts: Iterable[Artifact]) -> bool:
+        """Whether ours stand beside a file, so that nobody will read it."""
+        ours = (sample.folder / f"{each.name}.safetensors" for each in artifacts)
+        return self._cfg.data.format != "pt" and all(path.is_file() for path in ours)
 
     def _others(self, todo: Todo) -> np.ndarray | None:
         if not any("others" in each.reads and each.name in todo.names for each in self._artifacts):

@@ -21,15 +21,17 @@ def first_cut(frames: np.ndarray, length: int) -> int | None:
     """The first of the frames 1 .. length - 1 that begins another scene; None where all are one scene.
 
     frames: uint8 [n, H, W, 3], `length` of them and up to `LOOKAHEAD` more. A cut is a jump that stays: where
-    a frame soon looks again as before it, there was a flash. Fades are not found.
+    a frame soon looks again as one before it, there was a flash. Fades are not found.
     """
     small = np.stack([_thumbnail(frame) for frame in frames])
     jumps = np.abs(np.diff(small, axis=0)).mean(axis=(1, 2, 3))
     limit = max(_JUMP, _TIMES * float(np.median(jumps))) if len(jumps) else _JUMP
     for frame in range(1, length):
         if jumps[frame - 1] > limit:
+            before = small[max(0, frame - LOOKAHEAD - 1) : frame]
             after = small[frame : frame + LOOKAHEAD + 1]
-            if np.abs(after - small[frame - 1]).mean(axis=(1, 2, 3)).min() > limit / 2:
+            apart = np.abs(after[:, None] - before[None]).mean(axis=(2, 3, 4))
+            if apart.min() > limit / 2:
                 return frame
     return None
 

@@ -87,7 +87,7 @@ class Encoders:
             paths.append(config)
         digest = hashlib.sha256()
         for path in (file for each in paths for file in _files(each)):
-            facts = self._known.facts(path, lambda file: {"digest": _digest(file)})
+            facts = self._known.facts(path, "weights", lambda file: {"digest": _digest(file)})
             digest.update(f"{path.name} {facts['digest']}\n".encode())
         return digest.hexdigest()
 

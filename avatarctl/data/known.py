@@ -28,30 +28,30 @@ class Known:
 
     def __init__(self, folder: Path, base: Path, name: str, *, keep: bool = True) -> None:
         self._base, self._own = base, folder / f"{name}.jsonl"
-        self._facts: dict[str, tuple[list[int], dict[str, Any]]] = {}
+        self._facts: dict[tuple[str, str], tuple[list[int], dict[str, Any]]] = {}
         self._keep = keep
         self._file: TextIO | None = None
         for record in sorted(folder.glob("*.jsonl")):
             self._read(record)
 
-    def facts(self, path: Path, find: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-        """What `find` says of a file, asked again only where it has changed. Raises what `find` raises, and
-        OSError for a file that is not there."""
-        facts = self.recall(path)
+    def facts(self, path: Path, kind: str, find: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+        """What `find` says of a file, asked again only where it has changed. kind: a file with video and
+        audio is known as both. Raises what `find` raises, and OSError for a file that is not there."""
+        facts = self.recall(path, kind)
         if facts is None:
             stamp = _stamp(path)
             facts = find(path)
-            self._remember(path, stamp, facts)
+            self._remember(path, kind, stamp, facts)
         return facts
 
-    def recall(self, path: Path) -> dict[str, Any] | None:
+    def recall(self, path: Path, kind: str) -> dict[str, Any] | None:
         """The facts of a file as it is now; None where there are none. Raises OSError without the file."""
-        stamp, entry = _stamp(path), self._facts.get(self._key(path))
+        stamp, entry = _stamp(path), self._facts.get((self._key(path), kind))
         return entry[1] if entry is not None and entry[0] == stamp else None
 
-    def note(self, path: Path, facts: dict[str, Any]) -> None:
+    def note(self, path: Path, kind: str, facts: dict[str, Any]) -> None:
         """Remembers facts of a file as it is now."""
-        self._remember(path, _stamp(path), facts)
+        self._remember(path, kind, _stamp(path), facts)
 
     def close(self) -> None:
         if self._file is not None:
@@ -66,9 +66,9 @@ class Known:
     ) -> None:
         self.close()
 
-    def _remember(self, path: Path, stamp: list[int], facts: dict[str, Any]) -> None:
+    def _remember(self, path: Path, kind: str, stamp: list[int], facts: dict[str, Any]) -> None:
         key = self._key(path)
-        self._facts[key] = (stamp, facts)
+        self._facts[key, kind] = (stamp, facts)
         if not self._keep:
             return
         with disk_errors(self._own):
@@ -77,7 +77,7 @@ class Known:
                 self._file = self._own.open("a", encoding="utf-8")
                 if self._file.tell():
                     self._file.write("\n")  # behind a line that a killed run left unfinished
-            self._file.write(json.dumps([key, stamp, facts]) + "\n")
+            self._file.write(json.dumps([key, kind, stamp, facts]) + "\n")
             self._file.flush()
 
     def _key(self, path: Path) -> str:
@@ -87,11 +87,11 @@ class Known:
     def _read(self, record: Path) -> None:
         for line in record.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                key, stamp, facts = json.loads(line)
+                key, kind, stamp, facts = json.loads(line)
             except ValueError:  # a line that was cut off says nothing; what it was about is found out again
                 continue
-            if isinstance(key, str) and isinstance(facts, dict):
-                self._facts[key] = (stamp, facts)
+            if isinstance(key, str) and isinstance(kind, str) and isinstance(facts, dict):
+                self._facts[key, kind] = (stamp, facts)
 
 
 def _stamp(path: Path) -> list[int]:

@@ -18,7 +18,7 @@ from avatarctl.errors import UnusableVideo
 from avatarctl.media import FittedFrames, open_audio, open_video, survey
 from avatarctl.media.files import check_regular_file, file_sha256
 
-__all__ = ["ReadFrames", "audio_facts", "cut_source", "read_sample", "video_facts"]
+__all__ = ["ReadFrames", "audio_facts", "bytes_facts", "cut_source", "read_sample", "video_facts"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,11 @@ def audio_facts(path: Path) -> dict[str, Any]:
         "variance": found.variance,
         "warnings": list(found.warnings),
     }
+
+
+def bytes_facts(path: Path) -> dict[str, Any]:
+    """The hash of a file."""
+    return {"sha256": file_sha256(path)}
 
 
 def read_sample(

@@ -18,7 +18,7 @@ from avatarctl.config import RunConfig
 from avatarctl.data.checking import Checked, Checker, Todo
 from avatarctl.data.encoders import Encoders
 from avatarctl.data.known import Known
-from avatarctl.data.media import cut_source, read_sample
+from avatarctl.data.media import bytes_facts, cut_source, read_sample
 from avatarctl.data.report import Done, write_index, write_report
 from avatarctl.data.samples import OWN, Sample, find_samples
 from avatarctl.data.storing import Store
@@ -201,7 +201,7 @@ class Preparation:
 
     def _prints(self, raw: RawVideo) -> tuple[str, str]:
         from avatarctl.errors import UnusableAudio, UnusableVideo
-        from avatarctl.media.files import check_regular_file, file_sha256
+        from avatarctl.media.files import check_regular_file
 
         if raw.problem is not None:
             raise raw.problem
@@ -209,9 +209,7 @@ class Preparation:
         files = [raw.video]
         if raw.audio is not None:
             files.append(check_regular_file(raw.audio, UnusableAudio))
-        hashes = [
-            self.known.facts(path, lambda file: {"sha256": file_sha256(file)})["sha256"] for path in files
-        ]
+        hashes = [self.known.facts(path, "bytes", bytes_facts)["sha256"] for path in files]
         return fingerprints(raw, hashes[0], hashes[1] if len(hashes) > 1 else "", self.cutting)
 
     def _source(

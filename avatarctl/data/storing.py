@@ -62,4 +62,4 @@ class Store:
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         write_artifact(path, name, tensor, making)
-        self._known.note(path, {"fingerprint": making.fingerprint})
+        self._known.note(path, "artifact", {"fingerprint": making.fingerprint})

@@ -181,6 +181,9 @@ def make_samples(out: Path, raw: RawVideo, whole: str, each: str, cutting: Cutti
             fix="give a smaller --window",
         )  # fmt: skip
     _remove_others(home, {_folder_name(start) for start in windows})
+    path = _record(out, raw)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     if pool:
         write_clip(_pool_file(out, raw), iter([np.stack([frame for _, frame in pool])]))
     record = {
@@ -192,9 +195,6 @@ def make_samples(out: Path, raw: RawVideo, whole: str, each: str, cutting: Cutti
         "others": [number for number, _ in pool],
         "warnings": [*warnings, *notes],
     }
-    path = _record(out, raw)
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_text(path, json.dumps({**record, "warnings": warnings}, indent=1) + "\n")
     return record
 
