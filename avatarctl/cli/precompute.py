@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from avatarctl.cli.infer import _row
-from avatarctl.cli.options import ConfigCommand, Request, config_options, read_request
+from avatarctl.cli.options import EXAMPLE_MODEL, ConfigCommand, Request, config_options, read_request
 from avatarctl.cli.screen import Screen
 from avatarctl.config import Resolved, dump_run, require_supported
 from avatarctl.errors import NotYetSupported, printable
@@ -28,11 +28,11 @@ Name = Literal["precompute-audio", "precompute-latents"]
 
 DEFAULT_MODEL = "cartoon-v2v"
 
-EXAMPLES = """\b
+EXAMPLES = f"""\b
 Examples:
   avatarctl precompute-latents --from-videos talks --data samples
   avatarctl precompute-audio --data samples
-  avatarctl precompute-latents --data samples --model omniavatar-14b --channels 49 --dry-run
+  avatarctl precompute-latents --data samples --model {EXAMPLE_MODEL} --channels 49 --dry-run
 """
 
 

@@ -237,7 +237,7 @@ class Checker:
             except Stale:
                 return False
             except AvatarctlError as problem:
-                problem.fix = problem.fix or "--force makes it again"
+                problem.fix = "--force makes it again"
                 raise
             self._known.note(path, "artifact", {"fingerprint": making.fingerprint})
             return True
@@ -274,7 +274,7 @@ class Checker:
                 self._emit(Notice(f"{sample.name}: {stale}; it is made again", "warning"))
                 continue
             except AvatarctlError as problem:
-                problem.fix = problem.fix or "--force makes it again"
+                problem.fix = "--force makes it again"
                 raise
             found |= {
                 entries[entry].name: made for entry, made in stated["entries"].items() if entry in entries

@@ -106,8 +106,9 @@ class Preparation:
         or UnusableFile, where samples failed or all of them did."""
         started = time.monotonic()
         ensure_writable_folder(self.own)
-        for line in (*remove_left_behind(self.own), *remove_left_behind(self.base)):
-            self._emit(Notice(line))
+        for folder in (self.base, self.own, self.own / "prompts", self.own / "constants"):
+            for line in remove_left_behind(folder):
+                self._emit(Notice(line))
         results: list[Done] = []
         try:
             with _threads(), self.known:
@@ -117,7 +118,7 @@ class Preparation:
             if results:
                 write_report(self.own, self._stem, results)
             raise
-        write_index(self.own, results)
+        write_index(self.own, results, {each.name for each in self.artifacts})
         report = write_report(self.own, self._stem, results)
         return _summary(results, report, time.monotonic() - started)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,9 +38,11 @@ class Done:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def write_index(own: Path, results: Sequence[Done]) -> None:
+def write_index(own: Path, results: Sequence[Done], names: Collection[str]) -> None:
     """`index.jsonl`: every sample that has artifacts, by name, without times, so that it says the same
-    however often a run was interrupted. What other runs wrote of other samples and artifacts stays.
+    however often a run was interrupted. What other commands wrote of other samples and artifacts stays.
+
+    names: of the artifacts that this command makes.
     """
     path = own / "index.jsonl"
     with _alone(own):
@@ -48,12 +50,14 @@ def write_index(own: Path, results: Sequence[Done]) -> None:
         for each in results:
             if each.kind == "source":
                 continue
-            if each.state == "failed":
-                held.pop(each.name, None)
+            before = held.get(each.name, {"artifacts": {}, "frames": 0})
+            if each.state == "failed":  # what this command makes of it is not to be used
+                artifacts = {name: made for name, made in before["artifacts"].items() if name not in names}
             else:
-                before = held.get(each.name, {}).get("artifacts", {})
-                made = dict(sorted({**before, **each.artifacts}.items()))
-                held[each.name] = {"sample": each.name, "frames": each.frames, "artifacts": made}
+                artifacts = {**before["artifacts"], **each.artifacts}
+            frames = each.frames or before["frames"]
+            held[each.name] = {"sample": each.name, "frames": frames, "artifacts": artifacts}
+        held = {name: entry for name, entry in held.items() if entry["artifacts"]}
         lines = (json.dumps(held[name], sort_keys=True) for name in sorted(held))
         atomic_write_text(path, "".join(f"{line}\n" for line in lines))
 

@@ -162,7 +162,7 @@ def make_samples(out: Path, raw: RawVideo, whole: str, each: str, cutting: Cutti
     Raises UnusableVideo, UnusableAudio, PathNotFound, and WriteFailed for a full disk.
     """
     home = out / raw.name
-    notes = [*remove_left_behind(home)]
+    notes = [line for folder in (home, _record(out, raw).parent) for line in remove_left_behind(folder)]
     source = raw.audio or raw.video
     with open_video(raw.video) as reader, Waveform(open_audio(source)) as waveform:
         fitted = FittedFrames(reader, cutting.size, cutting.fit)

@@ -1,0 +1,201 @@
+"""What cannot be used: named, left out, and never a reason to lose the rest."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from avatarctl.data.storing import Store
+from avatarctl.data.workers import run_jobs
+from avatarctl.errors import UnusableFile, WriteFailed
+from avatarctl.models.vae import WanVae
+from tests.data.conftest import SMALL, contents, run, talking
+
+
+@pytest.fixture
+def out(prepared: Path, tmp_path: Path) -> Path:
+    """Finished samples that may be spoiled."""
+    return Path(shutil.copytree(prepared, tmp_path / "out"))
+
+
+WORDS = (*SMALL, "--artifact-dtype", "float32")
+ONE = "b/talk.mp4/000000"
+
+
+def spoil(path: Path, offset: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset, 2 if offset < 0 else 0)
+        file.write(data)
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "says"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-7]), "latents.safetensors"),
+        (lambda path: spoil(path, -4, b"\x00\x00\xc0\x7f"), "not finite"),
+        (lambda path: path.write_bytes(b""), "is empty"),
+        (lambda path: path.write_bytes(b"\x80\x04cos\nsystem\n."), "latents.safetensors"),
+    ],
+)
+def test_a_damaged_artifact_fails_its_sample_until_forced(spoiled: object, says: str, out: Path) -> None:
+    before = contents(out)
+    spoiled(out / ONE / "latents.safetensors")  # type: ignore[operator]
+    made = run("precompute-latents", "--data", out, *WORDS)
+    assert made.exit_code == 7, made.output
+    assert (
+        f"warning: {ONE}: " in made.stderr and says in made.stderr and "--force makes it again" in made.stderr
+    )
+    assert "1 of 6 samples failed" in made.stderr
+    assert run("precompute-latents", "--data", out, *WORDS, "--force").exit_code == 0
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize(
+    ("held", "says"),
+    [
+        (lambda: torch.zeros(16, 3, 4, 4), "bare tensor"),
+        (lambda: {"input_latents": torch.zeros(3, 4, 4)}, "rank 4 is expected"),
+        (lambda: {"input_latents": torch.full((16, 3, 4, 4), torch.nan)}, "not finite"),
+        (lambda: {"input_latents": torch.zeros(16, 3, 4, 4), "path": Path("x")}, "latents_mask_all.pt"),
+    ],
+)
+def test_a_pt_file_that_is_none_fails_its_sample(held: object, says: str, out: Path) -> None:
+    for name in ("latents", "masked_latents"):
+        (out / ONE / f"{name}.safetensors").unlink()
+    torch.save(held(), out / ONE / "vae_latents_mask_all.pt")  # type: ignore[operator]
+    made = run("precompute-latents", "--data", out, *WORDS)
+    assert made.exit_code == 7 and says in made.stderr, made.output
+    assert run("precompute-latents", "--data", out, *WORDS, "--force").exit_code == 0
+    assert run("precompute-latents", "--data", out, *WORDS).exit_code == 0
+
+
+def test_a_pt_file_of_another_clip_is_made_again_and_a_fitting_one_is_taken(out: Path) -> None:
+    for name in ("latents", "masked_latents"):
+        (out / ONE / f"{name}.safetensors").unlink()
+    path = out / ONE / "vae_latents_mask_all.pt"
+    fitting = {"input_latents": torch.zeros(16, 3, 4, 4), "masked_latents": torch.zeros(16, 3, 4, 4)}
+    torch.save(fitting, path)
+    assert run("precompute-latents", "--data", out, *WORDS).exit_code == 0
+    assert not (out / ONE / "latents.safetensors").exists()
+    torch.save({"input_latents": torch.zeros(16, 5, 4, 4)}, path)
+    made = run("precompute-latents", "--data", out, *WORDS)
+    assert made.exit_code == 0 and "is stale: input_latents has shape [16, 5, 4, 4]" in made.stderr
+    assert (out / ONE / "latents.safetensors").exists()
+
+
+def test_numbers_that_are_not_finite_are_never_written(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = contents(out)
+    encode = WanVae.encode
+    monkeypatch.setattr(WanVae, "encode", lambda self, video: encode(self, video) * torch.nan)
+    made = run("precompute-latents", "--data", out, *WORDS, "--force")
+    assert made.exit_code == 3 and "not finite" in made.stderr
+    assert contents(out) == {
+        **before,
+        **{k: v for k, v in contents(out).items() if k.endswith("index.jsonl")},
+    }
+
+
+def test_a_full_disk_ends_a_run_and_tears_nothing(
+    talks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Path
+) -> None:
+    out = tmp_path / "out"
+    write, count = Store.write, []
+
+    def full(self: Store, *arguments: object) -> None:
+        count.append(1)
+        if len(count) == 3:
+            raise WriteFailed("no space left on the device", where=out)
+        write(self, *arguments)  # type: ignore[arg-type]
+
+    words = ("--from-videos", talks, "--data", out, *WORDS)
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "write", full)
+        made = run("precompute-latents", *words)
+    assert made.exit_code == 3 and "no space left" in made.stderr
+    assert run("precompute-latents", *words).exit_code == 0
+    assert run("precompute-audio", "--data", out, *WORDS).exit_code == 0
+    assert contents(out) == contents(prepared)
+
+
+def test_bad_videos_are_named_and_the_others_are_cut(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    talking(folder / "good.mp4", 7, 12)
+    talking(folder / "mute.mp4", 7, 12, audio=False)
+    talking(folder / "one.mp4", 7, 1)
+    (folder / "torn.mp4").write_bytes((folder / "good.mp4").read_bytes()[:900])
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "list.mkv").write_text("#EXTM3U\nfile:///etc/passwd\n")
+    with av.open(str(folder / "sound.mov"), "w") as container:
+        stream = container.add_stream("aac", rate=16_000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        frame.sample_rate = 16_000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    made = run("precompute-latents", "--from-videos", folder, "--data", tmp_path / "out", *SMALL)
+    assert made.exit_code == 7, made.output
+    report = (tmp_path / "out/_dataset/precompute-latents.report.jsonl").read_text().splitlines()
+    states = {entry["name"]: entry["state"] for entry in map(json.loads, report)}
+    bad = dict.fromkeys(("mute.mp4", "one.mp4", "torn.mp4", "empty.mp4", "list.mkv", "sound.mov"), "failed")
+    assert states == {**bad, "good.mp4": "done", "good.mp4/000000": "done"}
+    for name in bad:
+        assert f"warning: {name}: " in made.stderr
+    assert "shorter than a window of 9 frames" in made.stderr
+
+
+def test_two_lines_with_one_target(talks: Path, tmp_path: Path) -> None:
+    (tmp_path / "l.csv").write_text(f"video\n{talks}/last.mp4\n{talks}/last.mp4\n")
+    made = run("precompute-latents", "--data", tmp_path / "l.csv", *SMALL)
+    assert made.exit_code == 7 and "is the same sample as" in made.stderr
+    made = run("precompute-latents", "--from-videos", tmp_path / "l.csv", "--data", tmp_path / "o", *SMALL)
+    assert made.exit_code == 7 and "is listed twice" in made.stderr
+
+
+def test_links_that_lead_back_are_passed_over(out: Path) -> None:
+    (out / "back").symlink_to(out)
+    (out / "round").symlink_to(out / "round")
+    (out / "again").symlink_to(out / "b")
+    made = run("precompute-latents", "--data", out, *WORDS, "--json")
+    assert made.exit_code == 0, made.output
+    assert json.loads(made.stdout)["skipped"] == 6
+    assert made.stderr.count("passed over") == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        ((), 2, "which data set?"),
+        (("--data", "nothing"), 2, "no such file"),
+        (("--data", "empty"), 3, "holds no samples"),
+        (("--data", "bad.csv"), 3, "has no column `video`"),
+        (("--data", "bad.jsonl"), 3, "bad.jsonl:1: the line is not valid JSON"),
+        (("--data", "o", "--from-videos", "empty"), 3, "holds no videos"),
+        (("--data", "o", "--from-videos", "nothing"), 2, "no such file"),
+        (("--data", "o", "--from-videos", "empty", "--faces", "all"), 2, "not yet supported"),
+        (("--data", "o", "--shard", "2/2"), 2, "i/n"),
+        (("--data", "o", "--frames", "8"), 2, "4k + 1"),
+        (("--data", "o", "--model", "stableavatar-tiny"), 2, "nothing is prepared"),
+    ],
+)
+def test_requests_without_sense_are_one_line(
+    words: tuple[str, ...], code: int, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.csv").write_text("film,prompt\nx,y\n")
+    (tmp_path / "bad.jsonl").write_text("{video\n")
+    made = run("precompute-latents", *words)
+    assert made.exit_code == code and says in made.stderr.splitlines()[-1], made.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.csv", "bad.jsonl", "empty"]
+
+
+def test_a_reading_process_that_dies_costs_its_own_sample() -> None:
+    outcomes = list(run_jobs([(abs, (0,)), (os._exit, (9,)), (abs, (-2,)), (abs, (3,))], 2))
+    assert [outcome.value for outcome in outcomes] == [0, None, 2, 3]
+    assert isinstance(outcomes[1].problem, UnusableFile) and "code 9" in str(outcomes[1].problem)
