@@ -30,11 +30,14 @@ from avatarctl.config import (
     value_of,
 )
 from avatarctl.errors import PathNotFound
+from avatarctl.media import write_clip
 from avatarctl.registry import COMPAT, ROWS, find_model
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = preset_names()
 FOR_A_MODEL = [name for name in NAMES if name.startswith("infer/")]
+FOR_DATA = [name for name in NAMES if name.startswith("data/")]
+OF_INFER = [name for name in NAMES if name not in FOR_DATA]
 RUNNABLE = [row.name for row in ROWS.values() if row.kind == "model" and row.status != "not yet supported"]
 
 
@@ -48,10 +51,15 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     return "--image", str(folder / "face.png"), "--audio", str(folder / "voice.wav")
 
 
-def resolved(path: Path, *assignments: str) -> Resolved:
+def command_of(name: str) -> str:
+    """One that a shipped file is for."""
+    return "precompute-latents" if name in FOR_DATA else "infer"
+
+
+def resolved(path: Path, *assignments: str, command: str = "infer") -> Resolved:
     """What `--config path -o …` makes."""
     asked = dict(read_assignment(text, "-o") for text in assignments)
-    file = read_config(path, command="infer")
+    file = read_config(path, command=command)
     return resolve(lambda name: find_model(name).for_config, COMPAT, file, asked)
 
 
@@ -64,7 +72,7 @@ def test_the_promised_ones_are_there() -> None:
     assert shipped <= set(NAMES)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OF_INFER)
 def test_each_dry_runs(name: str, material: tuple[str, ...]) -> None:
     result = run("--config", name, *material, "--dry-run", "--json")
     assert result.exit_code == 0, result.stderr
@@ -75,9 +83,10 @@ def test_each_dry_runs(name: str, material: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_comes_back_from_its_run_file(name: str, tmp_path: Path) -> None:
-    first = resolved(find_config(name, "infer"))
-    (tmp_path / "run.yaml").write_text(dump_run(first, "infer"), encoding="utf-8")
-    again = resolved(find_config(str(tmp_path), "infer"))
+    command = command_of(name)
+    first = resolved(find_config(name, command), command=command)
+    (tmp_path / "run.yaml").write_text(dump_run(first, command), encoding="utf-8")
+    again = resolved(find_config(str(tmp_path), command), command=command)
     assert again.cfg == first.cfg
     values = [{key: setting.value for key, setting in each.asked.items()} for each in (first, again)]
     assert values[0] == values[1] and "model.name" in values[0]
@@ -86,13 +95,27 @@ def test_each_comes_back_from_its_run_file(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_each_holds_every_value_that_its_command_takes(name: str) -> None:
     """Complete: a later change of a default does not change what a shipped file makes."""
-    file = read_config(find_config(name, "infer"))
-    cfg = resolved(find_config(name, "infer")).cfg
-    for dotted, spec in keys_of("infer").items():
+    command = command_of(name)
+    file = read_config(find_config(name, command))
+    cfg = resolved(find_config(name, command), command=command).cfg
+    for dotted, spec in keys_of(command).items():
         of_video = dotted.startswith("data.")  # read for models that take a video, which none of these does
         if dotted not in file.settings and not of_video:
             nothing = value_of(cfg, dotted) in (None, (), {})
-            assert nothing or is_without_code(spec, "infer"), dotted
+            assert nothing or is_without_code(spec, command), dotted
+
+
+@pytest.mark.parametrize("name", FOR_DATA)
+@pytest.mark.parametrize("command", ["precompute-latents", "precompute-audio"])
+def test_each_for_data_plans_a_folder_of_videos(name: str, command: str, tmp_path: Path) -> None:
+    """By its short name, with either command; no weights are needed for a plan."""
+    grey = np.full((170, 64, 64, 3), 90, np.uint8)
+    write_clip(tmp_path / "v.mp4", iter([grey]), audio=np.zeros(170 * 640, np.float32))
+    words = ("--from-videos", str(tmp_path), "--data", str(tmp_path / "out"), "--dry-run", "--json")
+    short = name.removeprefix("data/")
+    planned = CliRunner().invoke(app, [command, "--config", short, *words])
+    assert planned.exit_code == 0, planned.output
+    assert json.loads(planned.stdout)["samples"] == 2
 
 
 @pytest.mark.parametrize("name", FOR_A_MODEL)

@@ -26,7 +26,7 @@ class CommandKeys:
 
 
 _PREPARE: Final = CommandKeys(
-    main=("data", "train", "checkpoint"),
+    main=("data",),
     read={
         "model": "name channels audio_offset weights_root weights compat",
         "input": "fit prompt negative_prompt",

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 from avatarctl.config.suggest import nearest
 from avatarctl.errors import PathNotFound
 
 __all__ = ["find_config", "is_shipped", "preset_folder", "preset_names"]
+
+
+_JOBS: Final = {"precompute-audio": "data", "precompute-latents": "data"}
+"""Folders of commands that are not called as theirs is."""
 
 
 def preset_folder() -> Path:
@@ -34,7 +39,7 @@ def find_config(name: str, command: str) -> Path:
     """The file that `--config NAME` means.
 
     A path wins; a folder means its run.yaml; otherwise a shipped name, with or without the job folder
-    ("NAME" for `infer` is "infer/NAME"). Raises PathNotFound.
+    ("NAME" for `infer` is "infer/NAME", for both commands that prepare "data/NAME"). Raises PathNotFound.
     """
     path = Path(name)
     if "\0" in name:
@@ -44,9 +49,10 @@ def find_config(name: str, command: str) -> Path:
     if path.exists():
         return path
     shipped = name.removesuffix(".yaml")
-    for candidate in (shipped, f"{command.split()[0]}/{shipped}"):
+    for candidate in (shipped, f"{_JOBS.get(command, command.split()[0])}/{shipped}"):
         if candidate in preset_names():
             return preset_folder() / f"{candidate}.yaml"
-    like = nearest(name, preset_names()) or nearest(f"{command}/{name}", preset_names())
+    job = _JOBS.get(command, command)
+    like = nearest(name, preset_names()) or nearest(f"{job}/{name}", preset_names())
     fix = f"did you mean {like}?" if like else f"shipped are {', '.join(preset_names())}"
     raise PathNotFound("no such configuration file, and no shipped one of this name", where=name, fix=fix)

@@ -77,7 +77,11 @@ def test_every_key_that_infer_reads_has_an_option(run: Run) -> None:
     ("words", "says"),
     [
         (("infr",), "no such command 'infr' (did you mean infer?)"),
-        (("zzz",), "no such command 'zzz' (there are infer, convert-ckpt, models)"),
+        (
+            ("zzz",),
+            "no such command 'zzz' (there are infer, convert-ckpt, models, "
+            "precompute-audio, precompute-latents)",
+        ),
         (("models", "lst"), "did you mean list?"),
         (("models", "show", "cartoon-i2w"), "did you mean cartoon-i2v?"),
         (("models", "show"), "missing argument 'NAME'"),

@@ -132,7 +132,7 @@ def test_bad_videos_are_named_and_the_others_are_cut(tmp_path: Path) -> None:
     (folder / "torn.mp4").write_bytes((folder / "good.mp4").read_bytes()[:900])
     (folder / "empty.mp4").write_bytes(b"")
     (folder / "list.mkv").write_text("#EXTM3U\nfile:///etc/passwd\n")
-    with av.open(str(folder / "sound.mov"), "w") as container:
+    with av.open(str(folder / "voice.mov"), "w") as container:
         stream = container.add_stream("aac", rate=16_000, layout="mono")
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
         frame.sample_rate = 16_000
@@ -142,7 +142,7 @@ def test_bad_videos_are_named_and_the_others_are_cut(tmp_path: Path) -> None:
     assert made.exit_code == 7, made.output
     report = (tmp_path / "out/_dataset/precompute-latents.report.jsonl").read_text().splitlines()
     states = {entry["name"]: entry["state"] for entry in map(json.loads, report)}
-    bad = dict.fromkeys(("mute.mp4", "one.mp4", "torn.mp4", "empty.mp4", "list.mkv", "sound.mov"), "failed")
+    bad = dict.fromkeys(("mute.mp4", "one.mp4", "torn.mp4", "empty.mp4", "list.mkv", "voice.mov"), "failed")
     assert states == {**bad, "good.mp4": "done", "good.mp4/000000": "done"}
     for name in bad:
         assert f"warning: {name}: " in made.stderr
