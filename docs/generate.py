@@ -214,7 +214,8 @@ def presets_page(folder: Path) -> str:
 PRESETS_INTRODUCTION = """# Shipped configurations
 
 `avatarctl COMMAND --config NAME` finds them, a folder in front of the name included; options win over what
-they hold. Those of `data` are for `precompute-latents` and `precompute-audio`. With another `--model` only what stands under `asked:` is taken over.
+they hold. Those of `data` are for `precompute-latents` and `precompute-audio`. With another `--model` only
+what stands under `asked:` is taken over.
 
 """
 

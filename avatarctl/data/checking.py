@@ -94,6 +94,7 @@ class Checker:
         self._known, self._own, self._emit = known, own, emit
         self._conventions = family.conventions(cfg)
         self._mask = _mask(cfg)
+        self._modules = encoders
         self._encoders = {part: encoders.identity(part) for part in {each.part for each in artifacts}}
         self._taken: set[str] = set()  # prompts that a sample before will have encoded
         self._older = [each for each in family.artifacts(cfg) if each.older]
@@ -264,7 +265,7 @@ class Checker:
             entries = {each.older[1]: each for each in self._older if each.older and each.older[0] == file}
             if not path.is_file() or self._replaced(sample, entries.values()):
                 continue
-            shapes = {entry: _shape(each, rows, clip, self._cfg) for entry, each in entries.items()}
+            shapes = {entry: self._shape(each, rows, clip) for entry, each in entries.items()}
             try:
                 stated = self._known.recall(path, "older")
                 if stated is None or stated.get("shapes") != _listed(shapes):
@@ -280,6 +281,17 @@ class Checker:
                 entries[entry].name: made for entry, made in stated["entries"].items() if entry in entries
             }
         return found
+
+    def _shape(self, artifact: Artifact, rows: int, clip: int) -> tuple[int | None, ...]:
+        """The shape that an artifact of a clip of so many frames has, with `rows` of audio; it is stated for
+        `data.num_frames`. How wide audio is only its encoder knows, which this command may not load."""
+        assert self._cfg.data.num_frames is not None
+        if artifact.part == "audio":
+            width = self._modules.audio.width if "audio" in self._encoders else None
+            return tuple(width if size is None else rows for size in artifact.shape)
+        whole, own = latent_frames(self._cfg.data.num_frames), latent_frames(clip)
+        sides = enumerate(artifact.shape)
+        return tuple(own if place == 1 and size == whole else size for place, size in sides)
 
     def _replaced(self, sample: Sample, artifacts: Iterable[Artifact]) -> bool:
         """Whether ours stand beside a file, so that nobody will read it."""
@@ -318,16 +330,6 @@ def prompt_path(own: Path, artifact: Artifact, prompt: str) -> Path:
 
 def constant_path(own: Path, artifact: Artifact) -> Path:
     return own / "constants" / f"{artifact.name}.safetensors"
-
-
-def _shape(artifact: Artifact, rows: int, clip: int, cfg: RunConfig) -> tuple[int | None, ...]:
-    """The shape that an artifact of a clip of so many frames has, with `rows` of audio; it is stated for
-    `data.num_frames`."""
-    assert cfg.data.num_frames is not None
-    if artifact.part == "audio":
-        return tuple(None if size is None else rows for size in artifact.shape)
-    whole, own = latent_frames(cfg.data.num_frames), latent_frames(clip)
-    return tuple(own if place == 1 and size == whole else size for place, size in enumerate(artifact.shape))
 
 
 def _listed(shapes: dict[str, tuple[int | None, ...]]) -> dict[str, list[int | None]]:

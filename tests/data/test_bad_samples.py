@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from avatarctl.data.artifacts import read_artifact
 from avatarctl.data.storing import Store
 from avatarctl.data.workers import run_jobs
 from avatarctl.errors import UnusableFile, WriteFailed
@@ -199,3 +200,14 @@ def test_a_reading_process_that_dies_costs_its_own_sample() -> None:
     outcomes = list(run_jobs([(abs, (0,)), (os._exit, (9,)), (abs, (-2,)), (abs, (3,))], 2))
     assert [outcome.value for outcome in outcomes] == [0, None, 2, 3]
     assert isinstance(outcomes[1].problem, UnusableFile) and "code 9" in str(outcomes[1].problem)
+
+
+def test_features_of_another_width_are_made_again(out: Path) -> None:
+    own = out / ONE / "audio_features.safetensors"
+    width = read_artifact(own, "audio_features").shape[1]
+    own.unlink()
+    for wide in (width, width + 1):
+        torch.save({"audio_emb": torch.zeros(9, wide)}, out / ONE / "audio_emb_omniavatar.pt")
+        made = run("precompute-audio", "--data", out, *WORDS)
+        assert made.exit_code == 0, made.output
+        assert own.exists() == ("is stale" in made.stderr) == (wide != width)
