@@ -109,9 +109,11 @@ def write_older(path: Path, tensors: Mapping[str, Tensor], makings: Mapping[str,
     """A .pt file as published trainers read it: `entry` to tensor, and metadata that they ignore."""
     import torch
 
+    from avatarctl.finite import is_finite
+
     metadata = {f"{_FINGERPRINT}.{entry}": making.fingerprint for entry, making in makings.items()}
     for entry, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             raise UnusableWeights(f"{entry} holds numbers that are not finite", where=path)
     buffer = io.BytesIO()
     torch.save(

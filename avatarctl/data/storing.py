@@ -29,11 +29,11 @@ class Store:
     def write(self, todo: Todo, made: dict[str, Tensor]) -> None:
         """The artifacts of a sample. Raises UnusableFile for numbers that are not finite, before any is
         written; WriteFailed, OutputRefused."""
-        import torch
+        from avatarctl.finite import is_finite
 
         tensors = {name: rounded(made[name], self._cfg) for name in todo.names}
         for name, tensor in tensors.items():
-            if not bool(torch.isfinite(tensor).all()):
+            if not is_finite(tensor):
                 raise UnusableFile(f"{name} would hold numbers that are not finite", where=todo.sample.name)
         older: dict[str, dict[str, str]] = {}
         for name in todo.names:
