@@ -1,3 +1,5 @@
+import copy
+
 import torch
 
 from avatarctl.loading.built_in import build_random_modules
@@ -38,6 +40,19 @@ def test_encode_takes_the_mode_and_normalises_per_channel() -> None:
     raw = vae.vae.encode(video).latent_dist.mode()
     torch.testing.assert_close(vae.encode(video), (raw - mean(vae)) / std(vae))
     torch.testing.assert_close(vae.encode(video[:, :, :1]), vae.encode(video)[:, :, :1], atol=1e-6, rtol=0)
+
+
+def test_onednn_differs_from_the_library_by_rounding_alone() -> None:
+    fast = codec()
+    plain = copy.deepcopy(fast)
+    for module in plain.modules():
+        if isinstance(module, torch.nn.Conv3d):
+            assert module.__dict__.pop("_conv_forward"), "a loaded VAE convolves in its own way"
+    generator = torch.Generator().manual_seed(3)
+    latents = torch.randn(1, 16, 4, 4, 4, generator=generator)
+    video = torch.rand(1, 3, 13, 32, 32, generator=generator) * 2 - 1
+    torch.testing.assert_close(fast.decode(latents), plain.decode(latents), atol=5e-6, rtol=0)
+    torch.testing.assert_close(fast.encode(video), plain.encode(video), atol=1e-5, rtol=1e-5)
 
 
 def mean(vae) -> torch.Tensor:
