@@ -56,7 +56,7 @@ def read_header(path: Path) -> Header:
             )
         if is_text(start):
             raise UnusableWeights(
-                f"is a text, not a weight file; it begins {start[:40].decode('utf-8', 'replace')!r}",
+                f"is a text, not a weight file; it begins {_decoded(start)[:40]!r}",
                 where=path,
                 fix="read it: it may say why nothing was fetched; then download again",
             )
@@ -114,6 +114,12 @@ def is_text(start: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return all(sign.isprintable() or sign.isspace() or sign == "\ufeff" for sign in text)
+
+
+def _decoded(text: bytes) -> str:
+    """The beginning of a text, without the mark of its encoding."""
+    marked = text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return text.decode("utf-16" if marked else "utf-8-sig", "replace")
 
 
 def is_possible_shape(shape: Sequence[int], itemsize: int) -> bool:

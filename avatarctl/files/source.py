@@ -57,7 +57,7 @@ _TRAINERS: Final = (
     (
         re.compile(r"zero_to_fp32\.py|.+_(optim|model)_states\.pt", re.ASCII),
         "is a checkpoint of DeepSpeed, its weights in parts among the states of processes",
-        "run `python zero_to_fp32.py FOLDER OUT`, a script that lies in it, and name OUT",
+        "run `python zero_to_fp32.py . OUT` in the folder where that script lies, and name OUT",
     ),
     (
         re.compile(r".+\.distcp", re.ASCII),
@@ -71,6 +71,8 @@ _TRAINERS: Final = (
     ),
 )
 """Names of files that tell what wrote a folder, what that is, and how it becomes a file that is read."""
+_PART: Final = re.compile(rf".+\.distcp|\.metadata|.+_optim_states\.pt|{_BLOCK.pattern}", re.ASCII)
+"""Names of files that are of no use without the others of such a folder. One block alone may be anything."""
 
 _STEP = re.compile(r"(step-.*|trainable_weights)\.pt", re.ASCII)
 
@@ -113,8 +115,8 @@ def open_weights(path: Path) -> RawWeights:
         index = path.with_name(f"{name}.index.json")
         hint = f"name {index.name} or the folder" if index.exists() else f"its index {index.name} is missing"
         raise UnusableWeights(f"is one of {count} files of a model, not the whole", where=path, fix=hint)
-    elif path.name.endswith((".distcp", "_optim_states.pt")) and path.is_file():
-        _refuse_of_trainers([path.parent])
+    elif _PART.fullmatch(path.name) and path.is_file():
+        _refuse_of_trainers([path.parent], blocks=2)
     raw = _read_index(chosen) if chosen.name.endswith(INDEX_SUFFIXES) else _with_companion(_read_file(chosen))
     config_path = _config_beside(chosen, anything=chosen != path)
     config = read_object(config_path, MAX_CONFIG) if config_path else {}
@@ -309,14 +311,15 @@ def _choose(folder: Path, notes: list[str]) -> Path:
     return chosen
 
 
-def _refuse_of_trainers(folders: Iterable[Path]) -> None:
-    """Raise UnusableWeights for the first folder whose files a trainer has cut into parts."""
+def _refuse_of_trainers(folders: Iterable[Path], blocks: int = 1) -> None:
+    """Raise UnusableWeights for the first folder whose files a trainer has cut into parts, at least `blocks`
+    where they are blocks."""
     for folder in folders:
         with reading(folder):
             names = [path.name for path in folder.iterdir()]
         whole = any(name.endswith(INDEX_SUFFIXES) for name in names)
         for told, what, fix in _TRAINERS:
-            if not whole and any(map(told.fullmatch, names)):
+            if not whole and sum(map(bool, map(told.fullmatch, names))) >= (blocks if told is _BLOCK else 1):
                 raise UnusableWeights(what, where=folder, fix=fix)
 
 

@@ -132,7 +132,7 @@ def hub_errors(what: str) -> Iterator[None]:
     except errors.HTTPError as error:
         cause = f"no connection to {endpoint()} ({type(error).__name__})"
         raise WeightsMissing(
-            cause, where=what, fix=f"check the network, HF_ENDPOINT and {_proxies()}"
+            cause, where=what, fix=f"check the network, HF_ENDPOINT and {_proxies(schemes=True)}"
         ) from error
     except UnicodeEncodeError as error:
         raise WeightsMissing(
@@ -162,15 +162,15 @@ def _refusal(error: Any, what: str) -> tuple[str, str | None]:
     return f"{endpoint()} answered with HTTP {status}", "try again later"
 
 
-def _proxies() -> str:
+def _proxies(*, schemes: bool = False) -> str:
     """The variables of the proxies that the client asks, in words; never their values, which may hold a
-    password."""
+    password. schemes: with what it takes an address without a scheme for."""
     names = []
     for kind in ("https", "http", "all"):
         name = f"{kind}_proxy" if f"{kind}_proxy" in os.environ else f"{kind.upper()}_PROXY"
         if address := getproxies().get(kind):
-            http = "" if "://" in address else ", which is an HTTP proxy without socks5:// in front"
-            names.append(f"{name}{http}")
+            of_http = schemes and "://" not in address
+            names.append(f"{name}{', which is an HTTP proxy without socks5:// in front' if of_http else ''}")
     return " and ".join(names) or "the proxy"
 
 

@@ -144,18 +144,22 @@ def place_names(names: Iterable[str], layout: WeightLayout) -> Names:
 
 def nearest_form(name: str, layout: WeightLayout) -> str:
     """The name that is read and most like one that is not; N is a block's number. Empty for strangers."""
-    asked = re.sub(r"(?<=blocks[._])\d+", "N", name[:200])
+    prefix, rest = _strip(name[:200])
+    asked = re.sub(r"(?<=blocks[._])\d+", "N", rest)
     templates = [each.replace("{n}", "N") for rule in layout.key_map.rules for each in rule]
     modules = [each.removesuffix(".{rest}") for each in templates]
     module, _, ending = asked.partition(".lora")
     if "." not in module:
-        modules = ["lora_unet_" + each.replace(".", "_") for each in modules]
+        modules = [each.replace(".", "_") for each in modules]
+        if _FLAT.search(prefix) is None:
+            prefix, module, asked = "", prefix + module, prefix + asked
+            modules = ["lora_unet_" + each for each in modules]
     if ended := _ended(asked):
         module = ended[0]
     elif not ending:
         module = asked.rpartition(".")[0]
     found = next(iter(difflib.get_close_matches(module, modules, n=1, cutoff=0.75)), "")
-    return found and found + (asked[len(module) :] if ended or not ending else ".lora_A.weight")
+    return found and prefix + found + (asked[len(module) :] if ended or not ending else ".lora_A.weight")
 
 
 def _refuse_foreign(names: list[str]) -> None:
@@ -170,15 +174,15 @@ def _refuse_foreign(names: list[str]) -> None:
 
 
 def _strip(name: str) -> tuple[str, str]:
-    """The wrappers in front of a name and inside it, then what says that it is flat, and the rest."""
-    taken = ""
+    """What stands in front of a name (wrappers, what says that it is flat, wrappers inside it), and the rest."""
+    taken = inside = ""
     while prefix := next((each for each in _PREFIXES if name.startswith(each)), ""):
         taken, name = taken + prefix, name[len(prefix) :]
     for inner in dict.fromkeys(match[0] for match in _INNER.finditer(name)):
-        taken += "" if inner in taken else inner
+        inside += "" if inner in taken else inner
     name = _INNER.sub("", name)
     flat = match[0] if (match := _FLAT.match(name)) else ""
-    return taken + flat, name[len(flat) :]
+    return taken + flat + inside, name[len(flat) :]
 
 
 class _Translator:

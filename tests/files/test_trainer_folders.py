@@ -55,12 +55,28 @@ def test_a_folder_is_named_for_what_it_is(name: str, tmp_path: Path) -> None:
     assert str(told.value.where).startswith(str(tmp_path))
 
 
-@pytest.mark.parametrize("part", ["__0_0.distcp", RANKS[0]])
-def test_a_part_of_one_is_named_too(part: str, tmp_path: Path) -> None:
-    fill(tmp_path, [part])
+@pytest.mark.parametrize(
+    ("part", "others", "way_out"),
+    [
+        ("__0_0.distcp", [], DCP),
+        (".metadata", ["__0_0.distcp"], DCP),
+        (RANKS[0], [], DEEPSPEED),
+        ("block_1.safetensors", ["non_block.safetensors"], BLOCKS),
+        ("non_block.safetensors", ["block_0.safetensors"], BLOCKS),
+    ],
+)
+def test_a_part_of_one_is_named_too(
+    part: str, others: list[str], way_out: tuple[str, str], tmp_path: Path
+) -> None:
+    fill(tmp_path, [part, *others])
     with pytest.raises(UnusableWeights) as told:
         open_weights(tmp_path / part)
-    assert any(way_out in (told.value.fix or "") for _, way_out in (DEEPSPEED, DCP))
+    assert way_out[0] in told.value.what and way_out[1] in (told.value.fix or "")
+
+
+def test_a_file_with_the_name_of_a_block_and_no_others_is_read(tmp_path: Path) -> None:
+    save_file({"x": np.ones(2, np.float32)}, tmp_path / "block_0.safetensors")
+    assert list(open_weights(tmp_path / "block_0.safetensors").tensors) == ["x"]
 
 
 def test_what_was_gathered_already_is_read(tmp_path: Path) -> None:

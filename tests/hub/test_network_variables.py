@@ -55,7 +55,9 @@ def test_a_socks_proxy(variable: str, address: str, proxied: pytest.MonkeyPatch)
     assert "secret" not in error
 
 
-@pytest.mark.parametrize("address", ["socks4://127.0.0.1:1", "ftp://127.0.0.1:1", "http://127.0.0.1:port"])
+@pytest.mark.parametrize(
+    "address", ["socks4://127.0.0.1:1", "ftp://127.0.0.1:1", "http://127.0.0.1:port", "127.0.0.1:port", ":::"]
+)
 def test_a_proxy_that_is_none(address: str, proxied: pytest.MonkeyPatch) -> None:
     proxied.setenv("HTTP_PROXY", address)
     error = error_of(models("pull", NAME, code=4))

@@ -52,6 +52,9 @@ CONTENTS = {
     "camera raw (RAF)": [b"FUJIFILMCCD-RAW 0201FF383501X-T2" + bytes(200)],
     "camera raw (ORF)": [b"IIRO\x08\0\0\0" + bytes(200), b"IIRS\x08\0\0\0" + bytes(200), b"MMOR" + bytes(99)],
     "camera raw (RW2)": [b"IIU\0\x18\0\0\0" + bytes(200)],
+    "camera raw (X3F)": [b"FOVb\x00\x00\x02\x00" + bytes(200)],
+    "camera raw (MRW)": [b"\0MRM\x00\x00\x01\x00" + bytes(200)],
+    "camera raw (CRW)": [b"II\x1a\0\0\0HEAPCCDR\x02\0\x01\0" + bytes(200)],
     "camera raw (CR2)": [b"II*\0\x10\0\0\0CR\x02\0" + bytes(200)],
     "camera raw (DNG)": [tiff(order, [*PREVIEW, (50706, 1, 4, 0x01040000)]) for order in "<>"],
     "camera raw": [

@@ -157,6 +157,9 @@ def test_wrappers_of_names_change_nothing(name: str, tmp_path: Path) -> None:
     assert lora.lora_pairs.keys() == PAIRS.keys()
     check(merged(lora, tmp_path), release.merged(BASE, PAIRS, 1.0))
     assert any("was taken off" in note for note in lora.notes)
+    if name.startswith("flat, compiled") and "blocks" not in name:
+        (prefix,) = {key.partition("blocks_")[0] for key in WRAPPED[name]()}
+        assert f"the prefix {prefix!r} of 80 names was taken off" in lora.notes
 
 
 # What no rule covers
@@ -169,10 +172,21 @@ def test_wrappers_of_names_change_nothing(name: str, tmp_path: Path) -> None:
         (named(lambda name: flat(name, "lora_dit_"), *KOHYA), "lora_dit_blocks_0_", "lora_unet_blocks_N_"),
         (named(str, "lora_a", "lora_b"), "blocks.0.cross_attn.k.lora_a.", "blocks.N.cross_attn.k.lora_A."),
         (named(lambda name: name.replace("attn.q", "attn.query")), "query.lora_A", "blocks.N.cross_attn.q."),
+        (
+            named(lambda name: f"diffusion_model.{name.replace('attn.q', 'attn.qq')}"),
+            "diffusion_model.blocks.0.cross_attn.qq.", "diffusion_model.blocks.N.cross_attn.q.lora_A.",
+        ),
+        (
+            named(lambda name: flat(name.replace("ffn", "mlp"), "lora_transformer__"), *KOHYA),
+            "lora_transformer__blocks_0_mlp_0.", "lora_transformer__blocks_N_ffn_0.lora_down.weight",
+        ),
         ({"model.layers.0.mlp.up_proj.lora_A.weight": torch.ones(1, 4)}, "model.layers.0.mlp", ""),
         ({"lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": torch.ones(1, 4)}, "down_", ""),
     ],
-    ids=["prefix", "flat prefix", "ending", "module", "another network", "another flat network"],
+    ids=[
+        "prefix", "flat prefix", "ending", "module", "module behind a prefix", "flat module behind a prefix",
+        "another network", "another flat network",
+    ],
 )  # fmt: skip
 def test_strangers_are_refused_with_their_first_names_and_the_nearest_known(
     state: State, first: str, nearest: str, tmp_path: Path
