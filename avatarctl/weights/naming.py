@@ -174,7 +174,7 @@ def _refuse_foreign(names: list[str]) -> None:
 
 
 def _strip(name: str) -> tuple[str, str]:
-    """What stands in front of a name (wrappers, what says that it is flat, wrappers inside it), and the rest."""
+    """What stands in front of a name (wrappers, what says that it is flat, wrappers inside it); the rest."""
     taken = inside = ""
     while prefix := next((each for each in _PREFIXES if name.startswith(each)), ""):
         taken, name = taken + prefix, name[len(prefix) :]
