@@ -16,6 +16,7 @@ __all__ = [
     "Event",
     "Notice",
     "OutputFinished",
+    "PartDone",
     "Planned",
     "SampleFinished",
     "SpanFinished",
@@ -101,7 +102,26 @@ class SampleFinished:
     seconds_left: float
 
 
-Event = Notice | Stage | Planned | StepFinished | SpanFinished | OutputFinished | BytesMoved | SampleFinished
+@dataclass(frozen=True)
+class PartDone:
+    """`done` of the whole work, 0 to 1, while it is at `what`; seconds_left by what the part took."""
+
+    what: str
+    done: float
+    seconds_left: float
+
+
+Event = (
+    Notice
+    | Stage
+    | Planned
+    | StepFinished
+    | SpanFinished
+    | OutputFinished
+    | BytesMoved
+    | SampleFinished
+    | PartDone
+)
 Emit = Callable[[Event], None]
 
 

@@ -15,6 +15,7 @@ from avatarctl.events import (
     Event,
     Notice,
     OutputFinished,
+    PartDone,
     Planned,
     SampleFinished,
     SpanFinished,
@@ -29,6 +30,9 @@ __all__ = ["Screen", "spell_out"]
 
 LONG_MOVE = 10**9
 """Bytes from which a log says how far they are."""
+
+LONG_WORK = 10.0
+"""Seconds, of all the work, from which a log says how far it is."""
 
 _LEVELS = ("debug", "info", "warning", "error")
 _SPELLED_OUT = {"…": "...", "–": "-", "—": "-", "→": "->", "×": "x", "±": "+-", "“": '"', "”": '"', "’": "'"}
@@ -104,6 +108,8 @@ class Screen:
                 self._move(event)
             case SampleFinished():
                 self._sample(event)
+            case PartDone():
+                self._part(event)
             case OutputFinished():
                 self._end_progress()
                 self.line(
@@ -213,6 +219,31 @@ class Screen:
         self._task = self._progress.add_task(f"{event.what}s", total=event.total)
         with self._unread():
             self._progress.start()
+
+    def _part(self, event: PartDone) -> None:
+        """A bar for a terminal; in a log a line per tenth."""
+        if self._progress is None and self._stream.isatty() and self._rank <= _LEVELS.index("info"):
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+            self._progress = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                TaskProgressColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=Console(file=self._stream),
+                transient=True,
+            )
+            self._task = self._progress.add_task("", total=1.0)
+            with self._unread():
+                self._progress.start()
+        if self._progress is not None and self._task is not None:
+            with self._unread():
+                self._progress.update(self._task, completed=event.done, description=printable(event.what))
+        elif int(event.done * 10) > self._tenth and event.seconds_left >= LONG_WORK * (1 - event.done):
+            self._tenth = int(event.done * 10)
+            self.line(f"{event.what}: {self._tenth * 10} %, {_duration(event.seconds_left)} left")
 
     def _start_moving(self, event: BytesMoved) -> None:
         if not self._stream.isatty() or self._rank > _LEVELS.index("info"):

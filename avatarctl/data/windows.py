@@ -29,6 +29,7 @@ from avatarctl.rng import generator
 from avatarctl.timeline import SAMPLE_RATE, SAMPLES_PER_FRAME
 
 __all__ = [
+    "VIDEO_SUFFIXES",
     "Cutting",
     "RawVideo",
     "find_videos",
@@ -44,7 +45,7 @@ _MADE: Final = "sample.json"
 _VERSION: Final = 1
 _LARGEST_RECORD: Final = 1 << 26
 _POOL: Final = 32  # frames of a source that references are drawn from
-_VIDEO_SUFFIXES: Final = frozenset(
+VIDEO_SUFFIXES: Final = frozenset(
     (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp")
 )
 
@@ -84,7 +85,7 @@ def find_videos(path: Path, default_prompt: str) -> list[RawVideo]:
             Path(folder) / name
             for folder, _, names in os.walk(path)
             for name in names
-            if Path(name).suffix.lower() in _VIDEO_SUFFIXES
+            if Path(name).suffix.lower() in VIDEO_SUFFIXES
         )
         found = [_raw(file, path, None, "", default_prompt) for file in files]
     else:

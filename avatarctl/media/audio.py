@@ -20,7 +20,7 @@ from avatarctl.media.audio_readers import (
 )
 from avatarctl.media.files import check_regular_file
 
-__all__ = ["Audio", "audio_from_array", "open_audio", "write_audio"]
+__all__ = ["Audio", "audio_from_array", "comment_of", "open_audio", "write_audio"]
 
 _W64_MAGIC = b"riff\x2e\x91\xcf\x11"
 _OGG_MAGIC = b"OggS"
@@ -80,13 +80,18 @@ def audio_from_array(samples: Samples, rate: int, name: str) -> Audio:
 
 
 def write_audio(
-    path: str | Path, samples: Samples | Iterable[Samples], rate: int, subtype: str = "PCM_16"
+    path: str | Path,
+    samples: Samples | Iterable[Samples],
+    rate: int,
+    subtype: str = "PCM_16",
+    comment: str = "",
 ) -> None:
     """Write float samples [n] or [n, channels], or an iterable of such blocks, as WAV, FLAC or OGG.
 
     The extension of `path` chooses the format, `subtype` the encoding (libsndfile's names: "PCM_16",
-    "PCM_24", "FLOAT", "VORBIS", "OPUS"). Integer encodings clip at full scale. An existing file is
-    replaced; after a failure nothing is left.
+    "PCM_24", "FLOAT", "VORBIS", "OPUS"). Integer encodings clip at full scale. A `comment` stands behind
+    the samples, so that readers who count on a header of 44 bytes find these. An existing file is replaced;
+    after a failure nothing is left.
 
     Raises OutputRefused for another extension, a wrong subtype or a place that cannot be written,
     WriteFailed when the disk refuses bytes.
@@ -114,6 +119,8 @@ def write_audio(
             for block in blocks:
                 handle.write(block)
                 written += len(block)
+            if comment:
+                handle.comment = comment
         if soundfile.info(str(target)).frames != written:  # a failed flush goes unreported
             raise WriteFailed("is incomplete: the disk is full or the file grew too large", where=path)
     except (soundfile.LibsndfileError, AssertionError, OSError) as error:  # soundfile asserts full writes
@@ -124,6 +131,15 @@ def write_audio(
     except BaseException:
         target.unlink(missing_ok=True)
         raise
+
+
+def comment_of(path: Path) -> str:
+    """The comment in an audio file; empty for none, and for anything that libsndfile does not read."""
+    try:
+        with soundfile.SoundFile(str(path)) as handle:
+            return str(handle.comment)
+    except (soundfile.LibsndfileError, OSError):
+        return ""
 
 
 def _write_blocks(source: Iterable[Samples]) -> Iterator[Samples]:

@@ -191,7 +191,7 @@ _FILES: Final = (
         files=("models/buffalo_l/",), obtained="the insightface package", license="non-commercial",
     ),
     Row(
-        "kim-vocal-2", "separator", "MDX vocal separator", NOT_YET,
+        "kim-vocal-2", "separator", "MDX vocal separator", NEEDS_WEIGHTS,
         hub_id="FrancisRing/StableAvatar", files=("Kim_Vocal_2.onnx",),
     ),
 )  # fmt: skip

@@ -1,0 +1,256 @@
+"""Speech out of mixes, one after another: `vocal.wav` as the models read audio, and stems at full rate.
+
+Audio is read twice: for its level and whether it can be used, then to be separated, block by block. What is
+written says in its comment what made it, so that the same command passes over what is done, and nothing else
+is replaced unless asked.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+import numpy as np
+
+from avatarctl.atomic import disk_errors, flush_file, flush_folder, held_folder, remove_left_behind
+from avatarctl.data.mixes import Mix
+from avatarctl.errors import (
+    AvatarctlError,
+    Interrupted,
+    OutputRefused,
+    PartlyFailed,
+    UnusableFile,
+    UnusableWeights,
+    WriteFailed,
+)
+from avatarctl.events import Emit, Notice, PartDone
+from avatarctl.media.audio import comment_of, open_audio, write_audio
+from avatarctl.media.audio_readers import Audio, Samples
+from avatarctl.media.audio_survey import AudioSurvey, survey
+from avatarctl.media.waveform import MODEL_RATE, model_signal
+from avatarctl.perception.separation import Separator
+
+__all__ = ["Separated", "Separation", "conclude"]
+
+_MADE_BY: Final = "avatarctl separate"
+_VERSION: Final = 1  # of what a method computes; another makes everything anew
+_OFTEN: Final = 0.2  # s between two words of progress
+
+
+@dataclass(frozen=True)
+class Separated:
+    """What became of one mix. files: `vocal.wav` first. seconds: of audio. error: of a failed one."""
+
+    name: str
+    state: Literal["done", "skipped", "failed"]
+    files: tuple[Path, ...] = ()
+    seconds: float = 0.0
+    error: AvatarctlError | None = None
+
+
+class Separation:
+    """One way of separating, over any number of mixes.
+
+    stems:     write speech and the rest at the separator's rate, as 32-bit float WAV; without a rest
+               (`none`) speech alone.
+    overwrite: replace what this program did not write, and make again what is done.
+    """
+
+    def __init__(
+        self,
+        separator: Separator,
+        emit: Emit,
+        should_stop: Callable[[], bool],
+        *,
+        stems: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        self._separator, self._emit, self._should_stop = separator, emit, should_stop
+        self._overwrite = overwrite
+        self._stems = () if not stems else ("speech",) if separator.compensate is None else ("speech", "rest")
+
+    def run(self, mixes: Sequence[Mix]) -> list[Separated]:
+        """All of them; one that cannot be used is named and left out.
+
+        Raises Interrupted, WriteFailed for a full disk, and UnusableWeights, which would fail them all.
+        """
+        clock = _Clock([_size(mix.path) for mix in mixes], self._emit)
+        results: list[Separated] = []
+        for number, mix in enumerate(mixes):
+            clock.begin(number, mix.name)
+            try:
+                self._stop_if_asked()
+                results.append(self._separate(mix, clock))
+            except (WriteFailed, UnusableWeights, Interrupted):
+                raise
+            except AvatarctlError as error:
+                if len(mixes) > 1:
+                    self._emit(Notice(f"{mix.name}: {error}", "warning"))
+                results.append(Separated(mix.name, "failed", error=error))
+        return results
+
+    def state_of(self, mix: Mix) -> Literal["done", "skipped"]:
+        """Whether it has to be done. Raises what stands against it, as far as no audio is read."""
+        if mix.problem is not None:
+            raise mix.problem
+        return "skipped" if self._stands(mix, self._making(open_audio(mix.path))) else "done"
+
+    def _separate(self, mix: Mix, clock: _Clock) -> Separated:
+        if mix.problem is not None:
+            raise mix.problem
+        audio = open_audio(mix.path)
+        making = self._making(audio)
+        if self._stands(mix, making):
+            return Separated(mix.name, "skipped", self._files(mix))
+        found = survey(audio)
+        for warning in found.warnings:
+            self._emit(Notice(f"{mix.name}: {warning}", "warning"))
+        home = mix.vocal.parent
+        with disk_errors(home):
+            home.mkdir(parents=True, exist_ok=True)
+        for line in remove_left_behind(home):
+            self._emit(Notice(line))
+        with disk_errors(mix.vocal), held_folder(home) as hidden:
+            made = self._write(audio, found, hidden, making, clock)
+            for path in made:
+                flush_file(path)
+            # The one that says that all is done comes last.
+            for path, final in reversed(list(zip(made, self._files(mix), strict=True))):
+                path.replace(final)
+            flush_folder(home)
+        return Separated(mix.name, "done", self._files(mix), found.samples / MODEL_RATE)
+
+    def _files(self, mix: Mix) -> tuple[Path, ...]:
+        return (mix.vocal, *(mix.stem(which) for which in self._stems))
+
+    def _making(self, audio: Audio) -> str:
+        """What decides the bytes of a result."""
+        return json.dumps(
+            {
+                "made by": _MADE_BY,
+                "version": _VERSION,
+                "method": self._separator.method,
+                "weights": self._separator.identity,
+                "source": audio.sha256(),
+            }
+        )
+
+    def _stands(self, mix: Mix, making: str) -> bool:
+        """Whether all is there as it would be made. Raises OutputRefused for files that others wrote."""
+        if self._overwrite:
+            return False
+        comments = {path: comment_of(path) for path in self._files(mix) if path.exists() or path.is_symlink()}
+        for path, comment in comments.items():
+            if not comment.startswith(f'{{"made by": "{_MADE_BY}"'):
+                raise OutputRefused(
+                    "exists, and this command did not write it",
+                    where=path,
+                    fix="add --overwrite or choose another --out",
+                )
+        return all(comments.get(path) == making for path in self._files(mix))
+
+    def _write(
+        self, audio: Audio, found: AudioSurvey, hidden: Path, making: str, clock: _Clock
+    ) -> list[Path]:
+        """`vocal`, and `speech` and `rest` where asked for. With stems, speech is separated once, into its
+        file, and the others are made of that: their numbers are the same as without."""
+        rate = self._separator.rate(audio)
+        total = found.native_samples * rate / audio.rate
+        speech = self._watched(self._separator.speech(audio, found.peak), total, clock)
+        vocal = hidden / "vocal.wav"
+        made = [vocal]
+        if self._stems:
+            made.append(hidden / "speech.wav")
+            write_audio(made[1], speech, rate, "FLOAT", making)
+            speech = open_audio(made[1]).blocks()
+        if "rest" in self._stems:
+            made.append(hidden / "rest.wav")
+            write_audio(made[2], self._rest(audio, made[1]), rate, "FLOAT", making)
+        write_audio(vocal, _exactly(model_signal(speech, rate), found.samples), MODEL_RATE, comment=making)
+        return made
+
+    def _rest(self, audio: Audio, speech: Path) -> Iterator[Samples]:
+        factor = np.float32(self._separator.compensate or 0.0)
+        kept = open_audio(speech)
+        spoken, ahead = kept.blocks(), np.zeros((0, kept.channels), np.float32)
+        for block in self._separator.mix(audio):
+            self._stop_if_asked()
+            while len(ahead) < len(block):
+                ahead = np.concatenate([ahead, next(spoken)])
+            yield block - factor * ahead[: len(block)]
+            ahead = ahead[len(block) :]
+
+    def _watched(self, blocks: Iterable[Samples], total: float, clock: _Clock) -> Iterator[Samples]:
+        done = 0
+        for block in blocks:
+            self._stop_if_asked()
+            done += len(block)
+            clock.tell(done / total)
+            yield block
+
+    def _stop_if_asked(self) -> None:
+        if self._should_stop():
+            raise Interrupted("stopped", fix="the same command goes on where it was")
+
+
+def conclude(results: Sequence[Separated]) -> None:
+    """Raises what went wrong: the error itself of a single one, PartlyFailed, or UnusableFile if nothing was
+    of use."""
+    failed = [each for each in results if each.error is not None]
+    if not failed:
+        return
+    first = failed[0].error
+    assert first is not None
+    if len(results) == 1:
+        raise first
+    words = f"the first: {failed[0].name}: {first}"
+    if len(failed) == len(results):
+        raise UnusableFile(f"no audio could be used: {words}")
+    raise PartlyFailed(f"{len(failed)} of {len(results)} files failed; {words}")
+
+
+class _Clock:
+    """Progress over all mixes, weighed by the size of their files, and the seconds that are left."""
+
+    def __init__(self, sizes: list[int], emit: Emit) -> None:
+        self._sizes, self._emit = sizes, emit
+        self._total = max(1, sum(sizes))
+        self._begun = self._said = time.monotonic()
+        self._passed = 0
+        self._number, self._name = 0, ""
+
+    def begin(self, number: int, name: str) -> None:
+        self._number, self._name = number, name
+        self._passed = sum(self._sizes[:number])
+
+    def tell(self, share: float) -> None:
+        """`share` of the present one is done."""
+        now = time.monotonic()
+        done = (self._passed + self._sizes[self._number] * min(1.0, share)) / self._total
+        if now - self._said < _OFTEN or done <= 0:
+            return
+        self._said = now
+        count = len(self._sizes)
+        what = self._name if count == 1 else f"{self._number + 1} of {count}: {self._name}"
+        self._emit(PartDone(what, done, (now - self._begun) * (1 - done) / done))
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except (OSError, ValueError):  # whoever opens it says what is wrong
+        return 0
+
+
+def _exactly(blocks: Iterable[Samples], samples: int) -> Iterator[Samples]:
+    """Blocks [n] as so many samples in all: resampled twice, a length may differ by one."""
+    for block in blocks:
+        if len(block := block[:samples]):
+            yield block
+        samples -= len(block)
+    if samples:
+        yield np.zeros(samples, np.float32)

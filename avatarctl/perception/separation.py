@@ -1,0 +1,105 @@
+"""Speech out of a mix: the three ways to it, behind one small interface."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Final, Literal, Protocol
+
+from avatarctl.media.audio_readers import Audio, Samples
+from avatarctl.media.files import file_sha256
+from avatarctl.perception.mdx_net import COMPENSATE, RATE, MdxNetwork, overlapped, stereo_signal
+from avatarctl.perception.spectral_gate import gate
+
+__all__ = ["BACKENDS", "Backend", "MdxOnnx", "Separator", "SpectralGate", "Unchanged"]
+
+Backend = Literal["mdx-onnx", "dsp", "none"]
+BACKENDS: Final[tuple[Backend, ...]] = ("mdx-onnx", "dsp", "none")
+
+
+class Separator(Protocol):
+    """One way of separating; it holds nothing of one audio for the next.
+
+    method:     its name in files and for programs
+    warning:    what a person should know of it, empty for nothing
+    identity:   what else decides the numbers that come out, the weights' SHA-256
+    compensate: how much louder speech is in the mix than it comes out; None if there is no rest
+    """
+
+    method: str
+    warning: str
+    identity: str
+    compensate: float | None
+
+    def rate(self, audio: Audio) -> int:
+        """Samples per second of `mix` and `speech`."""
+        ...
+
+    def mix(self, audio: Audio) -> Iterator[Samples]:
+        """The audio as it is separated: float32 [n, channels] in blocks."""
+        ...
+
+    def speech(self, audio: Audio, peak: float) -> Iterator[Samples]:
+        """The speech in it, as long and with as many channels. peak: the largest magnitude of `audio`."""
+        ...
+
+
+class Unchanged:
+    """All of the audio, at its own rate and with its own channels."""
+
+    method = "none"
+    warning = identity = ""
+    compensate: float | None = None
+
+    def rate(self, audio: Audio) -> int:
+        return audio.rate
+
+    def mix(self, audio: Audio) -> Iterator[Samples]:
+        return audio.blocks()
+
+    def speech(self, audio: Audio, peak: float) -> Iterator[Samples]:
+        return audio.blocks()
+
+
+class SpectralGate:
+    """`spectral_gate.gate` at the audio's own rate; more than two channels are mixed to one."""
+
+    method = "dsp-gate"
+    warning = "dsp is a demo-quality spectral gate, not a neural separator"
+    identity = ""
+    compensate: float | None = 1.0
+
+    def rate(self, audio: Audio) -> int:
+        return audio.rate
+
+    def mix(self, audio: Audio) -> Iterator[Samples]:
+        return _at_most_stereo(audio.blocks())
+
+    def speech(self, audio: Audio, peak: float) -> Iterator[Samples]:
+        return gate(self.mix(audio), audio.rate)
+
+
+class MdxOnnx:
+    """Kim_Vocal_2 by onnxruntime at 44.1 kHz. Raises as `MdxNetwork`."""
+
+    method = "mdx-onnx"
+    warning = ""
+    compensate: float | None = COMPENSATE
+
+    def __init__(self, path: Path) -> None:
+        self._network = MdxNetwork(path)
+        self.identity = file_sha256(path)
+
+    def rate(self, audio: Audio) -> int:
+        return RATE
+
+    def mix(self, audio: Audio) -> Iterator[Samples]:
+        return stereo_signal(audio.blocks(), audio.rate)
+
+    def speech(self, audio: Audio, peak: float) -> Iterator[Samples]:
+        return overlapped(self.mix(audio), self._network, peak)
+
+
+def _at_most_stereo(blocks: Iterable[Samples]) -> Iterator[Samples]:
+    for block in blocks:
+        yield block if block.shape[1] <= 2 else block.mean(axis=1, keepdims=True)
