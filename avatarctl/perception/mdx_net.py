@@ -8,6 +8,7 @@ before it, so memory does not depend on the length of the audio.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -33,6 +34,7 @@ _HOP: Final = 1024
 _BANDS: Final = 3072  # of 3841; what lies above 17.6 kHz is no speech
 _FRAMES: Final = 256
 _MUTED: Final = 3  # lowest bands
+_CODES: Final = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .* failed:)?")
 _PEAK: Final = 0.9  # of what the network is given
 CHUNK: Final = _HOP * (_FRAMES - 1)
 TRIM: Final = _FFT // 2
@@ -194,6 +196,6 @@ def _samples(spectra: NDArray[np.complex64]) -> Samples:
 
 
 def _cause(error: Exception) -> str:
-    """What onnxruntime says, in one line and without its codes."""
-    said = " ".join(str(error).split()) or type(error).__name__
-    return said.partition(" : ")[2][:160] or said[:160]
+    """What onnxruntime says, in one line, without its codes and the path."""
+    said = _CODES.sub("", " ".join(str(error).split()))
+    return said[:160] or type(error).__name__
