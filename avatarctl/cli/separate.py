@@ -113,7 +113,7 @@ def separate(**params: Any) -> None:
                 _show_plan(work, mixes, params["as_json"])
                 return
             results = work.run(mixes)
-    if len(results) == 1:
+    if all(each.error is not None for each in results):
         conclude(results)
     home = results[0].files[0] if len(results) == 1 else out or source
     _show(results, separator, home, params["as_json"])

@@ -74,7 +74,7 @@ def find_mixes(given: Path, out: Path | None, audio_name: str, emit: Emit) -> li
     else:
         return [_of_file(given, out)]
     if not found:
-        raise UnusableFile("holds neither samples nor audio nor video files", where=given)
+        raise UnusableFile("is a directory that holds neither samples nor audio nor video files", where=given)
     _refuse_file(out)
     return list(_without_twins(found))
 

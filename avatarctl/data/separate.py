@@ -16,7 +16,14 @@ from typing import Final, Literal
 
 import numpy as np
 
-from avatarctl.atomic import disk_errors, flush_file, flush_folder, held_folder, remove_left_behind
+from avatarctl.atomic import (
+    disk_errors,
+    ensure_writable_folder,
+    flush_file,
+    flush_folder,
+    held_folder,
+    remove_left_behind,
+)
 from avatarctl.data.mixes import Mix
 from avatarctl.errors import (
     AvatarctlError,
@@ -110,8 +117,7 @@ class Separation:
         for warning in found.warnings:
             self._emit(Notice(f"{mix.name}: {warning}", "warning"))
         home = mix.vocal.parent
-        with disk_errors(home):
-            home.mkdir(parents=True, exist_ok=True)
+        ensure_writable_folder(home)
         for line in remove_left_behind(home):
             self._emit(Notice(line))
         with disk_errors(mix.vocal), held_folder(home) as hidden:
