@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -148,12 +149,13 @@ def _found(weights_root: str | None) -> Path:
     from avatarctl.hub.locate import locate
     from avatarctl.loading.sources import missing_line
 
+    extra = "" if find_spec("onnxruntime") else ", and pip install 'avatarctl[separate]' onnxruntime"
     found = locate(ROWS[ROW], weights_root or os.environ.get(WEIGHTS_VARIABLE) or None)
     if found.missing:
         raise WeightsMissing(
             missing_line(found.missing),
             where=MDX,
-            fix=f"`avatarctl models pull {ROW}` fetches it, --weights mdx=PATH names it; {OTHERS}",
+            fix=f"`avatarctl models pull {ROW}` fetches it, --weights mdx=PATH names it{extra}; {OTHERS}",
         )
     (path,) = found.files.values()
     return path

@@ -128,6 +128,7 @@ class Separation:
             for path, final in reversed(list(zip(made, self._files(mix), strict=True))):
                 path.replace(final)
             flush_folder(home)
+        clock.made()
         return Separated(mix.name, "done", self._files(mix), found.samples / MODEL_RATE)
 
     def _files(self, mix: Mix) -> tuple[Path, ...]:
@@ -166,6 +167,7 @@ class Separation:
         file, and the others are made of that: their numbers are the same as without."""
         rate = self._separator.rate(audio)
         total = found.native_samples * rate / audio.rate
+        clock.separating()
         speech = self._watched(self._separator.speech(audio, found.peak), total, clock)
         vocal = hidden / "vocal.wav"
         made = [vocal]
@@ -224,25 +226,38 @@ class _Clock:
 
     def __init__(self, sizes: list[int], emit: Emit) -> None:
         self._sizes, self._emit = sizes, emit
-        self._total = max(1, sum(sizes))
-        self._begun = self._said = time.monotonic()
-        self._passed = 0
+        self._begun = self._separating = self._said = time.monotonic()
+        self._passed = self._made = (
+            0  # bytes of the mixes before the present one, and of those that took time
+        )
         self._number, self._name = 0, ""
 
     def begin(self, number: int, name: str) -> None:
         self._number, self._name = number, name
         self._passed = sum(self._sizes[:number])
 
+    def separating(self) -> None:
+        """The present one was looked at, and is separated from now on."""
+        self._separating = time.monotonic()
+
+    def made(self) -> None:
+        """The present one is finished, and was not passed over."""
+        self._made += self._sizes[self._number]
+
     def tell(self, share: float) -> None:
-        """`share` of the present one is done."""
+        """`share` of the present one is separated."""
         now = time.monotonic()
-        done = (self._passed + self._sizes[self._number] * min(1.0, share)) / self._total
-        if now - self._said < _OFTEN or done <= 0:
+        if now - self._said < _OFTEN or share <= 0:
             return
         self._said = now
+        share, size, total = min(1.0, share), self._sizes[self._number], sum(self._sizes)
+        whole = (now - self._separating) / share
+        behind = total - self._passed - size
+        a_byte = (self._separating - self._begun + whole) / (self._made + size)
+        left = whole * (1 - share) + a_byte * behind
         count = len(self._sizes)
         what = self._name if count == 1 else f"{self._number + 1} of {count}: {self._name}"
-        self._emit(PartDone(what, done, (now - self._begun) * (1 - done) / done))
+        self._emit(PartDone(what, (self._passed + size * share) / total, left))
 
 
 def _size(path: Path) -> int:

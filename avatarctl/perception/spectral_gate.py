@@ -29,6 +29,9 @@ _QUANTILE: Final = 0.30
 _FLOOR_FACTOR: Final = 1.5
 _LEAST_GAIN: Final = 0.05
 _TOGETHER: Final = 8  # frames that share a floor
+_APART: Final = (
+    4  # frames from one that a floor is made of to the next: a window, so that they share no sample
+)
 _GROUPS: Final = 8  # of so many frames, on either side, whose spectra make a floor: 1 s
 
 
@@ -99,7 +102,7 @@ def _gated(groups: Iterable[Spectra]) -> Iterator[Spectra]:
     heard: deque[NDArray[np.float32]] = deque(maxlen=2 * _GROUPS + 1)
     for spectra in groups:
         waiting.append(spectra)
-        heard.append(_magnitudes(spectra))
+        heard.append(_magnitudes(spectra[::_APART]))
         if len(heard) == heard.maxlen:
             floor = _floor(heard)
             while len(waiting) > _GROUPS:
@@ -111,10 +114,10 @@ def _gated(groups: Iterable[Spectra]) -> Iterator[Spectra]:
 
 def _magnitudes(spectra: Spectra) -> NDArray[np.float32]:
     """[1 or 2, frames, bands]: of the mean of the channels, and of half the difference of two."""
-    mean = np.abs(spectra.mean(axis=2))
-    if spectra.shape[2] != 2:
-        return mean[None]
-    return np.stack([mean, np.abs(spectra[..., 0] - spectra[..., 1]) / 2])
+    if spectra.shape[2] == 1:
+        return np.abs(spectra[None, ..., 0])
+    left, right = spectra[..., 0], spectra[..., 1]
+    return np.abs(np.stack([left + right, left - right])) / 2
 
 
 def _floor(heard: Iterable[NDArray[np.float32]]) -> NDArray[np.float32]:
