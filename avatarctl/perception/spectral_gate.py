@@ -99,16 +99,16 @@ def _gated(groups: Iterable[Spectra]) -> Iterator[Spectra]:
     """The spectra with what stands still taken out. A floor is made of `_GROUPS` groups on either side; those
     at both ends take the first and the last that is whole."""
     waiting: deque[Spectra] = deque()
-    heard: deque[NDArray[np.float32]] = deque(maxlen=2 * _GROUPS + 1)
+    recent: deque[NDArray[np.float32]] = deque(maxlen=2 * _GROUPS + 1)
     for spectra in groups:
         waiting.append(spectra)
-        heard.append(_magnitudes(spectra[::_APART]))
-        if len(heard) == heard.maxlen:
-            floor = _floor(heard)
+        recent.append(_magnitudes(spectra[::_APART]))
+        if len(recent) == recent.maxlen:
+            floor = _floor(recent)
             while len(waiting) > _GROUPS:
                 yield _subtracted(waiting.popleft(), floor)
     if waiting:
-        floor = _floor(heard)
+        floor = _floor(recent)
         yield from (_subtracted(spectra, floor) for spectra in waiting)
 
 
@@ -117,11 +117,12 @@ def _magnitudes(spectra: Spectra) -> NDArray[np.float32]:
     if spectra.shape[2] == 1:
         return np.abs(spectra[None, ..., 0])
     left, right = spectra[..., 0], spectra[..., 1]
-    return np.abs(np.stack([left + right, left - right])) / 2
+    magnitudes: NDArray[np.float32] = np.abs(np.stack([left + right, left - right]))
+    return magnitudes / np.float32(2)
 
 
-def _floor(heard: Iterable[NDArray[np.float32]]) -> NDArray[np.float32]:
-    magnitudes = np.concatenate(list(heard), axis=1)
+def _floor(recent: Iterable[NDArray[np.float32]]) -> NDArray[np.float32]:
+    magnitudes = np.concatenate(list(recent), axis=1)
     rank = int(_QUANTILE * (magnitudes.shape[1] - 1))
     return np.partition(magnitudes, rank, axis=1)[:, rank].max(axis=0)
 
