@@ -202,7 +202,7 @@ class Separation:
 
     def _stop_if_asked(self) -> None:
         if self._should_stop():
-            raise Interrupted("stopped", fix="the same command goes on where it was")
+            raise Interrupted("stopped", fix="the same command makes what is still to be made")
 
 
 def conclude(results: Sequence[Separated]) -> None:

@@ -86,13 +86,16 @@ class MdxNetwork:
 
     def _check_shapes(self) -> None:
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
-        wanted = [4, _BANDS, _FRAMES]
+        wanted = [1, 4, _BANDS, _FRAMES]
         for each in (*inputs, *outputs):
-            batch, *shape = each.shape or [None]
-            fits = shape == wanted and (batch == 1 or not isinstance(batch, int))
+            # A name in place of a number is a size that is chosen at each run.
+            sizes = zip(each.shape, wanted, strict=False)
+            fits = len(each.shape) == len(wanted) and all(
+                size == asked or not isinstance(size, int) for size, asked in sizes
+            )
             if not fits or each.type != "tensor(float)":
                 found = f"{each.name} is {each.type} {each.shape}"
-                raise self._other(f"{found}, where float [1, 4, {_BANDS}, {_FRAMES}] is expected")
+                raise self._other(f"{found}, where float {wanted} is expected")
         if len(inputs) != 1 or len(outputs) != 1:
             raise self._other(f"it has {len(inputs)} inputs and {len(outputs)} outputs, not one of each")
 

@@ -7,8 +7,8 @@ import io
 
 import pytest
 
-from avatarctl.cli.screen import LONG_MOVE, Screen
-from avatarctl.events import BytesMoved, Notice
+from avatarctl.cli.screen import LONG_MOVE, LONG_WORK, Screen
+from avatarctl.events import BytesMoved, Notice, PartDone
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,20 @@ def test_a_log(total: int, lines: list[str]) -> None:
             screen(BytesMoved("a", min(done, total) if total else done, total))
         screen(Notice("end"))
     assert stream.getvalue().splitlines() == [*lines, "end"]
+
+
+@pytest.mark.parametrize(("seconds", "lines"), [(LONG_WORK, 9), (LONG_WORK - 0.1, 0)])
+def test_parts_of_a_long_work(seconds: float, lines: int) -> None:
+    """With the time that is left; of what is over at once nothing."""
+    stream = io.StringIO()
+    with Screen("info", stream) as screen:
+        for hundredth in range(1, 100):
+            left = seconds * (1 - hundredth / 100) + 1e-9
+            screen(PartDone("2 of 3: b\x1b[31m", hundredth / 100, left))
+    said = stream.getvalue().splitlines()
+    assert len(said) == lines
+    if said:
+        assert said[4] == "2 of 3: b\\x1b[31m: 50 %, 5 s left"
 
 
 def test_one_after_the_other() -> None:

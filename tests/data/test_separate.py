@@ -99,6 +99,9 @@ def test_none_gives_the_samples_of_our_reader(here: Path) -> None:
     assert separate("exact.wav", "--out", "vocal.wav", "--backend", "none").exit_code == 0
     assert np.array_equal(soundfile.read("vocal.wav", dtype="int16", always_2d=True)[0], numbers)
 
+    head = (here / "vocal.wav").read_bytes()[:44]
+    assert head[36:40] == b"data", "what made it is said behind the samples"
+
     talking(here / "talk.mp4", 1, 30)
     assert separate("talk.mp4", "--out", "taken", "--backend", "none", "--stems").exit_code == 0
     assert sorted(path.name for path in Path("taken").iterdir()) == ["speech.wav", "vocal.wav"], (
@@ -341,7 +344,7 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> int:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="forks")
-@pytest.mark.parametrize("share", [0.01, 0.3, 0.45, 0.6, 0.99])
+@pytest.mark.parametrize("share", [0.01, 0.45, 0.6])
 def test_killed_at_any_moment(share: float, steps: int, here: Path) -> None:
     """Files are whole or absent under their names, and the same command finishes."""
     child = os.fork()

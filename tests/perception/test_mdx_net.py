@@ -167,6 +167,11 @@ def folder(path: Path) -> Path:
         (lambda path: write_onnx(path, shape=(1, 4, 2048, 256)), "another network than Kim_Vocal_2"),
         (lambda path: write_onnx(path, shape=(1, 3, 224, 224)), "another network than Kim_Vocal_2"),
         (lambda path: write_onnx(path, shape=(4, 4, 3072, 256)), "another network than Kim_Vocal_2"),
+        (
+            lambda path: write_onnx(path, shape=("batch", 4, 2048, "frames")),
+            "another network than Kim_Vocal_2",
+        ),
+        (lambda path: write_onnx(path, shape=(1, 3072, 256)), "another network than Kim_Vocal_2"),
         (lambda path: write_onnx(path, kind=FLOAT16), r"tensor\(float16\)"),
         (lambda path: write_onnx(path, "NoSuchOperation"), "NoSuchOperation"),
     ],
@@ -179,6 +184,15 @@ def test_what_is_not_the_network(make: Callable[[Path], Path], said: str, tmp_pa
     assert str(refused.value).startswith(str(path)) and len(str(refused.value)) < 400
     with pytest.raises(PathNotFound):
         MdxNetwork(tmp_path / "absent.onnx")
+
+
+def test_sizes_that_are_names(tmp_path: Path) -> None:
+    """An export that leaves its sizes open runs."""
+    pytest.importorskip("onnxruntime", reason="the extra `separate` is not installed")
+    network = MdxNetwork(write_onnx(tmp_path / "open.onnx", shape=("a", "b", "c", "d")))
+    tone = np.repeat(np.sin(np.arange(CHUNK) * 0.1)[:, None], 2, axis=1).astype(np.float32)
+    inner = slice(20_000, -20_000)
+    np.testing.assert_allclose(network.vocals(tone)[inner], tone[inner], atol=1e-4)
 
 
 def test_numbers_that_are_none(tmp_path: Path) -> None:
