@@ -95,8 +95,8 @@ def test_commands_of_the_readme_and_the_makefile_name_the_pinned_torch() -> None
         assert named and set(named) == {str(PINS["torch"])}, file
 
 
-def test_the_licence_is_stated_and_travels_with_what_is_built(tmp_path: Path) -> None:
-    """In the metadata and as whole texts, in the wheel and in the source archive."""
+def test_licence_and_weights_travel_with_what_is_built(tmp_path: Path) -> None:
+    """The licence in the metadata and as whole texts, in the wheel and in the source archive; weights as files."""
     checkout, built = tmp_path / "checkout", tmp_path / "built"
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for folder in ("avatarctl", "configs"):
@@ -121,6 +121,14 @@ def test_the_licence_is_stated_and_travels_with_what_is_built(tmp_path: Path) ->
         assert line in metadata
     licence = (ROOT / "LICENSE").read_text(encoding="utf-8")
     assert "Version 2.0, January 2004" in licence and "END OF TERMS AND CONDITIONS" in licence
+
+    # The weights travel too, of the bytes that the registry states.
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "unpacked")
+    installed = {**os.environ, "PYTHONPATH": str(tmp_path / "unpacked")}
+    verify = [sys.executable, "-m", "avatarctl", "models", "verify", "cartoon-i2v"]
+    found = subprocess.run(verify, cwd=tmp_path, env=installed, check=True, capture_output=True, text=True).stdout
+    assert str(tmp_path / "unpacked") in found and "5 ok" in found, found
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed; the README has the commands")

@@ -22,6 +22,7 @@ import avatarctl
 from avatarctl.cli.command import Command
 from avatarctl.cli.screen import spell_out
 from avatarctl.cli.signals import HANGUP, stop_signals
+from avatarctl.cli.start import let_waiting_threads_sleep
 from avatarctl.errors import (
     AvatarctlError,
     DoesNotFit,
@@ -306,6 +307,7 @@ def _open_closed_streams() -> None:
 def main() -> NoReturn:
     """The console script."""
     _open_closed_streams()
+    let_waiting_threads_sleep()
     for stream in (sys.stdout, sys.stderr):
         spell_out(stream)
     for each in stop_signals():

@@ -196,9 +196,11 @@ def _contact_sheet(plan: JobPlan) -> ContactSheet | None:
 def _make(plan: JobPlan, path: Path, screen: Screen, sheet: ContactSheet | None) -> OutputFinished:
     from avatarctl.atomic import remove_left_behind
     from avatarctl.cli.signals import stop_on_signals
+    from avatarctl.cli.start import importing_networks
 
     plan.require_weights()  # before the seconds that the next import takes
-    from avatarctl.pipelines.infer import write_video
+    with importing_networks():
+        from avatarctl.pipelines.infer import write_video
 
     for line in remove_left_behind(path.parent):
         screen(Notice(line))

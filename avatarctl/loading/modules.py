@@ -84,9 +84,10 @@ def load_parts(
 
 def _vae_dtype(dtype: torch.dtype, device: torch.device, emit: Emit) -> torch.dtype:
     if device.type == "cpu" and dtype != torch.float32:
-        # Through oneDNN (models/vae.py) float32 is as fast as bfloat16 on processors that have instructions
-        # for that, and 100 times as fast on others (docs/benchmarks.md).
-        emit(Notice("the VAE computes in float32, which no half precision beats on a CPU"))
+        # Without instructions for it bfloat16 takes 100 times as long as float32 by oneDNN (models/vae.py),
+        # measured here (docs/benchmarks.md); with them it was measured slower as well, 8.8 ms a frame against
+        # 6.2 (spec/cartoon-world.md 9).
+        emit(Notice("the VAE computes in float32: half precision is slower on a CPU"))
         return torch.float32
     return dtype
 

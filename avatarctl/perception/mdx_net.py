@@ -1,6 +1,6 @@
 """Speech out of a mix by an MDX network in ONNX, Kim_Vocal_2, with onnxruntime alone.
 
-It is the separator that StableAvatar is published with (spec/stableavatar.md j). Its constants, and what is
+It is the separator of the published long-video pipeline (spec/stableavatar.md j). Its constants, and what is
 done around it, are those of the package audio-separator (`mdx_separator.py`), without its 0/0 at both ends.
 Spectra are numpy's. One chunk of six seconds goes through the network at a time and is faded into the one
 before it, so memory does not depend on the length of the audio.

@@ -3,7 +3,7 @@
     python tests/bench/demo_time.py
 
 Wall and CPU seconds of the whole process `python -m avatarctl infer --chunked --out FILE`, imports included:
-what `make demo` does after the installation. Target: at most 60 s.
+what `make demo` does after the installation. Targets: at most 60 s, and 15 s of CPU for these 4 s of video.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 
 from reporting import Used, print_table, python, timed_process, verdict
 
-RUNS = 3
-LIMIT = 60.0
+RUNS = 5
+LIMIT, CPU_LIMIT = 60.0, 15.0
 
 
 def main() -> int:
@@ -36,8 +36,16 @@ def main() -> int:
     cpu = statistics.median(used.cpu for used in runs)
     print_table(
         f"demo_time: the demo after installation, medians of {RUNS} runs",
-        ("command", "wall s", "CPU s", f"≤ {LIMIT:.0f} s"),
-        [("`avatarctl infer --chunked --out FILE`", f"{wall:.1f}", f"{cpu:.1f}", verdict(wall, LIMIT))],
+        ("command", "wall s", f"≤ {LIMIT:.0f} s", "CPU s", f"≤ {CPU_LIMIT:.0f} s"),
+        [
+            (
+                "`avatarctl infer --chunked --out FILE`",
+                f"{wall:.1f}",
+                verdict(wall, LIMIT),
+                f"{cpu:.1f}",
+                verdict(cpu, CPU_LIMIT),
+            )
+        ],
     )
     return 0
 

@@ -1,9 +1,17 @@
 import copy
+import json
+from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKLWan
+from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+from safetensors import safe_open
 
 from avatarctl.loading.built_in import build_random_modules
+from avatarctl.models.vae import WanVae, fast_on_cpu
 from avatarctl.registry import find_model
+
+RECORDED = Path(__file__).resolve().parents[1] / "golden/omniavatar/vae.safetensors"
 
 
 def codec():
@@ -53,6 +61,26 @@ def test_onednn_differs_from_the_library_by_rounding_alone() -> None:
     video = torch.rand(1, 3, 13, 32, 32, generator=generator) * 2 - 1
     torch.testing.assert_close(fast.decode(latents), plain.decode(latents), atol=5e-6, rtol=0)
     torch.testing.assert_close(fast.encode(video), plain.encode(video), atol=1e-5, rtol=1e-5)
+
+
+def test_onednn_agrees_with_recorded_numbers_of_a_published_vae() -> None:
+    """The comparison with recorded numbers (tests/parity) asks 1e-5 of PyTorch's own convolution. oneDNN sums
+    in another order: 2.5e-5 of a pixel in a range of 2 is what docs/benchmarks.md states, and all but one in a
+    thousand within 1e-5."""
+    with safe_open(RECORDED, "pt") as file:
+        stated, held = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    network = AutoencoderKLWan(
+        base_dim=int(stated["dim"]),
+        z_dim=int(stated["z_dim"]),
+        dim_mult=json.loads(stated["dim_mult"]),
+        num_res_blocks=int(stated["num_res_blocks"]),
+    )
+    state = {name[6:]: tensor for name, tensor in held.items() if name.startswith("state.")}
+    network.load_state_dict(convert_wan_vae_to_diffusers(state))
+    fast = fast_on_cpu(WanVae(network.eval()))
+    off = (fast.decode(held["latent_video"]) - held["decoded"]).abs()
+    assert float(off.max()) < 2.5e-5 and int((off > 1e-5).sum()) < off.numel() / 1000, float(off.max())
+    torch.testing.assert_close(fast.encode(held["video"]), held["latent_video"], atol=1e-5, rtol=0)
 
 
 def mean(vae) -> torch.Tensor:
