@@ -96,7 +96,8 @@ def test_commands_of_the_readme_and_the_makefile_name_the_pinned_torch() -> None
 
 
 def test_licence_and_weights_travel_with_what_is_built(tmp_path: Path) -> None:
-    """The licence in the metadata and as whole texts, in the wheel and in the source archive; weights as files."""
+    """The licence in the metadata and as whole texts, in the wheel and in the source archive; the weights in
+    the wheel."""
     checkout, built = tmp_path / "checkout", tmp_path / "built"
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for folder in ("avatarctl", "configs"):
@@ -127,7 +128,9 @@ def test_licence_and_weights_travel_with_what_is_built(tmp_path: Path) -> None:
         archive.extractall(tmp_path / "unpacked")
     installed = {**os.environ, "PYTHONPATH": str(tmp_path / "unpacked")}
     verify = [sys.executable, "-m", "avatarctl", "models", "verify", "cartoon-i2v"]
-    found = subprocess.run(verify, cwd=tmp_path, env=installed, check=True, capture_output=True, text=True).stdout
+    found = subprocess.run(
+        verify, cwd=tmp_path, env=installed, check=True, capture_output=True, text=True
+    ).stdout
     assert str(tmp_path / "unpacked") in found and "5 ok" in found, found
 
 

@@ -34,7 +34,7 @@ def let_waiting_threads_sleep() -> None:
     """Let OpenMP's threads sleep while they wait for each other, unless the environment says otherwise.
 
     As a rule they spin. The built-in networks are so small that on two cores that others use as well, a
-    video took 30 to 42 s of CPU that way and 14 s this way (docs/benchmarks.md). Numbers stay the same. The
-    library reads it once, when torch is imported.
+    video took 30 to 46 s of CPU that way and 14 to 18 s this way (docs/benchmarks.md). Numbers stay the
+    same. The library reads it once, when torch is imported.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

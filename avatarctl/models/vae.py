@@ -66,7 +66,8 @@ def fast_on_cpu(codec: WanVae) -> WanVae:
     x frames x rows is at most 20480, which is most of a decoder that takes one latent frame at a time
     (spec/cartoon-world.md 6). oneDNN, which it takes for all larger ones, is three times as fast, and sums in
     another order: pixels differ from recorded ones by up to 2e-5, in a range of 2. docs/benchmarks.md states
-    both. Half precision on a CPU is slower than this, 100 times where the processor has no instructions for it.
+    both. Half precision on a CPU is slower than this, 100 times where the processor has no instructions
+    for it.
     """
     if codec.device.type == "cpu" and torch.backends.mkldnn.is_available():
         for module in codec.modules():

@@ -65,8 +65,7 @@ def test_onednn_differs_from_the_library_by_rounding_alone() -> None:
 
 def test_onednn_agrees_with_recorded_numbers_of_a_published_vae() -> None:
     """The comparison with recorded numbers (tests/parity) asks 1e-5 of PyTorch's own convolution. oneDNN sums
-    in another order: 2.5e-5 of a pixel in a range of 2 is what docs/benchmarks.md states, and all but one in a
-    thousand within 1e-5."""
+    in another order; docs/benchmarks.md states how far off that is, in a range of 2."""
     with safe_open(RECORDED, "pt") as file:
         stated, held = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     network = AutoencoderKLWan(
