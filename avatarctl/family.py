@@ -19,6 +19,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from avatarctl.rng import stable_hash
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
@@ -35,6 +37,7 @@ __all__ = [
     "Condition",
     "Conventions",
     "Decoder",
+    "Draw",
     "Family",
     "FrameReader",
     "FusedFamily",
@@ -402,8 +405,31 @@ class Artifact:
     older: tuple[str, str] | None = None
 
 
+@dataclass(frozen=True)
+class Draw:
+    """One sample of an optimizer step; the key of all its random numbers.
+
+    step: optimizer steps before it; slot: its place among the `slots` samples of the step, counted over all
+    processes and forward passes. How a step is cut into passes, processes and workers is no part of the key,
+    so it changes no number.
+    """
+
+    seed: int
+    step: int
+    slot: int
+    slots: int
+
+    def uniform(self, purpose: str) -> float:
+        """A number in [0, 1)."""
+        return stable_hash(self.seed, purpose, self.step, self.slot) / (1 << 63)
+
+    def integer(self, purpose: str, below: int) -> int:
+        """A whole number in [0, below)."""
+        return stable_hash(self.seed, purpose, self.step, self.slot) % below
+
+
 class TrainableFamily(Family, Protocol):
-    """Training. Random numbers come by key, one key per sample of the batch."""
+    """Training. Random numbers come by key, one `Draw` per sample of the batch."""
 
     clip_masks: tuple[str, ...]
     """Masks that a sample has for each frame, in the folder `NAME_masks`; all white where it has none."""
@@ -427,16 +453,34 @@ class TrainableFamily(Family, Protocol):
     ) -> dict[str, Tensor]:
         """The artifacts `wanted` that a whole data set shares; frames: pixel frames of a clip."""
 
-    def sample_timesteps(self, keys: Sequence[int], frames: int) -> Timesteps:
-        """Sigmas to train at."""
+    def training_condition(
+        self,
+        samples: Sequence[Mapping[str, Tensor]],
+        constants: Mapping[str, Tensor],
+        draws: Sequence[Draw],
+        cfg: RunConfig,
+    ) -> Condition:
+        """The condition of a batch, by `build_condition`; what the random numbers of a sample decide is
+        decided before: given frames, reference, dropouts.
 
-    def draw(self, condition: Condition, keys: Sequence[int]) -> Condition:
-        """Dropouts and prefixes, per sample."""
+        samples: artifacts by name, each without a batch, all of one length; constants: those of the data set,
+        and "mask", the mask as an image, float [1, 1, h, w], where the run has one. `Condition.clean` are all
+        latents of the clips.
+        """
+
+    def sample_timesteps(self, draws: Sequence[Draw], frames: int, cfg: RunConfig) -> Timesteps:
+        """Sigmas to train at; frames: latent frames of the clips."""
 
     def training_forward(self, dit: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """Exactly one `dit.forward` from the raw condition."""
+        """Exactly one `dit.forward` from the raw condition: the velocity [B, C, T, h, w]."""
 
     def loss(
-        self, velocity: Tensor, target: Tensor, condition: Condition, timesteps: Timesteps
+        self,
+        velocity: Tensor,
+        target: Tensor,
+        condition: Condition,
+        timesteps: Timesteps,
+        cfg: RunConfig,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Scalar loss and its parts."""
+        """Loss of each sample, float32 [B], and what is shown beside it, each [B]; the trainer averages over
+        the step."""

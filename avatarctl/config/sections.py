@@ -285,11 +285,18 @@ class Train:
     """What is learnt, and how."""
 
     mode: Literal["lora", "full"] = key("lora", "train a LoRA, or every weight")
-    init: Literal["zero_channels", "published"] = key(
-        "zero_channels", "start of input channels the checkpoint does not have"
+    init: Literal["random", "zero_channels", "published"] | None = key(
+        None,
+        "where weights start that the base does not have: random draws the whole network from the seed; "
+        "zero_channels makes new input channels zero and audio layers small; published as the public trainer",
+        from_row=True,
     )
-    optimizer: Literal["adamw", "adamw8bit"] = key("adamw", "optimizer")
+    optimizer: Literal["adamw", "adamw8bit"] = key("adamw", "optimizer", not_yet=("adamw8bit",))
     learning_rate: float = key(1e-4, "learning rate", above=0, high=10)
+    final_learning_rate: float = key(0.0, "learning rate at the end of a cosine", low=0, high=10)
+    schedule: Literal["constant", "cosine"] = key("constant", "learning rate after the warm-up")
+    hold: float = key(0.0, "share of the steps after the warm-up before the cosine falls", low=0, high=1)
+    betas: tuple[float, float] = key((0.9, 0.999), "decay of AdamW's two moments", low=0, high=0.999_999_9)
     weight_decay: float = key(0.01, "weight decay", low=0, high=10)
     warmup_steps: int = key(0, "optimizer steps until the full learning rate", low=0, high=10_000_000)
     max_steps: int = key(10_000, "optimizer steps in all", low=1, high=100_000_000)
@@ -308,6 +315,10 @@ class Train:
         low=0,
         high=MAX_FRAMES,
         rule=rules.PREFIXES,
+    )
+    prefix_dropout: float = key(0.1, "share of samples trained without clean frames", low=0, high=1)
+    timestep_weight: Literal["bell", "none"] = key(
+        "bell", "weight of the loss by timestep: the bell of the published recipe, or the same for all"
     )
     mouth_weight: float = key(1.0, "weight of the loss inside the mouth mask", low=0, high=1000)
     clip_norm: float = key(1.0, "largest gradient norm", above=0, high=1e6)

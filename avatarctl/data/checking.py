@@ -36,7 +36,16 @@ from avatarctl.timeline import frames_of_samples, latent_frames
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Checked", "Checker", "Todo", "artifact_path", "constant_path", "prompt_path"]
+__all__ = [
+    "Checked",
+    "Checker",
+    "Todo",
+    "artifact_path",
+    "audio_of",
+    "constant_path",
+    "prompt_path",
+    "run_mask",
+]
 
 
 @dataclass(frozen=True)
@@ -93,7 +102,7 @@ class Checker:
         self._cfg, self._family, self._artifacts = cfg, family, artifacts
         self._known, self._own, self._emit = known, own, emit
         self._conventions = family.conventions(cfg)
-        self._mask = _mask(cfg)
+        self._mask = run_mask(cfg)
         self._modules = encoders
         self._encoders = {part: encoders.identity(part) for part in {each.part for each in artifacts}}
         self._taken: set[str] = set()  # prompts that a sample before will have encoded
@@ -128,7 +137,7 @@ class Checker:
     def clip(self, todo: Todo, pixels: ReadFrames, masks: dict[str, np.ndarray]) -> Iterator[Clip]:
         """A sample as its family reads it; the audio is open as long as the block lasts."""
         audio = todo.audio
-        with Waveform(open_audio(_audio_of(todo.sample))) as waveform:
+        with Waveform(open_audio(audio_of(todo.sample))) as waveform:
             recording = Recording(waveform, audio["samples"], audio["mean"], audio["variance"])
             others = self._others(todo)
             yield Clip(pixels, recording, todo.prompt, self._keep(), masks, others)
@@ -163,7 +172,7 @@ class Checker:
         if not sample.folder.is_dir() and sample.video.name == VIDEO and sample.video.parent == sample.folder:
             raise PathNotFound("not found: no such folder", where=sample.folder)
         video = self._known.facts(_there(sample.video, UnusableVideo, "video"), "video", video_facts)
-        audio = self._known.facts(_there(_audio_of(sample), UnusableAudio, "audio"), "audio", audio_facts)
+        audio = self._known.facts(_there(audio_of(sample), UnusableAudio, "audio"), "audio", audio_facts)
         default = self._cfg.input.prompt or ""
         prompt, doubt = prompt_of(sample, default)
         if doubt:
@@ -336,7 +345,8 @@ def _listed(shapes: dict[str, tuple[int | None, ...]]) -> dict[str, list[int | N
     return {entry: list(shape) for entry, shape in shapes.items()}
 
 
-def _audio_of(sample: Sample) -> Path:
+def audio_of(sample: Sample) -> Path:
+    """The file that holds its audio."""
     return sample.audio or sample.video
 
 
@@ -347,7 +357,7 @@ def _there(path: Path, kind: type[UnusableFile], what: str) -> Path:
         raise kind(f"the {what} is missing: {path.name}: {missing.what}", where=path.parent) from missing
 
 
-def _mask(cfg: RunConfig) -> np.ndarray:
+def run_mask(cfg: RunConfig) -> np.ndarray:
     """As `infer` reads it: the file of `data.mask`, else the drawn mouth."""
     from avatarctl.conditioning.masking import mouth_mask
     from avatarctl.media import load_image

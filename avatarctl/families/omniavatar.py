@@ -19,7 +19,8 @@ from avatarctl.conditioning.masking import HOLE, MaskRule, reference_range
 from avatarctl.config import RunConfig
 from avatarctl.errors import UsageError
 from avatarctl.families.offers import OF_A_SOURCE, require_offered
-from avatarctl.families.omniavatar_training import Preparation
+from avatarctl.families.omniavatar_objective import Encoded, Objective
+from avatarctl.families.omniavatar_preparation import Preparation
 from avatarctl.family import (
     Carry,
     Condition,
@@ -88,24 +89,7 @@ class _State:
     rotary: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class _Encoded:
-    """reference [B, 16, 1, h, w]; given [B, 16, k, h, w], of which the first `counts` of a sample count;
-    audio [B, L, A]; frames: latent frames; keep [B or 1, 1, h, w], None where whole frames are made; masked
-    video and reference sequence [B, 16, T, h, w], where the model has them."""
-
-    reference: Tensor
-    given: Tensor | None
-    counts: Sequence[int]
-    audio: Tensor
-    text: Mapping[str, Tensor]
-    frames: int
-    keep: Tensor | None = None
-    masked: Tensor | None = None
-    sequence: Tensor | None = None
-
-
-class OmniAvatar(Preparation):
+class OmniAvatar(Objective, Preparation):
     """The `Family` of all rows with `family: omniavatar`. Holds nothing."""
 
     name = "omniavatar"
@@ -262,12 +246,12 @@ class OmniAvatar(Preparation):
         _ready_text(modules.dit, state, text)
         return state
 
-    def encode(self, modules: Modules, inputs: Inputs, span: Span, state: _State, carry: Carry) -> _Encoded:
+    def encode(self, modules: Modules, inputs: Inputs, span: Span, state: _State, carry: Carry) -> Encoded:
         """carry: the last pixel frames of the chunk before, [1, 3, overlap, H, W]; None for the first."""
         first, last = (sample // SAMPLES_PER_FRAME for sample in span.audio)
         given = modules.vae.encode(carry) if carry is not None else state.reference if span.fixed else None
         source = state.source
-        return _Encoded(
+        return Encoded(
             reference=state.reference,
             given=given,
             counts=(0 if given is None else given.shape[2],),
@@ -279,7 +263,7 @@ class OmniAvatar(Preparation):
             sequence=_sequence(modules, source, span) if source and source.wants_sequence else None,
         )
 
-    def build_condition(self, encoded: _Encoded) -> Condition:
+    def build_condition(self, encoded: Encoded) -> Condition:
         reference = encoded.reference
         batch, channels, _, height, width = reference.shape
         given = given_frames(encoded.counts, encoded.frames, reference.device)

@@ -58,10 +58,14 @@ CARTOON: Final[Defaults] = {
     "data.num_frames": 33,
     "data.width": 64,
     "data.height": 64,
+    "train.init": "zero_channels",
+    "train.max_steps": 40,
+    "train.batch_size": 2,
+    "train.mode": "full",
     "runtime.dtype": "float32",
 }
 
-CARTOON_V2V: Final[Defaults] = {**CARTOON, "model.channels": 49}
+CARTOON_V2V: Final[Defaults] = {**CARTOON, "model.channels": 49, "train.init": "random"}
 
 OMNIAVATAR: Final[Defaults] = {
     "model.channels": 33,
@@ -77,6 +81,7 @@ OMNIAVATAR: Final[Defaults] = {
     "data.num_frames": 81,
     "data.width": 512,
     "data.height": 512,
+    "train.init": "zero_channels",
     "runtime.dtype": "bfloat16",
 }
 

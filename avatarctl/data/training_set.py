@@ -1,0 +1,272 @@
+"""Samples as training reads them: artifacts from their files, what is missing made on the way.
+
+Everything is looked at before the first step. What a sample lacks is encoded when its turn comes, by the
+function that preparation calls, and rounded as files are, so a prepared set and an unprepared one train alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from avatarctl.config import RunConfig
+from avatarctl.data.artifacts import rounded
+from avatarctl.data.checking import Checked, Checker, Todo, artifact_path, audio_of, constant_path, run_mask
+from avatarctl.data.encoders import Encoders
+from avatarctl.data.known import Known
+from avatarctl.data.media import ReadFrames, read_sample
+from avatarctl.data.samples import Sample, find_samples, prompt_of
+from avatarctl.data.workers import Outcome, run_jobs
+from avatarctl.errors import AvatarctlError, UnusableAudio, UnusableFile
+from avatarctl.events import Emit, Notice, Stage
+from avatarctl.family import Artifact, TrainableFamily
+from avatarctl.files.named_path import expanded
+from avatarctl.files.pickle_file import read_pickle
+from avatarctl.files.safetensors_file import read_header
+from avatarctl.files.tensors import read_whole, to_float32
+from avatarctl.media import Waveform, open_audio
+from avatarctl.registry import Row
+from avatarctl.timeline import SAMPLES_PER_FRAME
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from avatarctl.loading.modules import Part
+
+__all__ = ["TrainingSample", "TrainingSet"]
+
+
+@dataclass(frozen=True)
+class TrainingSample:
+    """A sample that was read: artifacts by name, float32 without a batch; waveform: its audio at 16 kHz for
+    the frames of its clip, [640 frames], where it was asked for."""
+
+    name: str
+    tensors: Mapping[str, Tensor]
+    waveform: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """What is read of a sample: files of artifacts (path, entry in it), frames that are encoded live, audio."""
+
+    files: Mapping[str, tuple[Path, str]]
+    live: tuple[Any, ...] | None
+    audio: Path | None
+
+
+@dataclass
+class TrainingSet:
+    """A data set as `check` found it; samples that cannot be used are named in `bad`.
+
+    constants: artifacts of the whole set, float32, and "mask" where the run has one.
+    """
+
+    cfg: RunConfig
+    row: Row
+    family: TrainableFamily
+    emit: Emit
+    with_audio: bool = False
+    names: list[str] = field(default_factory=list)
+    bad: dict[str, AvatarctlError] = field(default_factory=dict)
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    lengths: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        assert self.cfg.data.path is not None
+        self._set = find_samples(expanded(self.cfg.data.path), self.cfg.data.audio_name, self.emit)
+        self._known = Known(self._set.own / "known", self._set.base, "training", keep=False)
+        self._artifacts = self.family.artifacts(self.cfg)
+        parts: tuple[Part, ...] = tuple(dict.fromkeys(each.part for each in self._artifacts))
+        self._encoders = Encoders(self.row, self.cfg, parts, self._known, self.emit, check=False)
+        self._checker = Checker(
+            self.cfg, self.family, self._artifacts, self._encoders, self._known, self._set.own, self.emit
+        )
+        self._checked: list[Checked] = []
+        self._prompts: dict[str, Tensor] = {}
+
+    @property
+    def base(self) -> Path:
+        """What names of samples are relative to."""
+        return self._set.base
+
+    def check(self) -> None:
+        """Looks at every sample. Raises UnusableFile where none can be used, WeightsMissing where something
+        has to be encoded and its encoder is not here."""
+        self.emit(Stage("looking at samples"))
+        for sample in self._set.samples:
+            checked = self._checker.check(sample)
+            if checked.problem is None:
+                try:
+                    self._require_audio(sample)
+                except AvatarctlError as problem:
+                    checked = Checked(sample, problem=problem)
+            if checked.problem is not None:
+                self.bad[sample.name] = checked.problem
+                self.emit(Notice(f"{sample.name}: {checked.problem}; other samples take its turns", "warning"))
+            else:
+                self.names.append(sample.name)
+                self._checked.append(checked)
+                (start, stop), *_ = self.family.frames_read(checked.frames, (), self.cfg)
+                self.lengths.append(stop - start)
+        if not self._checked:
+            first, problem = next(iter(self.bad.items()))
+            raise UnusableFile(f"no sample could be used; the first: {first}: {problem}", where=self._set.base)
+        if self.lacking:
+            self._encoders.require()
+
+    @property
+    def lacking(self) -> dict[str, int]:
+        """How many samples lack each artifact, and the constants that are not there."""
+        count: dict[str, int] = dict.fromkeys(self._checker.missing_constants(), 1)
+        for each in self._checked:
+            for name in each.todo.names if each.todo else ():
+                count[name] = count.get(name, 0) + 1
+        return count
+
+    def prepare(self) -> None:
+        """Reads or makes what all samples share: constants and prompts. The text encoder is dropped then."""
+        import torch
+
+        wanted = tuple(self._checker.missing_constants())
+        for artifact in (each for each in self._artifacts if each.of == "data set"):
+            if artifact.name not in wanted:
+                path = constant_path(self._set.own, artifact)
+                self.constants[artifact.name] = torch.from_numpy(_read(path, artifact.name))
+        if wanted:
+            assert self.cfg.data.num_frames is not None
+            frames = self.cfg.data.num_frames
+            made = self.family.constants(self._encoders, frames, wanted, self.cfg)  # type: ignore[arg-type]
+            self.constants |= {name: rounded(tensor, self.cfg).float().cpu() for name, tensor in made.items()}
+        self._make_prompts()
+        self._encoders.forget("text")
+        if (mask := run_mask(self.cfg)) is not None:
+            from avatarctl.conditioning.masking import mask_tensor
+
+            self.constants["mask"] = mask_tensor(mask)
+
+    def read(self, places: Iterable[int]) -> Iterator[TrainingSample | AvatarctlError]:
+        """The samples at `places`, in that order, or why one cannot be used after all. `data.workers`
+        processes read ahead; encoders run here."""
+        turns = ((place, self._turn(place)) for place in places)
+        waiting: list[int] = []
+
+        def jobs() -> Iterator[tuple[Any, tuple[Any, ...]]]:
+            for place, turn in turns:
+                waiting.append(place)
+                yield _read_turn, (turn, self.lengths[place])
+
+        for outcome in run_jobs(jobs(), self.cfg.data.workers):
+            place = waiting.pop(0)
+            try:
+                yield self._finished(place, outcome)
+            except AvatarctlError as problem:
+                yield problem
+
+    def _finished(self, place: int, outcome: Outcome) -> TrainingSample:
+        import torch
+
+        if outcome.problem is not None:
+            raise outcome.problem
+        arrays, live, audio = outcome.value
+        checked = self._checked[place]
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        todo = checked.todo
+        if todo is not None and live is not None:
+            tensors |= self._encoded(todo, live)
+        for artifact in (each for each in self._artifacts if each.of == "prompt"):
+            tensors[artifact.name] = self._prompts[self._prompt(checked.sample)]
+        waveform = None if audio is None else torch.from_numpy(audio)
+        return TrainingSample(self.names[place], tensors, waveform)
+
+    def _encoded(self, todo: Todo, read: tuple[ReadFrames, dict[str, np.ndarray]]) -> dict[str, Tensor]:
+        names = [name for name in todo.names if self._of(name).of == "sample"]
+        with self._checker.clip(todo, *read) as clip:
+            made = self.family.encode_clip(self._encoders, clip, names, self.cfg)  # type: ignore[arg-type]
+        return {name: rounded(made[name], self.cfg).float().cpu() for name in names}
+
+    def _of(self, name: str) -> Artifact:
+        return next(each for each in self._artifacts if each.name == name)
+
+    def _turn(self, place: int) -> _Turn:
+        checked = self._checked[place]
+        sample, todo = checked.sample, checked.todo
+        lacks = set(todo.names) if todo else set()
+        files = {}
+        for artifact in (each for each in self._artifacts if each.of == "sample"):
+            if artifact.name in lacks:
+                continue
+            path = artifact_path(self._set.own, artifact, sample, "")
+            if path.is_file() or artifact.older is None:
+                files[artifact.name] = (path, artifact.name)
+            else:
+                files[artifact.name] = (sample.folder / artifact.older[0], artifact.older[1])
+        live = None
+        if todo is not None and lacks - {each.name for each in self._artifacts if each.of == "prompt"}:
+            data = self.cfg.data
+            assert data.height is not None and data.width is not None
+            size = (data.height, data.width)
+            live = (sample, todo.ranges, size, self.cfg.input.fit, todo.masks)
+        return _Turn(files, live, audio_of(sample) if self.with_audio else None)
+
+    def _make_prompts(self) -> None:
+        """One encoding for each text, whoever says it."""
+        import torch
+
+        artifact = next((each for each in self._artifacts if each.of == "prompt"), None)
+        if artifact is None:
+            return
+        missing: dict[str, Checked] = {}
+        for checked in self._checked:
+            prompt = self._prompt(checked.sample)
+            if prompt in self._prompts or prompt in missing:
+                continue
+            if checked.todo is not None and artifact.name in checked.todo.names:
+                missing[prompt] = checked
+            else:
+                path = artifact_path(self._set.own, artifact, checked.sample, prompt)
+                self._prompts[prompt] = torch.from_numpy(_read(path, artifact.name))
+        for prompt, checked in missing.items():
+            assert checked.todo is not None
+            with ExitStack() as stack:
+                nothing: tuple[ReadFrames, dict[str, np.ndarray]] = (ReadFrames(0, ()), {})
+                clip = stack.enter_context(self._checker.clip(checked.todo, *nothing))
+                wanted = (artifact.name,)
+                made = self.family.encode_clip(self._encoders, clip, wanted, self.cfg)  # type: ignore[arg-type]
+            self._prompts[prompt] = rounded(made[artifact.name], self.cfg).float().cpu()
+
+    def _prompt(self, sample: Sample) -> str:
+        return prompt_of(sample, self.cfg.input.prompt or "")[0]
+
+    def _require_audio(self, sample: Sample) -> None:
+        """Silence is no audio to be in time with. Raises UnusableAudio."""
+        if self.with_audio and not self._known_audio(sample)["variance"]:
+            raise UnusableAudio("is silent, and the sync loss needs speech", where=audio_of(sample))
+
+    def _known_audio(self, sample: Sample) -> dict[str, Any]:
+        from avatarctl.data.media import audio_facts
+
+        return self._known.facts(audio_of(sample), "audio", audio_facts)
+
+
+def _read_turn(turn: _Turn, frames: int) -> tuple[dict[str, np.ndarray], Any, np.ndarray | None]:
+    """What a sample has on the disk; runs in reading processes, without torch."""
+    arrays = {name: _read(path, entry) for name, (path, entry) in turn.files.items()}
+    live = None if turn.live is None else read_sample(*turn.live)
+    audio = None
+    if turn.audio is not None:
+        with Waveform(open_audio(turn.audio)) as waveform:
+            audio = waveform.read(0, frames * SAMPLES_PER_FRAME)
+    return arrays, live, audio
+
+
+def _read(path: Path, entry: str) -> np.ndarray:
+    """A stored tensor as float32. Raises UnusableWeights, PathNotFound."""
+    tensors = read_pickle(path).tensors if path.suffix == ".pt" else read_header(path).tensors
+    stored = tensors[entry]
+    return np.ascontiguousarray(to_float32(read_whole(stored), stored.info.dtype))
