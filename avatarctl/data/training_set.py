@@ -108,7 +108,9 @@ class TrainingSet:
                     checked = Checked(sample, problem=problem)
             if checked.problem is not None:
                 self.bad[sample.name] = checked.problem
-                self.emit(Notice(f"{sample.name}: {checked.problem}; other samples take its turns", "warning"))
+                self.emit(
+                    Notice(f"{sample.name}: {checked.problem}; other samples take its turns", "warning")
+                )
             else:
                 self.names.append(sample.name)
                 self._checked.append(checked)
@@ -116,7 +118,9 @@ class TrainingSet:
                 self.lengths.append(stop - start)
         if not self._checked:
             first, problem = next(iter(self.bad.items()))
-            raise UnusableFile(f"no sample could be used; the first: {first}: {problem}", where=self._set.base)
+            raise UnusableFile(
+                f"no sample could be used; the first: {first}: {problem}", where=self._set.base
+            )
         if self.lacking:
             self._encoders.require()
 

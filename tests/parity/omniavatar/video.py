@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from avatarctl.conditioning.masking import keep_map, mask_tensor, mouth_mask
-from avatarctl.families.omniavatar import OmniAvatar, _Encoded
+from avatarctl.families.omniavatar import OmniAvatar
+from avatarctl.families.omniavatar_objective import Encoded
 
 from ..golden import Checks, Reader
 
@@ -59,7 +60,7 @@ def _conditions(reader: Reader) -> None:
         assert latents is not None and masked is not None
         given = 0 if run["mask_all_frames"] else 1
         condition = OmniAvatar().build_condition(
-            _Encoded(
+            Encoded(
                 reference=latents[:, :, :1],
                 given=latents[:, :, :given] if given else None,
                 counts=(given,) * batch,
