@@ -6,7 +6,7 @@ with rich or writes JSON lines.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +22,7 @@ __all__ = [
     "SpanFinished",
     "Stage",
     "StepFinished",
+    "TrainingStepFinished",
     "silent",
 ]
 
@@ -111,6 +112,16 @@ class PartDone:
     seconds_left: float
 
 
+@dataclass(frozen=True)
+class TrainingStepFinished:
+    """`step` of `steps` optimizer steps are done; numbers: losses and the like of the last one, by name."""
+
+    step: int
+    steps: int
+    numbers: Mapping[str, float]
+    seconds_left: float
+
+
 Event = (
     Notice
     | Stage
@@ -121,6 +132,7 @@ Event = (
     | BytesMoved
     | SampleFinished
     | PartDone
+    | TrainingStepFinished
 )
 Emit = Callable[[Event], None]
 

@@ -238,6 +238,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
     name="avatarctl",
     lazy={
         "infer": ("avatarctl.cli.infer:infer", "Make a talking video from an image and a voice."),
+        "train": ("avatarctl.cli.train:train", "Teach a model new faces, voices and languages."),
         "convert-ckpt": (
             "avatarctl.cli.convert:convert_ckpt",
             "Convert, merge, extract or inspect weight files.",

@@ -21,6 +21,7 @@ from avatarctl.events import (
     SpanFinished,
     Stage,
     StepFinished,
+    TrainingStepFinished,
 )
 
 if TYPE_CHECKING:
@@ -110,6 +111,8 @@ class Screen:
                 self._sample(event)
             case PartDone():
                 self._part(event)
+            case TrainingStepFinished():
+                self._train(event)
             case OutputFinished():
                 self._end_progress()
                 self.line(
@@ -190,7 +193,7 @@ class Screen:
         """A bar for a terminal; in a log every sample of a few, a line per twentieth of many."""
         failed = f", {event.failed} failed" if event.failed else ""
         if event.done == 1:
-            self._start_counting(event)
+            self._start_bar(f"{event.what}s", event.total)
         if self._progress is not None and self._task is not None:
             with self._unread():
                 self._progress.update(self._task, completed=event.done, description=f"{event.what}s{failed}")
@@ -200,7 +203,21 @@ class Screen:
         if event.done == event.total:
             self._end_progress()
 
-    def _start_counting(self, event: SampleFinished) -> None:
+    def _train(self, event: TrainingStepFinished) -> None:
+        """A bar for a terminal; in a log a line per twentieth of the steps."""
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in event.numbers.items())
+        if self._task is None or self._progress is None:
+            self._start_bar("step", event.steps)
+        if self._progress is not None and self._task is not None:
+            with self._unread():
+                self._progress.update(self._task, completed=event.step, description=numbers)
+        elif event.step * 20 // event.steps > (event.step - 1) * 20 // event.steps:
+            left = f", {_duration(event.seconds_left)} left" if event.step < event.steps else ""
+            self.line(f"step {event.step} of {event.steps}: {numbers}{left}")
+        if event.step == event.steps:
+            self._end_progress()
+
+    def _start_bar(self, what: str, total: int) -> None:
         if not self._stream.isatty() or self._rank > _LEVELS.index("info"):
             return
         from rich.console import Console
@@ -216,7 +233,7 @@ class Screen:
             console=Console(file=self._stream),
             transient=True,
         )
-        self._task = self._progress.add_task(f"{event.what}s", total=event.total)
+        self._task = self._progress.add_task(what, total=total)
         with self._unread():
             self._progress.start()
 

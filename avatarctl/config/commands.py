@@ -38,9 +38,31 @@ _PREPARE: Final = CommandKeys(
 )
 """Both commands read the same keys, so that one configuration serves both."""
 
+_TRAIN: Final = CommandKeys(
+    main=("train", "data", "aux", "checkpoint"),
+    read={
+        "model": "name channels audio_offset weights_root weights compat",
+        "input": "fit prompt negative_prompt",
+        "sampling": "shift",
+        "long_video": "audio_window",
+        "output": "path",
+        "memory": "activation_checkpointing base_precision optimizer_device swap_blocks",
+        "data": "path num_frames width height audio_name mask mask_rule reference_sequence reference_frames "
+        "references artifact_dtype workers",
+        "train": "mode init optimizer learning_rate final_learning_rate schedule hold betas weight_decay "
+        "warmup_steps max_steps batch_size gradient_accumulation lora_rank lora_alpha lora_targets "
+        "text_dropout audio_dropout prefix_frames prefix_dropout timestep_weight mouth_weight clip_norm ema",
+        "aux": "losses recon_weight",
+        "checkpoint": "every keep_last resume accept_schedule",
+        "runtime": "seed device dtype attention compile gpus trackers log_level",
+    },
+)
+
 COMMANDS: Final[dict[str, CommandKeys]] = {
     "precompute-audio": _PREPARE,
     "precompute-latents": _PREPARE,
+    "train i2v": _TRAIN,
+    "train v2v": _TRAIN,
     "infer": CommandKeys(
         main=("sampling", "long_video", "output"),
         read={

@@ -225,7 +225,7 @@ class Memory:
         "segment", "how the decoder's gradient is made in training", not_yet=ANY
     )
     activation_checkpointing: Literal["none", "block", "block_offload"] = key(
-        "block", "what is computed again in the backward pass", not_yet=ANY
+        "block", "what is computed again in the backward pass", not_yet=("block_offload",)
     )
     base_precision: Literal["bf16", "fp8"] = key("bf16", "storage of frozen weights", not_yet=ANY)
     optimizer_device: Literal["auto", "cpu", "cuda"] = key("auto", "where optimizer states live", not_yet=ANY)
@@ -349,6 +349,9 @@ class Checkpoint:
     every: int = key(500, "optimizer steps between checkpoints", low=1, high=100_000_000)
     keep_last: int = key(3, "checkpoints kept; older ones are removed", low=1, high=100_000)
     resume: str | None = key(None, "auto, or the run or checkpoint folder to continue", rule=rules.PATH)
+    accept_schedule: bool = key(
+        False, "go on under a cosine of another length, though the learning rate jumps"
+    )
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from avatarctl.events import Emit, Notice
 from avatarctl.files.strict_json import parse_object
 from avatarctl.media import check_regular_file
 
-__all__ = ["OWN", "VIDEO", "DataSet", "Entry", "Sample", "find_samples", "read_entries"]
+__all__ = ["OWN", "PROMPT", "VIDEO", "DataSet", "Entry", "Sample", "find_samples", "read_entries"]
 
 VIDEO: Final = "sub_clip.mp4"
 PROMPT: Final = "prompt.txt"

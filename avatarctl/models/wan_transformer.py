@@ -74,7 +74,8 @@ class AvatarTransformer(WanTransformer3DModel):
 
     @property
     def _compute_dtype(self) -> torch.dtype:
-        return self.patch_embedding.weight.dtype
+        """Of the frozen weights, if some are trained: the head's is never among those that are kept wider."""
+        return self.proj_out.weight.dtype
 
     def _rotary_table(self, grid: tuple[int, int, int], device: torch.device | None) -> Tensor:
         """complex64 [1, S, 1, d / 2] for latents (T, h, w), on the device of these latents."""
@@ -85,12 +86,13 @@ class AvatarTransformer(WanTransformer3DModel):
         """Latents and condition channels [B, C, T, h, w] as tokens, timesteps [B] as modulation."""
         embedder = self.condition_embedder
         time = embedder.timesteps_proj(timestep.float())
-        time = embedder.time_embedder(time.to(embedder.time_embedder.linear_1.weight.dtype))
+        with torch.autocast(hidden_states.device.type, enabled=False):  # float32, in training too
+            time = embedder.time_embedder(time.to(embedder.time_embedder.linear_1.weight.dtype))
         # As exact as its own weights: rounded where a family casts the projection, float32 where it does not.
         time = time.to(embedder.time_proj.weight.dtype)
-        patches = self.patch_embedding(hidden_states.to(self._compute_dtype))
+        patches = self.patch_embedding(hidden_states.to(self.patch_embedding.weight.dtype))
         return Embedded(
-            tokens=rearrange(patches, "b d t h w -> b (t h w) d").contiguous(),
+            tokens=rearrange(patches, "b d t h w -> b (t h w) d").contiguous().to(self._compute_dtype),
             time=time,
             modulation=embedder.time_proj(embedder.act_fn(time)).unflatten(1, (6, -1)),
             grid=tuple(patches.shape[2:]),

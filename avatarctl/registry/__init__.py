@@ -6,6 +6,7 @@ choose.py   a name to its row
 """
 
 from avatarctl.registry.choose import (
+    based_on,
     configure,
     find,
     find_model,
@@ -44,6 +45,7 @@ __all__ = [
     "TrainedFor",
     "VideoShape",
     "Wanted",
+    "based_on",
     "configure",
     "encoder_part",
     "find",

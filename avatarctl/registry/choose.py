@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from avatarctl.config import RunConfig, Setting, nearest, read_assignment, resolve
 from avatarctl.errors import ConfigError
@@ -10,7 +11,7 @@ from avatarctl.registry.defaults import COMPAT
 from avatarctl.registry.row import Row, VideoShape
 from avatarctl.registry.rows import MODELS, ROWS
 
-__all__ = ["configure", "find", "find_model", "fitting", "outside_training", "video_shape"]
+__all__ = ["based_on", "configure", "find", "find_model", "fitting", "outside_training", "video_shape"]
 
 
 def find(name: str) -> Row:
@@ -37,6 +38,19 @@ def find_model(name: str) -> Row:
             fix=f"did you mean {users[0]}?" if users else None,
         )
     return row
+
+
+def based_on(name: str) -> Row | None:
+    """For the name of a base the row of the model that is made of it, without the adapter that is published:
+    training makes another one. None for other names."""
+    base = ROWS.get(name)
+    if base is None or base.kind != "base":
+        return None
+    for row in MODELS:
+        if name in row.needs:
+            needs = tuple(each for each in row.needs if ROWS[each].kind != "adapter")
+            return replace(row, title=f"{row.title}, from its base", needs=needs)
+    return None
 
 
 def video_shape(width: int, height: int) -> VideoShape:

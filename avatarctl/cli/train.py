@@ -1,0 +1,236 @@
+"""`avatarctl train i2v` and `train v2v`: samples to weights."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import re
+import shlex
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import click
+
+from avatarctl.cli.app import CommandGroup
+from avatarctl.cli.infer import _row
+from avatarctl.cli.options import EXAMPLE_MODEL, ConfigCommand, Request, config_options, read_request
+from avatarctl.cli.screen import Screen
+from avatarctl.config import RunConfig, dump_run, require_supported
+from avatarctl.errors import NotYetSupported, PathNotFound, UsageError, printable
+from avatarctl.events import Notice
+from avatarctl.registry import COMPAT, NOT_YET, ROWS, Row
+
+if TYPE_CHECKING:
+    from avatarctl.training.run import TrainingResult, TrainingRun
+
+__all__ = ["train"]
+
+Name = Literal["train i2v", "train v2v"]
+
+_DEFAULT_MODELS: Final[Mapping[Name, str]] = {"train i2v": "cartoon-i2v", "train v2v": "cartoon-v2v"}
+_DRAWN: Final = range(8)
+"""Seeds of the clips that are drawn where no data set is given."""
+
+EXAMPLES = f"""\b
+Examples:
+  avatarctl train v2v --aux sync,lpips
+  avatarctl train v2v --data samples --model {EXAMPLE_MODEL} --channels 49 --out runs/mine
+  avatarctl train v2v --resume auto --out runs/mine
+"""
+
+
+def _trained_row(name: str) -> Row:
+    """The row of a model, or of a base that one is made of."""
+    from avatarctl.registry import based_on
+
+    return based_on(name) or _row(name)
+
+
+def _reader(command: Name) -> Callable[..., Request]:
+    def read(params: Mapping[str, Any], row_of: Callable[[str], Row] = _trained_row) -> Request:
+        default = _DEFAULT_MODELS[command]
+        return read_request(command, params, lambda name: row_of(name).for_config, COMPAT, default)
+
+    return read
+
+
+@click.group(
+    cls=CommandGroup,
+    short_help="Teach a model new faces, voices and languages.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+def train() -> None:
+    """Teach a model new faces, voices and languages."""
+
+
+def _command(name: Name, short: str) -> Callable[[Callable[..., None]], click.Command]:
+    return train.command(
+        name=name.split()[1],
+        cls=ConfigCommand,
+        read=_reader(name),
+        epilog=EXAMPLES,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        short_help=short,
+        params=config_options(name),
+    )
+
+
+@_command("train i2v", "Train a model that starts from an image.")
+def i2v(**params: Any) -> None:
+    """Train a model that starts from an image, on a folder or list of samples (--data).
+
+    Without --data it learns from a few drawn clips. --resume auto goes on where a run stopped, bit for bit.
+    """
+    _run("train i2v", params)
+
+
+@_command("train v2v", "Train a model that gives a video another mouth.")
+def v2v(**params: Any) -> None:
+    """Train a model that gives a video another mouth, on a folder or list of samples (--data).
+
+    Without --data it learns from a few drawn clips. --resume auto goes on where a run stopped, bit for bit.
+    """
+    _run("train v2v", params)
+
+
+def _run(command: Name, params: Mapping[str, Any]) -> None:
+    named = functools.cache(_trained_row)
+    request = _reader(command)(params, named)
+    cfg = request.resolved.cfg
+    require_supported(cfg, command, request.resolved.origins)
+    assert cfg.model.name is not None
+    row = named(cfg.model.name)
+    from avatarctl.families import family_named
+
+    if row.status == NOT_YET or not hasattr(family := family_named(row.family), "training_condition"):
+        raise NotYetSupported(f"{row.name} is not trained yet", where="model.name")
+    folder, resume, step = _place(command, cfg, row)
+    with Screen(cfg.runtime.log_level) as screen:
+        built_in = "" if "model.name" in request.resolved.asked else " (built in; --model names another)"
+        for notice in (f"model: {row.name}{built_in}", *request.resolved.notices):
+            screen(Notice(notice))
+        cfg = _with_data(cfg, row, folder, screen, dry_run=request.dry_run)
+        request = replace(request, resolved=replace(request.resolved, cfg=cfg))
+
+        from avatarctl.training.run import TrainingRun
+
+        run = TrainingRun(command, cfg, row, family, folder, screen, resume=resume, from_step=step)  # type: ignore[arg-type]
+        if request.dry_run:
+            _show_plan(command, run, request.json)
+            return
+        from avatarctl.cli.signals import stop_on_signals
+
+        with stop_on_signals() as should_stop:
+            result = run.run(dump_run(_absolute(request), command), should_stop)
+        _advise(command, result, screen)
+    _show_result(command, result, request.json)
+
+
+def _place(command: Name, cfg: RunConfig, row: Row) -> tuple[Path, bool, int | None]:
+    """The folder of the run, whether it is gone on with, and behind which step, None for the newest."""
+    from avatarctl.files.named_path import expanded
+
+    out = expanded(cfg.output.path) if cfg.output.path else None
+    asked = cfg.checkpoint.resume
+    home = Path("runs") / f"{command.replace(' ', '-')}-{row.name}"
+    if asked is None:
+        return out or _fresh(home), False, None
+    if asked == "auto":
+        return out or _newest(home, cfg, command) or _fresh(home), True, None
+    path = expanded(asked)
+    step = None
+    if match := re.fullmatch(r"checkpoint-(\d{1,9})", path.name):
+        path, step = path.parent, int(match[1])
+    if not (path / "run.yaml").is_file():
+        raise PathNotFound("is no run, nor a checkpoint of one", where=asked, fix="name the folder of --out")
+    if out is not None and out.absolute() != path.absolute():
+        raise UsageError(f"a run goes on in its own folder, {path}", where="--out", fix="leave it out")
+    return path, True, step
+
+
+def _newest(home: Path, cfg: RunConfig, command: Name) -> Path | None:
+    """The newest run of this configuration in the usual place."""
+    from avatarctl.training.run_folder import changed
+
+    runs = [path for path in home.iterdir() if (path / "run.yaml").is_file()] if home.is_dir() else []
+    return next((path for path in sorted(runs, reverse=True) if not changed(path, cfg, command)), None)
+
+
+def _fresh(home: Path) -> Path:
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    names = (stamp if attempt == 1 else f"{stamp}-{attempt}" for attempt in itertools.count(1))
+    return next(folder for name in names if not (folder := home / name).exists())
+
+
+def _with_data(cfg: RunConfig, row: Row, folder: Path, screen: Screen, *, dry_run: bool) -> RunConfig:
+    """A data set where none is given: drawn clips in the folder of the run, for a model of their world."""
+    if cfg.data.path is not None:
+        return cfg
+    if not row.world:
+        raise UsageError(f"{row.name} learns from a data set", where="data.path", fix="give it by --data")
+    assert cfg.data.num_frames is not None
+    samples = folder / "samples"
+    screen(Notice(f"data: {len(_DRAWN)} clips of the {row.world} world, drawn (--data for yours)"))
+    if dry_run:
+        raise UsageError("drawn clips are made when training begins", where="--dry-run", fix="give --data")
+    from avatarctl.demo.samples import write_samples
+
+    write_samples(samples, _DRAWN, cfg.data.num_frames, cfg.data.audio_name)
+    return replace(cfg, data=replace(cfg.data, path=str(samples)))
+
+
+def _show_plan(command: Name, run: TrainingRun, as_json: bool) -> None:
+    summary = run.summary(run.open_data())
+    if as_json:
+        click.echo(json.dumps({"command": command, "dry_run": True, **summary}))
+        return
+    for name, value in summary.items():
+        click.echo(f"{name}: {printable(value)}")
+
+
+def _advise(command: Name, result: TrainingResult, screen: Screen) -> None:
+    line = shlex.join(["avatarctl", "infer", "--model", str(result.folder)])
+    screen(Notice(f"to use it: {line}"))
+
+
+def _show_result(command: Name, result: TrainingResult, as_json: bool) -> None:
+    if as_json:
+        values = {
+            "folder": str(result.folder),
+            "steps": result.steps,
+            "checkpoint": None if result.checkpoint is None else str(result.checkpoint),
+        }
+        click.echo(json.dumps({"command": command, **values}))
+    else:
+        click.echo(printable(result.folder))
+
+
+def _absolute(request: Request) -> Any:
+    """What a run file holds: absolute paths, so that it repeats the run from any folder."""
+    from avatarctl.files.named_path import expanded
+
+    def absolute(path: str | None) -> str | None:
+        return str(expanded(path).absolute()) if path else None
+
+    resolved = request.resolved
+    cfg = resolved.cfg
+    data = replace(cfg.data, path=absolute(cfg.data.path), mask=absolute(cfg.data.mask))
+    known = cfg.model.name in ROWS
+    weights = {part: str(absolute(path)) for part, path in cfg.model.weights.items()}
+    model = replace(
+        cfg.model,
+        name=cfg.model.name if known else absolute(cfg.model.name),
+        weights=weights,
+        weights_root=absolute(cfg.model.weights_root),
+    )
+    whole = replace(cfg, data=data, model=model, checkpoint=replace(cfg.checkpoint, resume=None))
+    asked = {name: setting for name, setting in resolved.asked.items() if name != "checkpoint.resume"}
+    for dotted, setting in asked.items():
+        section, _, name = dotted.partition(".")
+        if section in ("data", "model"):
+            asked[dotted] = replace(setting, value=getattr(getattr(whole, section), name))
+    return replace(resolved, cfg=whole, asked=asked)

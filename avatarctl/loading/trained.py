@@ -1,0 +1,104 @@
+"""Run folders of training, and what a trained file says of the model that it belongs to."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from avatarctl.errors import PathNotFound, UnusableWeights
+from avatarctl.files.safetensors_file import read_header
+from avatarctl.files.strict_json import parse_object, read_object
+from avatarctl.media.files import file_sha256
+
+__all__ = [
+    "AVERAGED",
+    "BASE_KEY",
+    "STATE",
+    "TRAINED",
+    "base_of",
+    "checkpoints",
+    "damage",
+    "is_run_folder",
+    "trained_weights",
+]
+
+BASE_KEY: Final = "avatarctl.base"
+"""Metadata key: JSON of the model that was trained, {"model": registry name, ...}."""
+
+TRAINED: Final = "trainable_weights.safetensors"
+AVERAGED: Final = "ema_weights.safetensors"
+STATE: Final = "state.json"
+_NAME: Final = re.compile(r"checkpoint-(\d{1,9})")
+_LONGEST_STATE: Final = 1 << 20
+
+
+def is_run_folder(path: Path) -> bool:
+    """Whether a folder is one that `avatarctl train` made: a run or one of its checkpoints."""
+    if not path.is_dir():
+        return False
+    return (path / "run.yaml").is_file() and (bool(checkpoints(path)) or (path / STATE).is_file())
+
+
+def checkpoints(run: Path) -> list[tuple[int, Path]]:
+    """Checkpoints of a run by their step, the oldest first; as numbers, since "10" is less than "9" as text.
+
+    Folders with another name are none, whatever is in them.
+    """
+    found = []
+    for path in run.iterdir() if run.is_dir() else ():
+        match = _NAME.fullmatch(path.name)
+        if match and path.is_dir():
+            found.append((int(match[1]), path))
+    return sorted(found)
+
+
+def damage(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint, empty for nothing: its files are compared with the hashes in its
+    state file, which is written last."""
+    state = checkpoint / STATE
+    if not state.is_file():
+        return f"{STATE} is missing"
+    try:
+        stated = read_object(state, _LONGEST_STATE).get("files", {})
+    except UnusableWeights as problem:
+        return str(problem)
+    for name, digest in stated.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if file_sha256(path) != digest:
+            return f"{name} is damaged: its SHA-256 is another one"
+    return "" if stated else f"{STATE} names no files"
+
+
+def trained_weights(path: Path) -> tuple[Path, tuple[str, ...]]:
+    """The weight file of a run folder or a checkpoint, and lines about checkpoints that were passed over.
+
+    Of a run the newest good checkpoint counts; of a checkpoint the averaged weights, where it has them.
+    Raises UnusableWeights, PathNotFound.
+    """
+    notes = []
+    found = [path] if (path / STATE).is_file() else [each for _, each in reversed(checkpoints(path))]
+    for checkpoint in found:
+        if wrong := damage(checkpoint):
+            notes.append(f"{checkpoint} is passed over: {wrong}")
+            continue
+        averaged = checkpoint / AVERAGED
+        return (averaged if averaged.is_file() else checkpoint / TRAINED), tuple(notes)
+    if notes:
+        raise UnusableWeights(notes[0].replace(" is passed over", ""), where=path)
+    raise PathNotFound("holds no checkpoint yet", where=path)
+
+
+def base_of(path: Path) -> Mapping[str, Any]:
+    """What the header of a trained file says of its base; empty where it says nothing."""
+    text = read_header(path).metadata.get(BASE_KEY)
+    return {} if text is None else parse_object(text, None, f"the metadata {BASE_KEY} is")
+
+
+def dump_state(state: Mapping[str, Any]) -> str:
+    """The text of a state file."""
+    return json.dumps(state, sort_keys=True, indent=1) + "\n"

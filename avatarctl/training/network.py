@@ -1,0 +1,72 @@
+"""The transformer in training: what of it moves, its average, its precision, and the files it becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from avatarctl.errors import UnusableWeights
+from avatarctl.models.device import dtype_of
+from avatarctl.training.checkpoints import Weights
+from avatarctl.training.trainables import Trainables
+from avatarctl.training.weights_file import trained_file
+from avatarctl.weights.layout import WeightLayout
+
+if TYPE_CHECKING:
+    from avatarctl.config import RunConfig
+
+__all__ = ["Network"]
+
+
+@dataclass
+class Network:
+    """dit: with its trainable weights; base: what a file says of the model that is trained."""
+
+    dit: nn.Module
+    layout: WeightLayout
+    trainables: Trainables
+    cfg: RunConfig
+    base: Mapping[str, Any]
+    device: torch.device
+    _mean: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.cfg.memory.activation_checkpointing != "none":
+            self.dit.enable_gradient_checkpointing()  # type: ignore[operator]
+        if self.cfg.train.ema:
+            self._mean = {name: tensor.clone() for name, tensor in self.trainables.state().items()}
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """bfloat16 matrix products where the run asks for them; in float32 nothing changes."""
+        dtype = dtype_of(self.cfg.runtime)
+        return nullcontext() if dtype == torch.float32 else torch.autocast(self.device.type, dtype)
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """One more step of the moving average, mean += (1 - decay) (weight - mean)."""
+        for name, mean in self._mean.items():
+            mean.lerp_(self.trainables.parameters[name].detach(), 1 - self.cfg.train.ema)
+
+    def load(self, trained: Mapping[str, Tensor], averaged: Mapping[str, Tensor] | None) -> None:
+        """Raises UnusableWeights for the weights of another model, or without the average of a run that
+        keeps one."""
+        self.trainables.load(trained)
+        if not self._mean:
+            return
+        if averaged is None or averaged.keys() != self._mean.keys():
+            raise UnusableWeights("holds no averaged weights, and train.ema asks for them")
+        self._mean = {name: averaged[name].to(mean.device) for name, mean in self._mean.items()}
+
+    def files(self, step: int) -> tuple[Weights, Weights | None]:
+        """The trained weights and their average, as files."""
+        made = [
+            trained_file(self.dit, self.layout, state, self.trainables, self.cfg, self.base, step)
+            for state in (self.trainables.state(), self._mean)
+            if state
+        ]
+        return made[0], made[1] if len(made) > 1 else None

@@ -1,0 +1,246 @@
+"""A training run from its configuration to its folder: what is checked before anything is loaded, the start
+or the checkpoint to go on from, the loop, and what a person is told at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from avatarctl.atomic import remove_left_behind
+from avatarctl.config import RunConfig
+from avatarctl.data.training_set import TrainingSet
+from avatarctl.errors import ConfigError, PartlyFailed, UnusableFile, UsageError
+from avatarctl.events import Emit, Notice
+from avatarctl.family import TrainableFamily
+from avatarctl.loading.sources import Sources, find_sources
+from avatarctl.loading.trained import checkpoints
+from avatarctl.registry import Row
+from avatarctl.training.run_folder import RunFolder, require_same
+
+if TYPE_CHECKING:
+    from avatarctl.training.checkpoints import Checkpoint
+    from avatarctl.training.trainer import Trainer
+
+__all__ = ["TrainingResult", "TrainingRun"]
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """steps: done in all; checkpoint: the last one, None where there was nothing to do."""
+
+    folder: Path
+    steps: int
+    checkpoint: Path | None
+
+
+class TrainingRun:
+    """One command. folder: of the run, made when it begins; from_step: of the checkpoint to go on from, None
+    for the newest.
+
+    Raises UsageError and ConfigError for settings that make no sense together or are not those of the run
+    that is resumed, PathNotFound and UnusableFile for the data set.
+    """
+
+    def __init__(
+        self,
+        command: str,
+        cfg: RunConfig,
+        row: Row,
+        family: TrainableFamily,
+        folder: Path,
+        emit: Emit,
+        *,
+        resume: bool = False,
+        from_step: int | None = None,
+    ) -> None:
+        self.command, self.cfg, self.row, self.family, self._emit = command, cfg, row, family, emit
+        self.folder = RunFolder(folder)
+        self._from_step = from_step
+        _check(command, cfg, family)
+        if self.folder.is_begun and not resume:
+            raise UsageError(
+                "holds a run already", where=folder, fix="add --resume auto, or choose another --out"
+            )
+        if self.folder.is_begun:
+            require_same(folder, cfg, command)
+            self._check_length(folder)
+        assert cfg.data.width is not None and cfg.data.height is not None
+        self.sources: Sources = find_sources(row, cfg.model, (cfg.data.width, cfg.data.height))
+
+    def open_data(self) -> TrainingSet:
+        """The data set, looked at. Raises UnusableFile, WeightsMissing, UsageError."""
+        with_audio = "sync" in self.cfg.aux.losses
+        data = TrainingSet(self.cfg, self.row, self.family, self._emit, with_audio)
+        data.check()
+        slots = self.cfg.train.batch_size * self.cfg.train.gradient_accumulation
+        if slots > len(data.names):
+            raise UsageError(
+                f"a step takes {slots} samples, and the data set has {len(data.names)}",
+                where="train.batch_size",
+                fix="a smaller --batch-size, or more samples",
+            )
+        return data
+
+    def run(self, run_text: str, should_stop: Callable[[], bool]) -> TrainingResult:
+        """Trains. run_text: of the run file.
+
+        Raises Interrupted (the step is saved), PartlyFailed where some samples could not be used, and what
+        a start, a checkpoint or the disk raises.
+        """
+        with self.folder.held():
+            for line in remove_left_behind(self.folder.path):
+                self._emit(Notice(line))
+            data = self.open_data()
+            self.folder.begin(run_text)
+            trainer = self._trainer(data)
+            begun = trainer.step
+            trainer.train(should_stop)
+            last = checkpoints(self.folder.path)[-1][1] if trainer.step > begun else None
+            self._report(data, trainer)
+            return TrainingResult(self.folder.path, trainer.step, last)
+
+    def summary(self, data: TrainingSet) -> dict[str, Any]:
+        """What `--dry-run` shows."""
+        train = self.cfg.train
+        slots = train.batch_size * train.gradient_accumulation
+        return {
+            "model": self.row.name,
+            "channels": self.cfg.model.channels,
+            "mode": train.mode,
+            "start": train.init,
+            "samples": len(data.names),
+            "unusable": len(data.bad),
+            "samples_per_step": slots,
+            "steps": train.max_steps,
+            "epochs": round(train.max_steps * slots / len(data.names), 2),
+            "encoded_while_training": data.lacking,
+            "losses": list(self.cfg.aux.losses),
+            "folder": str(self.folder.path),
+        }
+
+    def _trainer(self, data: TrainingSet) -> Trainer:
+        import torch
+
+        from avatarctl.models.attention import choose_attention, use_attention
+        from avatarctl.models.device import dtype_of, resolve_device
+        from avatarctl.training.network import Network
+        from avatarctl.training.start import start_network
+        from avatarctl.training.trainables import make_trainable
+        from avatarctl.training.trainer import Trainer
+
+        cfg = self.cfg
+        device = resolve_device(cfg.runtime.device)
+        data.prepare()
+        dtype = torch.float32 if cfg.train.mode == "full" else dtype_of(cfg.runtime)
+        start = start_network(self.row, self.sources, cfg, dtype, device, self._emit)
+        head_width = start.dit.config["attention_head_dim"]  # type: ignore[index]
+        use_attention(start.dit, choose_attention(cfg.runtime.attention, device, dtype, head_width))
+        trainables = make_trainable(start.dit, start.layout, cfg.train, cfg.runtime.seed)
+        if start.pairs:
+            trainables.load({**trainables.state(), **start.pairs})
+        self._emit(Notice(f"{cfg.train.mode}: {trainables.count:,} numbers are trained"))
+        network = Network(start.dit, start.layout, trainables, cfg, start.base, device)
+        trainer = Trainer(self.folder, cfg, self.family, network, data, self._emit)
+        self._go_on(trainer, data)
+        return trainer
+
+    def _go_on(self, trainer: Trainer, data: TrainingSet) -> None:
+        """The checkpoint to go on from; what lies behind it is set aside, and forgotten by the log."""
+        from avatarctl.training.checkpoints import find_checkpoint, set_aside
+
+        found, notes = find_checkpoint(self.folder.path, self._from_step)
+        for note in notes:
+            self._emit(Notice(note, "warning"))
+        if found is not None:
+            self._require_samples(found, data)
+            trainer.resume(found)
+            self._emit(Notice(f"resumed behind step {found.step}"))
+        for path in set_aside(self.folder.path, trainer.step):
+            self._emit(Notice(f"set aside: {path}"))
+        self.folder.cut_log(trainer.step)
+
+    def _require_samples(self, checkpoint: Checkpoint, data: TrainingSet) -> None:
+        """Which sample has which turn depends on all of them. Raises UnusableFile for another data set."""
+        before, now = checkpoint.state.get("samples", []), data.names
+        if before != now:
+            gone = [name for name in before if name not in set(now)]
+            new = [name for name in now if name not in set(before)]
+            which = f"{gone[0]} is gone" if gone else f"{new[0]} is new" if new else "their order changed"
+            raise UnusableFile(
+                f"is not the data set of this run: {len(before)} samples then, {len(now)} now; {which}",
+                where=data.base,
+                fix="bring the samples back, or start anew in another --out",
+            )
+        import torch
+
+        threads = checkpoint.state.get("threads")
+        if threads != torch.get_num_threads():
+            line = f"this run had {threads} threads and has {torch.get_num_threads()}: last digits differ"
+            self._emit(Notice(line, "warning"))
+
+    def _check_length(self, folder: Path) -> None:
+        """Of a run that goes on: never shorter than it is, and a cosine only as long as it was."""
+        from avatarctl.config import read_config
+        from avatarctl.training.optimizer import learning_rate
+        from avatarctl.training.run_folder import RUN
+
+        train = self.cfg.train
+        step = self._from_step
+        if step is None:
+            step = max((number for number, _ in checkpoints(folder)), default=0)
+        if train.max_steps < step:
+            raise UsageError(
+                f"{train.max_steps} steps were asked for, and {step} are done", where="train.max_steps"
+            )
+        before = read_config(folder / RUN, command=self.command).settings["train.max_steps"].value
+        if (
+            train.max_steps != before
+            and train.schedule == "cosine"
+            and not self.cfg.checkpoint.accept_schedule
+        ):
+            rates = [learning_rate(_with_steps(train, steps), step) for steps in (before, train.max_steps)]
+            raise ConfigError(
+                f"the cosine was made for {before} steps: at step {step} the learning rate would jump from "
+                f"{rates[0]:.3g} to {rates[1]:.3g}",
+                where="train.max_steps",
+                fix="--accept-schedule goes on all the same",
+            )
+
+    def _report(self, data: TrainingSet, trainer: Trainer) -> None:
+        failed = {**data.bad, **trainer.failed}
+        if failed:
+            first, problem = next(iter(failed.items()))
+            total = len(data.names) + len(data.bad)
+            raise PartlyFailed(
+                f"trained to step {trainer.step}; {len(failed)} of {total} samples could not be used; the "
+                f"first: {first}: {problem}"
+            )
+
+
+def _with_steps(train: Any, steps: int) -> Any:
+    from dataclasses import replace
+
+    return replace(train, max_steps=steps)
+
+
+def _check(command: str, cfg: RunConfig, family: TrainableFamily) -> None:
+    """Settings that make no sense together."""
+    wants = {"train i2v": "image", "train v2v": "video"}[command]
+    if family.takes(cfg) != wants:
+        other = "train v2v" if wants == "image" else "train i2v"
+        raise UsageError(
+            f"{cfg.model.name} with {cfg.model.channels} channels learns from "
+            f"{'a video' if wants == 'image' else 'an image'}",
+            where=command,
+            fix=f"`avatarctl {other}`, or another --channels",
+        )
+    if wants == "image" and cfg.train.mouth_weight != 1 and cfg.data.mask is None:
+        raise UsageError("says where the mouth is only with a mask", where="train.mouth_weight", fix="--mask")
+    if wants == "video" and cfg.model.audio_offset != 0:
+        raise UsageError("a video's frames and audio belong together: 0", where="model.audio_offset")
+    if cfg.model.compat == "reference":
+        raise UsageError(
+            "nothing was ever published about training", where="model.compat", fix="none or fork"
+        )

@@ -1,0 +1,119 @@
+"""The folder of a run: who works in it, what was asked for, and the log."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from avatarctl.atomic import atomic_write_text, disk_errors, ensure_writable_folder
+from avatarctl.config import RunConfig, read_config, value_of
+from avatarctl.config.commands import keys_of
+from avatarctl.errors import ConfigError, OutputRefused
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["LOG", "RUN", "TIMING", "RunFolder", "changed", "require_same"]
+
+RUN: Final = "run.yaml"
+LOG: Final = "log.jsonl"
+TIMING: Final = "timing.jsonl"
+_LOCK: Final = "lock"
+
+_FREE: Final = (
+    "output.path", "checkpoint.", "runtime.log_level", "runtime.device", "data.workers", "data.path",
+    "data.force", "data.videos", "data.shard", "memory.", "train.max_steps", "model.weights_root",
+)  # fmt: skip
+"""What may differ when a run goes on: no number depends on it. Of the length of a run only a cosine does, and
+of the path of the data its samples, which are compared by name."""
+
+
+class RunFolder:
+    """One folder; `log` and `timing` are lines of JSON, one for each optimizer step."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def is_begun(self) -> bool:
+        return (self.path / RUN).is_file()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Alone in the folder, by a lock of the operating system: it is gone with the process, however that
+        ended, and two containers whose processes have the same numbers cannot mistake each other's.
+
+        Raises OutputRefused while another run is in it.
+        """
+        ensure_writable_folder(self.path)
+        with disk_errors(self.path / _LOCK):
+            descriptor = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    fix = "wait for it to end, or choose another --out"
+                    raise OutputRefused("another run is training in it", where=self.path, fix=fix) from error
+            yield
+        finally:
+            os.close(descriptor)
+
+    def begin(self, run_text: str) -> None:
+        """Writes the run file, unless one is there: it is of the first start."""
+        if not self.is_begun:
+            atomic_write_text(self.path / RUN, run_text)
+
+    def cut_log(self, step: int) -> None:
+        """Forgets log lines behind `step`, and what a kill left of a line, so that logs of equal runs are
+        equal."""
+        for name in (LOG, TIMING):
+            path = self.path / name
+            if not path.is_file():
+                continue
+            kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
+            atomic_write_text(path, "".join(f"{line}\n" for line in kept))
+
+    def write(self, name: str, entry: Mapping[str, Any]) -> None:
+        """One more line of a log."""
+        path = self.path / name
+        with disk_errors(path), path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def entries(self) -> list[dict[str, Any]]:
+        """What the log says so far."""
+        path = self.path / LOG
+        return [json.loads(line) for line in _whole_lines(path)] if path.is_file() else []
+
+
+def _whole_lines(path: Path) -> Iterator[str]:
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n") and line.strip():
+            yield line.rstrip("\n")
+
+
+def changed(run: Path, cfg: RunConfig, command: str) -> dict[str, tuple[Any, Any]]:
+    """Keys that decide numbers and are not what they were at the first start: what was, what is asked now."""
+    before = read_config(run / RUN, command=command).settings
+    found = {}
+    for dotted in keys_of(command):
+        was = before[dotted].value if dotted in before else None
+        now = value_of(cfg, dotted)
+        if now != was and not (was is None and now in ({}, ())) and not dotted.startswith(_FREE):
+            found[dotted] = (was, now)
+    return found
+
+
+def require_same(run: Path, cfg: RunConfig, command: str) -> None:
+    """Raises ConfigError with every difference to the run's own configuration."""
+    found = changed(run, cfg, command)
+    if found:
+        lines = "; ".join(f"{dotted} was {was} and is {now}" for dotted, (was, now) in found.items())
+        fix = "ask for what it was, or start anew in another --out"
+        raise ConfigError(f"this run was started otherwise: {lines}", where=run / RUN, fix=fix)

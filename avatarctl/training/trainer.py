@@ -1,0 +1,219 @@
+"""The loop: samples in, a step of the optimizer, a line in the log, now and then a checkpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor
+
+from avatarctl.data.training_set import TrainingSample, TrainingSet
+from avatarctl.errors import AvatarctlError, Interrupted, UnusableFile
+from avatarctl.events import Emit, Notice, TrainingStepFinished
+from avatarctl.finite import is_finite
+from avatarctl.training.checkpoints import Checkpoint, rotate, write_checkpoint
+from avatarctl.training.curves import draw_curves
+from avatarctl.training.network import Network
+from avatarctl.training.objective import FlowStep, flow_step, training_noise
+from avatarctl.training.optimizer import Optimizer
+from avatarctl.training.order import Order
+from avatarctl.training.run_folder import LOG, TIMING, RunFolder
+
+if TYPE_CHECKING:
+    from avatarctl.config import RunConfig
+    from avatarctl.family import Condition, Draw, Timesteps, TrainableFamily
+
+__all__ = ["Trainer"]
+
+_PATIENCE: Final = 5
+"""Steps in a row with numbers that are not finite before a run ends."""
+
+
+@dataclass
+class _Sums:
+    """Numbers of a step, averaged over its samples."""
+
+    slots: int
+    totals: dict[str, float] = field(default_factory=dict)
+
+    def add(self, name: str, values: Tensor) -> None:
+        self.totals[name] = self.totals.get(name, 0.0) + float(values.detach().sum()) / self.slots
+
+
+@dataclass
+class Trainer:
+    """One run. `network` holds what is trained; `step` counts the optimizer steps that are done."""
+
+    folder: RunFolder
+    cfg: RunConfig
+    family: TrainableFamily
+    network: Network
+    data: TrainingSet
+    emit: Emit
+    step: int = 0
+    failed: dict[str, AvatarctlError] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        train = self.cfg.train
+        self._slots = train.batch_size * train.gradient_accumulation
+        self._order = Order(self.cfg.runtime.seed, len(self.data.names), self._slots)
+        self._optimizer = Optimizer(self.network.trainables.parameters, train)
+        self._in_a_row = 0
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Goes on behind a checkpoint. Raises UnusableWeights for one of another model."""
+        self.network.load(checkpoint.trained(), checkpoint.averaged())
+        self._optimizer.load(checkpoint.optimizer())
+        self.step = checkpoint.step
+
+    def train(self, should_stop: Callable[[], bool]) -> None:
+        """Trains up to `train.max_steps`. Saves before it raises Interrupted; raises UnusableFile where losses
+        stay without a finite value, the last checkpoint untouched."""
+        train, started, begun = self.cfg.train, time.monotonic(), self.step
+        samples = self.data.read(self._order.from_step(self.step, train.max_steps))
+        while self.step < train.max_steps:
+            clock = time.monotonic()
+            batch = self._next(samples)
+            waited = time.monotonic() - clock
+            self._one_step(batch, waited, clock)
+            seconds = time.monotonic() - started
+            left = seconds / (self.step - begun) * (train.max_steps - self.step)
+            self._tell(left)
+            stop = should_stop()
+            if stop or self.step % self.cfg.checkpoint.every == 0 or self.step == train.max_steps:
+                self.save()
+            if stop and self.step < train.max_steps:
+                fix = "the same command with --resume auto goes on"
+                raise Interrupted(f"stopped after step {self.step}, which is saved", fix=fix)
+
+    def save(self) -> Path:
+        """A checkpoint of the step that was last made; older ones are removed when it is whole."""
+        weights, averaged = self.network.files(self.step)
+        state = {
+            "samples": self.data.names,
+            "slots": self._slots,
+            "seed": self.cfg.runtime.seed,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+        optimizer = self._optimizer.state()
+        path = write_checkpoint(self.folder.path, self.step, weights, averaged, optimizer, state)
+        for gone in rotate(self.folder.path, self.cfg.checkpoint.keep_last):
+            self.emit(Notice(f"removed {gone.name}", "info"))
+        draw_curves(self.folder.path / "curves.png", self.folder.entries())
+        return path
+
+    def _next(self, samples: Iterator[TrainingSample | AvatarctlError]) -> list[TrainingSample]:
+        """The samples of a step. The turn of one that turns out to be unusable goes to the next good one."""
+        batch = []
+        for place in self._order.places(self.step):
+            found = next(samples)
+            tried = place
+            while not isinstance(found, TrainingSample):
+                name = self.data.names[tried]
+                if name not in self.failed:
+                    self.emit(Notice(f"{name}: {found}; another sample takes its turns", "warning"))
+                self.failed[name] = found
+                if len(self.failed) == len(self.data.names):
+                    raise UnusableFile(f"no sample can be used any more; the last: {name}: {found}")
+                tried = (tried + 1) % len(self.data.names)
+                found = next(self.data.read([tried]))
+            batch.append(found)
+        return batch
+
+    def _one_step(self, batch: list[TrainingSample], waited: float, clock: float) -> None:
+        sums = _Sums(self._slots)
+        draws = self._order.draws(self.step)
+        size = self.cfg.train.batch_size
+        for first in range(0, self._slots, size):
+            group = list(zip(batch[first : first + size], draws[first : first + size], strict=True))
+            for part in _of_one_length(group):
+                self._backward([sample for sample, _ in part], [draw for _, draw in part], sums)
+        norm = self._optimizer.clip()
+        entry: dict[str, Any] = {"step": self.step + 1, **sums.totals, "gradient_norm": float(norm)}
+        if is_finite(norm) and all(is_finite(torch.tensor(value)) for value in sums.totals.values()):
+            entry["learning_rate"] = self._optimizer.step(self.step)
+            self.network.average()
+            self._in_a_row = 0
+        else:
+            self._optimizer.drop_gradients()
+            self._skip(batch, entry)
+        self.step += 1
+        self.last = entry
+        self.folder.write(LOG, entry)
+        seconds = time.monotonic() - clock
+        self.folder.write(TIMING, {"step": self.step, "seconds": seconds, "waited": waited})
+
+    def _skip(self, batch: Sequence[TrainingSample], entry: dict[str, Any]) -> None:
+        """A step without finite numbers moves nothing. Raises UnusableFile after five in a row."""
+        names = ", ".join(dict.fromkeys(sample.name for sample in batch))
+        self._in_a_row += 1
+        line = f"step {entry['step']} is skipped: its numbers are not finite ({names})"
+        self.emit(Notice(line, "warning"))
+        entry.update({name: None for name, value in entry.items() if isinstance(value, float)})
+        entry["skipped"] = names
+        if self._in_a_row == _PATIENCE:
+            fix = "a smaller train.learning_rate, or look at these samples"
+            raise UnusableFile(f"{_PATIENCE} steps in a row were not finite; the last: {names}", fix=fix)
+
+    def _backward(self, samples: list[TrainingSample], draws: list[Draw], sums: _Sums) -> None:
+        """Gradients of some samples of a step, all of one length."""
+        condition, timesteps, noise = self._prepared(samples, draws)
+        with self.network.autocast():
+            step = flow_step(self.family, self.network.dit, condition, timesteps, noise, self.cfg)
+        loss = self._total(step, samples, draws, condition, timesteps, sums)
+        (loss.sum() / self._slots).backward()
+
+    def _prepared(
+        self, samples: list[TrainingSample], draws: list[Draw]
+    ) -> tuple[Condition, Timesteps, Tensor]:
+        device = self.network.device
+        tensors = [{name: tensor.to(device) for name, tensor in sample.tensors.items()} for sample in samples]
+        constants = {name: tensor.to(device) for name, tensor in self.data.constants.items()}
+        condition = self.family.training_condition(tensors, constants, draws, self.cfg)
+        assert condition.clean is not None
+        timesteps = self.family.sample_timesteps(draws, condition.clean.shape[2], self.cfg)
+        noise = training_noise(draws, condition.clean.shape)
+        return condition, _moved(timesteps, device), noise.to(device)
+
+    def _total(
+        self,
+        step: FlowStep,
+        samples: list[TrainingSample],
+        draws: list[Draw],
+        condition: Condition,
+        timesteps: Timesteps,
+        sums: _Sums,
+    ) -> Tensor:
+        """[B]: what is minimised. The error is logged beside its parts, before any weight."""
+        sums.add("loss", step.loss)
+        for name, values in step.parts.items():
+            sums.add(name, values)
+        return step.loss * self.cfg.aux.recon_weight
+
+    def _tell(self, seconds_left: float) -> None:
+        shown = {
+            name: value
+            for name, value in self.last.items()
+            if isinstance(value, float) and name not in ("learning_rate",)
+        }
+        self.emit(TrainingStepFinished(self.step, self.cfg.train.max_steps, shown, seconds_left))
+
+
+def _of_one_length(
+    group: list[tuple[TrainingSample, Draw]],
+) -> Iterator[list[tuple[TrainingSample, Draw]]]:
+    """Samples whose latents have one shape, in the order of their first; the loss of each is its own, so a
+    forward pass more changes no gradient."""
+    by_shape: dict[tuple[int, ...], list[tuple[TrainingSample, Draw]]] = {}
+    for sample, draw in group:
+        by_shape.setdefault(tuple(sample.tensors["latents"].shape), []).append((sample, draw))
+    yield from by_shape.values()
+
+
+def _moved(timesteps: Timesteps, device: torch.device) -> Timesteps:
+    return type(timesteps)(*(getattr(timesteps, name).to(device) for name in ("id", "t", "sigma", "weight")))
