@@ -1,7 +1,7 @@
 """Samples as training reads them: artifacts from their files, what is missing made on the way.
 
 Everything is looked at before the first step. What a sample lacks is encoded when its turn comes, by the
-function that preparation calls, and rounded as files are, so a prepared set and an unprepared one train alike.
+function that preparation calls, and rounded as files are: a set trains alike, prepared or not.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class TrainingSample:
 
 @dataclass(frozen=True)
 class _Turn:
-    """What is read of a sample: files of artifacts (path, entry in it), frames that are encoded live, audio."""
+    """What is read of a sample: files of artifacts (path, entry in it), frames to be encoded, audio."""
 
     files: Mapping[str, tuple[Path, str]]
     live: tuple[Any, ...] | None
@@ -104,8 +104,8 @@ class TrainingSet:
             if checked.problem is None:
                 try:
                     self._require_audio(sample)
-                except AvatarctlError as problem:
-                    checked = Checked(sample, problem=problem)
+                except AvatarctlError as silent:
+                    checked = Checked(sample, problem=silent)
             if checked.problem is not None:
                 self.bad[sample.name] = checked.problem
                 self.emit(

@@ -83,7 +83,7 @@ class Objective:
         return replace(condition, clean=clean, fixed_mask=fixed, extra=extra)
 
     def sample_timesteps(self, draws: Sequence[Draw], frames: int, cfg: RunConfig) -> Timesteps:
-        """One id in 0..999 per sample; the grid is that of inference, so sigmas crowd where shift puts them."""
+        """One id in 0..999 per sample, on the grid of inference: shift crowds its sigmas."""
         from avatarctl.flow_matching import TRAIN_TIMESTEPS
 
         return timesteps_at([draw.integer("timestep", TRAIN_TIMESTEPS) for draw in draws], cfg)
@@ -140,8 +140,8 @@ def prefix_latents(draw: Draw, frames: int, cfg: RunConfig) -> int:
     """Latent frames of a clip of `frames` that are given to the network.
 
     Drawn from `train.prefix_frames`, as far as one frame is left to be learnt, and dropped with
-    `train.prefix_dropout`: then all is noise. Where the mask leaves no frame whole, a first chunk of inference
-    is given nothing, so nothing is one of the choices as well.
+    `train.prefix_dropout`: then all is noise. Where the mask leaves no frame whole, a first chunk of
+    inference is given nothing, so nothing is one of the choices as well.
     """
     if _as_fork(cfg):
         return 0 if _masks_all(cfg) else 1

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from avatarctl.errors import PathNotFound, UnusableWeights
 from avatarctl.hub.locate import WEIGHT_SUFFIXES
 from avatarctl.loading.loras import find_here
+from avatarctl.loading.trained import base_of, is_run_folder, trained_weights
 from avatarctl.registry import NEEDS_WEIGHTS, ROWS, Row, encoder_part, find_model
 from avatarctl.weights.loaders import avatars_on
 from avatarctl.weights.made_for import trained_shape
@@ -29,6 +31,8 @@ def row_named(name: str) -> Row:
     if name in ROWS:
         return find_model(name)
     path = find_here(name)
+    if path is not None and is_run_folder(path):
+        return _row_of_run(path.absolute())
     if path is None:
         for row in ROWS.values():
             if name == row.hub_id:
@@ -37,6 +41,34 @@ def row_named(name: str) -> Row:
             raise PathNotFound("no such file or folder, and no model of this name", where=name)
         return find_model(name)
     return _row_of(path.absolute(), open_model(path))
+
+
+def _row_of_run(folder: Path) -> Row:
+    """The row of what `avatarctl train` made: of the model that was trained, with these weights in it.
+
+    A model that comes with the program needs no file beside them.
+    """
+    path, _ = trained_weights(folder)
+    held = open_model(path)
+    base = ROWS.get(str(base_of(path).get("model")))
+    if base is None or base.source != "package":
+        return _row_of(path, held)
+    defaults = {
+        **base.defaults,
+        "model.channels": held.sizes.in_channels,
+        "model.audio_offset": held.audio_offset,
+    }
+    network = {**base.network, "dit": {**base.network["dit"], "in_channels": held.sizes.in_channels}}
+    return replace(
+        base,
+        name=folder.name,
+        title=f"{held.variant}, trained from {base.name}",
+        network=network,
+        defaults=defaults,
+        audio_offset_stated=True,
+        trained=True,
+        path=str(path),
+    )
 
 
 def _row_of(path: Path, held: WeightFile) -> Row:

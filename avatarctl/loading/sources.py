@@ -69,7 +69,12 @@ def find_sources(row: Row, model: Model, size: tuple[int, int] | None = None) ->
     loras = tuple(find_lora(text, model.weights_root) for text in model.lora)
     if row.source == "package":
         packaged = _packaged(row)
-        return Sources(packaged.dit, packaged.encoders, loras, packaged.missing, row.name)
+        dit = packaged.dit
+        if row.path and read_weight_file(Path(row.path)).kind == "adapter":
+            loras = (Lora(Path(row.path), 1.0), *loras)
+        elif row.path:
+            dit = (Path(row.path),)
+        return Sources(dit, packaged.encoders, loras, packaged.missing, row.name)
     needed = [locate(each, model.weights_root) for each in with_needs(row) if each is not row]
     own, notes = _own(row, model.weights_root, size)
     places = [own, *needed]
@@ -98,6 +103,8 @@ def _packaged(row: Row) -> Sources:
 def check_packaged(row: Row, sources: Sources) -> None:
     """Raises WeightsMissing (exit 4) for a file of the package whose bytes are not those of the release."""
     for path in (*sources.dit, *sources.encoders.values()):
+        if path == Path(row.path):
+            continue  # trained since; its own header says what it is
         stated = row.sha256[path.relative_to(ASSETS).as_posix()]
         if hashlib.sha256(path.read_bytes()).hexdigest() != stated:
             fix = "install avatarctl again"

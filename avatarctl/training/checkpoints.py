@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -84,8 +83,8 @@ def write_checkpoint(
             flush_file(path)
         flush_folder(folder)
         if final.is_dir():  # damaged, or resuming would have begun behind it
-            os.rename(final, _aside(run) / final.name)
-        os.rename(folder, final)
+            final.rename(_aside(run) / final.name)
+        folder.rename(final)
         flush_folder(run)
     return final
 
@@ -120,15 +119,15 @@ def rotate(run: Path, keep: int) -> Iterator[Path]:
 
 
 def set_aside(run: Path, step: int) -> tuple[Path, ...]:
-    """Moves checkpoints behind `step` into a folder `aside-N`, where neither resuming nor rotation finds them;
-    their new places."""
+    """Moves checkpoints behind `step` into a folder `aside-N`, where neither resuming nor rotation finds
+    them; their new places."""
     newer = [path for number, path in checkpoints(run) if number > step]
     if not newer:
         return ()
     place = _aside(run)
     moved = []
     for path in newer:
-        os.rename(path, place / path.name)
+        path.rename(place / path.name)
         moved.append(place / path.name)
     flush_folder(run)
     return tuple(moved)

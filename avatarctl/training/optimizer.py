@@ -71,7 +71,7 @@ class Optimizer:
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Puts back what `state` gave. Raises UnusableWeights for the moments of other weights."""
-        held: dict[nn.Parameter, dict[str, Any]] = {}
+        held: dict[Tensor, dict[str, Any]] = {}
         for name, tensor in state.items():
             parameter_name, _, key = name.rpartition(".")
             parameter = self._parameters.get(parameter_name)

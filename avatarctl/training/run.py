@@ -135,7 +135,7 @@ class TrainingRun:
         data.prepare()
         dtype = torch.float32 if cfg.train.mode == "full" else dtype_of(cfg.runtime)
         start = start_network(self.row, self.sources, cfg, dtype, device, self._emit)
-        head_width = start.dit.config["attention_head_dim"]  # type: ignore[index]
+        head_width: int = start.dit.config["attention_head_dim"]  # type: ignore[index, assignment]
         use_attention(start.dit, choose_attention(cfg.runtime.attention, device, dtype, head_width))
         trainables = make_trainable(start.dit, start.layout, cfg.train, cfg.runtime.seed)
         if start.pairs:

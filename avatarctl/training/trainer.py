@@ -71,8 +71,8 @@ class Trainer:
         self.step = checkpoint.step
 
     def train(self, should_stop: Callable[[], bool]) -> None:
-        """Trains up to `train.max_steps`. Saves before it raises Interrupted; raises UnusableFile where losses
-        stay without a finite value, the last checkpoint untouched."""
+        """Trains up to `train.max_steps`. Saves before it raises Interrupted; raises UnusableFile where
+        losses stay without a finite value, the last checkpoint untouched."""
         train, started, begun = self.cfg.train, time.monotonic(), self.step
         samples = self.data.read(self._order.from_step(self.step, train.max_steps))
         while self.step < train.max_steps:

@@ -43,7 +43,7 @@ def trained_file(
     trained: by the names of `trainables`, its own weights or an average of them; base: what the header says
     of the model that an adapter changes.
     """
-    network = dit.config
+    network: Mapping[str, Any] = dit.config  # type: ignore[assignment]
     heads, head_width = network["num_attention_heads"], network["attention_head_dim"]
     stated = {field: network[name] for name, field in layout.arguments.items() if network.get(name)}
     sizes = Sizes(width=heads * head_width, **stated)

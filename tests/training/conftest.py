@@ -1,0 +1,56 @@
+"""Two small sets of samples of the cartoon world, and runs as they are typed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from avatarctl.cli import app
+from avatarctl.demo.samples import write_samples
+
+SMALL = ("--size", "32x32", "--frames", "9", "--max-steps", "3", "--batch-size", "2")
+Train = Callable[..., Result]
+
+
+@pytest.fixture(scope="session")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four samples of 17 frames without artifacts; nobody changes them."""
+    folder = tmp_path_factory.mktemp("drawn") / "samples"
+    write_samples(folder, range(4), 17, "audio.wav")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(samples: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with the artifacts of both families of commands, for 49 channels; nobody changes them."""
+    folder = tmp_path_factory.mktemp("prepared") / "samples"
+    write_samples(folder, range(4), 17, "audio.wav")
+    for command in ("precompute-latents", "precompute-audio"):
+        words = [command, "--data", str(folder), "--size", "32x32", "--frames", "9"]
+        made = CliRunner().invoke(app, words, prog_name="avatarctl")
+        assert made.exit_code == 0, made.output
+    return folder
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Train:
+    """`avatarctl train`, typed; `which` is i2v or v2v."""
+
+    def run(which: str, *words: object, small: bool = True) -> Result:
+        line = ["train", which, *(SMALL if small else ()), *map(str, words)]
+        return CliRunner().invoke(app, line, prog_name="avatarctl")
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums of floats are those of one thread, whatever ran before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
