@@ -125,7 +125,9 @@ class Trainer:
             batch.append(found)
         return batch
 
-    def _one_step(self, batch: list[TrainingSample], waited: float, clock: float) -> None:
+    def accumulate(self, batch: list[TrainingSample]) -> dict[str, float]:
+        """Gradients of one optimizer step, in as many forward passes as the run asks for; the numbers of the
+        step, averaged over its samples."""
         sums = _Sums(self._slots)
         draws = self._order.draws(self.step)
         size = self.cfg.train.batch_size
@@ -133,9 +135,13 @@ class Trainer:
             group = list(zip(batch[first : first + size], draws[first : first + size], strict=True))
             for part in _of_one_length(group):
                 self._backward([sample for sample, _ in part], [draw for _, draw in part], sums)
+        return sums.totals
+
+    def _one_step(self, batch: list[TrainingSample], waited: float, clock: float) -> None:
+        totals = self.accumulate(batch)
         norm = self._optimizer.clip()
-        entry: dict[str, Any] = {"step": self.step + 1, **sums.totals, "gradient_norm": float(norm)}
-        if is_finite(norm) and all(is_finite(torch.tensor(value)) for value in sums.totals.values()):
+        entry: dict[str, Any] = {"step": self.step + 1, **totals, "gradient_norm": float(norm)}
+        if is_finite(norm) and all(is_finite(torch.tensor(value)) for value in totals.values()):
             entry["learning_rate"] = self._optimizer.step(self.step)
             self.network.average()
             self._in_a_row = 0
