@@ -41,7 +41,7 @@ from avatarctl.registry import Row
 if TYPE_CHECKING:
     from avatarctl.loading.modules import Part
 
-__all__ = ["Command", "Preparation", "Summary"]
+__all__ = ["Command", "Preparation", "Summary", "encoding_threads"]
 
 Command = Literal["precompute-audio", "precompute-latents"]
 
@@ -111,7 +111,7 @@ class Preparation:
                 self._emit(Notice(line))
         results: list[Done] = []
         try:
-            with _threads(), self.known:
+            with encoding_threads(), self.known:
                 samples = self._samples(results, should_stop)
                 results += self._prepare(samples, should_stop)
         except BaseException:
@@ -302,7 +302,7 @@ class _Clock:
         self._emit(SampleFinished(name, self._what, self._done, self._total, self._failed, left))
 
 
-class _threads:  # noqa: N801 - used as a block
+class encoding_threads:  # noqa: N801 - used as a block
     """A fixed number of torch's threads, put back afterwards."""
 
     def __enter__(self) -> None:

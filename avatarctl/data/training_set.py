@@ -7,7 +7,6 @@ function that preparation calls, and rounded as files are: a set trains alike, p
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from avatarctl.data.checking import Checked, Checker, Todo, artifact_path, audio
 from avatarctl.data.encoders import Encoders
 from avatarctl.data.known import Known
 from avatarctl.data.media import ReadFrames, read_sample
+from avatarctl.data.prepare import encoding_threads
 from avatarctl.data.samples import Sample, find_samples, prompt_of
 from avatarctl.data.workers import Outcome, run_jobs
 from avatarctl.errors import AvatarctlError, UnusableAudio, UnusableFile
@@ -145,7 +145,8 @@ class TrainingSet:
         if wanted:
             assert self.cfg.data.num_frames is not None
             frames = self.cfg.data.num_frames
-            made = self.family.constants(self._encoders, frames, wanted, self.cfg)  # type: ignore[arg-type]
+            with encoding_threads():
+                made = self.family.constants(self._encoders, frames, wanted, self.cfg)  # type: ignore[arg-type]
             self.constants |= {name: rounded(tensor, self.cfg).float().cpu() for name, tensor in made.items()}
         self._make_prompts()
         self._encoders.forget("text")
@@ -190,7 +191,7 @@ class TrainingSet:
 
     def _encoded(self, todo: Todo, read: tuple[ReadFrames, dict[str, np.ndarray]]) -> dict[str, Tensor]:
         names = [name for name in todo.names if self._of(name).of == "sample"]
-        with self._checker.clip(todo, *read) as clip:
+        with encoding_threads(), self._checker.clip(todo, *read) as clip:
             made = self.family.encode_clip(self._encoders, clip, names, self.cfg)  # type: ignore[arg-type]
         return {name: rounded(made[name], self.cfg).float().cpu() for name in names}
 
@@ -237,9 +238,8 @@ class TrainingSet:
                 self._prompts[prompt] = torch.from_numpy(_read(path, artifact.name))
         for prompt, checked in missing.items():
             assert checked.todo is not None
-            with ExitStack() as stack:
-                nothing: tuple[ReadFrames, dict[str, np.ndarray]] = (ReadFrames(0, ()), {})
-                clip = stack.enter_context(self._checker.clip(checked.todo, *nothing))
+            nothing: tuple[ReadFrames, dict[str, np.ndarray]] = (ReadFrames(0, ()), {})
+            with encoding_threads(), self._checker.clip(checked.todo, *nothing) as clip:
                 wanted = (artifact.name,)
                 made = self.family.encode_clip(self._encoders, clip, wanted, self.cfg)  # type: ignore[arg-type]
             self._prompts[prompt] = rounded(made[artifact.name], self.cfg).float().cpu()

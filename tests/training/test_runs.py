@@ -1,0 +1,310 @@
+"""Runs as they are typed: their folders, resuming, refusals, and what becomes of the weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from safetensors import safe_open
+
+from avatarctl.cli import app
+from avatarctl.demo.samples import write_samples
+
+Train = Callable[..., Result]
+EVERY = ("-o", "checkpoint.every=1")
+COMPARED = ("trainable_weights.safetensors", "optimizer.safetensors")
+
+
+def typed(*words: object) -> Result:
+    return CliRunner().invoke(app, list(map(str, words)), prog_name="avatarctl")
+
+
+def bits(run: Path, step: int) -> list[bytes]:
+    """Weights, moments and log of a run."""
+    checkpoint = run / f"checkpoint-{step}"
+    return [*((checkpoint / name).read_bytes() for name in COMPARED), (run / "log.jsonl").read_bytes()]
+
+
+@pytest.fixture(scope="module")
+def finished(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run of three steps; nobody changes it."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    line = ["train", "v2v", "--data", prepared, "--size", "32x32", "--frames", "9", "--max-steps", "3"]
+    made = typed(*line, "--batch-size", "2", *EVERY, "--out", run)
+    assert made.exit_code == 0, made.output
+    return run
+
+
+def test_a_run_leaves_what_a_person_looks_for(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    wanted = {"run.yaml", "log.jsonl", "timing.jsonl", "curves.png", "checkpoint-3", "checkpoint-1"}
+    assert wanted <= names
+    log = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log] == [1, 2, 3]
+    assert all(entry["loss"] > 0 and entry["mse"] > 0 and entry["gradient_norm"] > 0 for entry in log)
+    with safe_open(finished / "checkpoint-3" / COMPARED[0], "pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["avatarctl.base"]) == {"model": "cartoon-v2v"}
+    assert json.loads(metadata["avatarctl.conventions"])["audio_offset"] == 0
+    assert metadata["avatarctl.channels"] == "49"
+
+
+def test_prepared_and_live_samples_train_alike(
+    finished: Path, samples: Path, train: Train, tmp_path: Path
+) -> None:
+    """Nothing is prepared in the other folder: all is encoded when its turn comes, by reading processes."""
+    made = train("v2v", "--data", samples, *EVERY, "--workers", "2", "--out", tmp_path / "run")
+    assert made.exit_code == 0, made.output
+    assert bits(tmp_path / "run", 3) == bits(finished, 3)
+
+
+def test_a_run_that_was_resumed_twice_ends_as_one_that_was_not(
+    finished: Path, prepared: Path, train: Train, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    for steps in (1, 2, 3):
+        words = ("--data", prepared, *EVERY, "--out", run, "--resume", "auto", "--max-steps", steps)
+        made = typed("train", "v2v", "--size", "32x32", "--frames", "9", "--batch-size", "2", *words)
+        assert made.exit_code == 0, made.output
+    assert bits(run, 3) == bits(finished, 3)
+
+
+_KILLED = """
+import os, signal, sys
+from avatarctl.cli import app
+from avatarctl.training import checkpoints, trainer
+place, count = sys.argv[1], [0]
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+if place == "between":
+    step = trainer.Trainer._one_step
+    def killed(self, *rest):
+        if self.step == 1:
+            die()
+        step(self, *rest)
+    trainer.Trainer._one_step = killed
+else:
+    flush = checkpoints.flush_folder
+    def killed(folder):
+        count[0] += 1
+        if count[0] == 3:  # of the second checkpoint, whole and not yet renamed
+            die()
+        flush(folder)
+    checkpoints.flush_folder = killed
+app.main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("place", ["between", "saving"])
+def test_killed_at_any_moment_it_goes_on_to_the_same_bits(
+    place: str, finished: Path, prepared: Path, train: Train, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    words = ["--data", prepared, "--size", "32x32", "--frames", "9", "--max-steps", "3", "--batch-size", "2"]
+    line = ["train", "v2v", *words, *EVERY, "--out", run]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed = subprocess.run(
+        [sys.executable, "-c", _KILLED, place, *map(str, line)], env=environment, capture_output=True
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert {path.name for path in run.glob("checkpoint-*")} == {"checkpoint-1"}
+    resumed = train("v2v", "--data", prepared, *EVERY, "--out", run, "--resume", "auto")
+    assert resumed.exit_code == 0, resumed.output
+    assert not list(run.glob(".tmp-*"))
+    assert bits(run, 3) == bits(finished, 3)
+
+
+def test_a_stopped_run_saves_its_step(finished: Path, prepared: Path, train: Train, tmp_path: Path) -> None:
+    """SIGTERM in the middle of the second step."""
+    import avatarctl.training.trainer as trainer
+
+    run = tmp_path / "run"
+    step = trainer.Trainer.accumulate
+    with pytest.MonkeyPatch.context() as patch:
+
+        def stopping(self: trainer.Trainer, batch: list[trainer.TrainingSample]) -> dict[str, float]:
+            if self.step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(self, batch)
+
+        patch.setattr(trainer.Trainer, "accumulate", stopping)
+        stopped = train("v2v", "--data", prepared, "--out", run)
+    assert stopped.exit_code == 6, stopped.output
+    assert "stopped after step 2, which is saved" in stopped.output
+    resumed = train("v2v", "--data", prepared, "--out", run, "--resume", "auto")
+    assert resumed.exit_code == 0 and "resumed behind step 2" in resumed.output
+    assert bits(run, 3) == bits(finished, 3)
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "copied"))
+
+
+def test_a_damaged_newest_falls_back_and_says_so(
+    finished: Path, copied: Path, prepared: Path, train: Train
+) -> None:
+    file = copied / "checkpoint-3" / COMPARED[0]
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    resumed = train("v2v", "--data", prepared, *EVERY, "--out", copied, "--resume", "auto")
+    assert resumed.exit_code == 0, resumed.output
+    assert "checkpoint-3 is passed over: trainable_weights.safetensors is damaged" in resumed.output
+    assert "resumed behind step 2" in resumed.output
+    assert bits(copied, 3) == bits(finished, 3)
+
+
+def test_going_on_from_an_older_one_sets_the_newer_aside(
+    finished: Path, copied: Path, prepared: Path, train: Train
+) -> None:
+    resumed = train("v2v", "--data", prepared, *EVERY, "--resume", copied / "checkpoint-1")
+    assert resumed.exit_code == 0, resumed.output
+    assert {path.name for path in (copied / "aside-1").iterdir()} == {"checkpoint-2", "checkpoint-3"}
+    assert bits(copied, 3) == bits(finished, 3)
+
+
+def test_the_newest_are_kept_by_number(prepared: Path, train: Train, tmp_path: Path) -> None:
+    words = ("--data", prepared, *EVERY, "--keep-last", "2", "--max-steps", "3")
+    run = tmp_path / "run"
+    made = typed(
+        "train", "v2v", "--size", "32x32", "--frames", "9", "--batch-size", "1", *words[:4], *words[4:],
+        "--out", run,
+    )  # fmt: skip
+    assert made.exit_code == 0, made.output
+    (run / "checkpoint-3").rename(run / "checkpoint-10")  # behind "checkpoint-2" as text, and before it
+    from avatarctl.training.checkpoints import rotate
+
+    assert [path.name for path in rotate(run, 1)] == ["checkpoint-2"]
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-10"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("-o", "train.learning_rate=2e-4"), 2, "train.learning_rate was 0.0001 and is 0.0002"),
+        (("--max-steps", "2"), 2, "2 steps were asked for, and 3 are done"),
+        (("--batch-size", "1"), 2, "train.batch_size was 2 and is 1"),
+    ],
+)
+def test_what_cannot_be_gone_on_with(
+    words: tuple[str, ...], code: int, said: str, copied: Path, prepared: Path
+) -> None:
+    line = {"--max-steps": "3", "--batch-size": "2", **dict([words[-2:]])}
+    asked = [word for pair in line.items() for word in pair]
+    common = ("--data", prepared, "--size", "32x32", "--frames", "9", *EVERY, "--out", copied)
+    made = typed("train", "v2v", *common, *asked, "--resume", "auto")
+    assert made.exit_code == code and said in made.output, made.output
+    assert "Traceback" not in made.output
+
+
+def test_a_longer_run_is_the_usual_wish_and_a_longer_cosine_is_not(
+    copied: Path, prepared: Path, train: Train, tmp_path: Path
+) -> None:
+    common = ("--data", prepared, "--size", "32x32", "--frames", "9", "--batch-size", "2", *EVERY)
+    longer = typed("train", "v2v", *common, "--out", copied, "--resume", "auto", "--max-steps", "4")
+    assert longer.exit_code == 0, longer.output
+    run = tmp_path / "cosine"
+    cosine = (*common, "--schedule", "cosine", "--out", run, "--max-steps")
+    assert typed("train", "v2v", *cosine, "2").exit_code == 0
+    refused = typed("train", "v2v", *cosine, "4", "--resume", "auto")
+    assert refused.exit_code == 2
+    assert "at step 2 the learning rate would jump from 0 to 5e-05" in refused.output
+    assert typed("train", "v2v", *cosine, "4", "--resume", "auto", "--accept-schedule").exit_code == 0
+
+
+def test_another_data_set_is_not_gone_on_with(copied: Path, train: Train, tmp_path: Path) -> None:
+    write_samples(tmp_path / "fewer", range(3), 17, "audio.wav")
+    made = train("v2v", "--data", tmp_path / "fewer", *EVERY, "--out", copied, "--resume", "auto")
+    assert made.exit_code == 3, made.output
+    assert "is not the data set of this run: 4 samples then, 3 now; 000003 is gone" in made.output
+
+
+def test_two_runs_do_not_share_a_folder(copied: Path, prepared: Path, train: Train) -> None:
+    from avatarctl.training.run_folder import RunFolder
+
+    before = {path: path.stat().st_mtime_ns for path in copied.rglob("*")}
+    with RunFolder(copied).held():
+        made = train("v2v", "--data", prepared, *EVERY, "--out", copied, "--resume", "auto")
+    assert made.exit_code == 2 and "another run is training in it" in made.output
+    assert {path: path.stat().st_mtime_ns for path in copied.rglob("*")} == before
+
+
+def test_an_existing_run_is_not_begun_again(copied: Path, prepared: Path, train: Train) -> None:
+    made = train("v2v", "--data", prepared, "--out", copied)
+    assert made.exit_code == 2 and "holds a run already (add --resume auto" in made.output
+
+
+def test_bad_samples_are_named_and_the_others_train(train: Train, samples: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(samples, tmp_path / "data"))
+    (data / "000001" / "audio.wav").write_bytes(b"no audio")
+    made = train("v2v", "--data", data, "--out", tmp_path / "run")
+    assert made.exit_code == 7, made.output
+    assert "trained to step 3; 1 of 4 samples could not be used; the first: 000001" in made.output
+    assert (tmp_path / "run" / "checkpoint-3").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("which", "words", "code", "said"),
+    [
+        ("i2v", ("--model", "cartoon-v2v"), 2, "learns from a video"),
+        ("v2v", ("--model", "cartoon-i2v"), 2, "learns from an image"),
+        ("v2v", ("--mode", "lora"), 2, "nothing that an adapter could change"),
+        ("i2v", ("--mouth-weight", "2"), 2, "only with a mask"),
+        ("v2v", ("--batch-size", "64"), 2, "a step takes 64 samples, and the data set has 4"),
+        ("v2v", ("--audio-offset", "1"), 2, "a video's frames and audio belong together"),
+        ("i2v", ("--model", "omniavatar-1.3b"), 4, "weights are missing"),
+        ("i2v", ("--model", "stableavatar-tiny"), 2, "is not trained yet"),
+        ("v2v", ("--data", "nowhere"), 2, "nowhere"),
+        ("v2v", ("--optimizer", "adamw8bit"), 2, "not yet supported"),
+    ],
+)
+def test_refused_before_anything_is_made(
+    which: str, words: tuple[str, ...], code: int, said: str, samples: Path, tmp_path: Path
+) -> None:
+    line = {"--data": str(samples), "--frames": "9", "--out": str(tmp_path / "run"), **dict([words])}
+    made = typed("train", which, *(word for pair in line.items() for word in pair))
+    assert made.exit_code == code and said in made.output, made.output
+    assert "Traceback" not in made.output and not list(tmp_path.glob("run/checkpoint-*"))
+
+
+def test_dry_run_counts_and_makes_nothing(samples: Path, train: Train, tmp_path: Path) -> None:
+    made = train("v2v", "--data", samples, "--out", tmp_path / "run", "--dry-run", "--json")
+    assert made.exit_code == 0, made.output
+    plan = json.loads(made.stdout)
+    assert plan["samples"] == 4 and plan["samples_per_step"] == 2 and plan["epochs"] == 1.5
+    assert plan["encoded_while_training"]["latents"] == 4
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_trained_model_is_used_by_the_command_that_is_printed(finished: Path, tmp_path: Path) -> None:
+    """Of a run folder and of a checkpoint; a full model on a built-in row."""
+    for place in (finished, finished / "checkpoint-2"):
+        made = typed("infer", "--model", place, "--dry-run", "--json")
+        assert made.exit_code == 0, made.output
+    plan = json.loads(made.stdout)
+    assert plan["audio_offset"] == 0
+
+
+def test_an_adapter_of_a_built_in_model_talks_and_converts(
+    samples: Path, train: Train, tmp_path: Path
+) -> None:
+    words = ("--mode", "lora", "--lora-rank", "2", "--data", samples, "--out", tmp_path / "run")
+    made = train("i2v", *words)
+    assert made.exit_code == 0, made.output
+    shown = typed("convert-ckpt", tmp_path / "run" / "checkpoint-3", "--inspect")
+    assert shown.exit_code == 0 and "adapter of OmniAvatar" in shown.output, shown.output
+    talks = typed(
+        "infer", "--model", tmp_path / "run", "--size", "32x32", "--out", tmp_path / "talks.mp4", "-o",
+        "long_video.num_frames=9", "--steps", "1",
+    )  # fmt: skip
+    assert talks.exit_code == 0, talks.output
+    assert "60 targets at scale 32" in talks.output
