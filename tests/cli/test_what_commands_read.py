@@ -5,6 +5,7 @@ The commands that read `data` are still to come; one defined here stands for the
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -182,8 +183,9 @@ def test_nothing_is_said_of_the_resolved_values_of_a_run_file(
     assert "max_steps: " in record and "vae_gradient: " in record, "it holds what infer does not read"
     again = ("infer", "--dry-run", "--config", "a.run.yaml", "--out", "b.mp4")
     assert notices(run(*again)) == []
+    own = re.search(r"max_steps: (\d+)", record)[1]  # type: ignore[index]
     (here / "plain.yaml").write_text(
-        record.replace("asked:", "asked:\n  train:\n    max_steps: 10000", 1), encoding="utf-8"
+        record.replace("asked:", f"asked:\n  train:\n    max_steps: {own}", 1), encoding="utf-8"
     )
     assert notices(run(*again[:3], "plain.yaml", *again[4:])) == [UNREAD + "train.max_steps"], (
         "that was asked"

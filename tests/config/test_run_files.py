@@ -122,6 +122,7 @@ class Values:
             "runtime.device": ["auto", "cuda:1"],
             "data.shard": ["0/1", "11/12"],
             "sampling.guidance_interval": [(0.1, 0.3), (0.0, 1.0), (1e-07, 2e-07)],
+            "train.betas": [(0.9, 0.999), (0.0, 1e-05), (0.1234567890123, 0.999_999_9)],
             "train.prefix_frames": [(), (0,), (1, 5, 9)],
         }
         if spec.dotted in special:
