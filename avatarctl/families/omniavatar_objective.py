@@ -1,6 +1,6 @@
 """What OmniAvatar is trained on: the maintainers' recipe, and under `compat fork` the public trainer's step.
 
-Specification: spec/omniavatar.md e, g. The recipe (g.1) shows the network in training what inference shows
+Specification: spec/omniavatar.md e, g. The recipe shows the network in training what inference shows
 it: some first latents are given and clean, more or fewer of them by chance, and no loss is taken there.
 """
 

@@ -105,6 +105,7 @@ STABLEAVATAR: Final[Defaults] = {
     "data.num_frames": 81,
     "data.width": 512,
     "data.height": 512,
+    "train.init": "zero_channels",
     "runtime.dtype": "bfloat16",
 }
 

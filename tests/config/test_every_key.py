@@ -30,12 +30,12 @@ PROMISED = {  # the public table of sections and keys, written out again
     "memory": "mode vae_gradient activation_checkpointing base_precision optimizer_device swap_blocks",
     "data": "path videos num_frames width height fps sample_rate window stride max_windows faces audio_name "
     "mask references artifact_dtype mask_rule reference_sequence reference_frames format shard workers force",
-    "train": "mode init optimizer learning_rate weight_decay warmup_steps max_steps batch_size "
-    "gradient_accumulation lora_rank lora_alpha lora_targets text_dropout audio_dropout prefix_frames "
-    "mouth_weight clip_norm ema",
+    "train": "mode init optimizer learning_rate final_learning_rate schedule hold betas weight_decay "
+    "warmup_steps max_steps batch_size gradient_accumulation lora_rank lora_alpha lora_targets text_dropout "
+    "audio_dropout prefix_frames prefix_dropout timestep_weight mouth_weight clip_norm ema",
     "aux": "losses sync_weight lpips_weight trepa_weight recon_weight sync_mode lpips_backend window stride "
     "mouth_crop max_sigma",
-    "checkpoint": "every keep_last resume",
+    "checkpoint": "every keep_last resume accept_schedule",
     "validation": "every sets samples steps metrics holdout",
     "runtime": "seed device dtype attention compile gpus trackers log_level",
 }
@@ -64,6 +64,7 @@ LISTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("0,1", "0.25, 0.75"),
         ("1,0", "0.5", "0,0.5,1", "0,1.1", "-0.1,1", "a,b"),
     ),
+    "train.betas": (("0.9,0.999", "0, 0.5"), ("0.9", "0.9,1", "0.9,0.99,0.9", "-0.1,0.9", "a,b")),
     "train.lora_targets": (("q", "q,k,ffn.0"), ()),
     "train.prefix_frames": (("0", "1,5,13"), ("2", "1,-3", "1,100003", "a", "1.0")),
     "aux.losses": (("sync", "sync,lpips,trepa"), ("sync,sync", "lips", "sync;lpips")),
