@@ -7,6 +7,7 @@ models were trained on. Erased pixels are 0.0 in [-1, 1], mid grey (spec/omniava
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -20,6 +21,7 @@ __all__ = [
     "MASK_SIZE",
     "MaskRule",
     "keep_map",
+    "mask_name",
     "mask_tensor",
     "masked_video",
     "mouth_mask",
@@ -63,6 +65,16 @@ def _columns(edge: Sequence[tuple[int, int]], rows: np.ndarray) -> np.ndarray:
     """The column of an edge in each row, to the nearest."""
     corners = np.array(edge)
     return np.rint(np.interp(rows, corners[:, 0], corners[:, 1])).astype(int)
+
+
+def mask_name(mask: np.ndarray) -> str:
+    """What a weights' header calls a mask: "mouth" for our drawing, else the hash of its size and pixels."""
+    grey = mask if mask.ndim == 2 else mask[..., 0]
+    if np.array_equal(grey, mouth_mask()):
+        return "mouth"
+    digest = hashlib.sha256(f"{grey.shape[0]}x{grey.shape[1]} ".encode())
+    digest.update(np.ascontiguousarray(grey).tobytes())
+    return digest.hexdigest()
 
 
 def mask_tensor(mask: np.ndarray) -> Tensor:

@@ -103,7 +103,7 @@ class Checker:
         self._known, self._own, self._emit = known, own, emit
         self._conventions = family.conventions(cfg)
         self._mask = run_mask(cfg)
-        self._modules = encoders
+        self._networks = encoders
         self._encoders = {part: encoders.identity(part) for part in {each.part for each in artifacts}}
         self._taken: set[str] = set()  # prompts that a sample before will have encoded
         self._older = [each for each in family.artifacts(cfg) if each.older]
@@ -296,7 +296,7 @@ class Checker:
         `data.num_frames`. How wide audio is only its encoder knows, which this command may not load."""
         assert self._cfg.data.num_frames is not None
         if artifact.part == "audio":
-            width = self._modules.audio.width if "audio" in self._encoders else None
+            width = self._networks.modules.audio.width if "audio" in self._encoders else None
             return tuple(width if size is None else rows for size in artifact.shape)
         whole, own = latent_frames(self._cfg.data.num_frames), latent_frames(clip)
         sides = enumerate(artifact.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +16,8 @@ from avatarctl.registry import Row, encoder_part
 from avatarctl.weights.weight_file import WeightFile
 
 if TYPE_CHECKING:
-    import torch
-
     from avatarctl.config import RunConfig
-    from avatarctl.loading.modules import Part
+    from avatarctl.loading.modules import Part, SomeModules
 
 __all__ = ["Encoders"]
 
@@ -27,9 +26,8 @@ _FILES: Final = {"vae": ("vae",), "text": ("text", "tokenizer"), "audio": ("audi
 
 
 class Encoders:
-    """Stands for `Modules`: its attributes are the networks of a run, each loaded when it is touched.
-
-    parts: those that may be; another one, and the transformer, raises AttributeError. Raises WeightsMissing.
+    """Where the networks of `parts` come from, and who they are; `modules` has them, each loaded when it is
+    touched. Raises WeightsMissing.
     """
 
     def __init__(
@@ -61,22 +59,20 @@ class Encoders:
             )
             raise WeightsMissing(missing_line(self.missing), where=self._row.name, fix=fix)
 
-    @property
-    def device(self) -> torch.device:
+    @functools.cached_property
+    def modules(self) -> SomeModules:
+        """Another part, and the transformer, raises AttributeError."""
+        from avatarctl.loading.modules import SomeModules, load_parts
         from avatarctl.models.device import resolve_device
 
-        return resolve_device(self._cfg.runtime.device)
+        device = resolve_device(self._cfg.runtime.device)
+        held: WeightFile | None = None  # no transformer that encoders are compared with
 
-    def __getattr__(self, name: str) -> Any:
-        if name not in self.__dict__.get("_parts", ()):
-            raise AttributeError(f"{name} is no part that this preparation asked for")
-        from avatarctl.loading.modules import load_parts
+        def build(part: Part) -> Any:
+            made = load_parts(self._row, self.sources, held, self._cfg, (part,), device, self._emit)
+            return made.get(part)
 
-        held: WeightFile | None = None
-        made = load_parts(self._row, self.sources, held, self._cfg, (name,), self.device, self._emit)  # type: ignore[arg-type]
-        module = made[name]  # type: ignore[literal-required]
-        setattr(self, name, module)
-        return module
+        return SomeModules(self._parts, build, device)
 
     def forget(self, part: Part) -> None:
         """Drops a network that nobody needs any more; if it is touched again, it is loaded again."""

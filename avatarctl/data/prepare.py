@@ -45,8 +45,9 @@ __all__ = ["Command", "Preparation", "Summary", "encoding_threads"]
 
 Command = Literal["precompute-audio", "precompute-latents"]
 
-_THREADS: Final = 2
-"""Of torch on a CPU. Fixed, as another number rounds sums in another order; one clip uses no more well."""
+_THREADS: Final = 1
+"""Of torch on a CPU. Fixed, as another number rounds sums in another order; more cores are for more shards.
+Two, with another program on the same cores, wait for each other: 10 to 20 times the CPU seconds."""
 
 
 def _never() -> bool:
@@ -254,7 +255,8 @@ class Preparation:
             if read.problem is not None:
                 raise read.problem
             with checker.clip(todo, *read.value) as clip:
-                made = self.family.encode_clip(self.encoders, clip, todo.names, self.cfg)  # type: ignore[arg-type]
+                modules: Any = self.encoders.modules
+                made = self.family.encode_clip(modules, clip, todo.names, self.cfg)
             store.write(todo, made)
         except (WriteFailed, OutputRefused):
             raise  # of the disk, not of the sample: the others would meet it too
@@ -268,7 +270,8 @@ class Preparation:
             return
         assert self.cfg.data.num_frames is not None
         names = tuple(wanted)
-        made = self.family.constants(self.encoders, self.cfg.data.num_frames, names, self.cfg)  # type: ignore[arg-type]
+        modules: Any = self.encoders.modules
+        made = self.family.constants(modules, self.cfg.data.num_frames, names, self.cfg)
         store.write_constants(wanted, made)
 
     def _failed(self, done: Done, problem: AvatarctlError) -> Done:

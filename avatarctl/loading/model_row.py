@@ -13,6 +13,7 @@ from avatarctl.loading.trained import base_of, is_run_folder, trained_weights
 from avatarctl.registry import NEEDS_WEIGHTS, ROWS, Row, encoder_part, find_model
 from avatarctl.weights.loaders import avatars_on
 from avatarctl.weights.made_for import trained_shape
+from avatarctl.weights.metadata import data_of
 from avatarctl.weights.recognise import open_model
 from avatarctl.weights.weight_file import WeightFile
 
@@ -75,7 +76,10 @@ def _row_of(path: Path, held: WeightFile) -> Row:
     """The row of a full model or of an adapter."""
     published = _like(held)
     adapter = held.kind == "adapter"
-    stated = {"model.channels": held.sizes.in_channels}
+    stated: dict[str, Any] = {"model.channels": held.sizes.in_channels}
+    data = data_of(held)
+    if "mask_rule" in data:
+        stated["data.mask_rule"] = data["mask_rule"]
     if held.audio_offset is not None:
         stated["model.audio_offset"] = held.audio_offset
     encoders: dict[str, Any] = {}
@@ -96,6 +100,7 @@ def _row_of(path: Path, held: WeightFile) -> Row:
         network={"dit": {"attention_head_dim": held.sizes.width // heads}},
         defaults={**published.defaults, **stated},
         audio_offset_stated=held.audio_offset is not None and not held.audio_offset_assumed,
+        trained_with=data,
         trained_for=published.trained_for,
         compat=published.compat,
         needs=tuple(name for name in published.needs if ROWS[name].kind in kinds),

@@ -6,7 +6,7 @@ Rows that come with the program are built by loading/built_in.py; all others com
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from avatarctl.events import Emit
     from avatarctl.registry import Row
 
-__all__ = ["PARTS", "Part", "Parts", "load_parts"]
+__all__ = ["PARTS", "Part", "Parts", "SomeModules", "load_parts"]
 
 Part = Literal["text", "vae", "audio", "image", "dit"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -49,6 +49,24 @@ class Parts(TypedDict, total=False):
     audio: AudioEncoder
     image: ImageEncoder
     dit: nn.Module
+
+
+class SomeModules:
+    """Stands for `Modules` in a job that needs a few of them: each is built once, when it is first touched.
+
+    wanted: those that may be touched; any other part raises AttributeError. build: makes one, None where the
+    model has none.
+    """
+
+    def __init__(self, wanted: Collection[Part], build: Callable[[Part], Any], device: torch.device) -> None:
+        self._wanted, self._build, self.device = wanted, build, device
+
+    def __getattr__(self, name: str) -> Any:  # called for what is no attribute yet
+        if name not in self.__dict__.get("_wanted", ()):
+            raise AttributeError(f"{name} is no part that was asked for")
+        part = self._build(name)  # type: ignore[arg-type]
+        setattr(self, name, part)
+        return part
 
 
 def load_parts(

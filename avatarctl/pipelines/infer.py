@@ -16,7 +16,7 @@ from avatarctl.conditioning.masking import mask_tensor
 from avatarctl.errors import AvatarctlError, NotYetSupported, OutputRefused
 from avatarctl.events import Emit, Notice, OutputFinished, Planned, SpanFinished, Stage, silent
 from avatarctl.family import Inputs, Modules, Source
-from avatarctl.loading.modules import PARTS, Part, Parts, load_parts
+from avatarctl.loading.modules import PARTS, Part, SomeModules, load_parts
 from avatarctl.media import (
     BackgroundWriter,
     FittedFrames,
@@ -53,12 +53,14 @@ def load(plan: JobPlan, parts: None = None, *, emit: Emit = silent) -> Modules: 
 
 
 @overload
-def load(plan: JobPlan, parts: Collection[Part], *, emit: Emit = silent) -> Parts: ...
+def load(plan: JobPlan, parts: Collection[Part], *, emit: Emit = silent) -> SomeModules: ...
 
 
-def load(plan: JobPlan, parts: Collection[Part] | None = None, *, emit: Emit = silent) -> Modules | Parts:
-    """The networks of a run on its device: all of them as `Modules`, or those of the names in `parts` as a
-    mapping that holds nothing else.
+def load(
+    plan: JobPlan, parts: Collection[Part] | None = None, *, emit: Emit = silent
+) -> Modules | SomeModules:
+    """The networks of a run on its device: all of them, or those of the names in `parts`, where touching
+    another raises AttributeError.
 
     Raises WeightsMissing, ExtraMissing, EnvironmentMissing, UnusableWeights; ValueError for a name that is
     no part.
@@ -70,7 +72,7 @@ def load(plan: JobPlan, parts: Collection[Part] | None = None, *, emit: Emit = s
     wanted = PARTS if parts is None else parts
     device = resolve_device(plan.cfg.runtime.device)
     made = load_parts(plan.row, plan.sources, plan.transformer, plan.cfg, wanted, device, emit)
-    return Modules(**made, device=device) if parts is None else made
+    return Modules(**made, device=device) if parts is None else SomeModules(wanted, made.get, device)
 
 
 def generate(

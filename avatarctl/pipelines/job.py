@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from avatarctl.conditioning.geometry import distortion, nearest_shape
-from avatarctl.conditioning.masking import mouth_mask
+from avatarctl.conditioning.masking import mask_name, mouth_mask
 from avatarctl.config import RunConfig, require_supported
 from avatarctl.errors import EnvironmentMissing, UnusableAudio, UnusableImage, UsageError
 from avatarctl.events import Emit, Notice, Stage
@@ -22,6 +23,7 @@ from avatarctl.registry import Row, outside_training
 from avatarctl.rng import stable_hash
 from avatarctl.sampling.window_order import chosen_order
 from avatarctl.timeline import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, pixel_frames
+from avatarctl.weights.metadata import data_of
 from avatarctl.weights.weight_file import WeightFile
 
 __all__ = [
@@ -213,6 +215,10 @@ def check_job(cfg: RunConfig, row: Row, job: Job, emit: Emit) -> JobPlan:
         emit(Notice(f"{job.visual.name}: {doubt}", "warning"))
     for notice in (*family.notices(cfg), *sources.notes):
         emit(Notice(notice))
+    transformer = check_transformer(row, sources, cfg, emit)
+    stated_data = data_of(transformer) if transformer else row.trained_with
+    for other in _other_data(stated_data, row.name, mask, cfg):
+        emit(Notice(other, "warning"))
     assert cfg.sampling.shift is not None and cfg.sampling.guidance_scale is not None
     for notice in outside_training(
         row,
@@ -230,7 +236,7 @@ def check_job(cfg: RunConfig, row: Row, job: Job, emit: Emit) -> JobPlan:
         job=job,
         family=family,
         sources=sources,
-        transformer=check_transformer(row, sources, cfg, emit),
+        transformer=transformer,
         video=video,
         survey=surveyed,
         lead_samples=lead,
@@ -257,6 +263,20 @@ def _mask(cfg: RunConfig) -> np.ndarray:
             "keeps the whole frame: nothing of it is black", where=cfg.data.mask, fix="paint the mouth black"
         )
     return mask
+
+
+def _other_data(
+    stated: Mapping[str, str], name: str, mask: np.ndarray | None, cfg: RunConfig
+) -> Iterator[str]:
+    """Where a video is masked otherwise than the weights say that they learnt it."""
+    if mask is None:
+        return
+    rule, learnt = stated.get("mask_rule"), stated.get("mask")
+    if rule and rule != cfg.data.mask_rule:
+        yield f"{name} was trained with mask rule {rule}; this run has {cfg.data.mask_rule}"
+    if learnt and learnt != mask_name(mask):
+        fix = "leave out --mask" if learnt == "mouth" else "name the one it was trained with by --mask"
+        yield f"{name} was trained with another mask: {fix}"
 
 
 def environment_problems(plan: JobPlan) -> tuple[str, ...]:

@@ -75,6 +75,7 @@ class Row:
              "text" (`UMT5Config`), "audio" (`Wav2Vec2Config`), "clip" (`clip_config`), if there is one.
     defaults: RunConfig values by dotted key.
     audio_offset_stated: the weights themselves say which audio offset they were made with.
+    trained_with: the mask and the mask rule that the weights themselves state (`weights.metadata.data_of`).
     world:   the made-up world that the model alone knows, empty for people.
     compat:  what each `model.compat` sets for this model; None for `COMPAT`.
     needs:   names of the rows whose files it needs as well.
@@ -101,6 +102,7 @@ class Row:
     network: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     audio_offset_stated: bool = False
+    trained_with: Mapping[str, str] = field(default_factory=dict)
     compat: Mapping[str, Mapping[str, Any]] | None = None
     trained: bool = True
     world: Literal["", "cartoon"] = ""

@@ -129,6 +129,7 @@ def _training(weight_file: WeightFile, own: OwnMetadata) -> dict[str, Any]:
         "audio_offset": weight_file.audio_offset,
         "audio_offset_rule": weight_file.audio_offset_rule or None,
         "conventions": dict(own.conventions),
+        "data": dict(own.data),
         "operations": [dict(step) for step in own.operations],
     }
 
@@ -183,6 +184,8 @@ def _rows(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, value in facts["conventions"].items():
         if name != "audio_offset":
             yield "conventions", f"{_CONVENTIONS.get(name, name)}: {value:g}"
+    for name, value in facts["data"].items():
+        yield "trained with", f"{name.replace('_', ' ')} {value}"
     yield "holds", _holds(facts)
     yield from _loader_rows(facts["loaders"])
     if facts["read_by"]:

@@ -10,6 +10,7 @@ said is kept unless we say it better. There is no date: the same conversion give
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -23,6 +24,7 @@ __all__ = [
     "OwnMetadata",
     "config_of",
     "conventions_of",
+    "data_of",
     "file_metadata",
     "mismatch",
     "network_of",
@@ -33,6 +35,9 @@ __all__ = [
 
 MODELSPEC_VERSION: Final = "1.0.1"
 _CONVENTIONS: Final = ("audio_offset", "mask_keep", "hole", "fps", "sigma_shift")
+_DATA: Final = {"mask_rule": r"all|first_keep|legacy_two_step", "mask": r"mouth|[0-9a-f]{64}"}
+"""What the training data of a video-to-video model fixed for whoever runs it, and what it may be: the rule by
+which frames were masked; the mask, drawn by us or known by its hash (`conditioning.masking.mask_name`)."""
 _STALE: Final = ("lora_adapter_metadata", "modelspec.hash_sha256")
 """Keys of a source that describe its own bytes or names, not the ones that we write."""
 _HASHES: Final = "sshs_"
@@ -45,13 +50,15 @@ _LORA_TRAINED: Final = "ss_network_"
 class OwnMetadata:
     """What `avatarctl.*` of a header says, as far as it is read again; empty where it says nothing.
 
-    channels: input channels, 0 unknown; conventions: `Conventions` by field name, as far as known; network:
-    see `stated_network`; config: the source's configuration; operations: one entry for each conversion step,
-    oldest first; sources: hashes of the files that the last one read; companion_of: plain file name.
+    channels: input channels, 0 unknown; conventions: `Conventions` by field name, as far as known; data: the
+    `mask_rule` and the `mask` that a model of video was trained with; network: see `stated_network`; config:
+    the source's configuration; operations: one entry for each conversion step, oldest first; sources: hashes
+    of the files that the last one read; companion_of: plain file name.
     """
 
     channels: int = 0
     conventions: Mapping[str, float] = field(default_factory=dict)
+    data: Mapping[str, str] = field(default_factory=dict)
     network: Mapping[str, float] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     operations: tuple[Mapping[str, Any], ...] = ()
@@ -77,6 +84,7 @@ def read_own(metadata: Mapping[str, str]) -> OwnMetadata:
     return OwnMetadata(
         channels=int(channels),
         conventions=_numbers(metadata, "avatarctl.conventions"),
+        data=_data(metadata),
         network=_numbers(metadata, "avatarctl.network"),
         config=_json(metadata, "avatarctl.config", dict),
         operations=tuple(operations),
@@ -106,6 +114,20 @@ def _numbers(metadata: Mapping[str, str], key: str) -> Mapping[str, float]:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise UnusableWeights(f"the metadata {key} has no number for {printable(name)[:60]}")
     return dict(values)
+
+
+def _data(metadata: Mapping[str, str]) -> Mapping[str, str]:
+    values = _json(metadata, "avatarctl.data", dict)
+    for name, pattern in _DATA.items():
+        value = values.get(name, "")
+        if value and not (isinstance(value, str) and re.fullmatch(pattern, value)):
+            raise UnusableWeights(f"the metadata avatarctl.data has no {name} that is one")
+    return {name: values[name] for name in _DATA if values.get(name)}
+
+
+def data_of(weight_file: WeightFile) -> Mapping[str, str]:
+    """What a file states of the data that it was trained on: `mask_rule`, `mask`; empty where it does not."""
+    return read_own(weight_file.metadata).data
 
 
 def conventions_of(weight_file: WeightFile) -> Mapping[str, float]:
@@ -172,6 +194,7 @@ def file_metadata(
         own["avatarctl.channels"] = str(weight_file.sizes.in_channels)
     parts = {
         "avatarctl.conventions": conventions_of(weight_file),
+        "avatarctl.data": data_of(weight_file),
         "avatarctl.network": stated_network(weight_file),
         "avatarctl.config": weight_file.config,
     }

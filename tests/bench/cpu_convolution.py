@@ -39,7 +39,7 @@ def best(call: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:
 def main() -> int:
     cfg, row = configure("model.name=cartoon-i2v"), find_model("cartoon-i2v")
     plan = check_job(cfg, row, Job(sample_image(), sample_audio(0.2), "", ""), silent)
-    fast = load(plan, ("vae",))["vae"]
+    fast = load(plan, ("vae",)).vae
     assert isinstance(fast, WanVae)
     plain = copy.deepcopy(fast)
     for module in plain.modules():

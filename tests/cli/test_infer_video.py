@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from collections.abc import Callable
 from fractions import Fraction
@@ -16,9 +17,13 @@ import pytest
 import yaml
 from click.testing import Result
 from PIL import Image
+from safetensors.numpy import save_file
 
+from avatarctl.conditioning.masking import mask_name
 from avatarctl.demo.clips import clip
 from avatarctl.media.frames import ArrayVideo
+from avatarctl.weights.layout import Sizes
+from avatarctl.weights.layouts import omniavatar_shapes
 from tests.helpers_video import read_frames
 
 Run = Callable[..., Result]
@@ -115,6 +120,58 @@ def test_another_mask_makes_another_video(run: Run, source: Path, voice: Path, h
         assert result.exit_code == 0, result.stderr
         videos.append(read_frames(here / f"{name}.mp4"))
     assert not np.array_equal(videos[0], videos[1]) and not np.array_equal(videos[0], videos[2])
+
+
+def weights_that_say(path: Path, data: dict[str, str]) -> Path:
+    """A model of 49 channels, of zeros, whose header states what it was trained with."""
+    sizes = Sizes(
+        width=48, ffn=64, layers=2, in_channels=49, out_channels=16, text_dim=32, freq_dim=16,
+        audio_hidden_size=8, audio_input_dim=72,
+    )  # fmt: skip
+    tensors = {name: np.zeros(shape, np.float32) for name, shape in omniavatar_shapes(sizes).items()}
+    metadata = {
+        "avatarctl.network": json.dumps({"num_attention_heads": 4, "attention_head_dim": 12}),
+        "avatarctl.data": json.dumps(data),
+    }
+    save_file(tensors, path, metadata)
+    return path
+
+
+def test_weights_say_with_which_rule_and_mask_they_were_trained(
+    run: Run, refused: Refused, source: Path, voice: Path, here: Path
+) -> None:
+    weights_that_say(here / "mine.safetensors", {"mask_rule": "first_keep", "mask": "mouth"})
+    words = (
+        "infer",
+        "--model",
+        "mine.safetensors",
+        "--video",
+        str(source),
+        "--audio",
+        str(voice),
+        "--dry-run",
+    )
+    plan = run(*words)
+    assert plan.exit_code == 0 and "mask_rule: first_keep\n" in plan.stdout, plan.stderr
+    assert "was trained with" not in plan.stderr
+    other = run(*words, "--mask-rule", "all")
+    assert "mask_rule: all\n" in other.stdout
+    assert "was trained with mask rule first_keep; this run has all" in other.stderr
+    half = np.full((100, 80), 255, np.uint8)
+    half[50:] = 0
+    Image.fromarray(half).save(here / "half.png")
+    assert "was trained with another mask: leave out --mask" in run(*words, "--mask", "half.png").stderr
+
+    converted = run("convert-ckpt", "mine.safetensors", "--out", "again.safetensors", "--channels", "65")
+    assert converted.exit_code == 0, converted.stderr
+    told = run("convert-ckpt", "again.safetensors", "--inspect", "--json")
+    assert json.loads(told.stdout)["data"] == {"mask_rule": "first_keep", "mask": "mouth"}
+
+    weights_that_say(here / "mine.safetensors", {"mask": mask_name(half)})
+    assert "was trained with another mask: name the one" in run(*words).stderr
+    assert "was trained with" not in run(*words, "--mask", "half.png").stderr
+    weights_that_say(here / "mine.safetensors", {"mask_rule": "some"})
+    assert "avatarctl.data has no mask_rule that is one" in refused(3, *words)
 
 
 def test_what_is_refused(refused: Refused, source: Path, voice: Path, face: Path, here: Path) -> None:
