@@ -118,7 +118,8 @@ def _show_plan(command: Name, preparation: Preparation, as_json: bool, screen: S
         click.echo(json.dumps({"command": command, "dry_run": True, **summary}))
         return
     for name, value in summary.items():
-        click.echo(f"{name}: {printable(value)}")
+        # How long it takes is known once something was prepared here.
+        click.echo(f"{name}: {'not known yet' if value is None else printable(value)}")
 
 
 def _show_result(command: Name, summary: Summary, as_json: bool) -> None:

@@ -228,9 +228,11 @@ class Preparation:
         store = Store(self.cfg, self.artifacts, self.known, self.own)
         self._emit(Stage("looking at samples"))
         waiting: list[Todo] = []
+        failed: set[str] = set()
         for sample in self._stopping(samples, should_stop):
             checked = checker.check(sample)
             if checked.problem is not None:
+                failed.add(sample.name)
                 yield self._failed(Done(sample.name, "failed"), checked.problem)
             elif checked.todo is None:
                 yield Done(sample.name, "skipped", "", checked.frames, artifacts=checked.makings())
@@ -245,7 +247,26 @@ class Preparation:
             done = self._encode(todo, outcome, checker, store)
             done = replace(done, seconds=clock.lap())
             clock.tell(todo.sample.name, failed=done.state == "failed")
+            if done.state == "failed":
+                failed.add(todo.sample.name)
             yield done
+        if failed:
+            yield from self._shared_prompts([each for each in samples if each.name not in failed], store)
+
+    def _shared_prompts(self, samples: list[Sample], store: Store) -> Iterator[Done]:
+        """Encodes prompts that a sample was to have encoded which then failed, for others that have them."""
+        checker = self._checker()
+        prompts = {each.name for each in self.artifacts if each.of == "prompt"}
+        for sample in samples if prompts else ():
+            todo = checker.check(sample).todo
+            names = () if todo is None else tuple(name for name in todo.names if name in prompts)
+            if todo is None or not names:
+                continue
+            todo = replace(todo, names=names, ranges=((0, 0),), masks=())
+            function, arguments = self._reading(todo)
+            done = self._encode(todo, Outcome(function(*arguments)), checker, store)
+            if done.state == "failed":
+                yield done
 
     def _reading(self, todo: Todo) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return read_sample, (todo.sample, todo.ranges, self.cutting.size, self.cfg.input.fit, todo.masks)

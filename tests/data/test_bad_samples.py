@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -13,9 +14,11 @@ import pytest
 import torch
 
 from avatarctl.data.artifacts import read_artifact
+from avatarctl.data.media import read_sample
+from avatarctl.data.samples import Sample
 from avatarctl.data.storing import Store
 from avatarctl.data.workers import run_jobs
-from avatarctl.errors import UnusableFile, WriteFailed
+from avatarctl.errors import UnusableFile, UnusableVideo, WriteFailed
 from avatarctl.models.vae import WanVae
 from tests.data.conftest import SMALL, contents, run, talking
 
@@ -148,6 +151,26 @@ def test_bad_videos_are_named_and_the_others_are_cut(tmp_path: Path) -> None:
     for name in bad:
         assert f"warning: {name}: " in made.stderr
     assert "shorter than a window of 9 frames" in made.stderr
+
+
+def test_a_sample_that_fails_keeps_no_prompt_from_the_others(
+    talks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Path
+) -> None:
+    """Damage comes to light behind the first sample of a prompt that three have."""
+
+    def damaged(sample: Sample, *rest: Any) -> Any:
+        if sample.name == ONE:
+            raise UnusableVideo("damaged at about 0.10 s", where=sample.video)
+        return read_sample(sample, *rest)
+
+    monkeypatch.setattr("avatarctl.data.prepare.read_sample", damaged)
+    made = run("precompute-latents", "--from-videos", talks, "--data", tmp_path / "out", *WORDS)
+    assert made.exit_code == 7 and made.stderr.count("damaged at about") == 2, (
+        made.output
+    )  # and in the summary
+    text = {name: made for name, made in contents(prepared).items() if name.endswith(".text.safetensors")}
+    assert len(text) == 2
+    assert {name: made for name, made in contents(tmp_path / "out").items() if name in text} == text
 
 
 def test_two_lines_with_one_target(talks: Path, tmp_path: Path) -> None:

@@ -142,6 +142,9 @@ def test_infer_shows_the_network_what_training_reads(
     channels_seen = seen[0][0]
     latents, masked = (read_artifact(folder / f"{n}.safetensors", n) for n in ("latents", "masked_latents"))
     assert torch.equal(channels_seen[:16], latents[:, :1].expand(-1, 3, -1, -1))
+    assert torch.equal(
+        channels_seen[16], 1 - keep_map(mask_tensor(mouth_mask()), (4, 4))[0].expand(3, -1, -1)
+    )
     assert torch.equal(channels_seen[17:33], masked)
     if channels == 65:
         sequence = read_artifact(folder / "reference_sequence.safetensors", "reference_sequence")
@@ -315,7 +318,9 @@ def test_the_plan_counts_and_touches_nothing(talks: Path, prepared: Path, tmp_pa
     planned = run("precompute-latents", "--from-videos", talks, *words)
     assert planned.exit_code == 0 and not out.exists(), planned.output
     told = json.loads(planned.stdout)
-    assert (told["videos"], told["samples"], told["to_do"]) == (3, 6, 6)
+    assert (told["videos"], told["samples"], told["to_do"], told["seconds"]) == (3, 6, 6, None)
+    shown = run("precompute-latents", "--from-videos", talks, *words[:-1])
+    assert "seconds: not known yet\n" in shown.stdout and "None" not in shown.stdout
     assert told["bytes_at_least"] == 6 * 2 * (16 * 3 * 4 * 4) * 2
     before = contents(prepared)
     done = run(
