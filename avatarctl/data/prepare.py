@@ -193,6 +193,8 @@ class Preparation:
         outcomes = run_jobs(jobs, self.cfg.data.workers)
         for (raw, _, _), outcome in self._stopping(zip(waiting, outcomes, strict=True), should_stop):
             seconds = clock.lap()
+            if isinstance(outcome.problem, (WriteFailed, OutputRefused)):
+                raise outcome.problem  # of the disk, not of the video: the others would meet it too
             if outcome.problem is None:
                 done, samples = self._source(raw, outcome.value, "done", seconds)
             else:

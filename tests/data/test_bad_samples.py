@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
 import shutil
+from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +19,11 @@ import torch
 from avatarctl.data.artifacts import read_artifact
 from avatarctl.data.media import read_sample
 from avatarctl.data.samples import Sample
-from avatarctl.data.storing import Store
 from avatarctl.data.workers import run_jobs
 from avatarctl.errors import UnusableFile, UnusableVideo, WriteFailed
 from avatarctl.models.vae import WanVae
 from tests.data.conftest import SMALL, contents, run, talking
+from tests.media.videos import numbered, steady, write_video
 
 
 @pytest.fixture
@@ -106,23 +109,27 @@ def test_numbers_that_are_not_finite_are_never_written(out: Path, monkeypatch: p
     }
 
 
+@pytest.mark.parametrize("place", ["avatarctl.data.storing.Store.write", "avatarctl.data.windows.write_clip"])
 def test_a_full_disk_ends_a_run_and_tears_nothing(
-    talks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Path
+    place: str, talks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Path
 ) -> None:
+    """While artifacts are written, and while a source is cut: at the third of them."""
     out = tmp_path / "out"
-    write, count = Store.write, []
+    module, _, name = place.rpartition(".")
+    write, count = pkgutil.resolve_name(place), []
 
-    def full(self: Store, *arguments: object) -> None:
+    def full(*arguments: Any, **more: Any) -> Any:
         count.append(1)
         if len(count) == 3:
             raise WriteFailed("no space left on the device", where=out)
-        write(self, *arguments)  # type: ignore[arg-type]
+        return write(*arguments, **more)
 
     words = ("--from-videos", talks, "--data", out, *WORDS)
     with monkeypatch.context() as patch:
-        patch.setattr(Store, "write", full)
+        patch.setattr(pkgutil.resolve_name(module), name, full)
         made = run("precompute-latents", *words)
     assert made.exit_code == 3 and "no space left" in made.stderr
+    assert not list(out.rglob(".tmp-*"))
     assert run("precompute-latents", *words).exit_code == 0
     assert run("precompute-audio", "--data", out, *WORDS).exit_code == 0
     assert contents(out) == contents(prepared)
@@ -135,6 +142,13 @@ def test_bad_videos_are_named_and_the_others_are_cut(tmp_path: Path) -> None:
     talking(folder / "one.mp4", 7, 1)
     (folder / "torn.mp4").write_bytes((folder / "good.mp4").read_bytes()[:900])
     (folder / "empty.mp4").write_bytes(b"")
+    for number, side in enumerate((64, 96)):  # two recordings of a broadcast, one behind the other
+        times = [number + time for time in steady(25, 25)]
+        draw = partial(numbered, width=side, height=side)
+        hum = [(np.zeros(48_000, np.float32), Fraction(number))]
+        write_video(tmp_path / "p.ts", times, options={"bf": "0"}, draw=draw, audio=hum)
+        with (folder / "grows.ts").open("ab") as both:
+            both.write((tmp_path / "p.ts").read_bytes())
     (folder / "list.mkv").write_text("#EXTM3U\nfile:///etc/passwd\n")
     with av.open(str(folder / "voice.mov"), "w") as container:
         stream = container.add_stream("aac", rate=16_000, layout="mono")
@@ -146,11 +160,17 @@ def test_bad_videos_are_named_and_the_others_are_cut(tmp_path: Path) -> None:
     assert made.exit_code == 7, made.output
     report = (tmp_path / "out/_dataset/precompute-latents.report.jsonl").read_text().splitlines()
     states = {entry["name"]: entry["state"] for entry in map(json.loads, report)}
-    bad = dict.fromkeys(("mute.mp4", "one.mp4", "torn.mp4", "empty.mp4", "list.mkv", "voice.mov"), "failed")
+    bad = dict.fromkeys(
+        ("mute.mp4", "one.mp4", "torn.mp4", "empty.mp4", "list.mkv", "voice.mov", "grows.ts"), "failed"
+    )
     assert states == {**bad, "good.mp4": "done", "good.mp4/000000": "done"}
     for name in bad:
         assert f"warning: {name}: " in made.stderr
     assert "shorter than a window of 9 frames" in made.stderr
+    assert "changes its resolution from 64x64 to 96x96" in made.stderr
+    (tmp_path / "l.txt").write_text("a prompt@@in/one.mp4\n")
+    made = run("precompute-latents", "--data", tmp_path / "l.txt", *SMALL)
+    assert made.exit_code == 3 and "too short: 1 of 5 frames" in made.stderr
 
 
 def test_a_sample_that_fails_keeps_no_prompt_from_the_others(

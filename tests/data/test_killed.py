@@ -25,8 +25,8 @@ def forks() -> Iterator[Forks]:
 @pytest.fixture(scope="module")
 def long_talks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("long")
-    talking(folder / "one.mp4", 11, 100)
-    talking(folder / "two.mp4", 12, 60)
+    talking(folder / "one.mp4", 11, 55)
+    talking(folder / "two.mp4", 12, 20)
     return folder
 
 
@@ -56,5 +56,17 @@ def test_killed_in_the_middle_and_typed_again(
 
     again = run(*words)
     assert again.exit_code == 0, again.output
+    assert contents(out) == whole
+    assert not list(out.rglob(".tmp-*"))
+
+
+def test_two_shards_at_once(forks: Forks, long_talks: Path, whole: dict[str, str], tmp_path: Path) -> None:
+    """They share prompts, constants and the index."""
+    out = tmp_path / "out"
+    words = ["precompute-latents", "--from-videos", str(long_talks), "--data", str(out), *SMALL]
+    both = [forks.start(*words, "--shard", shard, folder=tmp_path) for shard in ("0/2", "1/2")]
+    for started in both:
+        _, said = started.communicate()
+        assert started.returncode == 0, said
     assert contents(out) == whole
     assert not list(out.rglob(".tmp-*"))
