@@ -394,6 +394,8 @@ class Artifact:
     keys:  settings that change its numbers, as `section.key`.
     shape: for a clip of `data.num_frames`; None where only the network or the sample knows.
     older: (file, entry) under which published trainers keep it, as a .pt file in the sample's folder.
+    padded: (file, rows) of a prompt's, where they read a bare tensor [1, rows, width] from each sample's
+            folder, with zero rows behind the prompt.
     """
 
     name: str
@@ -403,6 +405,7 @@ class Artifact:
     keys: tuple[str, ...]
     shape: tuple[int | None, ...]
     older: tuple[str, str] | None = None
+    padded: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,18 @@ def write_older(path: Path, tensors: Mapping[str, Tensor], makings: Mapping[str,
     atomic_write_bytes(path, buffer.getvalue())
 
 
+def write_padded(path: Path, tensor: Tensor, rows: int) -> None:
+    """A prompt's [tokens, width] as published trainers read it: a bare tensor [1, rows, width] in a .pt file,
+    with zero rows behind the prompt."""
+    import torch
+
+    padded = torch.zeros(1, rows, tensor.shape[1], dtype=tensor.dtype)
+    padded[0, : len(tensor)] = tensor
+    buffer = io.BytesIO()
+    torch.save(padded, buffer)
+    atomic_write_bytes(path, buffer.getvalue())
+
+
 def check_older(path: Path, expected: Mapping[str, tuple[int | None, ...]]) -> dict[str, str]:
     """Looks at a .pt file without running anything in it; entry to fingerprint, "" where it states none.
 

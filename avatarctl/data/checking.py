@@ -72,6 +72,7 @@ class Checked:
     todo: Todo | None = None
     problem: AvatarctlError | None = None
     made: dict[str, Making] = field(default_factory=dict)
+    prompt: str = ""
 
     def makings(self) -> dict[str, str]:
         return {name: making.fingerprint for name, making in self.made.items()}
@@ -159,14 +160,14 @@ class Checker:
             if self._lacks(artifact, sample, facts, making, older):
                 lacking.append(artifact)
         if not lacking:
-            return Checked(sample, frames, made=made)
+            return Checked(sample, frames, made=made, prompt=facts.prompt)
         lacking = self._with_file_mates(lacking)
         names = tuple(each.name for each in lacking)
         shown = {each for artifact in lacking for each in artifact.reads} & {"video", "masks"}
         ranges = self._family.frames_read(frames, names, self._cfg) if shown else ((0, 0),)
         masks = self._family.clip_masks if "masks" in shown else ()
         todo = Todo(sample, names, ranges, masks, frames, facts.prompt, facts.audio, made)
-        return Checked(sample, frames, todo, made=made)
+        return Checked(sample, frames, todo, made=made, prompt=facts.prompt)
 
     def _facts(self, sample: Sample) -> _Facts:
         if not sample.folder.is_dir() and sample.video.name == VIDEO and sample.video.parent == sample.folder:

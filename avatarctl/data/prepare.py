@@ -231,8 +231,10 @@ class Preparation:
         self._emit(Stage("looking at samples"))
         waiting: list[Todo] = []
         failed: set[str] = set()
+        prompts: list[tuple[Sample, str]] = []
         for sample in self._stopping(samples, should_stop):
             checked = checker.check(sample)
+            prompts.append((sample, checked.prompt))
             if checked.problem is not None:
                 failed.add(sample.name)
                 yield self._failed(Done(sample.name, "failed"), checked.problem)
@@ -254,6 +256,9 @@ class Preparation:
             yield done
         if failed:
             yield from self._shared_prompts([each for each in samples if each.name not in failed], store)
+        for sample, prompt in prompts:
+            if sample.name not in failed:
+                store.show_prompt(sample, prompt)
 
     def _shared_prompts(self, samples: list[Sample], store: Store) -> Iterator[Done]:
         """Encodes prompts that a sample was to have encoded which then failed, for others that have them."""

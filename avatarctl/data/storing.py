@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from avatarctl.atomic import disk_errors
+from avatarctl.atomic import atomic_write_bytes, disk_errors, held_folder
 from avatarctl.config import RunConfig
-from avatarctl.data.artifacts import Making, rounded, write_artifact, write_older
-from avatarctl.data.checking import Todo, artifact_path, constant_path
+from avatarctl.data.artifacts import (
+    Making,
+    read_artifact,
+    rounded,
+    write_artifact,
+    write_older,
+    write_padded,
+)
+from avatarctl.data.checking import Todo, artifact_path, constant_path, prompt_path
 from avatarctl.data.known import Known
+from avatarctl.data.samples import Sample
 from avatarctl.errors import UnusableFile
 from avatarctl.family import Artifact
 
@@ -58,8 +68,40 @@ class Store:
             path = constant_path(self._own, self._by_name[name])
             self._put(path, name, rounded(made[name], self._cfg), making)
 
+    def show_prompt(self, sample: Sample, prompt: str) -> None:
+        """With `--format pt`: the prompt's tensor in the sample's folder, as a link to one file for all
+        samples that have it. Raises WriteFailed, OutputRefused."""
+        for artifact in self._by_name.values() if self._cfg.data.format == "pt" else ():
+            if artifact.padded is None:
+                continue
+            file, rows = artifact.padded
+            ours = prompt_path(self._own, artifact, prompt)
+            shared = ours.with_name(f"{ours.name.partition('.')[0]}.{file}")
+            made = self._known.recall(ours, "artifact")
+            if not shared.is_file() or self._known.recall(shared, "padded") != made:
+                write_padded(shared, read_artifact(ours, artifact.name), rows)
+                self._known.note(shared, "padded", made or {})
+            _link(sample.folder / file, shared)
+
     def _put(self, path: Path, name: str, tensor: Tensor, making: Making) -> None:
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         write_artifact(path, name, tensor, making)
         self._known.note(path, "artifact", {"fingerprint": making.fingerprint})
+
+
+def _link(path: Path, target: Path) -> None:
+    """`path` leads to `target` by a relative link; it is a copy where the system has no links."""
+    relative = os.path.relpath(target, path.parent)
+    if path.is_symlink() and str(path.readlink()) == relative:
+        return
+    with held_folder(path.parent) as hidden, disk_errors(path):
+        link = hidden / path.name
+        try:
+            link.symlink_to(relative)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise
+            atomic_write_bytes(path, target.read_bytes())
+        else:
+            link.replace(path)

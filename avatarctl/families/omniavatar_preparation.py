@@ -22,6 +22,7 @@ __all__ = ["Preparation"]
 
 _CHANNELS: Final = 16
 _PIXELS: Final = 8
+_OLDER_TEXT: Final = ("text_emb.pt", 512)  # spec/omniavatar.md h.1
 _SHORTEST_CLIP: Final = 5  # the public trainer skips less (spec/omniavatar.md g.2)
 _VIDEO_KEYS: Final = ("data.width", "data.height", "data.num_frames", "input.fit", "runtime.dtype")
 
@@ -59,7 +60,7 @@ class Preparation:
             *made,
             Artifact("audio_features", "audio", "sample", ("audio", "frames"), window, features, audio),
             Artifact("silence", "audio", "data set", (), ("data.num_frames",), features),
-            Artifact("text", "text", "prompt", ("prompt",), empty, text),
+            Artifact("text", "text", "prompt", ("prompt",), empty, text, padded=_OLDER_TEXT),
             Artifact("empty_prompt", "text", "data set", (), empty, text),
             Artifact("negative_prompt", "text", "data set", (), ("input.negative_prompt", *empty), text),
         )

@@ -34,13 +34,14 @@ from avatarctl.config import Model
 from avatarctl.demo.clips import clip
 from avatarctl.loading.built_in import built_in_part
 from avatarctl.loading.sources import find_sources
-from avatarctl.media import Waveform, open_audio, open_video, survey, write_clip
+from avatarctl.media import Waveform, open_audio, open_video, survey, write_audio, write_clip
 from avatarctl.models.encode import AudioFeatures, frames_tensor
 from avatarctl.registry import find_model
 
 ROW = find_model("cartoon-v2v")
 CPU = torch.device("cpu")
 FRAMES = 33
+WINDOW = 2 * FRAMES - 1  # a clip, and a reference sequence that begins with the last frame of it
 SIDE = 64
 WIDE = 9
 SAMPLES = 10_000
@@ -66,10 +67,10 @@ def network(part: str) -> torch.nn.Module:
 
 
 def large(folder: Path, count: int) -> None:
-    """Drawn clips scaled to 720p, each twice as long as a training clip."""
+    """Drawn clips scaled to 720p, each about twice as long as a training clip."""
     folder.mkdir()
     for number in range(count):
-        drawn = clip(number, 2 * FRAMES)
+        drawn = clip(number, WINDOW)
         frames = (np.asarray(Image.fromarray(each).resize((1280, 720))) for each in drawn.frames)
         blocks = (each[None] for each in frames)
         write_clip(folder / f"{number}.mp4", blocks, audio=drawn.speech.audio)
@@ -95,14 +96,14 @@ def published_order(videos: list[Path]) -> None:
         for video in videos:
             vae.encode(masked_video(fitted(video, 0, FRAMES), keep))
         for video in videos:
-            vae.encode(fitted(video, FRAMES, 2 * FRAMES))
+            vae.encode(fitted(video, WINDOW - FRAMES, WINDOW))
         for video in videos:
             found = survey(open_audio(video))
             with Waveform(open_audio(video)) as waveform:
                 AudioFeatures(
                     audio, waveform, samples=found.samples, mean=found.mean, variance=found.variance,
-                    frames=2 * FRAMES, window_seconds=30, device=CPU,
-                ).rows(0, 2 * FRAMES)  # fmt: skip
+                    frames=WINDOW, window_seconds=30, device=CPU,
+                ).rows(0, WINDOW)  # fmt: skip
 
 
 def clips_per_second(base: Path) -> tuple[str, ...]:
@@ -113,7 +114,7 @@ def clips_per_second(base: Path) -> tuple[str, ...]:
         out = base / f"out{number}"
         words = ("--data", out, "--size", f"{SIDE}x{SIDE}", "--frames", FRAMES, "--reference-sequence")
         made = cpu(lambda words=words: typed("precompute-latents", "--from-videos", base / "videos",
-                                             "--window", 2 * FRAMES, *words))  # fmt: skip
+                                             "--window", WINDOW, *words))  # fmt: skip
         made += cpu(lambda words=words: typed("precompute-audio", *words))
         ours.append(made)
         theirs.append(cpu(lambda: published_order(videos)))
@@ -134,8 +135,7 @@ def above_forward(base: Path) -> list[tuple[str, ...]]:
         (base / f"s{number}").mkdir()
         frames = np.stack([np.asarray(Image.fromarray(each).resize((512, 512))) for each in drawn.frames])
         write_clip(base / f"s{number}/sub_clip.mp4", iter([frames]))
-        write_clip(base / f"s{number}/audio.wav.mp4", iter([frames]), audio=drawn.speech.audio)
-        os.rename(base / f"s{number}/audio.wav.mp4", base / f"s{number}/audio.wav")
+        write_audio(base / f"s{number}/audio.wav", drawn.speech.audio, 16_000)
         (base / f"s{number}/prompt.txt").write_text("a person is talking")
     vae = network("vae")
     keep = keep_map(mask_tensor(mouth_mask()), (512, 512))
@@ -172,8 +172,7 @@ def finished_again(base: Path) -> tuple[str, ...]:
     first.mkdir(parents=True)
     drawn = clip(1, 9)
     write_clip(first / "sub_clip.mp4", iter([drawn.frames]))
-    write_clip(base / "a.mp4", iter([drawn.frames]), audio=drawn.speech.audio)
-    os.rename(base / "a.mp4", first / "audio.wav")
+    write_audio(first / "audio.wav", drawn.speech.audio, 16_000)
     (first / "prompt.txt").write_text("a person is talking")
     words = ("--data", base / "samples", "--size", "64x64", "--frames", 9)
     typed("precompute-latents", *words)

@@ -351,6 +351,16 @@ def test_pt_files_are_those_of_published_trainers(prepared: Path, tmp_path: Path
     for entry, name in (("input_latents", "latents"), ("masked_latents", "masked_latents")):
         assert torch.equal(latents[entry], read_artifact(folder / f"{name}.safetensors", name))
     assert audio["audio_emb"].shape[0] == 9
+    text = folder / "text_emb.pt"
+    assert text.is_symlink() and text.resolve() == (out / "b/talk.mp4/000000/text_emb.pt").resolve()
+    padded, ours = torch.load(text, weights_only=True), text.resolve().name.replace("text_emb.pt", "text")
+    alone = read_artifact(out / f"_dataset/prompts/{ours}.safetensors", "text")
+    assert padded.shape == (1, 512, 32) and torch.equal(padded[0, : len(alone)], alone)
+    assert len(alone) == len("a person is talking") + 1 and not padded[0, len(alone) :].any()
+    (out / "b/talk.mp4/000000/text_emb.pt").unlink()
+    torch.save(torch.zeros(1, 512, 32), out / "b/talk.mp4/000000/text_emb.pt")  # of somebody else
+    assert run("precompute-latents", *words).exit_code == 0
+    assert (out / "b/talk.mp4/000000/text_emb.pt").resolve() == text.resolve()
     before = contents(out)
     assert run("precompute-latents", *words).exit_code == 0
     assert contents(out) == before

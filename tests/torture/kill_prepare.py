@@ -15,7 +15,9 @@ and no temporary file is left. Needs 100 MB in the system's temporary folder.
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
+import os
 import random
 import shutil
 import subprocess
@@ -54,33 +56,36 @@ def commands(videos: Path, out: Path, options: tuple[str, ...]) -> list[list[str
 
 
 def contents(out: Path) -> dict[str, str]:
-    return {
-        path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(out.rglob("*"))
-        if not any(part.startswith(".tmp-") for part in path.parts)  # another shard may be writing it
-        and path.is_file()
-        and not path.name.endswith(TOLD)
-        and path.parent.name != "known"
-    }
+    held = {}
+    for folder, folders, files in os.walk(out):
+        folders[:] = [name for name in folders if not name.startswith(".tmp-") and name != "known"]
+        for name in files:
+            if not name.endswith(TOLD) and not name.startswith(".tmp-"):  # another shard may be writing it
+                path = Path(folder) / name
+                held[path.relative_to(out).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return held
 
 
 def judge(out: Path, whole: dict[str, str]) -> str:
     """How far a killed run had come; raises Torn."""
-    found = contents(out)
-    for name, digest in found.items():
+    held = contents(out)
+    for name, digest in held.items():
         if name.endswith("index.jsonl"):
             continue
         if name not in whole:
             raise Torn(f"{name} is left")
         if digest != whole[name]:
             raise Torn(f"{name} differs from that of an undisturbed run")
-    for made in out.rglob("sample.json"):
-        lacking = {"sub_clip.mp4", "audio.wav", "prompt.txt"} - {path.name for path in made.parent.iterdir()}
-        if lacking and not made.parent.name.startswith(".tmp-"):
-            raise Torn(f"{made.parent} lacks {lacking}")
-    if any(name.endswith(".safetensors") for name in found):
+    for name in held:
+        if name.endswith("/sample.json"):
+            whole_folder = {
+                f"{Path(name).parent}/{part}" for part in ("sub_clip.mp4", "audio.wav", "prompt.txt")
+            }
+            if lacking := whole_folder - held.keys():
+                raise Torn(f"{lacking} are missing")
+    if any(name.endswith(".safetensors") for name in held):
         return "artifacts"
-    return "folders" if found else "nothing yet"
+    return "folders" if held else "nothing yet"
 
 
 def run(words: list[str]) -> float:
@@ -89,11 +94,17 @@ def run(words: list[str]) -> float:
     return time.monotonic() - started
 
 
+def found(out: Path, pattern: str) -> int:
+    """Names like this below a folder that somebody writes into."""
+    walked = os.walk(out)  # passes over what vanishes meanwhile
+    return sum(fnmatch.fnmatch(name, pattern) for _, folders, files in walked for name in (*folders, *files))
+
+
 def stop(words: list[str], appears: str, out: Path, wait: float) -> bool:
     """Kills the command `wait` seconds after something new of this kind appeared; whether it still ran."""
-    before = len(list(out.rglob(appears)))
+    before = found(out, appears)
     with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
-        while child.poll() is None and len(list(out.rglob(appears))) <= before:
+        while child.poll() is None and found(out, appears) <= before:
             time.sleep(0.001)
         time.sleep(wait)
         running = child.poll() is None
