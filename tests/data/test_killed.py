@@ -25,8 +25,8 @@ def forks() -> Iterator[Forks]:
 @pytest.fixture(scope="module")
 def long_talks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("long")
-    talking(folder / "one.mp4", 11, 55)
-    talking(folder / "two.mp4", 12, 20)
+    talking(folder / "one.mp4", 11, 100)
+    talking(folder / "two.mp4", 12, 60)
     return folder
 
 
