@@ -207,12 +207,10 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         base = Path(name)
-        rows = [
-            finished_again(base / "finished"),
-            clips_per_second(base),
-            *above_forward(base / "wide"),
-        ]
-    print_table("prepare_work", ("what", "measured", "outcome", "target", ""), rows)
+        header = ("what", "measured", "outcome", "target", "")
+        print_table("prepare_work: finished samples", header, [finished_again(base / "finished")])
+        print_table("prepare_work: order of work", header, [clips_per_second(base)])
+        print_table("prepare_work: beside the forward pass", header, above_forward(base / "wide"))
 
 
 if __name__ == "__main__":
