@@ -74,10 +74,6 @@ class Encoders:
 
         return SomeModules(self._parts, build, device)
 
-    def forget(self, part: Part) -> None:
-        """Drops a network that nobody needs any more; if it is touched again, it is loaded again."""
-        self.__dict__.pop(part, None)
-
     def identity(self, part: str) -> str:
         """Names the network of a part by the bytes of its files, or by the row that draws it at random."""
         paths = [path for key in _FILES[part] if (path := self.sources.encoders.get(key))]

@@ -146,10 +146,10 @@ class TrainingSet:
             assert self.cfg.data.num_frames is not None
             frames = self.cfg.data.num_frames
             with encoding_threads():
-                made = self.family.constants(self._encoders, frames, wanted, self.cfg)  # type: ignore[arg-type]
+                made = self.family.constants(self._modules, frames, wanted, self.cfg)
             self.constants |= {name: rounded(tensor, self.cfg).float().cpu() for name, tensor in made.items()}
         self._make_prompts()
-        self._encoders.forget("text")
+        self._encoders.modules.drop("text")
         if (mask := run_mask(self.cfg)) is not None:
             from avatarctl.conditioning.masking import mask_tensor
 
@@ -192,8 +192,13 @@ class TrainingSet:
     def _encoded(self, todo: Todo, read: tuple[ReadFrames, dict[str, np.ndarray]]) -> dict[str, Tensor]:
         names = [name for name in todo.names if self._of(name).of == "sample"]
         with encoding_threads(), self._checker.clip(todo, *read) as clip:
-            made = self.family.encode_clip(self._encoders, clip, names, self.cfg)  # type: ignore[arg-type]
+            made = self.family.encode_clip(self._modules, clip, names, self.cfg)
         return {name: rounded(made[name], self.cfg).float().cpu() for name in names}
+
+    @property
+    def _modules(self) -> Any:
+        """The networks that encode, each loaded when it is first touched."""
+        return self._encoders.modules
 
     def _of(self, name: str) -> Artifact:
         return next(each for each in self._artifacts if each.name == name)
@@ -241,7 +246,7 @@ class TrainingSet:
             nothing: tuple[ReadFrames, dict[str, np.ndarray]] = (ReadFrames(0, ()), {})
             with encoding_threads(), self._checker.clip(checked.todo, *nothing) as clip:
                 wanted = (artifact.name,)
-                made = self.family.encode_clip(self._encoders, clip, wanted, self.cfg)  # type: ignore[arg-type]
+                made = self.family.encode_clip(self._modules, clip, wanted, self.cfg)
             self._prompts[prompt] = rounded(made[artifact.name], self.cfg).float().cpu()
 
     def _prompt(self, sample: Sample) -> str:

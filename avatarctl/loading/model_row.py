@@ -54,10 +54,12 @@ def _row_of_run(folder: Path) -> Row:
     base = ROWS.get(str(base_of(path).get("model")))
     if base is None or base.source != "package":
         return _row_of(path, held)
+    data = data_of(held)
     defaults = {
         **base.defaults,
         "model.channels": held.sizes.in_channels,
         "model.audio_offset": held.audio_offset,
+        **({"data.mask_rule": data["mask_rule"]} if "mask_rule" in data else {}),
     }
     network = {**base.network, "dit": {**base.network["dit"], "in_channels": held.sizes.in_channels}}
     return replace(
@@ -67,6 +69,7 @@ def _row_of_run(folder: Path) -> Row:
         network=network,
         defaults=defaults,
         audio_offset_stated=True,
+        trained_with=data,
         trained=True,
         path=str(path),
     )

@@ -68,6 +68,10 @@ class SomeModules:
         setattr(self, name, part)
         return part
 
+    def drop(self, part: Part) -> None:
+        """Forgets a network that nobody needs any more; if it is touched again, it is built again."""
+        self.__dict__.pop(part, None)
+
 
 def load_parts(
     row: Row,

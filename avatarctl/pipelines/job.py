@@ -216,7 +216,7 @@ def check_job(cfg: RunConfig, row: Row, job: Job, emit: Emit) -> JobPlan:
     for notice in (*family.notices(cfg), *sources.notes):
         emit(Notice(notice))
     transformer = check_transformer(row, sources, cfg, emit)
-    stated_data = data_of(transformer) if transformer else row.trained_with
+    stated_data = (data_of(transformer) if transformer else {}) or row.trained_with
     for other in _other_data(stated_data, row.name, mask, cfg):
         emit(Notice(other, "warning"))
     assert cfg.sampling.shift is not None and cfg.sampling.guidance_scale is not None

@@ -25,13 +25,15 @@ __all__ = ["Network"]
 
 @dataclass
 class Network:
-    """dit: with its trainable weights; base: what a file says of the model that is trained."""
+    """dit: with its trainable weights; base: what a file says of the model that is trained; data: what it says
+    of the mask that it is trained with, nothing for a model that takes an image."""
 
     dit: nn.Module
     layout: WeightLayout
     trainables: Trainables
     cfg: RunConfig
     base: Mapping[str, Any]
+    data: Mapping[str, str]
     device: torch.device
     _mean: dict[str, Tensor] = field(default_factory=dict)
 
@@ -65,7 +67,7 @@ class Network:
     def files(self, step: int) -> tuple[Weights, Weights | None]:
         """The trained weights and their average, as files."""
         made = [
-            trained_file(self.dit, self.layout, state, self.trainables, self.cfg, self.base, step)
+            trained_file(self.dit, self.layout, state, self.trainables, self.cfg, self.base, self.data, step)
             for state in (self.trainables.state(), self._mean)
             if state
         ]

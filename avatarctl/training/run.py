@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from avatarctl.atomic import remove_left_behind
+from avatarctl.conditioning.masking import mask_name
 from avatarctl.config import RunConfig
+from avatarctl.data.checking import run_mask
 from avatarctl.data.training_set import TrainingSet
 from avatarctl.errors import ConfigError, PartlyFailed, UnusableFile, UsageError
 from avatarctl.events import Emit, Notice
@@ -141,10 +143,17 @@ class TrainingRun:
         if start.pairs:
             trainables.load({**trainables.state(), **start.pairs})
         self._emit(Notice(f"{cfg.train.mode}: {trainables.count:,} numbers are trained"))
-        network = Network(start.dit, start.layout, trainables, cfg, start.base, device)
+        network = Network(start.dit, start.layout, trainables, cfg, start.base, self._mask_facts(), device)
         trainer = Trainer(self.folder, cfg, self.family, network, data, self._emit)
         self._go_on(trainer, data)
         return trainer
+
+    def _mask_facts(self) -> dict[str, str]:
+        """What whoever runs the weights has to know of the mask."""
+        if self.family.takes(self.cfg) == "image":
+            return {}
+        mask = run_mask(self.cfg)
+        return {"mask_rule": self.cfg.data.mask_rule, "mask": mask_name(mask)}
 
     def _go_on(self, trainer: Trainer, data: TrainingSet) -> None:
         """The checkpoint to go on from; what lies behind it is set aside, and forgotten by the log."""

@@ -36,12 +36,13 @@ def trained_file(
     trainables: Trainables,
     cfg: RunConfig,
     base: Mapping[str, Any],
+    data: Mapping[str, str],
     step: int,
 ) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """Tensors and header of the file.
 
     trained: by the names of `trainables`, its own weights or an average of them; base: what the header says
-    of the model that an adapter changes.
+    of the model that an adapter changes; data: what it says of the mask that was trained with.
     """
     network: Mapping[str, Any] = dit.config  # type: ignore[assignment]
     heads, head_width = network["num_attention_heads"], network["attention_head_dim"]
@@ -67,6 +68,7 @@ def trained_file(
         heads=heads,
         heads_stated=True,
         audio_offset=cfg.model.audio_offset,
+        metadata={"avatarctl.data": json.dumps(data, sort_keys=True)} if data else {},
         files=(Path("trainable_weights.safetensors"),),
     )
     weight_file = with_release_config(weight_file)

@@ -41,7 +41,7 @@ def trained(seed: int = 3) -> tuple[OmniAvatarTransformer, Trainables]:
 
 
 def test_an_adapter_has_the_tensors_of_a_published_one() -> None:
-    """10 layers of each block in pairs, the patch embedding and the audio layers whole (spec/omniavatar.md i)."""
+    """Pairs on 10 layers of each block; patch embedding and audio layers whole (spec/omniavatar.md i)."""
     _, made = trained()
     assert len([name for name in made.parameters if ".lora_" in name]) == 4 * 10 * 2
     assert made.parameters["blocks.3.self_attn.q.lora_A.weight"].shape == (4, 24)
