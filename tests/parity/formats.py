@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from .golden import Folder, Format
+from .losses import LOSSES
 from .omniavatar import OMNIAVATAR
 from .stableavatar import STABLEAVATAR
 
-FORMATS: tuple[Format, ...] = (OMNIAVATAR, STABLEAVATAR)
+FORMATS: tuple[Format, ...] = (OMNIAVATAR, STABLEAVATAR, LOSSES)
 
 _TESTS = Path(__file__).resolve().parent.parent
 _SHIPPED = _TESTS / "golden"

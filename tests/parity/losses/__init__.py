@@ -1,0 +1,27 @@
+"""The losses format: what is compared, and the two tables of what is not."""
+
+from __future__ import annotations
+
+from ..golden import Format, Listed
+from . import sync
+
+_WAITS_FOR = (
+    Listed("affine.safetensors", "*", "faces"),
+    Listed("mouth_mask_256.png", "*", "faces"),
+    Listed("syncnet_eval.safetensors", "*", "scores"),
+    Listed("metrics.safetensors", "*", "scores"),
+    Listed("expected.json", "syncnet.*", "scores"),
+    Listed("expected.json", "metrics.*", "scores"),
+    Listed("state_dict_keys.json", "syncnet_v2.*", "scores"),
+)
+
+_WORDS = (
+    Listed("expected.json", "seed", "read by tests/parity/losses/building.py"),
+    Listed("expected.json", "*.config.*", "read by tests/parity/losses/building.py"),
+    Listed("mel.safetensors", "overlap_count", "of a helper for looking at spectrograms"),
+    Listed("expected.json", "mel.*", "stands in mel.safetensors"),
+    Listed("expected.json", "stable_syncnet_tiny.cosine", "stands in sync_loss.safetensors"),
+    Listed("expected.json", "stable_syncnet_tiny.loss_*", "stands in sync_loss.safetensors"),
+)
+
+LOSSES = Format(name="losses", checks=(*sync.checks,), waits_for=_WAITS_FOR, defects=(), words=_WORDS)
