@@ -1,7 +1,7 @@
 """LPIPS: how different two images look to a VGG-16 (spec/losses-and-eval.md 2.1 and 2.2).
 
-The trunk is that of ImageNet, under torchvision's names, up to its last convolution; the heads are the weights
-that LPIPS v0.1 learnt, under its own names. Neither package is needed.
+The trunk is that of ImageNet, under torchvision's names, up to its last convolution; the heads are the
+weights that LPIPS v0.1 learnt, under its own names. Neither package is needed.
 """
 
 from __future__ import annotations

@@ -53,6 +53,19 @@ sigmas shifted once, a cross-fade the wrong way round and a short window that is
 is compared through the long pipeline, for two pairs of scales; its single steps need the full folder.
 """
 
+_LOSSES = """# Numbers of the losses, shipped subset
+
+Recorded by running published implementations (bytedance/LatentSync, richzhang/PerceptualSimilarity and what
+they use) on a CPU in float32. The weights are made by a formula from names, shapes and a seed
+(`tests/parity/losses/formula.py`), but for the heads of LPIPS v0.1, which are the published ones
+(BSD-2-Clause, Copyright (c) 2018 Richard Zhang, Phillip Isola, Alexei A. Efros, Eli Shechtman, Oliver Wang).
+`tests/parity` compares the product with them; `tests/parity/make_subset.py` wrote this folder from the full
+one, copying numbers unchanged. What is here is enough to notice, without the full folder, a wrong mel
+spectrogram, audio of other frames, a wrong audio tower, either sync loss, LPIPS, a wrong TREPA feature or its
+loss, and a name or shape of a judge. The tower of StableSyncNet that looks at frames, gradients and a clip
+of 21 frames need the full folder.
+"""
+
 _OF_TRAINING = ("*.noisy_latents", "*.logged_unweighted_mse_reference", "*.grad.*", "state.*")
 """Of a training step what needs a network, and what follows from noise and sigmas as in the image step."""
 
@@ -91,6 +104,22 @@ SUBSETS: dict[str, Subset] = {
             "set6_long_pipeline.safetensors": ("clip_input",),
         },
         words=_STABLEAVATAR,
+    ),
+    "losses": Subset(
+        limit=1_250_000,
+        left_out={
+            "affine.safetensors": ("*",),
+            "lpips_vgg.safetensors": ("grad_*",),
+            "mel.safetensors": ("mel_basis", "mel_slice", "overlap_*"),
+            "metrics.safetensors": ("*",),
+            "mouth_mask_256.png": ("*",),
+            "stable_syncnet_tiny.safetensors": ("*",),
+            "sync_loss.safetensors": ("pred_rgb", "lower_frame0_patch", "grad_*"),
+            "syncnet_eval.safetensors": ("*",),
+            "trepa_tiny.safetensors": ("t21.*",),
+            "videomae_tiny.safetensors": ("*",),
+        },
+        words=_LOSSES,
     ),
 }
 """By the name of a format, which is that of its folders."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..golden import Format, Listed
-from . import sync
+from . import frames, sync
 
 _WAITS_FOR = (
     Listed("affine.safetensors", "*", "faces"),
@@ -19,9 +19,13 @@ _WORDS = (
     Listed("expected.json", "seed", "read by tests/parity/losses/building.py"),
     Listed("expected.json", "*.config.*", "read by tests/parity/losses/building.py"),
     Listed("mel.safetensors", "overlap_count", "of a helper for looking at spectrograms"),
+    Listed("expected.json", "videomae_tiny.*", "read by tests/parity/losses/building.py"),
+    Listed("expected.json", "trepa_t*", "stands in trepa_tiny.safetensors"),
     Listed("expected.json", "mel.*", "stands in mel.safetensors"),
     Listed("expected.json", "stable_syncnet_tiny.cosine", "stands in sync_loss.safetensors"),
     Listed("expected.json", "stable_syncnet_tiny.loss_*", "stands in sync_loss.safetensors"),
 )
 
-LOSSES = Format(name="losses", checks=(*sync.checks,), waits_for=_WAITS_FOR, defects=(), words=_WORDS)
+LOSSES = Format(
+    name="losses", checks=(*sync.checks, *frames.checks), waits_for=_WAITS_FOR, defects=(), words=_WORDS
+)

@@ -1,7 +1,8 @@
 """Weights by a formula from name, shape and seed, in place of stored ones.
 
-For element i of a tensor in row-major order u = h / 2^32, where h is the finaliser of murmur3 (Austin Appleby,
-public domain) of i * 2654435761 + salt, and salt the CRC-32 of the name plus seed * 0x9E3779B9, all modulo 2^32.
+For element i of a tensor in row-major order u = h / 2^32, where h is the finaliser of murmur3 (Austin
+Appleby, public domain) of i * 2654435761 + salt, and salt the CRC-32 of the name plus seed * 0x9E3779B9, all
+modulo 2^32.
 """
 
 from __future__ import annotations

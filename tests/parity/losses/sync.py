@@ -27,6 +27,7 @@ _EMBEDDING = 1e-5
 # One window's group norms divide by next to nothing: in float32 the gradient of the frames is off by 1 % of
 # what float64 gives, the recorded one by 0.5 %.
 _GRADIENT = 1.5e-2
+_MODES: tuple[SyncMode, ...] = ("logits", "prob")
 _COLUMNS_PER_SECOND = 80
 
 
@@ -104,15 +105,15 @@ def audio_embeddings(reader: Reader) -> None:
     reader.compare("audio_embeds", F.normalize(tiny_syncnet(reader).audio_encoder(mel)), atol=_EMBEDDING)
 
 
-@checks(SYNC, compares=("vision_embeds",), needs=("pred_rgb", "wave", "chunk_starts"))
+@checks(SYNC, compares=("vision_embeds",), needs=("pred_rgb", "chunk_starts"))
 def frame_embeddings(reader: Reader) -> None:
     """In float64: float32 alone moves the worst of them by 1.4e-5, see the gradient."""
     judge = tiny_syncnet(reader).double()
     lower = judge.lower_faces(reader.take("pred_rgb").double())
-    starts = reader.take("chunk_starts").tolist()
-    mel = torch.stack([frame_mel(each, _FRAMES) for each in _windows(reader)]).double()
-    seen, _ = judge(torch.cat([lower[:, :, start : start + _FRAMES] for start in starts]), mel)
-    reader.compare("vision_embeds", seen, atol=_EMBEDDING)
+    windows = [lower[:, :, start : start + _FRAMES] for start in reader.take("chunk_starts").tolist()]
+    silence = frame_mel(torch.zeros(1, _FRAMES * SAMPLES_PER_FRAME), _FRAMES).double()
+    embeddings = [judge(window, silence)[0] for window in windows]
+    reader.compare("vision_embeds", torch.cat(embeddings), atol=_EMBEDDING)
 
 
 @checks(
@@ -126,23 +127,24 @@ def losses_of_recorded_embeddings(reader: Reader) -> None:
     _compare_losses(reader, cosines)
 
 
-@checks(SYNC, compares=("cosine", "loss_per_chunk_*", "loss_logits", "loss_prob"), needs=("pred_rgb", "wave"))
-def losses_of_frames(reader: Reader) -> None:
-    cosines = _cosines(reader, reader.take("pred_rgb"))
+@checks(
+    SYNC,
+    compares=("cosine", "loss_per_chunk_*", "loss_logits", "loss_prob", "grad_*"),
+    needs=("pred_rgb", "wave"),
+)
+def losses_and_gradients_of_frames(reader: Reader) -> None:
+    frames = reader.take("pred_rgb").requires_grad_()
+    waveform = _window(reader.take("wave"), 0, frames.shape[2])[None]
+    cosines = sync_cosines(tiny_syncnet(reader), frames, waveform, _STRIDE)
     reader.compare("cosine", cosines.T, atol=1e-5)
     _compare_losses(reader, cosines[0], atol=1e-5)
-
-
-@checks(SYNC, compares=("grad_logits", "grad_logits_abs_sum"), needs=("pred_rgb", "wave"))
-def gradient_of_logits(reader: Reader) -> None:
-    gradient = _gradient(reader, "logits")
-    reader.compare("grad_logits", gradient, relative_l2=_GRADIENT)
-    reader.compare("grad_logits_abs_sum", _absolute_sum(gradient), rtol=_GRADIENT)
-
-
-@checks(SYNC, compares=("grad_prob_sum",), needs=("pred_rgb", "wave"))
-def gradient_of_probabilities(reader: Reader) -> None:
-    reader.compare("grad_prob_sum", _absolute_sum(_gradient(reader, "prob")), rtol=_GRADIENT)
+    gradient = {
+        mode: torch.autograd.grad(sync_loss(cosines, mode).mean(), frames, retain_graph=True)[0]
+        for mode in _MODES
+    }
+    reader.compare("grad_logits", gradient["logits"], relative_l2=_GRADIENT)
+    reader.compare("grad_logits_abs_sum", _absolute_sum(gradient["logits"]), rtol=_GRADIENT)
+    reader.compare("grad_prob_sum", _absolute_sum(gradient["prob"]), rtol=_GRADIENT)
 
 
 @checks("expected.json", compares=("bce_table.*", "stable_syncnet_tiny.params"))
@@ -150,7 +152,7 @@ def table_of_losses(reader: Reader) -> None:
     for row, entry in enumerate(expected(reader)["bce_table"]):
         cosine = torch.tensor([entry["cos"]])
         reader.compare(f"bce_table.{row}.cos", float(entry["cos"]))
-        for mode in ("logits", "prob"):
+        for mode in _MODES:
             loss = float(sync_loss(cosine, mode))
             reader.compare(f"bce_table.{row}.{mode}", loss, atol=1e-6)
     parameters = sum(each.numel() for each in tiny_syncnet(reader).parameters())
@@ -167,26 +169,12 @@ def _windows(reader: Reader) -> list[Tensor]:
     return [_window(wave, start, _FRAMES) for start in reader.take("chunk_starts").tolist()]
 
 
-def _cosines(reader: Reader, frames: Tensor) -> Tensor:
-    """[1, windows] as the trainer has them."""
-    waveform = _window(reader.take("wave"), 0, frames.shape[2])[None]
-    return sync_cosines(tiny_syncnet(reader), frames, waveform, _STRIDE)
-
-
 def _compare_losses(reader: Reader, cosines: Tensor, atol: float = _LOSS) -> None:
-    modes: tuple[SyncMode, ...] = ("logits", "prob")
-    for mode in modes:
+    for mode in _MODES:
         losses = sync_loss(cosines, mode)
         # -ln c of a cosine that is off by 1e-6 is off by 1e-6 / c.
         reader.compare(f"loss_per_chunk_{mode}", losses, atol=3 * atol)
         reader.compare(f"loss_{mode}", losses.mean().reshape(1), atol=atol)
-
-
-def _gradient(reader: Reader, mode: SyncMode) -> Tensor:
-    frames = reader.take("pred_rgb").requires_grad_()
-    loss = sync_loss(_cosines(reader, frames), mode).mean()
-    (gradient,) = torch.autograd.grad(loss, frames)
-    return gradient
 
 
 def _absolute_sum(gradient: Tensor) -> Tensor:
