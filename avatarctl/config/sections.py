@@ -62,7 +62,7 @@ class Model:
     )
     weights: Mapping[str, str] = key(
         {}, "path of a part's own file, by part name", rule=rules.PARTS,
-        not_yet=("syncnet", "lpips_vgg", "videomae", "syncnet_v2", "yunet", "mdx"),
+        not_yet=("syncnet_v2", "yunet", "mdx"),
     )  # fmt: skip
     lora: tuple[str, ...] = key(
         (),
@@ -222,7 +222,10 @@ class Memory:
         not_yet=("model", "group", "sequential", "auto"),
     )  # fmt: skip
     vae_gradient: Literal["full", "checkpoint", "segment", "offload"] = key(
-        "segment", "how the decoder's gradient is made in training", not_yet=ANY
+        "checkpoint",
+        "what auxiliary losses keep of the decoder and their networks for the backward pass: full all of it, "
+        "checkpoint what passes between latent frames; the numbers are the same",
+        not_yet=("segment", "offload"),
     )
     activation_checkpointing: Literal["none", "block", "block_offload"] = key(
         "block", "what is computed again in the backward pass", not_yet=("block_offload",)
@@ -330,15 +333,33 @@ class Aux:
     """Auxiliary losses on decoded frames."""
 
     losses: tuple[Literal["sync", "lpips", "trepa"], ...] = key((), "which losses")
-    sync_weight: float = key(0.1, "coefficient of the sync loss", low=0, high=1e6)
-    lpips_weight: float = key(0.1, "coefficient of the LPIPS loss", low=0, high=1e6)
-    trepa_weight: float = key(10.0, "coefficient of the TREPA loss", low=0, high=1e6)
+    sync_weight: float = key(0.1, "coefficient of the sync loss; 0 does not run it", low=0, high=1e6)
+    lpips_weight: float = key(0.1, "coefficient of the LPIPS loss; 0 does not run it", low=0, high=1e6)
+    trepa_weight: float = key(10.0, "coefficient of the TREPA loss; 0 does not run it", low=0, high=1e6)
     recon_weight: float = key(1.0, "coefficient of the flow-matching loss", low=0, high=1e6)
-    sync_mode: Literal["logits", "prob"] = key("prob", "what the sync loss compares")
-    lpips_backend: Literal["builtin", "package"] = key("builtin", "whose LPIPS")
-    window: int = key(16, "pixel frames of a sync window", low=5, high=MAX_FRAMES)
+    sync_mode: Literal["logits", "prob"] = key(
+        "prob",
+        "what the sync loss makes of a cosine: prob takes it as a probability (best 0, chance 0.693), logits "
+        "as a logit (best 0.313), as the public trainer does",
+    )
+    lpips_backend: Literal["builtin", "package"] = key(
+        "builtin", "whose LPIPS: builtin needs no package; package is lpips (extra `aux`), unverified"
+    )
+    window: int = key(16, "pixel frames of a sync window; the published judge has 16", low=5, high=MAX_FRAMES)
     stride: int = key(8, "pixel frames between sync windows", low=1, high=MAX_FRAMES)
-    mouth_crop: bool = key(False, "decode the mouth region only")
+    frames: int = key(
+        0,
+        "pixel frames that are decoded for auxiliary losses, a window at random in each step; 0 decodes all. "
+        "sync and trepa need 16",
+        low=0,
+        high=MAX_FRAMES,
+    )
+    trepa_mode: Literal["windows", "full"] = key(
+        "windows",
+        "how TREPA takes a clip: by windows of the 16 frames that its network knows, or in one piece, as the "
+        "public trainer does",
+    )
+    mouth_crop: bool = key(False, "decode the mouth region only", not_yet=ANY)
     max_sigma: float = key(1.0, "sigma above which auxiliary losses are not computed", above=0, high=1)
 
 

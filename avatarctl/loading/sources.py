@@ -17,6 +17,7 @@ from avatarctl.loading.loras import Lora, find_lora
 from avatarctl.registry import (
     ASSETS,
     ENCODER_FILES,
+    JUDGES,
     ROWS,
     Row,
     Wanted,
@@ -133,9 +134,10 @@ def _own(row: Row, weights_root: str | None, size: tuple[int, int] | None) -> tu
 
 def _named(row: Row, model: Model) -> dict[str, Path]:
     """`model.weights` as existing paths."""
-    if model.weights and row.source == "package":
+    # Judges of auxiliary losses are found by loading/judges.py, for training alone.
+    paths = {part: expanded(text) for part, text in model.weights.items() if part not in JUDGES}
+    if paths and row.source == "package":
         raise ConfigError(f"{row.name} is built in; its parts come from no file", where="model.weights")
-    paths = {part: expanded(text) for part, text in model.weights.items()}
     for part, path in paths.items():
         if not path.exists():
             raise PathNotFound(f"no such file or folder: {path}", where=f"model.weights.{part}")

@@ -152,18 +152,15 @@ class _Attention(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.attn = _SelfAttention(width)
         self.norm3 = nn.LayerNorm(width)
-        self.ff = nn.Module()
-        self.ff.net = nn.ModuleList([_GatedGelu(width), nn.Identity(), nn.Linear(4 * width, width)])
+        net = nn.Sequential(_GatedGelu(width), nn.Identity(), nn.Linear(4 * width, width))
+        self.ff = nn.ModuleDict({"net": net})
         self.conv_out = nn.Conv2d(width, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         height = x.shape[2]
         tokens = rearrange(self.conv_in(self.norm1(x)), "b c h w -> b (h w) c")
         tokens = tokens + self.attn(self.norm2(tokens))
-        hidden = self.norm3(tokens)
-        for layer in self.ff.net:
-            hidden = layer(hidden)
-        tokens = tokens + hidden
+        tokens = tokens + self.ff["net"](self.norm3(tokens))
         return x + self.conv_out(rearrange(tokens, "b (h w) c -> b c h w", h=height))
 
 

@@ -61,8 +61,7 @@ class VideoMae(nn.Module):
         self.image_size, self.frames, self.tubelet = image_size, frames, tubelet
         self.recompute = False
         sides = (tubelet, patch_size, patch_size)
-        self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Conv3d(3, width, sides, stride=sides)
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv3d(3, width, sides, stride=sides)})
         self.blocks = nn.ModuleList(_Block(width, heads, mlp_width) for _ in range(depth))
         self.fc_norm = nn.LayerNorm(width, eps=_EPS)
         self.head = nn.Linear(width, classes)  # of the classes of its training, in the file and not used here
@@ -79,7 +78,7 @@ class VideoMae(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         """[B, 3, n, H, W] in [-1, 1] -> features [B, width]; an odd last frame is not seen."""
-        x = self.patch_embed.proj(self.pixels(frames))
+        x = self.patch_embed["proj"](self.pixels(frames))
         x = x + self._positions(x)
         x = rearrange(x, "b d t h w -> b (t h w) d")
         for block in self.blocks:
@@ -120,13 +119,11 @@ class _Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=_EPS)
         self.attn = _Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=_EPS)
-        self.mlp = nn.Module()
-        self.mlp.fc1 = nn.Linear(width, mlp_width)
-        self.mlp.fc2 = nn.Linear(mlp_width, width)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, mlp_width), "fc2": nn.Linear(mlp_width, width)})
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
-        hidden: Tensor = self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x))))
+        hidden: Tensor = self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
         return x + hidden
 
 

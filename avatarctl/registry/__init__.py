@@ -29,12 +29,13 @@ from avatarctl.registry.row import (
     Wanted,
     encoder_part,
 )
-from avatarctl.registry.rows import ROWS
+from avatarctl.registry.rows import JUDGES, ROWS
 
 __all__ = [
     "ASSETS",
     "COMPAT",
     "ENCODER_FILES",
+    "JUDGES",
     "NEEDS_WEIGHTS",
     "NOT_YET",
     "ROWS",

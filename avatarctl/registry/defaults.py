@@ -23,7 +23,7 @@ Defaults = Mapping[str, Any]
 
 COMPAT: Final[Mapping[str, Defaults]] = {
     "reference": {"output.lead_silence": 0.3, "model.audio_offset": 1},
-    "fork": {"model.audio_offset": 0},
+    "fork": {"model.audio_offset": 0, "aux.sync_mode": "logits"},
 }
 """What each `model.compat` sets, above the model row and below everything that a person sets."""
 

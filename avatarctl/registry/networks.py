@@ -19,6 +19,26 @@ __all__ = [
 
 Network = Mapping[str, Mapping[str, Any]]
 
+_TINY_JUDGES: Final[Network] = {
+    "syncnet": {
+        "audio_encoder": {
+            "in_channels": 1, "block_out_channels": (32,) * 7,
+            "downsample_factors": ((2, 1), 2, 2, 1, 2, 2, (2, 3)), "attn_blocks": (0, 0, 0, 0, 0, 1, 0),
+        },
+        "visual_encoder": {
+            "in_channels": 48, "block_out_channels": (32,) * 6,
+            "downsample_factors": ((1, 2), 2, 2, 2, 2, 2), "attn_blocks": (0, 0, 0, 1, 0, 0),
+        },
+        "face_size": 64,
+    },
+    "lpips_vgg": {"widths": (8, 16, 16, 16, 16)},
+    "videomae": {
+        "image_size": 56, "patch_size": 14, "frames": 16, "tubelet": 2, "width": 48, "depth": 2, "heads": 4,
+        "mlp_width": 96, "classes": 8,
+    },
+}  # fmt: skip
+"""The published judges of auxiliary losses with every width made small, and frames of 64 pixels."""
+
 CARTOON: Final[Network] = {
     "dit": {
         "num_attention_heads": 4, "attention_head_dim": 24, "num_layers": 6, "ffn_dim": 384, "freq_dim": 128,
@@ -32,6 +52,7 @@ CARTOON: Final[Network] = {
         "conv_dim": (32,) * 7, "feat_extract_norm": "group", "num_conv_pos_embeddings": 15,
         "num_conv_pos_embedding_groups": 4,
     },
+    **_TINY_JUDGES,
 }  # fmt: skip
 
 

@@ -72,14 +72,16 @@ class Row:
     sha256:  digest of a file by its name, where the row states it.
     stand_ins: names in `files` -> the name under which `avatarctl convert-ckpt` may have written the same.
     network: constructor arguments by part: "dit" (the family's transformer), "vae" (`AutoencoderKLWan`),
-             "text" (`UMT5Config`), "audio" (`Wav2Vec2Config`), "clip" (`clip_config`), if there is one.
+             "text" (`UMT5Config`), "audio" (`Wav2Vec2Config`), "clip" (`clip_config`), if there is one; the
+             judges of auxiliary losses "syncnet", "lpips_vgg", "videomae", where the row has its own.
     defaults: RunConfig values by dotted key.
     audio_offset_stated: the weights themselves say which audio offset they were made with.
     trained_with: the mask and the mask rule that the weights themselves state (`weights.metadata.data_of`).
     world:   the made-up world that the model alone knows, empty for people.
     compat:  what each `model.compat` sets for this model; None for `COMPAT`.
     needs:   names of the rows whose files it needs as well.
-    part:    the part of a run that the folder of an encoder is, empty where each file is a part of its own.
+    part:    the part of a run that the folder of an encoder is, or the file of a judge, empty where each file
+             is a part of its own.
     made_for: the shape of the videos that these weights were trained for, None where that is one.
     instead: names of the rows that run in its place where the video has the shape that they are made for, or
              where they are here and it is not.

@@ -9,7 +9,7 @@ from typing import Any, Final
 from avatarctl.registry import defaults, networks
 from avatarctl.registry.row import ENCODER_FILES, NEEDS_WEIGHTS, NOT_YET, WORKS, Row, TrainedFor, VideoShape
 
-__all__ = ["MODELS", "ROWS"]
+__all__ = ["JUDGES", "MODELS", "ROWS"]
 
 _OMNIAVATAR_TRAINED: Final = TrainedFor(
     sizes=((720, 400), (720, 720), (400, 720), (960, 528), (528, 960), (1280, 720), (720, 1280)),
@@ -173,16 +173,16 @@ _FILES: Final = (
         part="audio", copies=(("FrancisRing/StableAvatar", "wav2vec2-base-960h"),),
     ),
     Row(
-        "stable-syncnet", "loss", "StableSyncNet, judge of the sync loss", NOT_YET,
-        hub_id="ByteDance/LatentSync-1.6", files=("stable_syncnet.pt",),
+        "stable-syncnet", "loss", "StableSyncNet, judge of the sync loss", NEEDS_WEIGHTS,
+        hub_id="ByteDance/LatentSync-1.6", files=("stable_syncnet.pt",), part="syncnet",
     ),
     Row(
-        "videomae-v2-g", "loss", "VideoMAE v2 ViT-g, features of TREPA", NOT_YET,
-        files=("vit_g_hybrid_pt_1200e_ssv2_ft.pth",),
+        "videomae-v2-g", "loss", "VideoMAE v2 ViT-g, features of TREPA", NEEDS_WEIGHTS,
+        files=("vit_g_hybrid_pt_1200e_ssv2_ft.pth",), part="videomae",
     ),
     Row(
-        "lpips-vgg16", "loss", "VGG-16 trunk of LPIPS", NOT_YET, "other",
-        files=("vgg16-397923af.pth",), obtained="torchvision's published file",
+        "lpips-vgg16", "loss", "VGG-16 trunk of LPIPS", NEEDS_WEIGHTS, "other",
+        files=("vgg16-397923af.pth",), obtained="torchvision's published file", part="lpips_vgg",
     ),
     Row("syncnet-v2", "metric", "SyncNet v2, for Sync-C and Sync-D", NOT_YET, files=("syncnet_v2.model",)),
     Row("yunet", "detector", "YuNet face detector", NOT_YET, files=("face_detection_yunet_2023mar.onnx",)),
@@ -198,3 +198,6 @@ _FILES: Final = (
 
 ROWS: Final[Mapping[str, Row]] = {row.name: row for row in (*MODELS, *_FILES)}
 """Every row by name, models first."""
+
+JUDGES: Final[Mapping[str, Row]] = {row.part: row for row in _FILES if row.kind == "loss"}
+"""Rows of the networks behind auxiliary losses, by their part of `model.weights`."""

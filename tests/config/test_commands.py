@@ -97,7 +97,7 @@ def test_a_mark_that_names_no_command_counts_in_every_one(monkeypatch: pytest.Mo
 
 def test_a_mark_does_not_stop_a_command_that_does_not_read_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(COMMANDS, "other", CommandKeys(main=(), read={"memory": "vae_gradient"}))
-    assert refuses("other", "memory", vae_gradient="full") and not refuses(
-        "infer", "memory", vae_gradient="full"
+    assert refuses("other", "memory", vae_gradient="segment") and not refuses(
+        "infer", "memory", vae_gradient="segment"
     )
     assert refuses("infer", "memory", swap_blocks=3) and not refuses("other", "memory", swap_blocks=3)

@@ -25,7 +25,9 @@ def latents() -> Tensor:
     return torch.randn(2, 16, 5, 2, 2, generator=torch.Generator().manual_seed(0))
 
 
-def gradient(vae: WanVae, latents: Tensor, start: int, frames: int, mode: VaeGradient) -> tuple[Tensor, Tensor]:
+def gradient(
+    vae: WanVae, latents: Tensor, start: int, frames: int, mode: VaeGradient
+) -> tuple[Tensor, Tensor]:
     """The frames, and the gradient of a sum in which each of them has a weight of its own."""
     leaf = latents.clone().requires_grad_()
     decoded = decode_with_gradient(vae, leaf, start, frames, mode)
