@@ -67,4 +67,4 @@ def _one_frame(vae: WanVae, latents: Tensor, caches: Caches, is_first: bool) -> 
     mean, std = vae._statistics(latents)
     hidden = vae.vae.post_quant_conv((latents * std + mean).to(vae._dtype))
     decoded = vae.vae.decoder(hidden, feat_cache=kept, feat_idx=[0], first_chunk=is_first)
-    return decoded.float(), kept
+    return decoded.to(torch.promote_types(decoded.dtype, torch.float32)), kept

@@ -1,0 +1,141 @@
+"""From a training step to the frames that judges look at: the clean latents that it implies, and a window of
+their frames, decoded with a gradient.
+
+Sources: spec/omniavatar.md g.5, spec/losses-and-eval.md 4.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from avatarctl.flow_matching import clean_estimate
+from avatarctl.loading.judges import LossName
+from avatarctl.models.vae import WanVae
+from avatarctl.models.vae_gradient import decode_with_gradient
+from avatarctl.rng import Key, generator
+from avatarctl.timeline import SAMPLES_PER_FRAME, pixel_frames
+from avatarctl.training.aux_losses import Align, AuxLosses
+
+__all__ = ["LATENT_LIMIT", "AuxBatch", "AuxResult", "AuxStep", "implied_latents", "window_start"]
+
+LATENT_LIMIT: Final = 10.0
+"""Clean latents are held to this, either side of 0 (spec/omniavatar.md g.5)."""
+
+
+def implied_latents(noisy: Tensor, velocity: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """The clean latents x0 = x - sigma v of a prediction, [B, C, T, h, w] in [-10, 10], and the share of
+    them that was clipped, which has no gradient, [B].
+
+    sigma: [B], or [B, T]. All in float32: sigma rounded to bfloat16 moves x0 by the noise it leaves in.
+    """
+    wide = torch.promote_types(velocity.dtype, torch.float32)
+    implied = clean_estimate(noisy.to(wide), velocity.to(wide), sigma)
+    clipped = (implied.detach().abs() > LATENT_LIMIT).flatten(1).float().mean(1)
+    return implied.clamp(-LATENT_LIMIT, LATENT_LIMIT), clipped
+
+
+def window_start(clip_frames: int, frames: int, seed: int, *key: Key) -> int:
+    """First pixel frame of a window of `frames` in a clip, drawn by the key alone; 0 where the window is the
+    clip, or `frames` is 0.
+
+    A window begins where a latent frame does, at 0 or 4 k + 1, so that none is decoded for a part of it.
+    """
+    if not frames:
+        return 0
+    starts = [start for start in (0, *range(1, clip_frames, 4)) if start + frames <= clip_frames]
+    drawn = torch.randint(len(starts), (), generator=generator(seed, "auxiliary window", *key))
+    return starts[int(drawn)]
+
+
+@dataclass(frozen=True)
+class AuxBatch:
+    """What the auxiliary losses need of a micro-batch.
+
+    noisy, velocity, clean: [B, C, T, h, w], normalised latents; velocity with a gradient.
+    sigma:    [B] or [B, T], float32; a sample above `aux.max_sigma` is not decoded.
+    waveform: [B, 640 (4 T - 3)] float32 at 16 kHz, the audio of the whole clips; None without.
+    keys:     of each sample the seed and the key of its draws (step, slot), which decide its window alone.
+    align:    of each sample, how its frames become aligned faces; None where they are.
+    """
+
+    noisy: Tensor
+    velocity: Tensor
+    sigma: Tensor
+    clean: Tensor
+    waveform: Tensor | None
+    keys: Sequence[tuple[int, tuple[Key, ...]]]
+    align: Sequence[Align] | None = None
+
+
+@dataclass(frozen=True)
+class AuxResult:
+    """losses: by name, unweighted, [B], 0 for a sample that was not judged; total: their weighted sum, [B].
+    numbers: mean cosine, share of clipped latents, share of the samples that were judged."""
+
+    losses: dict[LossName, Tensor]
+    total: Tensor
+    numbers: dict[str, float]
+
+
+class AuxStep:
+    """Auxiliary losses of a micro-batch from what the network predicted."""
+
+    def __init__(self, losses: AuxLosses, vae: WanVae) -> None:
+        self.losses, self._vae = losses, vae
+
+    def __call__(self, batch: AuxBatch) -> AuxResult:
+        """Raises UnusableAudio (exit 3) for the sync loss without audio."""
+        with torch.autocast(batch.velocity.device.type, enabled=False):
+            return self._step(batch)
+
+    def _step(self, batch: AuxBatch) -> AuxResult:
+        implied, clipped = implied_latents(batch.noisy, batch.velocity, batch.sigma)
+        highest = batch.sigma.reshape(len(implied), -1).amax(1)
+        judged = (highest <= self.losses.settings.max_sigma).nonzero().flatten()
+        numbers = {"clipped": float(clipped.mean()), "judged": len(judged) / len(implied)}
+        nothing = implied.sum() * 0  # of the graph, so that a step without a judged sample has a gradient
+        losses = {name: nothing + implied.new_zeros(len(implied)) for name in self.losses.names}
+        if len(judged):
+            found, more = self._judge(batch, implied, judged)
+            losses = {
+                name: losses[name].index_put((judged,), loss.to(implied)) for name, loss in found.items()
+            }
+            numbers |= more
+        return AuxResult(losses, self.losses.total(losses), numbers)
+
+    def _judge(
+        self, batch: AuxBatch, implied: Tensor, judged: Tensor
+    ) -> tuple[dict[LossName, Tensor], dict[str, float]]:
+        """Of the samples with these numbers."""
+        clip, asked = pixel_frames(implied.shape[2]), self.losses.settings.frames
+        count, chosen = asked or clip, judged.tolist()
+        keys = [batch.keys[index] for index in chosen]
+        starts = [window_start(clip, asked, seed, *key) for seed, key in keys]
+        frames = self._decode(implied[judged], starts, count)
+        with torch.no_grad():
+            # Decoded as well, not the frames of the file: nobody is to be blamed for what the VAE loses.
+            real = self._decode(batch.clean[judged].to(implied), starts, count)
+        audio = None if batch.waveform is None else _audio(batch.waveform[judged], starts, count)
+        align = None if batch.align is None else [batch.align[index] for index in chosen]
+        return self.losses(frames, real, audio, starts, align)
+
+    def _decode(self, latents: Tensor, starts: Sequence[int], frames: int) -> Tensor:
+        """[B, 3, frames, H, W]; together where all windows are the same, which a CPU does faster."""
+        mode = self.losses.settings.vae_gradient
+        if len(set(starts)) == 1:
+            return decode_with_gradient(self._vae, latents, starts[0], frames, mode)
+        each = zip(latents.split(1), starts, strict=True)
+        return torch.cat([decode_with_gradient(self._vae, one, start, frames, mode) for one, start in each])
+
+
+def _audio(waveform: Tensor, starts: Sequence[int], frames: int) -> Tensor:
+    """The samples of exactly these frames, [B, 640 frames]."""
+    pieces = zip(waveform, starts, strict=True)
+    return torch.stack([
+        clip[start * SAMPLES_PER_FRAME : (start + frames) * SAMPLES_PER_FRAME] for clip, start in pieces
+    ])  # fmt: skip
