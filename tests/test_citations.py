@@ -26,12 +26,12 @@ UNCLEAR = (
 
 
 def sections(page: str) -> set[str]:
-    """What can be cited of a page: its headings (`a`, `a.4`, `3a`), entries of numbered lists and tables
+    """What can be cited of a page: its headings (`a`, `a.4`, `3a`, `3.1`), entries of numbered lists and tables
     (`a.3 point 5`), and such entries of a section that is not divided (`b.8`)."""
     found: set[str] = set()
     here = ""
     for line in page.splitlines():
-        if heading := re.match(r"#{2,3} ([a-o](?:\.\d+[a-z]?)?|\d+[a-z]?)\.? ", line):
+        if heading := re.match(r"#{2,3} ([a-o](?:\.\d+[a-z]?)?|\d+(?:\.\d+|[a-z])?)\.? ", line):
             here = heading[1]
             found.add(here)
         elif here and (entry := re.match(r"(?:\| )?(\d+)(?: \||\. )", line)):

@@ -1,4 +1,4 @@
-"""The encoder of VideoMAE v2, whose features of a clip TREPA compares (spec/losses-and-eval.md 3.1 to 3.3).
+"""The encoder of VideoMAE v2, whose features of a clip TREPA compares (spec/losses-and-eval.md 3.1 and 3.2).
 
 Names of parameters are those of the published file.
 """

@@ -1,4 +1,4 @@
-"""How far the mouths of a clip are from its audio, as a loss (spec/losses-and-eval.md 1.3 to 1.7).
+"""How far the mouths of a clip are from its audio, as a loss (spec/losses-and-eval.md 1.3, 1.5, 1.6 and 1.7).
 
 The frames must be aligned faces: the judge was trained on nothing else.
 """

@@ -34,13 +34,8 @@ PROMISED = {  # the public table of sections and keys, written out again
     "warmup_steps max_steps batch_size gradient_accumulation lora_rank lora_alpha lora_targets text_dropout "
     "audio_dropout prefix_frames prefix_dropout timestep_weight mouth_weight clip_norm ema",
     "aux": "losses sync_weight lpips_weight trepa_weight recon_weight sync_mode lpips_backend window stride "
-<<<<<<< HEAD
-    "mouth_crop max_sigma",
-    "checkpoint": "every keep_last resume accept_schedule",
-=======
     "frames trepa_mode mouth_crop max_sigma",
-    "checkpoint": "every keep_last resume",
->>>>>>> 4af2153 (Find and load the judges of auxiliary losses; tiny ones come with the cartoon rows)
+    "checkpoint": "every keep_last resume accept_schedule",
     "validation": "every sets samples steps metrics holdout",
     "runtime": "seed device dtype attention compile gpus trackers log_level",
 }

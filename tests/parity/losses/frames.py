@@ -1,15 +1,17 @@
-"""LPIPS and TREPA, and the names and shapes of the published judges (spec/losses-and-eval.md 1 to 3)."""
+"""LPIPS and TREPA, and the names and shapes of the published judges (spec/losses-and-eval.md 1, 2 and 3)."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from avatarctl.models.lpips_vgg import LpipsVgg
 from avatarctl.models.stable_syncnet import PUBLISHED_SYNCNET, StableSyncNet
 from avatarctl.models.videomae import PUBLISHED_VIDEOMAE, VideoMae, sinusoids
+from avatarctl.registry import ASSETS
 from avatarctl.training.frame_losses import TrepaMode, lpips_loss, trepa_loss
 
 from ..golden import Checks, Reader
@@ -39,6 +41,14 @@ def distances(reader: Reader) -> None:
     network, x, y = _lpips(reader), reader.take("x"), reader.take("y")
     reader.compare("per_layer", network.per_level(x, y), rtol=1e-5)
     reader.compare("lpips", network(x, y), rtol=1e-5)
+
+
+@checks(LPIPS, compares=("lin*",))
+def heads_that_come_with_the_package(reader: Reader) -> None:
+    shipped = load_file(ASSETS / "lpips" / "heads.safetensors")
+    assert set(shipped) == set(reader.keys("lin*"))
+    for name, head in shipped.items():
+        reader.compare(name, head)
 
 
 @checks(LPIPS, compares=("grad_x_of_mean",), needs=("x", "y", "lin*"))
