@@ -26,8 +26,8 @@ UNCLEAR = (
 
 
 def sections(page: str) -> set[str]:
-    """What can be cited of a page: its headings (`a`, `a.4`, `3a`, `3.1`), entries of numbered lists and tables
-    (`a.3 point 5`), and such entries of a section that is not divided (`b.8`)."""
+    """What can be cited of a page: its headings (`a`, `a.4`, `3a`, `3.1`), entries of numbered lists and
+    tables (`a.3 point 5`), and such entries of a section that is not divided (`b.8`)."""
     found: set[str] = set()
     here = ""
     for line in page.splitlines():

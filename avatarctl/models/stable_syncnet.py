@@ -1,7 +1,9 @@
-"""StableSyncNet: how well 16 frames of a mouth fit 0.64 s of audio (spec/losses-and-eval.md 1.1, 1.2 and 1.3).
+"""StableSyncNet: how well 16 frames of a mouth fit 0.64 s of audio.
 
 Two towers of the same kind end in unit vectors. The last step of both is a ReLU, so that their cosine lies in
 0 to 1. Names of parameters are those of the published file.
+
+Sources: spec/losses-and-eval.md 1.1, 1.2 and 1.3.
 """
 
 from __future__ import annotations
