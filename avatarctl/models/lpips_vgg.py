@@ -67,8 +67,8 @@ class LpipsVgg(nn.Module):
 
 
 def _unit(features: Tensor) -> Tensor:
-    """Channels divided by their length. Inside the root a guard too: where all are 0, as in black borders,
-    its derivative would be infinite, and the gradient NaN."""
+    """Channels divided by their length. Inside the root a guard too: where all are 0 its derivative would be
+    infinite and the gradient NaN, which only the ReLU before it hides."""
     length = (features.square().sum(dim=1, keepdim=True) + _GUARD**2).sqrt()
     return features / (length + _GUARD)
 

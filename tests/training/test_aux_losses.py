@@ -16,6 +16,7 @@ from avatarctl.errors import ConfigError, UnusableAudio
 from avatarctl.events import silent
 from avatarctl.loading.built_in import build_random_modules
 from avatarctl.loading.judges import Judges, LossName, find_judges, load_judges
+from avatarctl.models import lpips_vgg
 from avatarctl.models.lpips_vgg import LpipsVgg
 from avatarctl.models.vae import WanVae
 from avatarctl.registry import find_model
@@ -141,14 +142,21 @@ def test_lpips_is_the_mean_over_frames_of_each_sample() -> None:
     torch.testing.assert_close(*each)
 
 
+def test_features_that_are_all_0_have_a_finite_gradient() -> None:
+    """Of a VGG the ReLU in front would hide a NaN here."""
+    features = torch.zeros(1, 4, 2, 2, requires_grad=True)
+    (gradient,) = torch.autograd.grad(lpips_vgg._unit(features).square().sum(), features)
+    assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
 @pytest.mark.parametrize("value", [-1.0, 0.0])
 def test_lpips_of_black_frames_has_a_finite_gradient(value: float) -> None:
-    """Biases of 0 make every feature of an image at the mean 0: the root of a sum there has no slope."""
+    """With every unit off all features are 0."""
     judge = LpipsVgg((8, 16, 16, 16, 16)).eval()
     with torch.no_grad():
         for name, parameter in judge.named_parameters():
             if name.endswith("bias"):
-                parameter.fill_(-100)  # every unit is off
+                parameter.fill_(-100)
     frames = torch.full((1, 3, 2, 32, 32), value, requires_grad=True)
     (gradient,) = torch.autograd.grad(lpips_loss(judge, frames, clip(4, 2)).sum(), frames)
     assert torch.equal(gradient, torch.zeros_like(gradient))
