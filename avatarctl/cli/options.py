@@ -47,6 +47,7 @@ SHORT_FORMS: Final[Mapping[str, tuple[str, ...]]] = {
     "data.path": ("--data",),
     "data.videos": ("--from-videos",),
     "data.num_frames": ("--frames", "--num-frames"),
+    "aux.losses": ("--aux",),
 }
 """Flags of keys that have a short form, or whose own name says too little alone."""
 

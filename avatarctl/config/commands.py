@@ -39,20 +39,21 @@ _PREPARE: Final = CommandKeys(
 """Both commands read the same keys, so that one configuration serves both."""
 
 _TRAIN: Final = CommandKeys(
-    main=("train", "data", "aux", "checkpoint"),
+    main=("train", "data", "checkpoint"),
     read={
         "model": "name channels audio_offset weights_root weights compat",
         "input": "fit prompt negative_prompt",
         "sampling": "shift",
         "long_video": "audio_window",
         "output": "path",
-        "memory": "activation_checkpointing base_precision optimizer_device swap_blocks",
+        "memory": "vae_gradient activation_checkpointing base_precision optimizer_device swap_blocks",
         "data": "path num_frames width height audio_name mask mask_rule reference_sequence reference_frames "
         "references artifact_dtype workers",
         "train": "mode init optimizer learning_rate final_learning_rate schedule hold betas weight_decay "
         "warmup_steps max_steps batch_size gradient_accumulation lora_rank lora_alpha lora_targets "
         "text_dropout audio_dropout prefix_frames prefix_dropout timestep_weight mouth_weight clip_norm ema",
-        "aux": "losses recon_weight",
+        "aux": "losses sync_weight lpips_weight trepa_weight recon_weight sync_mode lpips_backend window "
+        "stride frames trepa_mode mouth_crop max_sigma",
         "checkpoint": "every keep_last resume accept_schedule",
         "runtime": "seed device dtype attention compile gpus trackers log_level",
     },

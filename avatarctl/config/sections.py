@@ -179,7 +179,7 @@ class LongVideo:
 class Output:
     """The file that is written."""
 
-    path: str | None = key(None, "the video to write", rule=rules.PATH)
+    path: str | None = key(None, "what is written: a video, or the folder of a run", rule=rules.PATH)
     fps: int = key(25, "frames per second; the models know 25 only", low=1, high=240, not_yet=ANY)
     width: int | None = key(
         None,

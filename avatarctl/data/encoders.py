@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -73,6 +74,17 @@ class Encoders:
             return made.get(part)
 
         return SomeModules(self._parts, build, device)
+
+    def exact_vae(self) -> Any:
+        """The VAE in float32; that of `modules` where the run computes in float32, or on a CPU."""
+        from avatarctl.loading.modules import load_parts
+
+        runtime = self._cfg.runtime
+        if runtime.dtype in (None, "float32") or self.modules.device.type == "cpu":
+            return self.modules.vae
+        cfg = replace(self._cfg, runtime=replace(runtime, dtype="float32"))
+        wanted: tuple[Part, ...] = ("vae",)
+        return load_parts(self._row, self.sources, None, cfg, wanted, self.modules.device, self._emit)["vae"]
 
     def identity(self, part: str) -> str:
         """Names the network of a part by the bytes of its files, or by the row that draws it at random."""

@@ -22,7 +22,7 @@ from avatarctl.data.media import ReadFrames, read_sample
 from avatarctl.data.prepare import encoding_threads
 from avatarctl.data.samples import Sample, find_samples, prompt_of
 from avatarctl.data.workers import Outcome, run_jobs
-from avatarctl.errors import AvatarctlError, UnusableAudio, UnusableFile
+from avatarctl.errors import AvatarctlError, UnusableAudio, UnusableFile, UnusableVideo
 from avatarctl.events import Emit, Notice, Stage
 from avatarctl.family import Artifact, TrainableFamily
 from avatarctl.files.named_path import expanded
@@ -64,7 +64,8 @@ class _Turn:
 class TrainingSet:
     """A data set as `check` found it; samples that cannot be used are named in `bad`.
 
-    constants: artifacts of the whole set, float32, and "mask" where the run has one.
+    with_audio: samples are read with their audio, and one that is silent is bad; shortest: pixel frames that
+    a clip needs. constants: artifacts of the whole set, float32, and "mask" where the run has one.
     """
 
     cfg: RunConfig
@@ -72,6 +73,7 @@ class TrainingSet:
     family: TrainableFamily
     emit: Emit
     with_audio: bool = False
+    shortest: int = 0
     names: list[str] = field(default_factory=list)
     bad: dict[str, AvatarctlError] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
@@ -104,8 +106,9 @@ class TrainingSet:
             if checked.problem is None:
                 try:
                     self._require_audio(sample)
-                except AvatarctlError as silent:
-                    checked = Checked(sample, problem=silent)
+                    self._require_length(checked.frames)
+                except AvatarctlError as unfit:
+                    checked = Checked(sample, problem=unfit)
             if checked.problem is not None:
                 self.bad[sample.name] = checked.problem
                 self.emit(
@@ -146,7 +149,7 @@ class TrainingSet:
             assert self.cfg.data.num_frames is not None
             frames = self.cfg.data.num_frames
             with encoding_threads():
-                made = self.family.constants(self._modules, frames, wanted, self.cfg)
+                made = self.family.constants(self.modules, frames, wanted, self.cfg)
             self.constants |= {name: rounded(tensor, self.cfg).float().cpu() for name, tensor in made.items()}
         self._make_prompts()
         self._encoders.modules.drop("text")
@@ -192,11 +195,15 @@ class TrainingSet:
     def _encoded(self, todo: Todo, read: tuple[ReadFrames, dict[str, np.ndarray]]) -> dict[str, Tensor]:
         names = [name for name in todo.names if self._of(name).of == "sample"]
         with encoding_threads(), self._checker.clip(todo, *read) as clip:
-            made = self.family.encode_clip(self._modules, clip, names, self.cfg)
+            made = self.family.encode_clip(self.modules, clip, names, self.cfg)
         return {name: rounded(made[name], self.cfg).float().cpu() for name in names}
 
+    def exact_vae(self) -> Any:
+        """The VAE in float32, for losses on its frames."""
+        return self._encoders.exact_vae()
+
     @property
-    def _modules(self) -> Any:
+    def modules(self) -> Any:
         """The networks that encode, each loaded when it is first touched."""
         return self._encoders.modules
 
@@ -246,7 +253,7 @@ class TrainingSet:
             nothing: tuple[ReadFrames, dict[str, np.ndarray]] = (ReadFrames(0, ()), {})
             with encoding_threads(), self._checker.clip(checked.todo, *nothing) as clip:
                 wanted = (artifact.name,)
-                made = self.family.encode_clip(self._modules, clip, wanted, self.cfg)
+                made = self.family.encode_clip(self.modules, clip, wanted, self.cfg)
             self._prompts[prompt] = rounded(made[artifact.name], self.cfg).float().cpu()
 
     def _prompt(self, sample: Sample) -> str:
@@ -256,6 +263,12 @@ class TrainingSet:
         """Silence is no audio to be in time with. Raises UnusableAudio."""
         if self.with_audio and not self._known_audio(sample)["variance"]:
             raise UnusableAudio("is silent, and the sync loss needs speech", where=audio_of(sample))
+
+    def _require_length(self, frames: int) -> None:
+        """Raises UnusableVideo for a clip that the auxiliary losses have no window in."""
+        (start, stop), *_ = self.family.frames_read(frames, (), self.cfg)
+        if stop - start < self.shortest:
+            raise UnusableVideo(f"too short: its clip has {stop - start} of {self.shortest} frames")
 
     def _known_audio(self, sample: Sample) -> dict[str, Any]:
         from avatarctl.data.media import audio_facts

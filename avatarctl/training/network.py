@@ -25,8 +25,8 @@ __all__ = ["Network"]
 
 @dataclass
 class Network:
-    """dit: with its trainable weights; base: what a file says of the model that is trained; data: what it says
-    of the mask that it is trained with, nothing for a model that takes an image."""
+    """dit: with its trainable weights; base: what a file says of the model that is trained; data: what it
+    says of the mask that it is trained with, nothing for a model that takes an image."""
 
     dit: nn.Module
     layout: WeightLayout

@@ -16,12 +16,16 @@ from avatarctl.data.training_set import TrainingSet
 from avatarctl.errors import ConfigError, PartlyFailed, UnusableFile, UsageError
 from avatarctl.events import Emit, Notice
 from avatarctl.family import TrainableFamily
+from avatarctl.loading.judges import find_judges, judges_missing, load_judges
 from avatarctl.loading.sources import Sources, find_sources
 from avatarctl.loading.trained import checkpoints
 from avatarctl.registry import Row
 from avatarctl.training.run_folder import RunFolder, require_same
 
 if TYPE_CHECKING:
+    import torch
+
+    from avatarctl.training.aux_step import AuxStep
     from avatarctl.training.checkpoints import Checkpoint
     from avatarctl.training.trainer import Trainer
 
@@ -68,13 +72,15 @@ class TrainingRun:
         if self.folder.is_begun:
             require_same(folder, cfg, command)
             self._check_length(folder)
+        _check_aux(cfg, row)
         assert cfg.data.width is not None and cfg.data.height is not None
         self.sources: Sources = find_sources(row, cfg.model, (cfg.data.width, cfg.data.height))
 
     def open_data(self) -> TrainingSet:
         """The data set, looked at. Raises UnusableFile, WeightsMissing, UsageError."""
-        with_audio = "sync" in self.cfg.aux.losses
-        data = TrainingSet(self.cfg, self.row, self.family, self._emit, with_audio)
+        needs = _judged(self.cfg)
+        with_audio = "sync" in needs.names
+        data = TrainingSet(self.cfg, self.row, self.family, self._emit, with_audio, needs.shortest)
         data.check()
         slots = self.cfg.train.batch_size * self.cfg.train.gradient_accumulation
         if slots > len(data.names):
@@ -144,9 +150,27 @@ class TrainingRun:
             trainables.load({**trainables.state(), **start.pairs})
         self._emit(Notice(f"{cfg.train.mode}: {trainables.count:,} numbers are trained"))
         network = Network(start.dit, start.layout, trainables, cfg, start.base, self._mask_facts(), device)
-        trainer = Trainer(self.folder, cfg, self.family, network, data, self._emit)
+        aux = self._aux(data, device)
+        trainer = Trainer(self.folder, cfg, self.family, network, data, self._emit, aux)
         self._go_on(trainer, data)
         return trainer
+
+    def _aux(self, data: TrainingSet, device: torch.device) -> AuxStep | None:
+        """The auxiliary losses; None where none is asked for, or all have no weight."""
+        from avatarctl.training.aux_losses import AuxLosses, active_losses, aux_settings
+        from avatarctl.training.aux_step import AuxStep
+        from avatarctl.training.sync_loss import SYNC_HINTS
+
+        cfg, names = self.cfg, active_losses(self.cfg)
+        if not names:
+            return None
+        assert cfg.data.num_frames is not None
+        found = find_judges(self.row, cfg.model, names, cfg.aux.lpips_backend)
+        judges = load_judges(self.row, found, names, device, self._emit, cfg.aux.lpips_backend)
+        if "sync" in names:
+            self._emit(Notice(f"sync loss, {cfg.aux.sync_mode}: {SYNC_HINTS[cfg.aux.sync_mode]}"))
+        losses = AuxLosses(names, judges, aux_settings(cfg, cfg.data.num_frames))
+        return AuxStep(losses, data.exact_vae())
 
     def _mask_facts(self) -> dict[str, str]:
         """What whoever runs the weights has to know of the mask."""
@@ -228,10 +252,40 @@ class TrainingRun:
             )
 
 
+@dataclass(frozen=True)
+class _Judged:
+    """Auxiliary losses of a run, and the pixel frames that a clip needs for them."""
+
+    names: tuple[str, ...]
+    shortest: int
+
+
+def _judged(cfg: RunConfig) -> _Judged:
+    from avatarctl.training.aux_losses import SHORTEST, active_losses
+
+    names = active_losses(cfg)
+    needed = cfg.aux.frames if names else 0
+    if set(names) - {"lpips"}:
+        needed = max(needed, SHORTEST, cfg.aux.window if "sync" in names else 0)
+    return _Judged(names, needed)
+
+
 def _with_steps(train: Any, steps: int) -> Any:
     from dataclasses import replace
 
     return replace(train, max_steps=steps)
+
+
+def _check_aux(cfg: RunConfig, row: Row) -> None:
+    """Raises ConfigError for windows that are too short, WeightsMissing for judges that are not here."""
+    from avatarctl.training.aux_losses import active_losses, aux_settings
+
+    if names := active_losses(cfg):
+        assert cfg.data.num_frames is not None
+        aux_settings(cfg, cfg.data.num_frames)
+        found = find_judges(row, cfg.model, names, cfg.aux.lpips_backend)
+        if found.missing:
+            raise judges_missing(found)
 
 
 def _check(command: str, cfg: RunConfig, family: TrainableFamily) -> None:

@@ -15,6 +15,7 @@ from avatarctl.data.training_set import TrainingSample, TrainingSet
 from avatarctl.errors import AvatarctlError, Interrupted, UnusableFile
 from avatarctl.events import Emit, Notice, TrainingStepFinished
 from avatarctl.finite import is_finite
+from avatarctl.training.aux_step import AuxBatch, AuxStep
 from avatarctl.training.checkpoints import Checkpoint, rotate, write_checkpoint
 from avatarctl.training.curves import draw_curves
 from avatarctl.training.network import Network
@@ -54,6 +55,7 @@ class Trainer:
     network: Network
     data: TrainingSet
     emit: Emit
+    aux: AuxStep | None = None
     step: int = 0
     failed: dict[str, AvatarctlError] = field(default_factory=dict)
 
@@ -195,11 +197,20 @@ class Trainer:
         timesteps: Timesteps,
         sums: _Sums,
     ) -> Tensor:
-        """[B]: what is minimised. The error is logged beside its parts, before any weight."""
-        sums.add("loss", step.loss)
+        """[B]: what is minimised. Its parts are logged as they are before their coefficients."""
         for name, values in step.parts.items():
             sums.add(name, values)
-        return step.loss * self.cfg.aux.recon_weight
+        total = step.loss * self.cfg.aux.recon_weight
+        if self.aux is not None:
+            sums.add("flow", step.loss)
+            result = self.aux(_aux_batch(step, samples, draws, condition, timesteps, self.network.device))
+            for name, values in result.losses.items():
+                sums.add(name, values)
+            for name, value in result.numbers.items():
+                sums.add(name, torch.full((len(samples),), value))
+            total = total + result.total
+        sums.add("loss", total)
+        return total
 
     def _tell(self, seconds_left: float) -> None:
         shown = {
@@ -219,6 +230,26 @@ def _of_one_length(
     for sample, draw in group:
         by_shape.setdefault(tuple(sample.tensors["latents"].shape), []).append((sample, draw))
     yield from by_shape.values()
+
+
+def _aux_batch(
+    step: FlowStep,
+    samples: list[TrainingSample],
+    draws: list[Draw],
+    condition: Condition,
+    timesteps: Timesteps,
+    device: torch.device,
+) -> AuxBatch:
+    assert condition.clean is not None
+    waveforms = [sample.waveform for sample in samples if sample.waveform is not None]
+    return AuxBatch(
+        noisy=step.noisy,
+        velocity=step.velocity,
+        sigma=timesteps.sigma,
+        clean=condition.clean,
+        waveform=torch.stack(waveforms).to(device) if len(waveforms) == len(samples) else None,
+        keys=[(draw.seed, (draw.step, draw.slot)) for draw in draws],
+    )
 
 
 def _moved(timesteps: Timesteps, device: torch.device) -> Timesteps:
