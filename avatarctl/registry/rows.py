@@ -127,6 +127,14 @@ MODELS: Final = (
     ),
 )  # fmt: skip
 
+
+def _packaged_face(name: str, title: str, file: str, digest: str) -> Row:
+    """A face network of MediaPipe; source and licence are in the NOTICE."""
+    return Row(
+        name, "detector", title, WORKS, "package", files=(file,), sha256={file: digest}, license="Apache-2.0",
+    )  # fmt: skip
+
+
 _FILES: Final = (
     Row(
         "wan2.1-t2v-14b", "base", "Wan 2.1 text to video 14B, with text encoder and VAE", NEEDS_WEIGHTS,
@@ -185,6 +193,10 @@ _FILES: Final = (
         files=("vgg16-397923af.pth",), obtained="torchvision's published file", part="lpips_vgg",
     ),
     Row("syncnet-v2", "metric", "SyncNet v2, for Sync-C and Sync-D", NOT_YET, files=("syncnet_v2.model",)),
+    _packaged_face("blazeface", "BlazeFace short range, finds faces", "faces/blazeface_short.safetensors",
+                   "6146163a5c0ba9ad4e5606251d54053568b4e4c830cc6d314ddbbf11151cf8b6"),
+    _packaged_face("face-mesh", "face mesh, 468 points of a face", "faces/face_mesh_468.safetensors",
+                   "c8f6e7ba0bf7ffce7e1d7da920285d56d3db27a3b612cc38ff209db74de023d1"),
     Row("yunet", "detector", "YuNet face detector", NOT_YET, files=("face_detection_yunet_2023mar.onnx",)),
     Row(
         "buffalo-l", "detector", "insightface buffalo_l face detector", NOT_YET, "other",
