@@ -20,7 +20,7 @@ from typing import Any, Final
 import numpy as np
 
 from avatarctl.atomic import atomic_write_text, disk_errors, flush_folder, held_folder, remove_left_behind
-from avatarctl.data.cuts import LOOKAHEAD, first_cut
+from avatarctl.media.cuts import LOOKAHEAD, first_cut
 from avatarctl.data.samples import OWN, PROMPT, VIDEO, Sample, name_of, read_entries
 from avatarctl.errors import AvatarctlError, UnusableFile, UnusableVideo
 from avatarctl.files.strict_json import read_object

@@ -1,0 +1,116 @@
+"""Landmarks of a scene as they are measured -> every frame's, with short gaps filled and points without jitter.
+
+Everything is symmetric in time, so that nothing lags behind the face: a frame is given out when the frames are
+known that may still change it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from avatarctl.perception.mesh import Face, alignment_points
+
+__all__ = ["DELAY", "MOST_MISSING", "Smoother", "TrackedFace"]
+
+MOST_MISSING: Final = 12
+"""Frames in a row without a face that are filled from both sides: half a second."""
+
+_WEIGHTS: Final = ((1.0,), (0.5, 0.25), (0.375, 0.25, 0.0625))
+"""Binomial; of the frame itself, of those next to it, and so on. By how far known frames reach."""
+_REACH: Final = len(_WEIGHTS) - 1
+
+DELAY: Final = _REACH + MOST_MISSING
+"""Frames from the measurement of a frame to where nothing can change it."""
+
+
+@dataclass(frozen=True)
+class TrackedFace:
+    """A face of one frame.
+
+    person:    the same number in all frames of a track.
+    landmarks: float32 [468, 3], x and y in pixels of the frame, as measured.
+    points:    float64 [3, 2], the brows and the nose that alignment takes, smoothed.
+    presence:  0..1 by the mesh.
+    seen:      measured in this frame; False where it was filled from its neighbours.
+    """
+
+    person: int
+    landmarks: np.ndarray
+    points: np.ndarray
+    presence: float
+    seen: bool
+
+
+class Smoother:
+    """One scene: takes frames in order, gives them out `DELAY` frames later."""
+
+    def __init__(self) -> None:
+        self._people: dict[int, dict[int, Face]] = {}
+        self._added = 0
+        self._given = 0
+
+    def add(self, faces: dict[int, Face]) -> list[list[TrackedFace]]:
+        """The faces of the next frame by person -> the frames that are finished with it, none or one."""
+        for person, face in faces.items():
+            self._people.setdefault(person, {})[self._added] = face
+        self._added += 1
+        return [self._give()] if self._added - self._given > DELAY else []
+
+    def finish(self) -> list[list[TrackedFace]]:
+        """The frames that are left, at the end of the scene."""
+        return [self._give() for _ in range(self._added - self._given)]
+
+    def _give(self) -> list[TrackedFace]:
+        frame, result = self._given, []
+        for person in sorted(self._people):
+            face = self._at(person, frame)
+            if face is not None:
+                seen = frame in self._people[person]
+                points = self._points(person, frame)
+                result.append(TrackedFace(person, face.landmarks, points, face.presence, seen))
+        self._given += 1
+        self._forget()
+        return result
+
+    def _points(self, person: int, frame: int) -> np.ndarray:
+        """Half of what reaches on one side only would pull a moving face to that side."""
+        middle = self._at(person, frame)
+        assert middle is not None
+        pairs = []
+        for reach in range(1, _REACH + 1):
+            before, after = self._at(person, frame - reach), self._at(person, frame + reach)
+            if before is None or after is None:
+                break
+            pairs.append(alignment_points(before.landmarks) + alignment_points(after.landmarks))
+        own, *others = _WEIGHTS[len(pairs)]
+        total = own * alignment_points(middle.landmarks)
+        return np.asarray(total + sum(weight * pair for weight, pair in zip(others, pairs, strict=True)))
+
+    def _at(self, person: int, frame: int) -> Face | None:
+        """As measured, or between the measured ones around a short gap."""
+        held = self._people[person]
+        if frame in held:
+            return held[frame]
+        if not 0 <= frame < self._added:
+            return None
+        near = range(1, MOST_MISSING + 1)
+        before = next((frame - step for step in near if frame - step in held), None)
+        after = next((frame + step for step in near if frame + step in held), None)
+        if before is None or after is None or after - before - 1 > MOST_MISSING:
+            return None
+        share = (frame - before) / (after - before)
+        first, second = held[before], held[after]
+        landmarks = (1 - share) * first.landmarks + share * second.landmarks
+        return Face(landmarks.astype(np.float32), min(first.presence, second.presence))
+
+    def _forget(self) -> None:
+        oldest = self._given - _REACH - MOST_MISSING
+        for person in list(self._people):
+            held = self._people[person]
+            for frame in [frame for frame in held if frame < oldest]:
+                del held[frame]
+            if not held:
+                del self._people[person]

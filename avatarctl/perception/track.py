@@ -1,0 +1,233 @@
+"""The faces of a video, frame by frame: found once, then followed by the mesh, whose region in a frame comes
+from the points of the frame before (spec/face-models.md 6).
+
+Frames come in pieces of any length and are not kept but for the two that tell a cut from a flash; memory does
+not depend on the video's length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import numpy as np
+
+from avatarctl.media.cuts import LOOKAHEAD, CutFinder
+from avatarctl.models.face_networks import FaceNetworks
+from avatarctl.perception.crops import Region
+from avatarctl.perception.detect import Detection, Look, look_again, overlap
+from avatarctl.perception.mesh import PRESENCE, Face, find_faces, mesh, region_of_landmarks
+from avatarctl.perception.smooth import Smoother, TrackedFace
+
+__all__ = ["FaceTracker", "FrameFaces", "People", "track_faces"]
+
+People = Literal["largest", "all"]
+
+LOOK_EVERY: Final = 5
+"""Frames between two searches while nobody is there."""
+SEARCH_EVERY: Final = 25
+"""Frames between two searches with tiles while nobody is there, between two for people who come in, and
+between two checks by the detector of a face that is followed."""
+
+_NEW_SHARE: Final = 0.5
+"""Of the last measurement in the side and angle of the next region."""
+_FARTHEST: Final = 2.0
+"""Sides of a face from where it was lost to where it may be found again as the same."""
+_SAME_FACE: Final = 0.5
+
+
+@dataclass(frozen=True)
+class FrameFaces:
+    """frame: counted from 0; starts_scene: it is the first one behind a cut, or of the video."""
+
+    frame: int
+    starts_scene: bool
+    faces: tuple[TrackedFace, ...]
+
+
+@dataclass
+class _Followed:
+    """A person who is followed, or was: face is the last one that was measured."""
+
+    person: int
+    face: Face
+    region: Region
+    checked: int
+
+    def move(self, face: Face) -> None:
+        """To the face of the next frame. The region's side and angle follow slowly, its centre at once."""
+        new = region_of_landmarks(face.landmarks)
+        turned = math.remainder(new.angle - self.region.angle, math.tau)
+        side = self.region.side + _NEW_SHARE * (new.side - self.region.side)
+        self.region = Region(new.x, new.y, side, self.region.angle + _NEW_SHARE * turned)
+        self.face = face
+
+
+class FaceTracker:
+    """Follows the largest face of each scene, or everybody.
+
+    people: "largest" gives at most one face a frame, person 0 throughout; "all" gives every person a number,
+    which a person keeps until a cut, also through a gap, if found again near to where the gap began. Nobody
+    is recognised: behind a cut all are new.
+    look: how far a search goes when a look at the whole frame finds nothing ("largest"), or always ("all").
+    """
+
+    def __init__(self, networks: FaceNetworks, *, people: People = "largest", look: Look = "near") -> None:
+        self._networks, self._people, self._look = networks, people, look
+        self._cuts = CutFinder()
+        self._waiting: deque[np.ndarray] = deque()
+        self._measured = self._given = 0
+        self._named = 0
+        self._smoother = Smoother()
+        self._starts = {0}
+        self._begin_scene()
+
+    def push(self, frames: np.ndarray) -> list[FrameFaces]:
+        """uint8 [n, H, W, 3], the next frames -> those that are finished, in order, some frames later."""
+        result = []
+        for frame in frames:
+            begins = self._cuts.look(frame)
+            self._waiting.append(np.array(frame))
+            if len(self._waiting) > LOOKAHEAD:
+                result += self._take(self._waiting.popleft(), begins)
+        return result
+
+    def finish(self) -> list[FrameFaces]:
+        """The rest, at the end of the video."""
+        result = []
+        for begins in self._cuts.rest():
+            result += self._take(self._waiting.popleft(), begins)
+        return result + self._numbered(self._smoother.finish())
+
+    def _take(self, frame: np.ndarray, begins: bool) -> list[FrameFaces]:
+        result = []
+        if begins:
+            result = self._numbered(self._smoother.finish())
+            self._smoother = Smoother()
+            self._starts.add(self._measured)
+            self._begin_scene()
+        self._follow(frame)
+        self._check(frame)
+        self._search(frame)
+        # A face that is followed was measured in this frame: lost ones are no longer among them.
+        faces = {each.person: each.face for each in self._followed}
+        self._measured += 1
+        return result + self._numbered(self._smoother.add(faces))
+
+    def _numbered(self, frames: list[list[TrackedFace]]) -> list[FrameFaces]:
+        result = []
+        for faces in frames:
+            starts = self._given in self._starts
+            self._starts.discard(self._given)
+            result.append(FrameFaces(self._given, starts, tuple(faces)))
+            self._given += 1
+        return result
+
+    def _begin_scene(self) -> None:
+        self._followed: list[_Followed] = []
+        self._lost: list[_Followed] = []
+        self._searched = self._searched_far = -SEARCH_EVERY + self._measured
+
+    def _follow(self, frame: np.ndarray) -> None:
+        """The mesh of everybody, where they were in the frame before."""
+        faces = mesh(self._networks, frame, [each.region for each in self._followed])
+        kept: list[_Followed] = []
+        for each, face in zip(self._followed, faces, strict=True):
+            alone = not kept or overlap(face.box, np.stack([k.face.box for k in kept])).max() < _SAME_FACE
+            if face.presence >= PRESENCE and _inside(face, frame) and alone:
+                each.move(face)
+                kept.append(each)
+            elif alone:
+                self._lose(each)
+        self._followed = kept
+
+    def _lose(self, each: _Followed) -> None:
+        self._lost.append(each)
+        self._searched = -SEARCH_EVERY + self._measured  # look in this very frame
+
+    def _check(self, frame: np.ndarray) -> None:
+        """Whether the detector still sees who was followed for a while: the mesh alone may settle on what is
+        no face."""
+        due = [each for each in self._followed if self._measured - each.checked >= SEARCH_EVERY]
+        proposals = [Detection(1.0, each.face.box, np.zeros((6, 2))) for each in due]
+        for each, seen in zip(due, look_again(self._networks, frame, proposals), strict=True):
+            each.checked = self._measured
+            if seen is None:
+                self._followed.remove(each)
+                self._lose(each)
+
+    def _search(self, frame: np.ndarray) -> None:
+        waited, waited_far = self._measured - self._searched, self._measured - self._searched_far
+        far = waited_far >= SEARCH_EVERY
+        if self._people == "largest":
+            if self._followed or waited < LOOK_EVERY:
+                return
+            found = find_faces(self._networks, frame)
+            if not found and far and self._look != "whole":
+                found = find_faces(self._networks, frame, self._look)
+        else:
+            missing = not self._followed or bool(self._lost)
+            if not far and not (missing and waited >= LOOK_EVERY):
+                return
+            found = find_faces(self._networks, frame, self._look if far else "whole")
+        self._searched = self._measured
+        if far:
+            self._searched_far = self._measured
+        self._welcome(found)
+
+    def _welcome(self, found: list[Face]) -> None:
+        """Those of the found faces that nobody follows yet: who was lost near by, or somebody new."""
+        if self._people == "largest":
+            again = [face for face in found if any(_may_be(face, lost.face) for lost in self._lost[-1:])]
+            found = (again or found)[:1]
+        for face in found:
+            if self._followed:
+                boxes = np.stack([each.face.box for each in self._followed])
+                if overlap(face.box, boxes).max() >= _SAME_FACE / 2:
+                    continue
+            region = region_of_landmarks(face.landmarks)
+            self._followed.append(_Followed(self._person(face), face, region, self._measured))
+
+    def _person(self, face: Face) -> int:
+        if self._people == "largest":
+            self._lost.clear()
+            return 0
+        near = [lost for lost in self._lost if _may_be(face, lost.face)]
+        if near:
+            chosen = min(near, key=lambda lost: _apart(face, lost.face))
+            self._lost.remove(chosen)
+            return chosen.person
+        self._named += 1
+        return self._named - 1
+
+
+def _inside(face: Face, frame: np.ndarray) -> bool:
+    """Whether the middle of a face lies in the frame: what has left it is made up."""
+    (x, y), (height, width) = (face.box[:2] + face.box[2:]) / 2, frame.shape[:2]
+    return bool(0 <= x < width and 0 <= y < height and face.side >= 4)
+
+
+def _apart(one: Face, other: Face) -> float:
+    return float(np.abs((one.box[:2] + one.box[2:]) / 2 - (other.box[:2] + other.box[2:]) / 2).max())
+
+
+def _may_be(face: Face, lost: Face) -> bool:
+    """Whether a face that is found may be the one that was lost: near to it, and of about its size."""
+    return _apart(face, lost) <= _FARTHEST * lost.side and 0.5 <= face.side / max(lost.side, 1e-6) <= 2
+
+
+def track_faces(
+    networks: FaceNetworks,
+    pieces: Iterable[np.ndarray],
+    *,
+    people: People = "largest",
+    look: Look = "near",
+) -> Iterator[FrameFaces]:
+    """Pieces of a video, uint8 [n, H, W, 3], in order -> every frame of it, in order; see `FaceTracker`."""
+    tracker = FaceTracker(networks, people=people, look=look)
+    for piece in pieces:
+        yield from tracker.push(piece)
+    yield from tracker.finish()
