@@ -18,8 +18,14 @@ __all__ = ["DELAY", "MOST_MISSING", "Smoother", "TrackedFace"]
 MOST_MISSING: Final = 12
 """Frames in a row without a face that are filled from both sides: half a second."""
 
-_WEIGHTS: Final = ((1.0,), (0.5, 0.25), (0.375, 0.25, 0.0625))
-"""Binomial; of the frame itself, of those next to it, and so on. By how far known frames reach."""
+_WEIGHTS: Final = (
+    (1.0,),
+    (1.0, 0.0),
+    (17 / 35, 12 / 35, -3 / 35),
+    (7 / 21, 6 / 21, 3 / 21, -2 / 21),
+)
+"""Of the frame itself, of those next to it, and so on, by how far known frames reach: a parabola is fitted, so
+that a head that speeds up is not held back (Savitzky and Golay 1964, quadratic, 3, 5 and 7 points)."""
 _REACH: Final = len(_WEIGHTS) - 1
 
 DELAY: Final = _REACH + MOST_MISSING

@@ -33,7 +33,13 @@ SEARCH_EVERY: Final = 25
 between two checks by the detector of a face that is followed."""
 
 _NEW_SHARE: Final = 0.5
-"""Of the last measurement in the side and angle of the next region."""
+"""Of the last measurement in the next region."""
+_NEW_SPEED: Final = 0.25
+"""Of what a prediction was off by in the speed of the next one."""
+_SETTLING: Final = 4
+"""Passes of the mesh over a face that is new, until its region is as that of a face that is followed."""
+_OFF: Final = 0.03
+"""Of a region's side: what a prediction may be off by until the mesh looks again, from the right place."""
 _FARTHEST: Final = 2.0
 """Sides of a face from where it was lost to where it may be found again as the same."""
 _SAME_FACE: Final = 0.5
@@ -50,20 +56,52 @@ class FrameFaces:
 
 @dataclass
 class _Followed:
-    """A person who is followed, or was: face is the last one that was measured."""
+    """A person who is followed, or was.
+
+    face: the last one that was measured; region: around it, low-passed; speed: of its centre, pixels a frame;
+    checked: the frame in which the detector last saw it.
+    """
 
     person: int
     face: Face
     region: Region
     checked: int
+    speed: tuple[float, float] | None = None
+
+    @property
+    def predicted(self) -> Region:
+        """Where the face should be in the next frame."""
+        x, y = self.speed or (0.0, 0.0)
+        return self.region._replace(x=self.region.x + x, y=self.region.y + y)
 
     def move(self, face: Face) -> None:
-        """To the face of the next frame. The region's side and angle follow slowly, its centre at once."""
-        new = region_of_landmarks(face.landmarks)
-        turned = math.remainder(new.angle - self.region.angle, math.tau)
-        side = self.region.side + _NEW_SHARE * (new.side - self.region.side)
-        self.region = Region(new.x, new.y, side, self.region.angle + _NEW_SHARE * turned)
+        """To the face of the next frame."""
+        new, old = region_of_landmarks(face.landmarks), self.predicted
+        off = (new.x - old.x, new.y - old.y)
+        share = 1.0 if self.speed is None or _off(old, face) > _OFF else _NEW_SHARE
+        gain = 1.0 if self.speed is None else _NEW_SPEED
+        x, y = self.speed or (0.0, 0.0)
+        self.speed = (x + gain * off[0], y + gain * off[1])
+        self.region = _towards(old, new, share)
         self.face = face
+
+
+def _towards(old: Region, new: Region, share: float) -> Region:
+    """A share of the way from one region to another."""
+    return Region(
+        old.x + share * (new.x - old.x),
+        old.y + share * (new.y - old.y),
+        old.side + share * (new.side - old.side),
+        old.angle + share * math.remainder(new.angle - old.angle, math.tau),
+    )
+
+
+def _off(region: Region, face: Face) -> float:
+    """How far a face lies from the middle of the region that it was measured in, is larger, or is turned."""
+    new = region_of_landmarks(face.landmarks)
+    moved = max(abs(new.x - region.x), abs(new.y - region.y)) / region.side
+    turned = abs(math.remainder(new.angle - region.angle, math.tau))
+    return max(moved, turned, abs(new.side / region.side - 1))
 
 
 class FaceTracker:
@@ -132,10 +170,9 @@ class FaceTracker:
         self._searched = self._searched_far = -SEARCH_EVERY + self._measured
 
     def _follow(self, frame: np.ndarray) -> None:
-        """The mesh of everybody, where they were in the frame before."""
-        faces = mesh(self._networks, frame, [each.region for each in self._followed])
+        """The mesh of everybody, where they should be by the frames before."""
         kept: list[_Followed] = []
-        for each, face in zip(self._followed, faces, strict=True):
+        for each, face in zip(self._followed, self._meshes(frame), strict=True):
             alone = not kept or overlap(face.box, np.stack([k.face.box for k in kept])).max() < _SAME_FACE
             if face.presence >= PRESENCE and _inside(face, frame) and alone:
                 each.move(face)
@@ -143,6 +180,21 @@ class FaceTracker:
             elif alone:
                 self._lose(each)
         self._followed = kept
+
+    def _meshes(self, frame: np.ndarray) -> list[Face]:
+        """A face beside the middle of its region is measured a little wrong: where it moved in another way
+        than before, it is measured twice."""
+        regions = [each.predicted for each in self._followed]
+        faces = mesh(self._networks, frame, regions)
+        again = [
+            number
+            for number, (region, face) in enumerate(zip(regions, faces, strict=True))
+            if face.presence >= PRESENCE and _off(region, face) > _OFF
+        ]
+        second = mesh(self._networks, frame, [region_of_landmarks(faces[number].landmarks) for number in again])
+        for number, face in zip(again, second, strict=True):
+            faces[number] = face
+        return faces
 
     def _lose(self, each: _Followed) -> None:
         self._lost.append(each)
@@ -176,20 +228,25 @@ class FaceTracker:
         self._searched = self._measured
         if far:
             self._searched_far = self._measured
-        self._welcome(found)
+        self._welcome(frame, found)
 
-    def _welcome(self, found: list[Face]) -> None:
+    def _welcome(self, frame: np.ndarray, found: list[Face]) -> None:
         """Those of the found faces that nobody follows yet: who was lost near by, or somebody new."""
         if self._people == "largest":
             again = [face for face in found if any(_may_be(face, lost.face) for lost in self._lost[-1:])]
             found = (again or found)[:1]
-        for face in found:
-            if self._followed:
-                boxes = np.stack([each.face.box for each in self._followed])
-                if overlap(face.box, boxes).max() >= _SAME_FACE / 2:
-                    continue
-            region = region_of_landmarks(face.landmarks)
-            self._followed.append(_Followed(self._person(face), face, region, self._measured))
+        if self._followed:
+            boxes = np.stack([each.face.box for each in self._followed])
+            found = [face for face in found if overlap(face.box, boxes).max() < _SAME_FACE / 2]
+        new = [_Followed(-1, face, region_of_landmarks(face.landmarks), self._measured) for face in found]
+        for _ in range(_SETTLING):
+            for each, face in zip(new, mesh(self._networks, frame, [each.region for each in new]), strict=True):
+                each.face = face
+                each.region = _towards(each.region, region_of_landmarks(face.landmarks), _NEW_SHARE)
+        for each in new:
+            if each.face.presence >= PRESENCE:
+                each.person = self._person(each.face)
+                self._followed.append(each)
 
     def _person(self, face: Face) -> int:
         if self._people == "largest":
