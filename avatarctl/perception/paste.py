@@ -57,7 +57,9 @@ def paste_back(
                 if keep is None:
                     raise ValueError("mouth-only pastes what a mask does not keep, and there is no mask")
                 wanted = 1 - keep[min(number, len(keep) - 1)][None].to(frames.device, torch.float32)
-                wanted = F.interpolate(wanted, size=size, mode="bilinear", align_corners=False, antialias=True)
+                wanted = F.interpolate(
+                    wanted, size=size, mode="bilinear", align_corners=False, antialias=True
+                )
                 soft = warp(wanted, back[one], (height, width), 0.0).clamp(0, 1)
                 inside = torch.ones_like(soft)
             frame = frames[one].float()

@@ -37,15 +37,18 @@ class TrackedFace:
     """A face of one frame.
 
     person:    the same number in all frames of a track.
-    landmarks: float32 [468, 3], x and y in pixels of the frame, as measured.
+    box:       float64 [4], x0, y0, x1, y1.
     points:    float64 [3, 2], the brows and the nose that alignment takes, smoothed.
-    presence:  0..1 by the mesh.
+    landmarks: float32 [468, 3], x and y in pixels of the frame, as measured; None where the face came from
+               another detector.
+    presence:  0..1 by the mesh, or as given.
     seen:      measured in this frame; False where it was filled from its neighbours.
     """
 
     person: int
-    landmarks: np.ndarray
+    box: np.ndarray
     points: np.ndarray
+    landmarks: np.ndarray | None
     presence: float
     seen: bool
 
@@ -76,7 +79,7 @@ class Smoother:
             if face is not None:
                 seen = frame in self._people[person]
                 points = self._points(person, frame)
-                result.append(TrackedFace(person, face.landmarks, points, face.presence, seen))
+                result.append(TrackedFace(person, face.box, points, face.landmarks, face.presence, seen))
         self._given += 1
         self._forget()
         return result

@@ -191,7 +191,9 @@ class FaceTracker:
             for number, (region, face) in enumerate(zip(regions, faces, strict=True))
             if face.presence >= PRESENCE and _off(region, face) > _OFF
         ]
-        second = mesh(self._networks, frame, [region_of_landmarks(faces[number].landmarks) for number in again])
+        second = mesh(
+            self._networks, frame, [region_of_landmarks(faces[number].landmarks) for number in again]
+        )
         for number, face in zip(again, second, strict=True):
             faces[number] = face
         return faces
@@ -240,7 +242,9 @@ class FaceTracker:
             found = [face for face in found if overlap(face.box, boxes).max() < _SAME_FACE / 2]
         new = [_Followed(-1, face, region_of_landmarks(face.landmarks), self._measured) for face in found]
         for _ in range(_SETTLING):
-            for each, face in zip(new, mesh(self._networks, frame, [each.region for each in new]), strict=True):
+            for each, face in zip(
+                new, mesh(self._networks, frame, [each.region for each in new]), strict=True
+            ):
                 each.face = face
                 each.region = _towards(each.region, region_of_landmarks(face.landmarks), _NEW_SHARE)
         for each in new:
