@@ -20,11 +20,11 @@ from typing import Any, Final
 import numpy as np
 
 from avatarctl.atomic import atomic_write_text, disk_errors, flush_folder, held_folder, remove_left_behind
-from avatarctl.media.cuts import LOOKAHEAD, first_cut
 from avatarctl.data.samples import OWN, PROMPT, VIDEO, Sample, name_of, read_entries
 from avatarctl.errors import AvatarctlError, UnusableFile, UnusableVideo
 from avatarctl.files.strict_json import read_object
 from avatarctl.media import FittedFrames, Waveform, open_audio, open_video, write_audio, write_clip
+from avatarctl.media.cuts import LOOKAHEAD, first_cut
 from avatarctl.rng import generator
 from avatarctl.timeline import SAMPLE_RATE, SAMPLES_PER_FRAME
 

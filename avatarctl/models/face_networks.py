@@ -1,4 +1,5 @@
-"""BlazeFace (short range) and the 468-point face mesh, as published with MediaPipe (spec/face-models.md 2, 3).
+"""BlazeFace (short range) and the 468-point face mesh, as published with MediaPipe (spec/face-models.md 2,
+3).
 
 Both compute in float32, whatever the run's dtype: scores reach 900, and points are needed to a tenth of a
 pixel. Parameters have the names of the files in `assets/faces`.
@@ -166,7 +167,8 @@ class FaceMesh(nn.Module):
 
 @dataclass(frozen=True)
 class FaceNetworks:
-    """Both networks, frozen, in evaluation mode and on one device. identity: of their weights, for records."""
+    """Both networks, frozen, in evaluation mode and on one device. identity: of their weights, for
+    records."""
 
     detector: BlazeFace
     mesh: FaceMesh

@@ -75,8 +75,8 @@ def crop_region(frame: np.ndarray, region: Region) -> Tensor:
     """uint8 [H, W, 3] -> float32 [1, 3, 192, 192] in [0, 255] for the mesh, upright; the frame's edge goes on
     outside it.
 
-    A pixel is the mean of k x k samples, k = ceil(side / 192), at most 8 (spec/face-models.md 3). Half of them
-    in each direction are taken together first, so that a large face costs little more than a small one.
+    A pixel is the mean of k x k samples, k = ceil(side / 192), at most 8 (spec/face-models.md 3). Half of
+    them in each direction are taken together first, so that a large face costs little more than a small one.
     """
     height, width = frame.shape[:2]
     cos, sin = math.cos(region.angle), math.sin(region.angle)

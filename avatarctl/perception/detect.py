@@ -1,5 +1,5 @@
-"""Boxes of faces in one frame: the detector's rows, weighted suppression, a second look at each, and tiles for
-faces that are small in the frame (spec/face-models.md 2, 5)."""
+"""Boxes of faces in one frame: the detector's rows, weighted suppression, a second look at each, and tiles
+for faces that are small in the frame (spec/face-models.md 2, 5)."""
 
 from __future__ import annotations
 
@@ -97,7 +97,8 @@ def suppress(rows: np.ndarray) -> np.ndarray:
 def detect(
     networks: FaceNetworks, frame: np.ndarray, squares: Sequence[Square] = ()
 ) -> list[list[Detection]]:
-    """uint8 [H, W, 3] -> the detections of each square, best first; of the whole frame where none is named."""
+    """uint8 [H, W, 3] -> the detections of each square, best first; of the whole frame where none is
+    named."""
     squares = squares or (whole_square(*frame.shape[:2]),)
     scores, boxes = networks.detect(crop_squares(frame, squares))
     found = []
@@ -116,7 +117,8 @@ def look_again(
     networks: FaceNetworks, frame: np.ndarray, proposals: Sequence[Detection]
 ) -> list[Detection | None]:
     """Each proposal as the detector sees it in a square of three boxes around it; None where it is no face
-    then. A first box may be a face that is not there, and that of a small face lies up to a third beside it."""
+    then. A first box may be a face that is not there, and that of a small face lies up to a third beside
+    it."""
     if not proposals:
         return []
     squares = []

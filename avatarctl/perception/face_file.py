@@ -1,10 +1,10 @@
 """`face.safetensors`: for every frame of a clip where its face is and how it becomes an aligned one.
 
-Tensors, n frames: `matrices` F32 [n, 2, 3] frame to crop, counting from pixel centres; `points` F32 [n, 3, 2] the
-smoothed points that they were fitted to; `boxes` F32 [n, 4]; `presence` F32 [n]; `found`, `seen`, `starts` U8
-[n]; `landmarks` F32 [n, 468, 3] where a mesh was. The metadata say which video this is, of which detector, and by
-which version of the algorithm. Frames without a face have the matrix and points of the nearest frame with one,
-`found` 0, and zeros elsewhere.
+Tensors, n frames: `matrices` F32 [n, 2, 3] frame to crop, counting from pixel centres; `points` F32 [n, 3, 2]
+the smoothed points that they were fitted to; `boxes` F32 [n, 4]; `presence` F32 [n]; `found`, `seen`,
+`starts` U8 [n]; `landmarks` F32 [n, 468, 3] where a mesh was. The metadata say which video this is, of which
+detector, and by which version of the algorithm. Frames without a face have the matrix and points of the
+nearest frame with one, `found` 0, and zeros elsewhere.
 """
 
 from __future__ import annotations
@@ -161,8 +161,8 @@ class _Spooled:
 class FaceFile:
     """What a file holds. Small tensors are in memory, landmarks are read when asked for.
 
-    matrices: float32 [n, 2, 3]; points: [n, 3, 2]; boxes: [n, 4]; presence: [n]; found, seen, starts: bool [n],
-    see the module. facts: resolution, detector, version and the clip's, as in the header.
+    matrices: float32 [n, 2, 3]; points: [n, 3, 2]; boxes: [n, 4]; presence: [n]; found, seen, starts: bool
+    [n], see the module. facts: resolution, detector, version and the clip's, as in the header.
     """
 
     path: Path

@@ -1,9 +1,10 @@
 """Faces that another detector found, from a table: `data.faces FILE` (docs/faces.md).
 
-A UTF-8 CSV file with a header line and a line for each face: `frame`, `x0`, `y0`, `x1`, `y1`, and either the three
-points that alignment takes (`left_brow_x`, `left_brow_y`, `right_brow_*`, `nose_*`) or the five that most detectors give
-(`left_eye_*`, `right_eye_*`, `nose_*`, `left_mouth_*`, `right_mouth_*`; `nose` is then its tip). Left is left in the
-image. `video` names the clip, `person` a track, `score` is 0..1; each may be left out.
+A UTF-8 CSV file with a header line and a line for each face: `frame`, `x0`, `y0`, `x1`, `y1`, and either the
+three points that alignment takes (`left_brow_x`, `left_brow_y`, `right_brow_*`, `nose_*`) or the five that
+most detectors give (`left_eye_*`, `right_eye_*`, `nose_*`, `left_mouth_*`, `right_mouth_*`; `nose` is then
+its tip). Left is left in the image. `video` names the clip, `person` a track, `score` is 0..1; each may be
+left out.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ _THREE: Final = ("left_brow", "right_brow", "nose")
 _FIVE: Final = ("left_eye", "right_eye", "nose", "left_mouth", "right_mouth")
 _FARTHEST: Final = 1e6
 
-# In units of the distance of the eyes, from the point between them, across and down; means over the six faces of
-# tests/golden/faces, with a deviation of 0.02. The published alignment takes brows, and the middle of the nose.
+# In units of the distance of the eyes, from the point between them, across and down: means over the six faces
+# of tests/golden/faces, with a deviation of 0.02. Alignment takes brows and the middle of the nose.
 _BROW: Final = (0.605, -0.375)
 _NOSE: Final = (0.75, 1.02)
 """Of the nose's tip, which lies further out where a head is turned."""
@@ -73,9 +74,10 @@ class GivenFaces:
         last = max((max(each, default=-1) for each in held.values()), default=-1)
         if last >= frames:
             raise UnusableFile(
-                f"has a face in frame {last} of {video or 'the clip'}, which has {frames} frames at 25 a second",
-                where=self.path, fix="is it of another clip, or of another frame rate?",
-            )  # fmt: skip
+                f"has a face in frame {last} of {video or 'the clip'}, which has {frames} frames",
+                where=self.path,
+                fix="frames count from 0 at 25 a second; is it of another clip?",
+            )
         known = np.array(sorted(track))
         for frame in range(frames):
             yield _between(track, known, frame, chosen)

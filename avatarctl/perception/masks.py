@@ -1,4 +1,5 @@
-"""Masks that a frame's landmarks draw: the hull of each face, the ring of its lips (spec/face-models.md 8)."""
+"""Masks that a frame's landmarks draw: the hull of each face, the ring of its lips (spec/face-models.md
+8)."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ LIPS_OUTER: Final = (
 def face_mask(faces: Iterable[np.ndarray], size: tuple[int, int], *, margin: float = 0.0) -> np.ndarray:
     """uint8 [H, W] of 0 and 255: the convex hulls of all points of these faces, united.
 
-    faces: landmarks [468, 2 or 3] in pixels of the frame; of none the mask is empty. size: (H, W) of the frame.
-    margin: share by which a hull is larger than its points, from their middle outwards.
+    faces: landmarks [468, 2 or 3] in pixels of the frame; of none the mask is empty. size: (H, W) of the
+    frame. margin: share by which a hull is larger than its points, from their middle outwards.
     """
     mask = np.zeros(size, bool)
     for landmarks in faces:
@@ -30,7 +31,8 @@ def face_mask(faces: Iterable[np.ndarray], size: tuple[int, int], *, margin: flo
 
 
 def lip_mask(faces: Iterable[np.ndarray], size: tuple[int, int]) -> np.ndarray:
-    """uint8 [H, W] of 0 and 255: what the outer rings of these faces' lips enclose, an open mouth included."""
+    """uint8 [H, W] of 0 and 255: what the outer rings of these faces' lips enclose, an open mouth
+    included."""
     mask = np.zeros(size, bool)
     for landmarks in faces:
         mask |= fill_polygon(landmarks[list(LIPS_OUTER), :2].astype(np.float64), size)

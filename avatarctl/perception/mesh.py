@@ -97,7 +97,7 @@ def find_faces(networks: FaceNetworks, frame: np.ndarray, look: Look = "whole") 
     A box counts where the detector sees it again from near and the mesh says that a face is there.
     """
     looked = [each for boxes in detect(networks, frame) for each in boxes]
-    if squares := tiles(*frame.shape[:2], look):
+    if squares := tiles(frame.shape[0], frame.shape[1], look):
         looked += [each for boxes in detect(networks, frame, squares) for each in boxes]
     again = [each for each in look_again(networks, frame, _distinct(looked)) if each is not None]
     faces = mesh_twice(networks, frame, _distinct(again))

@@ -16,8 +16,8 @@ __all__ = ["Paste", "blend_mouth", "paste_back", "soft_mask"]
 Paste = Literal["face", "mouth-only"]
 
 _FILL: Final = (127 + 1) / 2
-"""Outside the crop, in [0, 1]: the published 127 is meant for bytes and used in [-1, 1], so that what lies half
-outside is white. It counts where the crop's edge meets the frame's."""
+"""Outside the crop, in [0, 1]: the published 127 is meant for bytes and used in [-1, 1], so that what lies
+half outside is white. It counts where the crop's edge meets the frame's."""
 
 
 def blend_mouth(generated: Tensor, aligned: Tensor, keep: Tensor) -> Tensor:
@@ -37,8 +37,8 @@ def paste_back(
     """uint8 [n, 3, H, W] with the faces in them -> uint8 [n, 3, H, W].
 
     faces: float [n, 3, R, R] in [0, 1], see `blend_mouth`. matrices: [n, 2, 3], frame to crop.
-    paste: the whole crop, or only what `keep` ([1 or n, 1, R, R] in [0, 1]) does not keep: the upper face then
-    does not go through two warps. Where the soft mask is 0 a frame keeps its bytes.
+    paste: the whole crop, or only what `keep` ([1 or n, 1, R, R] in [0, 1]) does not keep: the upper face
+    then does not go through two warps. Where the soft mask is 0 a frame keeps its bytes.
     Raises ValueError for "mouth-only" without `keep`.
     """
     with torch.autocast(frames.device.type, enabled=False):

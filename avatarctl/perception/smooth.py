@@ -1,7 +1,8 @@
-"""Landmarks of a scene as they are measured -> every frame's, with short gaps filled and points without jitter.
+"""Landmarks of a scene as they are measured -> every frame's, with short gaps filled and points without
+jitter.
 
-Everything is symmetric in time, so that nothing lags behind the face: a frame is given out when the frames are
-known that may still change it.
+Everything is symmetric in time, so that nothing lags behind the face: a frame is given out when the frames
+are known that may still change it.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ _WEIGHTS: Final = (
     (17 / 35, 12 / 35, -3 / 35),
     (7 / 21, 6 / 21, 3 / 21, -2 / 21),
 )
-"""Of the frame itself, of those next to it, and so on, by how far known frames reach: a parabola is fitted, so
-that a head that speeds up is not held back (Savitzky and Golay 1964, quadratic, 3, 5 and 7 points)."""
+"""Of the frame itself, of those next to it, and so on, by how far known frames reach: a parabola is fitted,
+so that a head that speeds up is not held back (Savitzky and Golay 1964, quadratic, 3, 5 and 7 points)."""
 _REACH: Final = len(_WEIGHTS) - 1
 
 DELAY: Final = _REACH + MOST_MISSING

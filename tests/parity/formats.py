@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .faces import FACES
 from .golden import Folder, Format
 from .losses import LOSSES
 from .omniavatar import OMNIAVATAR
 from .stableavatar import STABLEAVATAR
 
-FORMATS: tuple[Format, ...] = (OMNIAVATAR, STABLEAVATAR, LOSSES)
+FORMATS: tuple[Format, ...] = (OMNIAVATAR, STABLEAVATAR, FACES, LOSSES)
 
 _TESTS = Path(__file__).resolve().parent.parent
 _SHIPPED = _TESTS / "golden"

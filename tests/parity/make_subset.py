@@ -22,12 +22,14 @@ SOURCE_OF_HEADS = "dit_in49.safetensors"
 @dataclass(frozen=True)
 class Subset:
     """limit: bytes, all files of the folder together. left_out: key patterns by file, "*" for the whole file.
-    words: the README above its table. every: of a JSON file that is a list, every n-th case is kept."""
+    words: the README above its table. every: of a JSON file that is a list, every n-th case is kept.
+    first: of a file's tensors that go through frames, only so many frames are kept."""
 
     limit: int
     left_out: Mapping[str, tuple[str, ...]]
     words: str
     every: Mapping[str, int] = field(default_factory=dict)
+    first: Mapping[str, int] = field(default_factory=dict)
 
 
 _OMNIAVATAR = """# OmniAvatar numbers, shipped subset
@@ -53,6 +55,14 @@ sigmas shifted once, a cross-fade the wrong way round and a short window that is
 is compared through the long pipeline, for two pairs of scales; its single steps need the full folder.
 """
 
+_FACES = """# Face numbers, shipped subset
+
+Google MediaPipe's face detector and face mesh (Apache-2.0), run by LiteRT with separate numpy code around.
+`tests/parity` compares the product with them; `tests/parity/make_subset.py` wrote this folder from the full
+one, copying numbers unchanged. One input of each network is here (the crop of a portrait whose repository is
+Apache-2.0), and all final numbers; those need the portraits beside the checkout.
+"""
+
 _LOSSES = """# Numbers of the losses, shipped subset
 
 Recorded by running published implementations (bytedance/LatentSync, richzhang/PerceptualSimilarity and what
@@ -61,9 +71,9 @@ they use) on a CPU in float32. The weights are made by a formula from names, sha
 (BSD-2-Clause, Copyright (c) 2018 Richard Zhang, Phillip Isola, Alexei A. Efros, Eli Shechtman, Oliver Wang).
 `tests/parity` compares the product with them; `tests/parity/make_subset.py` wrote this folder from the full
 one, copying numbers unchanged. What is here is enough to notice, without the full folder, a wrong mel
-spectrogram, audio of other frames, a wrong audio tower, either sync loss, LPIPS, a wrong TREPA feature or its
-loss, and a name or shape of a judge. The tower of StableSyncNet that looks at frames, gradients and a clip
-of 21 frames need the full folder.
+spectrogram, audio of other frames, a wrong audio tower, either sync loss, and a name or shape of a judge. The
+tower of StableSyncNet that looks at frames, gradients, LPIPS and TREPA need the full folder, and of alignment
+and paste-back two of four frames are here.
 """
 
 _OF_TRAINING = ("*.noisy_latents", "*.logged_unweighted_mse_reference", "*.grad.*", "state.*")
@@ -83,11 +93,12 @@ SUBSETS: dict[str, Subset] = {
             "lora_in33.safetensors": ("*",),
             "patch_embedding_expansion.safetensors": ("*",),
             "scheduler.safetensors": ("train1000.timesteps_bf16", "train1000.index_after_bf16_rounding"),
+            "text_encoder.safetensors": ("*",),
             "train_i2v_in33.safetensors": ("grad.*", "state.*"),
-            "train_v2v_in49.safetensors": _OF_TRAINING,
-            "train_v2v_in65.safetensors": _OF_TRAINING,
+            "train_v2v_in49.safetensors": (*_OF_TRAINING, "in49.plain.*"),
+            "train_v2v_in65.safetensors": (*_OF_TRAINING, "in65.maskall.*"),
             "vae.safetensors": ("*_tiled_*",),
-            "wav2vec_features.safetensors": ("input_values", "input_values_padded"),
+            "wav2vec_features.safetensors": ("input_values", "input_values_padded", "features_natural", "cnn_features"),
         },
         words=_OMNIAVATAR,
         # 7 meets every size, overlap, budget and length of the 120 recorded plans.
@@ -105,21 +116,30 @@ SUBSETS: dict[str, Subset] = {
         },
         words=_STABLEAVATAR,
     ),
+    "faces": Subset(
+        limit=400_000,
+        left_out={
+            "blazeface_raw.safetensors": ("a.*", "none.*"),
+            "face_mesh_raw.safetensors": ("b.*", "none.*"),
+        },
+        words=_FACES,
+    ),
     "losses": Subset(
         limit=1_250_000,
         left_out={
-            "affine.safetensors": ("*",),
-            "lpips_vgg.safetensors": ("grad_*",),
+            "affine.safetensors": ("p_bias_final",),
+            "lpips_vgg.safetensors": ("*",),
             "mel.safetensors": ("mel_basis", "mel_slice", "overlap_*"),
             "metrics.safetensors": ("*",),
             "mouth_mask_256.png": ("*",),
             "stable_syncnet_tiny.safetensors": ("*",),
             "sync_loss.safetensors": ("pred_rgb", "lower_frame0_patch", "grad_*"),
             "syncnet_eval.safetensors": ("*",),
-            "trepa_tiny.safetensors": ("t21.*",),
+            "trepa_tiny.safetensors": ("*",),
             "videomae_tiny.safetensors": ("*",),
         },
         words=_LOSSES,
+        first={"affine.safetensors": 2},
     ),
 }
 """By the name of a format, which is that of its folders."""
@@ -145,7 +165,9 @@ def write_subset(source: Path, target: Path, subset: Subset) -> None:
         if path.suffix == ".json":
             _copy_cases(path, target / path.name, subset.every.get(path.name, 1))
         else:
-            _copy_tensors(path, target / path.name, subset.left_out.get(path.name, ()))
+            _copy_tensors(
+                path, target / path.name, subset.left_out.get(path.name, ()), subset.first.get(path.name)
+            )
     stated = {"left_out": {name: list(patterns) for name, patterns in subset.left_out.items()}}
     (target / "subset.json").write_text(json.dumps(stated, indent=1) + "\n", encoding="utf-8")
     readme = f"{subset.words}\n| file | left out |\n|---|---|\n{_table(source, subset)}"
@@ -165,14 +187,22 @@ def _copy_cases(source: Path, target: Path, every: int) -> None:
     target.write_text(kept.replace('},{"chunks', '},\n{"chunks') + "\n", encoding="utf-8")
 
 
-def _copy_tensors(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
-    """One file without the keys of `patterns`."""
+OF_FRAMES = ("frames", "landmarks3", "matrix_*", "face_crop", "aligned", "generated01", "restored")
+
+
+def _copy_tensors(source: Path, target: Path, patterns: tuple[str, ...], first: int | None) -> None:
+    """One file without the keys of `patterns`, and with the first frames of what goes through frames."""
     with safe_open(source, "pt") as opened:
         metadata = opened.metadata() or {}
         kept = {
             key: opened.get_tensor(key)
             for key in opened.keys()  # noqa: SIM118 not a mapping
             if not any(fnmatchcase(key, pattern) for pattern in patterns)
+        }
+    if first is not None:
+        kept = {
+            key: value[:first].clone() if any(fnmatchcase(key, name) for name in OF_FRAMES) else value
+            for key, value in kept.items()
         }
     if source.name == "denoise.safetensors":
         with safe_open(source.parent / SOURCE_OF_HEADS, "pt") as opened:
@@ -191,6 +221,8 @@ def _table(source: Path, subset: Subset) -> str:
             left_out = f"all but every {subset.every[path.name]}th case"
         else:
             left_out = ", ".join(f"`{pattern}`" for pattern in patterns) or "nothing"
+        if path.name in subset.first:
+            left_out += f"; all but the first {subset.first[path.name]} frames"
         rows.append(f"| {path.name} | {left_out} |\n")
     return "".join(rows)
 

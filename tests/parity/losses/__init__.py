@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from ..golden import Format, Listed
-from . import frames, sync
+from . import alignment, frames, sync
 
 _WAITS_FOR = (
-    Listed("affine.safetensors", "*", "faces"),
-    Listed("mouth_mask_256.png", "*", "faces"),
+    Listed("mouth_mask_256.png", "*", "a comparison with our own drawing of the mask"),
     Listed("syncnet_eval.safetensors", "*", "scores"),
     Listed("metrics.safetensors", "*", "scores"),
     Listed("expected.json", "syncnet.*", "scores"),
@@ -27,5 +26,5 @@ _WORDS = (
 )
 
 LOSSES = Format(
-    name="losses", checks=(*sync.checks, *frames.checks), waits_for=_WAITS_FOR, defects=(), words=_WORDS
+    name="losses", checks=(*sync.checks, *frames.checks, *alignment.checks), waits_for=_WAITS_FOR, defects=(), words=_WORDS
 )
