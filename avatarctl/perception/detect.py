@@ -26,6 +26,8 @@ _SECOND_LOOK: Final = 3.0
 """Side of the second look, in sides of the box."""
 _TILE_STEP: Final = 0.6
 """Of a tile's side, at most, from one to the next."""
+_LEAST_TILE: Final = 64
+"""Pixels of a tile's side: in less there is no face that the mesh could follow."""
 _REGION: Final = 1.5
 """Side of the mesh's region, in sides of the box."""
 
@@ -142,7 +144,7 @@ def tiles(height: int, width: int, look: Look) -> list[Square]:
     sides = {"whole": (), "near": (short,), "far": (short, short // 2)}[look]
     found = []
     for number, side in enumerate(sides):
-        if side < 2 or (number == 0 and height == width):
+        if side < _LEAST_TILE or (number == 0 and height == width):
             continue
         # The squares of the short side always are three: beginning, middle and end (spec/face-models.md 0).
         least = 3 if number == 0 else 1
