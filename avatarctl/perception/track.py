@@ -19,8 +19,8 @@ from avatarctl.media.cuts import LOOKAHEAD, CutFinder
 from avatarctl.models.face_networks import FaceNetworks
 from avatarctl.perception.crops import Region
 from avatarctl.perception.detect import Detection, Look, look_again, overlap
-from avatarctl.perception.mesh import PRESENCE, Face, find_faces, mesh, region_of_landmarks
-from avatarctl.perception.smooth import Smoother, TrackedFace
+from avatarctl.perception.mesh import PRESENCE, Face, find_faces, mesh, mesh_twice, region_of_landmarks
+from avatarctl.perception.smooth import MOST_MISSING, Smoother, TrackedFace
 
 __all__ = ["FaceTracker", "FrameFaces", "People", "track_faces"]
 
@@ -59,7 +59,7 @@ class _Followed:
     """A person who is followed, or was.
 
     face: the last one that was measured; region: around it, low-passed; speed: of its centre, pixels a frame;
-    checked: the frame in which the detector last saw it.
+    checked: the frame in which the detector last saw it, or in which it was lost.
     """
 
     person: int
@@ -78,7 +78,7 @@ class _Followed:
         """To the face of the next frame."""
         new, old = region_of_landmarks(face.landmarks), self.predicted
         off = (new.x - old.x, new.y - old.y)
-        share = 1.0 if self.speed is None or _off(old, face) > _OFF else _NEW_SHARE
+        share = 1.0 if _off(old, face) > _OFF else _NEW_SHARE
         gain = 1.0 if self.speed is None else _NEW_SPEED
         x, y = self.speed or (0.0, 0.0)
         self.speed = (x + gain * off[0], y + gain * off[1])
@@ -183,13 +183,14 @@ class FaceTracker:
 
     def _meshes(self, frame: np.ndarray) -> list[Face]:
         """A face beside the middle of its region is measured a little wrong: where it moved in another way
-        than before, it is measured twice."""
+        than before, or nobody knows yet how it moves, it is measured twice."""
         regions = [each.predicted for each in self._followed]
         faces = mesh(self._networks, frame, regions)
         again = [
             number
             for number, (region, face) in enumerate(zip(regions, faces, strict=True))
-            if face.presence >= PRESENCE and _off(region, face) > _OFF
+            if face.presence >= PRESENCE
+            and (self._followed[number].speed is None or _off(region, face) > _OFF)
         ]
         second = mesh(
             self._networks, frame, [region_of_landmarks(faces[number].landmarks) for number in again]
@@ -199,6 +200,7 @@ class FaceTracker:
         return faces
 
     def _lose(self, each: _Followed) -> None:
+        each.checked = self._measured
         self._lost.append(each)
         self._searched = -SEARCH_EVERY + self._measured  # look in this very frame
 
@@ -213,7 +215,17 @@ class FaceTracker:
                 self._followed.remove(each)
                 self._lose(each)
 
+    def _near(self, frame: np.ndarray) -> list[Face]:
+        """Who was lost a moment ago and is back in that place: a look at it costs little, so that a face that
+        was covered is found in the frame in which it shows again."""
+        lately = [each for each in self._lost if 0 < self._measured - each.checked <= MOST_MISSING]
+        proposals = [Detection(1.0, each.face.box, np.zeros((6, 2))) for each in lately]
+        seen = look_again(self._networks, frame, proposals)
+        return mesh_twice(self._networks, frame, [each for each in seen if each is not None])
+
     def _search(self, frame: np.ndarray) -> None:
+        if self._lost:
+            self._welcome(frame, self._near(frame))
         waited, waited_far = self._measured - self._searched, self._measured - self._searched_far
         far = waited_far >= SEARCH_EVERY
         if self._people == "largest":
@@ -237,7 +249,7 @@ class FaceTracker:
         if self._people == "largest":
             again = [face for face in found if any(_may_be(face, lost.face) for lost in self._lost[-1:])]
             found = (again or found)[:1]
-        if self._followed:
+        if self._followed and found:
             boxes = np.stack([each.face.box for each in self._followed])
             found = [face for face in found if overlap(face.box, boxes).max() < _SAME_FACE / 2]
         new = [_Followed(-1, face, region_of_landmarks(face.landmarks), self._measured) for face in found]
