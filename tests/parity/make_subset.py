@@ -129,7 +129,7 @@ SUBSETS: dict[str, Subset] = {
         left_out={
             "affine.safetensors": ("p_bias_final",),
             "lpips_vgg.safetensors": ("*",),
-            "mel.safetensors": ("mel_basis", "mel_slice", "overlap_*"),
+            "mel.safetensors": ("mel_basis", "mel_slice", "mel_short_*", "overlap_*"),
             "metrics.safetensors": ("*",),
             "mouth_mask_256.png": ("*",),
             "stable_syncnet_tiny.safetensors": ("*",),
