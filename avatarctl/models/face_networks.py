@@ -45,11 +45,10 @@ class _Conv(nn.Conv2d):
         ]
         top, left = (each // 2 for each in total)
         bottom, right = total[0] - top, total[1] - left
-        if (top, left) == (bottom, right):  # the convolution itself pads, which costs no copy
-            return F.conv2d(x, self.weight, self.bias, self.stride, (top, left), 1, self.groups)
-        return F.conv2d(
-            F.pad(x, (left, right, top, bottom)), self.weight, self.bias, self.stride, 0, 1, self.groups
-        )
+        if (top, left) != (bottom, right):
+            x, top, left = F.pad(x, (left, right, top, bottom)), 0, 0
+        # Where both sides are alike the convolution itself pads, which costs no copy.
+        return F.conv2d(x, self.weight, self.bias, self.stride, (top, left), 1, self.groups)
 
 
 class _Activated(_Conv):

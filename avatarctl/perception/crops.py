@@ -92,26 +92,24 @@ def crop_region(frame: np.ndarray, region: Region) -> Tensor:
     pixels = _tensor(part).to(torch.float32, memory_format=torch.contiguous_format)
     # grid_sample counts from -1 to 1 between the outer edges.
     to_x, to_y = (2 / (factor * size) for size in (pixels.shape[3], pixels.shape[2]))
-    turn = torch.tensor([[cos * to_x, sin * to_y], [-sin * to_x, cos * to_y]])
-    middle = torch.tensor([(region.x - x0) * to_x - 1, (region.y - y0) * to_y - 1])
-    grid = _UNIT * region.side @ turn + middle
+    places = _PLACES * region.side
+    grid = torch.empty(1, MESH_SIDE, MESH_SIDE, 2)
+    grid[0, ..., 0] = (places * (cos * to_x))[None, :] + (places * (-sin * to_x))[:, None]
+    grid[0, ..., 1] = (places * (sin * to_y))[None, :] + (places * (cos * to_y))[:, None]
     total = pixels.new_zeros(1, 3, MESH_SIDE, MESH_SIDE)
-    steps = ((torch.arange(samples) + 0.5) / samples - 0.5) * (region.side / MESH_SIDE)
+    steps = [((number + 0.5) / samples - 0.5) * region.side / MESH_SIDE for number in range(samples)]
     for down in steps:
         for across in steps:
-            places = grid + torch.stack([across, down]) @ turn
-            total += F.grid_sample(pixels, places, "bilinear", "border", align_corners=False)
+            x = (region.x - x0 + across * cos - down * sin) * to_x - 1
+            y = (region.y - y0 + across * sin + down * cos) * to_y - 1
+            total += F.grid_sample(
+                pixels, grid + torch.tensor([x, y]), "bilinear", "border", align_corners=False
+            )
     return total.div_(samples * samples)
 
 
-def _unit_grid() -> Tensor:
-    """[1, 192, 192, 2]: x and y of pixel centres in a square of side 1 around 0."""
-    places = (torch.arange(MESH_SIDE) + 0.5) / MESH_SIDE - 0.5
-    down, across = torch.meshgrid(places, places, indexing="ij")
-    return torch.stack([across, down], -1)[None]
-
-
-_UNIT: Final = _unit_grid()
+_PLACES: Final = (torch.arange(MESH_SIDE) + 0.5) / MESH_SIDE - 0.5
+"""Pixel centres of a crop, in sides from its middle."""
 
 
 def _span(middle: float, reach: float, size: int) -> tuple[int, int]:
