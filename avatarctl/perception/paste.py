@@ -88,7 +88,7 @@ def _erode(mask: Tensor, side: int) -> Tensor:
     where `side` is even; outside the frame nothing is missing."""
     before, after = side // 2, (side - 1) // 2
     padded = F.pad(mask, (before, after, before, after), value=1.0)
-    # A square is a row of columns: two passes instead of one over the whole square.
+    # A square is a row of columns: one after the other costs less than the whole square.
     rows = -F.max_pool2d(-padded, (side, 1), stride=1)
     return -F.max_pool2d(-rows, (1, side), stride=1)
 

@@ -39,7 +39,7 @@ def networks() -> FaceNetworks:
 
 @dataclass(frozen=True)
 class Portrait:
-    """An image of one face, and the face in it. side: of the detector's box, as the sizes in docs/faces.md."""
+    """An image of one face, and the face in it. side: of the detector's box, as in docs/faces.md."""
 
     image: Image.Image
     face: Face
