@@ -3,8 +3,8 @@
     python tests/bench/face_tracking.py
 
 A face of 20 % of the long side, made of the face in tests/golden, moves over a soft background; frames are
-made before the clock starts, decoding is not counted. Frames a second are of CPU seconds, so that a busy machine
-changes them less; limit 40. Beside it: what one search, one face's mesh and their parts cost.
+made before the clock starts, decoding is not counted. Frames a second are of CPU seconds, so that a busy
+machine changes them less; limit 40. Beside it: what one search, one face's mesh and their parts cost.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def main() -> None:
             ("with tiles, near: ms", milliseconds(lambda: find_faces(networks, frame, "near")), "", ""),
             ("with tiles, far: ms", milliseconds(lambda: find_faces(networks, frame, "far"), 5), "", ""),
             ("detector alone: ms", milliseconds(lambda: detect(networks, frame)), "", ""),
-            ("mesh of one face, with crop: ms", milliseconds(lambda: mesh(networks, frame, [region])), "", ""),
+            ("mesh of a face, with crop: ms", milliseconds(lambda: mesh(networks, frame, [region])), "", ""),
             ("its crop: ms", milliseconds(lambda: crop_region(frame, region)), "", ""),
         ],
     )  # fmt: skip

@@ -9,10 +9,10 @@ from avatarctl.media.cuts import CutFinder, first_cut
 
 
 def scene(seed: int, count: int, height: int = 72) -> np.ndarray:
-    """Blocks of colour that move a little."""
-    cells = np.random.default_rng(seed).integers(0, 255, (9, 16, 3), np.uint8)
+    """Blocks of colour that become lighter by a level a frame."""
+    cells = np.random.default_rng(seed).integers(0, 230, (9, 16, 3), np.uint8)
     still = cells.repeat(height // 9, 0).repeat(height // 9, 1)
-    return np.stack([np.roll(still, number, 1) for number in range(count)])
+    return np.stack([still + np.uint8(number) for number in range(count)])
 
 
 def found(frames: np.ndarray) -> list[int]:

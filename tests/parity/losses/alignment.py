@@ -23,9 +23,7 @@ def _resolution(reader: Reader) -> int:
     return int(reader.take("aligned").shape[1])
 
 
-@checks(
-    _FILE, compares=("template", "matrix_nosmooth", "matrix_smooth", "p_bias_final"), needs=("landmarks3",)
-)
+@checks(_FILE, compares=("template", "matrix_*"), needs=("landmarks3",))
 def matrices(reader: Reader) -> None:
     resolution = _resolution(reader)
     reader.compare("template", torch.from_numpy(template(resolution)), atol=1e-9)
