@@ -98,7 +98,12 @@ SUBSETS: dict[str, Subset] = {
             "train_v2v_in49.safetensors": (*_OF_TRAINING, "in49.plain.*"),
             "train_v2v_in65.safetensors": (*_OF_TRAINING, "in65.maskall.*"),
             "vae.safetensors": ("*_tiled_*",),
-            "wav2vec_features.safetensors": ("input_values", "input_values_padded", "features_natural", "cnn_features"),
+            "wav2vec_features.safetensors": (
+                "input_values",
+                "input_values_padded",
+                "features_natural",
+                "cnn_features",
+            ),
         },
         words=_OMNIAVATAR,
         # 7 meets every size, overlap, budget and length of the 120 recorded plans.

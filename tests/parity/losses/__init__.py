@@ -26,5 +26,9 @@ _WORDS = (
 )
 
 LOSSES = Format(
-    name="losses", checks=(*sync.checks, *frames.checks, *alignment.checks), waits_for=_WAITS_FOR, defects=(), words=_WORDS
+    name="losses",
+    checks=(*sync.checks, *frames.checks, *alignment.checks),
+    waits_for=_WAITS_FOR,
+    defects=(),
+    words=_WORDS,
 )
