@@ -95,8 +95,8 @@ SUBSETS: dict[str, Subset] = {
             "scheduler.safetensors": ("train1000.timesteps_bf16", "train1000.index_after_bf16_rounding"),
             "text_encoder.safetensors": ("*",),
             "train_i2v_in33.safetensors": ("grad.*", "state.*"),
-            "train_v2v_in49.safetensors": (*_OF_TRAINING, "in49.plain.*"),
-            "train_v2v_in65.safetensors": (*_OF_TRAINING, "in65.maskall.*"),
+            "train_v2v_in49.safetensors": (*_OF_TRAINING, "in49.plain.*", "*.x0_pred"),
+            "train_v2v_in65.safetensors": (*_OF_TRAINING, "in65.maskall.*", "*.x0_pred"),
             "vae.safetensors": ("*_tiled_*",),
             "wav2vec_features.safetensors": (
                 "input_values",

@@ -1,4 +1,4 @@
-"""Alignment of faces and paste-back (spec/losses-and-eval.md 5.2, 5.4)."""
+"""Alignment of faces and paste-back (spec/face-alignment.md 1, 4)."""
 
 from __future__ import annotations
 

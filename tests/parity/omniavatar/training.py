@@ -160,7 +160,7 @@ def noise_on_a_video(reader: Reader) -> None:
         reader.compare(f"{run}noisy_latents", noisy_latents(condition, noise, timesteps), atol=1e-6)
 
 
-@checks(*VIDEOS, compares=("*.loss", "*.x0_pred"), needs=(*_VIDEO_INPUTS, "*.pred"))
+@checks(*VIDEOS, compares=("*.loss",), needs=(*_VIDEO_INPUTS, "*.pred"))
 def loss_of_a_recorded_video_prediction(reader: Reader) -> None:
     for run, cfg, samples, _ in _runs(reader):
         condition, timesteps, noise = _prepared(reader, run, cfg, samples)
@@ -171,6 +171,13 @@ def loss_of_a_recorded_video_prediction(reader: Reader) -> None:
         # What is called unweighted is so: before the mouth's weight and the timestep's.
         plain = (velocity - target).square().flatten(1).mean(1)
         assert torch.allclose(parts["mse"], plain, rtol=1e-5)
+
+
+@checks(*VIDEOS, compares=("*.x0_pred",), needs=(*_VIDEO_INPUTS, "*.pred"))
+def clean_latents_of_a_recorded_prediction(reader: Reader) -> None:
+    for run, cfg, samples, _ in _runs(reader):
+        condition, timesteps, noise = _prepared(reader, run, cfg, samples)
+        velocity = reader.take(f"{run}pred")
         if reader.keys(f"{run}x0_pred"):
             noisy = noisy_latents(condition, noise, timesteps)
             x0 = clean_estimate(noisy, velocity, timesteps.sigma).clamp(-10, 10)
