@@ -243,6 +243,10 @@ def _is_out_of_memory(error: BaseException) -> bool:
             "avatarctl.cli.convert:convert_ckpt",
             "Convert, merge, extract or inspect weight files.",
         ),
+        "vram-profile": (
+            "avatarctl.cli.vram_profile:vram_profile",
+            "Say what a run will need, without a card.",
+        ),
         "models": ("avatarctl.cli.models:models", "Show, fetch and check models and published files."),
         "precompute-audio": (
             "avatarctl.cli.precompute:precompute_audio",

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from avatarctl.loading.sources import Sources
     from avatarctl.registry import Row
 
-__all__ = ["build_random_modules", "built_in_part"]
+__all__ = ["build_on_meta", "build_random_modules", "built_in_part"]
 
 _LONGEST_CONFIG: Final = 1 << 16
 
@@ -71,6 +71,18 @@ def build_random_modules(row: Row) -> Modules:
     evaluation mode, float32 on the CPU."""
     made: dict[str, Any] = {part: _random(row, part) for part in _WRAPPED}
     return Modules(**{part: module for part, module in made.items() if module}, device=torch.device("cpu"))
+
+
+def build_on_meta(row: Row, channels: int | None = None) -> dict[str, nn.Module]:
+    """Every network of a row by its part, with shapes and no numbers: for whoever only counts.
+
+    channels: input channels of the transformer, where they are not the row's.
+    """
+    stated = {} if channels is None else {"in_channels": channels}
+    parts = (part for part in _WRAPPED if _NETWORK_OF.get(part, part) in row.network)
+    with on_meta():
+        bare = {part: _network(row, part, stated if part == "dit" else {}) for part in parts}
+    return {part: _WRAPPED[part](network.eval().requires_grad_(False)) for part, network in bare.items()}
 
 
 def _from_file(

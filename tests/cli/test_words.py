@@ -79,7 +79,7 @@ def test_every_key_that_infer_reads_has_an_option(run: Run) -> None:
         (("infr",), "no such command 'infr' (did you mean infer?)"),
         (
             ("zzz",),
-            "no such command 'zzz' (there are infer, train, convert-ckpt, models, "
+            "no such command 'zzz' (there are infer, train, convert-ckpt, vram-profile, models, "
             "precompute-audio, precompute-latents, separate)",
         ),
         (("models", "lst"), "did you mean list?"),

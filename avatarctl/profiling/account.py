@@ -1,0 +1,47 @@
+"""The outcome of a count: bytes by phase and by component, and what a card needs beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+__all__ = ["ALLOWANCE", "Account"]
+
+ALLOWANCE: Final = 0.06
+"""Share of the live bytes that kernels' workspaces and the rounding of an allocator take beside them. A guess
+until it was measured on a card; it is stated apart from what is counted."""
+
+
+@dataclass(frozen=True)
+class Account:
+    """stages: the largest number of live bytes in each phase; weights: bytes of each network; components:
+    other bytes by what they are; trained: numbers that are trained."""
+
+    stages: Mapping[str, int]
+    weights: Mapping[str, int]
+    components: Mapping[str, int]
+    trained: int
+
+    @property
+    def live_bytes(self) -> int:
+        """The largest of all phases."""
+        return max(self.stages.values())
+
+    @property
+    def peak_bytes(self) -> int:
+        """What a card needs: the live bytes and the allowance."""
+        return round(self.live_bytes * (1 + ALLOWANCE))
+
+    def summary(self) -> dict[str, Any]:
+        """As `--json` shows it."""
+        return {
+            "live_bytes": self.live_bytes,
+            "peak_bytes": self.peak_bytes,
+            "stages": dict(self.stages),
+            "components": {
+                **{f"weights of {part}": size for part, size in self.weights.items()},
+                **self.components,
+            },
+            "trained": self.trained,
+        }

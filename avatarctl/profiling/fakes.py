@@ -1,0 +1,63 @@
+"""Networks of any size whose parameters are fake tensors: they cost no memory, and the code of a run works on
+them unchanged (spec/building-blocks.md 10)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+
+__all__ = ["Mode", "fill", "outside", "slots", "tensor_bytes", "tensors"]
+
+Mode = Literal["fake", "real"]
+"""Fake tensors count; real ones, of small networks, are what the count is compared with."""
+
+DtypeOf = Callable[[str, Tensor], torch.dtype]
+"""The dtype that a parameter, by its dotted name, gets."""
+
+
+def slots(network: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Every parameter and buffer: its dotted name, and the dictionary and key that hold it."""
+    for prefix, module in network.named_modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None:
+                    yield f"{prefix}.{name}" if prefix else name, held, name
+
+
+def tensors(mode: Mode) -> AbstractContextManager[Any]:
+    """Where tensors of this kind are made; audio, token ids and sigmas are real numbers in either."""
+    return nullcontext() if mode == "real" else FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def outside(mode: Mode) -> AbstractContextManager[Any]:
+    """Where numbers are real, within `tensors`."""
+    return nullcontext() if mode == "real" else unset_fake_temporarily()
+
+
+def fill(network: nn.Module, inside: AbstractContextManager[Any], dtype_of: DtypeOf) -> None:
+    """Replaces every parameter and buffer on meta by zeros, fake or real as `inside` makes them.
+
+    The objects are replaced, as a parameter on meta cannot be moved under a fake mode. One that is held in
+    two places stays one.
+    """
+    made: dict[int, Tensor] = {}
+    for name, held, key in slots(network):
+        old = held[key]
+        if id(old) not in made:
+            dtype = dtype_of(name, old) if old.is_floating_point() else old.dtype
+            with inside:
+                empty = torch.zeros(old.shape, dtype=dtype, device="cpu")
+            is_parameter = isinstance(old, nn.Parameter)
+            made[id(old)] = nn.Parameter(empty, requires_grad=old.requires_grad) if is_parameter else empty
+        held[key] = made[id(old)]
+
+
+def tensor_bytes(network: nn.Module) -> int:
+    """Of all parameters and buffers, each counted once."""
+    held = {id(holder[key]): holder[key] for _, holder, key in slots(network)}
+    return sum(tensor.numel() * tensor.element_size() for tensor in held.values())

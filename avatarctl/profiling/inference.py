@@ -1,0 +1,173 @@
+"""The memory of `avatarctl infer`: a family's own loop, with fake networks, over two spans and two steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from avatarctl.conditioning.masking import mask_tensor, mouth_mask
+from avatarctl.config import RunConfig
+from avatarctl.events import silent
+from avatarctl.families import family_named
+from avatarctl.family import Inputs, Modules, Source, VideoPlan
+from avatarctl.live_bytes import LiveBytes
+from avatarctl.loading.built_in import build_on_meta, build_random_modules
+from avatarctl.models.device import dtype_of
+from avatarctl.models.precision import is_float32_island
+from avatarctl.profiling.account import Account
+from avatarctl.profiling.fakes import Mode, fill, outside, tensor_bytes, tensors
+from avatarctl.profiling.phases import Phases
+from avatarctl.registry import Row
+from avatarctl.sampling.chunks import sample_chunks
+from avatarctl.sampling.denoise import Denoiser
+from avatarctl.sampling.fused import sample_fused
+from avatarctl.timeline import SAMPLES_PER_FRAME
+
+__all__ = ["counted_modules", "profile_inference"]
+
+_LOOPS: Final[Mapping[str, Any]] = {"chunks": sample_chunks, "fused": sample_fused}
+_STEPS: Final = 2
+_SPANS: Final = 2
+_DIT_PHASES: Final = {"prepare": "condition", "denoise": "step", "raw": "step"}
+
+
+class _Silence:
+    """A recording of any length."""
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return np.zeros(stop - start, np.float32)
+
+
+@dataclass
+class _Black:
+    """A video of any length, of the network's size."""
+
+    height: int
+    width: int
+    frames: int
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return np.zeros((stop - start, self.height, self.width, 3), np.uint8)
+
+
+def counted_modules(row: Row, cfg: RunConfig, inside: AbstractContextManager[Any]) -> Modules:
+    """The networks of a run as it loads them: the transformer and the text encoder in its dtype, what stays
+    float32 in float32; the others as `loading.modules` has them on a card."""
+    wanted = dtype_of(cfg.runtime)
+    parts = build_on_meta(row, cfg.model.channels)
+    dtypes = {"dit": wanted, "text": wanted, "vae": wanted}
+    for part, network in parts.items():
+        dtype = dtypes.get(part, torch.float32)
+
+        def own(
+            name: str, _: Tensor, network: nn.Module = network, dtype: torch.dtype = dtype
+        ) -> torch.dtype:
+            return torch.float32 if is_float32_island(network, name) else dtype
+
+        fill(network, inside, own)
+    return Modules(**parts, device=torch.device("cpu"))  # type: ignore[arg-type]
+
+
+def profile_inference(row: Row, cfg: RunConfig, mode: Mode = "fake") -> Account:
+    """Counts a run of two spans and two steps, all networks on the device.
+
+    What is longer needs no more: nothing that is kept grows with the length of a video, and every step is
+    like the second.
+    """
+    cfg = _sized(cfg)
+    family = family_named(row.family)
+    inside = tensors(mode)
+    modules = build_random_modules(row) if mode == "real" else counted_modules(row, cfg, inside)
+    weights = {part: tensor_bytes(getattr(modules, part)) for part in ("dit", "text", "vae", "audio")}
+    if isinstance(modules.image, nn.Module):
+        weights["image"] = tensor_bytes(modules.image)
+    plan, samples = _plan(family, cfg)
+    with outside(mode):
+        assert cfg.sampling.shift is not None
+        sigmas = family.sigmas(_STEPS, cfg.sampling.shift).tolist()
+    with inside, torch.no_grad(), LiveBytes() as live:
+        for network in (modules.dit, modules.text, modules.vae, modules.audio, modules.image):
+            if isinstance(network, nn.Module):
+                live.track(network)
+        phases = Phases(live)
+        with phases("load"):
+            pass
+        _watch(modules, phases)
+        denoise = Denoiser(family, modules.dit, family.guidance(cfg), sigmas)
+        inputs = _inputs(family.takes(cfg), cfg, samples)
+        for block in _LOOPS[plan.kind](denoise, modules, inputs, plan, cfg):
+            del block
+        phases.end()
+    return Account(phases.peaks, weights, {}, 0)
+
+
+def _sized(cfg: RunConfig) -> RunConfig:
+    """A size where the image would decide: that of the clips that the model learnt from."""
+    if cfg.output.width and cfg.output.height:
+        return cfg
+    width, height = cfg.data.width, cfg.data.height
+    return replace(cfg, output=replace(cfg.output, width=width, height=height))
+
+
+def _plan(family: Any, cfg: RunConfig) -> tuple[VideoPlan, int]:
+    """The shortest audio that makes two spans, by doubling."""
+    samples = SAMPLES_PER_FRAME
+    while (plan := family.plan(samples, cfg)).count < _SPANS:
+        samples *= 2
+    return plan, samples
+
+
+def _inputs(takes: str, cfg: RunConfig, samples: int) -> Inputs:
+    height, width = cfg.output.height, cfg.output.width
+    assert height is not None and width is not None
+    image = source = None
+    if takes == "image":
+        image = torch.zeros(1, 3, height, width)
+    else:
+        frames = samples // SAMPLES_PER_FRAME + 1
+        source = Source(_Black(height, width, frames), mask_tensor(mouth_mask()))
+    prompt, negative = cfg.input.prompt or "", cfg.input.negative_prompt or ""
+    return Inputs(image, _Silence(), samples, 0.0, 1.0, prompt, negative, 0, silent, source)
+
+
+def _watch(modules: Modules, phases: Phases) -> None:
+    """Every entrance of a network is a phase."""
+
+    def of_dit(*_: Any, mode: str = "raw", **__: Any) -> str:
+        return _DIT_PHASES[mode]
+
+    modules.dit.forward = phases.wrapped(modules.dit.forward, of_dit)
+    named = (
+        ("text", "encode"),
+        ("vae", "encode"),
+        ("audio", "features"),
+        ("audio", "tokens"),
+        ("image", "encode"),
+    )
+    for part, method in named:
+        network: Any = getattr(modules, part)
+        if network is not None:
+            phase = "image" if part in ("vae", "image") else part
+            setattr(network, method, phases.wrapped(getattr(network, method), phase))
+    vae: Any = modules.vae
+    fresh = vae.decoder
+    vae.decoder = lambda: _WatchedDecoder(fresh(), phases)
+
+
+@dataclass
+class _WatchedDecoder:
+    """In front of a decoder, not on it: an object that holds its own method lives until it is collected."""
+
+    decoder: Any
+    phases: Phases
+
+    def push(self, latents: Tensor) -> Tensor:
+        with self.phases("decode"):
+            pixels: Tensor = self.decoder.push(latents)
+            return pixels

@@ -1,0 +1,57 @@
+"""Bytes that are alive, phase by phase."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from avatarctl.live_bytes import LiveBytes
+
+__all__ = ["Phases"]
+
+
+@dataclass
+class Phases:
+    """The largest number of live bytes in each phase, in the order in which phases were first met.
+
+    A phase inside another belongs to itself alone; what is outside of all is the loop's own.
+    """
+
+    live: LiveBytes
+    peaks: dict[str, int] = field(default_factory=dict)
+    _now: str = "loop"
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        before = self._now
+        self._note()
+        self._now = name
+        try:
+            yield
+        finally:
+            self._note()
+            self._now = before
+
+    def end(self) -> None:
+        """Notes what is outside of all phases."""
+        self._note()
+
+    def _note(self) -> None:
+        self.peaks[self._now] = max(self.peaks.get(self._now, 0), self.live.peak)
+        self.live.reset_peak()
+
+    def wrapped(self, function: Callable[..., Any], name: str | Callable[..., str]) -> Callable[..., Any]:
+        """The function as a phase. name: or what gives it, from the arguments."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self(name if isinstance(name, str) else name(*args, **kwargs)):
+                return function(*args, **kwargs)
+
+        return call
+
+    @property
+    def peak(self) -> int:
+        """Of all phases."""
+        return max([*self.peaks.values(), self.live.peak])

@@ -1,0 +1,47 @@
+"""Sizes of memory as people say them, and of cards."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Final
+
+from avatarctl.errors import UsageError
+
+__all__ = ["CARDS", "read_size", "shown"]
+
+CARDS: Final[Mapping[str, int]] = {
+    "3060": 12, "4060ti": 16, "4080": 16, "5080": 16, "3090": 24, "4090": 24, "a5000": 24, "l4": 24,
+    "5090": 32, "a100-40": 40, "a6000": 48, "l40s": 48, "rtx6000-ada": 48, "a100": 80, "h100": 80,
+    "rtx6000-pro": 96, "h200": 141, "b200": 180,
+}  # fmt: skip
+"""GiB of memory by name, as their makers state them."""
+
+_UNITS: Final = {
+    "": 1 << 30,
+    "gib": 1 << 30,
+    "gb": 10**9,
+    "mib": 1 << 20,
+    "mb": 10**6,
+    "tib": 1 << 40,
+    "tb": 10**12,
+}
+
+
+def read_size(text: str) -> int:
+    """Bytes of "24GiB", "24GB", "24" (GiB) or a card's name. Raises UsageError."""
+    plain = text.strip().lower().replace(" ", "")
+    if card := CARDS.get(plain) or CARDS.get(plain.removeprefix("rtx")):
+        return card << 30
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(gib|gb|mib|mb|tib|tb|)", plain, re.ASCII)
+    size = float(match[1]) * _UNITS[match[2]] if match else math.nan
+    if not 0 < size < 1 << 50:
+        fix = f"a size such as 24GiB or 24GB, or one of {', '.join(CARDS)}"
+        raise UsageError(f"no size of memory, nor a card: {text[:60]!r}", where="--fit", fix=fix)
+    return int(size)
+
+
+def shown(size: int) -> str:
+    """In GiB, as drivers show it."""
+    return f"{size / (1 << 30):.2f} GiB" if size >= 1 << 30 else f"{size / (1 << 20):.2f} MiB"

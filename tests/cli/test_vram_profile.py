@@ -1,0 +1,55 @@
+"""`avatarctl vram-profile`, typed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner, Result
+
+from avatarctl.cli import app
+
+
+def typed(*words: str) -> Result:
+    return CliRunner().invoke(app, ["vram-profile", *words], prog_name="avatarctl")
+
+
+def test_a_table_and_whether_it_fits() -> None:
+    words = ("train", "v2v", "--model", "cartoon-v2v", "--size", "32x32", "--frames", "9", "--fit")
+    fits = typed(*words, "4090")
+    assert fits.exit_code == 0, fits.output
+    assert "backward" in fits.stdout and "moments" in fits.stdout and "trained numbers" in fits.stdout
+    assert "fits: " in fits.stderr and "of 24.00 GiB" in fits.stderr
+    too_large = typed(*words, "4MB")
+    assert too_large.exit_code == 5 and "were asked for" in too_large.stderr
+    assert "Traceback" not in too_large.output
+
+
+def test_json_is_one_document() -> None:
+    made = typed(
+        "infer", "--model", "cartoon-i2v", "--size", "32x32", "--json", "-o", "long_video.num_frames=9"
+    )
+    assert made.exit_code == 0, made.output
+    found = json.loads(made.stdout)
+    assert found["peak_bytes"] > found["live_bytes"] == max(found["stages"].values())
+    assert found["components"]["weights of dit"] > 0 and found["assumptions"]
+
+
+@pytest.mark.parametrize("size", ["0", "-1GB", "12 bananas", "nan", "", "1e9GB", "٣GB"])
+def test_no_size(size: str) -> None:
+    refused = typed("infer", "--model", "cartoon-i2v", "--fit", size)
+    assert refused.exit_code == 2 and "no size of memory" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("train", "v2v", "--aux", "sync"), "auxiliary losses are not counted yet"),
+        (("infer", "--model", "liveavatar-14b"), "has no code for it yet"),
+        (("train", "i2v", "--model", "stableavatar-1.3b"), "has no code for it yet"),
+        (("infer", "--size", "500x24"), "multiple of 16"),
+    ],
+)
+def test_refused(words: tuple[str, ...], said: str) -> None:
+    refused = typed(*words)
+    assert refused.exit_code == 2 and said in refused.stderr, refused.output
