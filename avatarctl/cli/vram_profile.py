@@ -16,7 +16,7 @@ from avatarctl.cli.screen import Screen
 from avatarctl.config import RunConfig
 from avatarctl.errors import DoesNotFit, NotYetSupported
 from avatarctl.events import Notice, Stage
-from avatarctl.registry import COMPAT, NOT_YET, Row, configure, find_model
+from avatarctl.registry import COMPAT, NOT_YET, PROFILED, PROFILED_MODEL, Row, configure, find_model
 
 if TYPE_CHECKING:
     from avatarctl.profiling.account import Account
@@ -25,17 +25,6 @@ __all__ = ["vram_profile"]
 
 Job = Literal["infer", "train i2v", "train v2v"]
 
-_DEFAULTS: Final[Mapping[Job, str]] = {
-    "infer": "omniavatar-14b", "train i2v": "omniavatar-14b", "train v2v": "omniavatar-14b",
-}  # fmt: skip
-_SIZE: Final = ("data.width=512", "data.height=512", "data.num_frames=81")
-_HEADLINE: Final[tuple[tuple[Job, str, tuple[str, ...]], ...]] = (
-    ("infer", "stableavatar-1.3b", ()),
-    ("infer", "omniavatar-1.3b", ("long_video.num_frames=81",)),
-    ("infer", "omniavatar-14b", ("long_video.num_frames=81",)),
-    ("train v2v", "omniavatar-1.3b", ("model.channels=49", "model.audio_offset=0", *_SIZE)),
-    ("train v2v", "omniavatar-14b", ("model.channels=49", "model.audio_offset=0", *_SIZE)),
-)
 _BAR: Final = 32
 
 _ASSUMED: Final = (
@@ -97,7 +86,7 @@ def _command(name: Job, group: click.Group, short: str) -> None:
 
 def _reader(name: Job) -> Callable[..., Request]:
     def read(params: Mapping[str, Any], row_of: Callable[[str], Row] = find_model) -> Request:
-        return read_request(name, params, lambda each: row_of(each).for_config, COMPAT, _DEFAULTS[name])
+        return read_request(name, params, lambda each: row_of(each).for_config, COMPAT, PROFILED_MODEL)
 
     return read
 
@@ -167,7 +156,7 @@ def _headline(as_json: bool) -> None:
     """Rows as they come: each takes from seconds to a minute."""
     found = []
     with Screen("info") as screen:
-        for name, model, words in _HEADLINE:
+        for name, model, words in PROFILED:
             row = find_model(model)
             counted = _count(name, row, configure(f"model.name={model}", *words), screen)
             found.append(counted)

@@ -38,6 +38,8 @@ __all__ = [
     "JUDGES",
     "NEEDS_WEIGHTS",
     "NOT_YET",
+    "PROFILED",
+    "PROFILED_MODEL",
     "ROWS",
     "WORKS",
     "Kind",

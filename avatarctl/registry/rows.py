@@ -4,7 +4,7 @@ confirmed one. spec/omniavatar.md c, spec/stableavatar.md e, f, k for what the m
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from avatarctl.registry import defaults, networks
 from avatarctl.registry.row import ENCODER_FILES, NEEDS_WEIGHTS, NOT_YET, WORKS, Row, TrainedFor, VideoShape
@@ -213,3 +213,19 @@ ROWS: Final[Mapping[str, Row]] = {row.name: row for row in (*MODELS, *_FILES)}
 
 JUDGES: Final[Mapping[str, Row]] = {row.part: row for row in _FILES if row.kind == "loss"}
 """Rows of the networks behind auxiliary losses, by their part of `model.weights`."""
+
+_PROFILED_VIDEO: Final = (
+    "model.channels=49", "model.audio_offset=0", "data.width=512", "data.height=512", "data.num_frames=81",
+)  # fmt: skip
+
+PROFILED_MODEL: Final = "omniavatar-14b"
+"""Of `avatarctl vram-profile` where nobody names a model."""
+
+PROFILED: Final[tuple[tuple[Literal["infer", "train i2v", "train v2v"], str, tuple[str, ...]], ...]] = (
+    ("infer", "stableavatar-1.3b", ()),
+    ("infer", "omniavatar-1.3b", ("long_video.num_frames=81",)),
+    ("infer", "omniavatar-14b", ("long_video.num_frames=81",)),
+    ("train v2v", "omniavatar-1.3b", _PROFILED_VIDEO),
+    ("train v2v", "omniavatar-14b", _PROFILED_VIDEO),
+)
+"""Command, model and settings of each row of its table."""
