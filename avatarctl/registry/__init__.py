@@ -29,7 +29,7 @@ from avatarctl.registry.row import (
     Wanted,
     encoder_part,
 )
-from avatarctl.registry.rows import JUDGES, ROWS
+from avatarctl.registry.rows import JUDGES, PROFILED, PROFILED_MODEL, ROWS
 
 __all__ = [
     "ASSETS",
