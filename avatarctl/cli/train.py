@@ -98,20 +98,25 @@ def v2v(**params: Any) -> None:
 
 
 def _run(command: Name, params: Mapping[str, Any]) -> None:
-    named = functools.cache(_trained_row)
-    request = _reader(command)(params, named)
+    row_named = functools.cache(_trained_row)
+    request = _reader(command)(params, row_named)
     cfg = request.resolved.cfg
     require_supported(cfg, command, request.resolved.origins)
     assert cfg.model.name is not None
-    row = named(cfg.model.name)
+    row = row_named(cfg.model.name)
     from avatarctl.families import family_named
 
     if row.status == NOT_YET or not hasattr(family := family_named(row.family), "training_condition"):
         raise NotYetSupported(f"{row.name} is not trained yet", where="model.name")
+    from avatarctl.training.audio_offset import settled_offset
+
+    asked = not request.resolved.is_of_the_row("model.audio_offset")
+    cfg, offset = settled_offset(cfg, row, of_video=command == "train v2v", asked=asked)
     folder, resume, step = _place(command, cfg, row)
     with Screen(cfg.runtime.log_level) as screen:
         built_in = "" if "model.name" in request.resolved.asked else " (built in; --model names another)"
-        for notice in (f"model: {row.name}{built_in}", *request.resolved.notices):
+        named = f"model: {row.name} ({row.title})" if row.path else f"model: {row.name}{built_in}"
+        for notice in filter(None, (named, *request.resolved.notices, offset)):
             screen(Notice(notice))
         cfg = _with_data(cfg, row, folder, screen, dry_run=request.dry_run)
         request = replace(request, resolved=replace(request.resolved, cfg=cfg))
@@ -189,7 +194,17 @@ def _show_plan(command: Name, run: TrainingRun, as_json: bool) -> None:
         click.echo(json.dumps({"command": command, "dry_run": True, **summary}))
         return
     for name, value in summary.items():
-        click.echo(f"{name}: {printable(value)}")
+        if value not in (None, [], {}, 0) or name in ("samples", "audio_offset"):
+            click.echo(f"{name.replace('_', ' ')}: {printable(_told(value))}")
+
+
+def _told(value: Any) -> str:
+    """A value of the plan for people."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {count}" for name, count in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _advise(command: Name, result: TrainingResult, screen: Screen) -> None:

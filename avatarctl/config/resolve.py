@@ -17,6 +17,8 @@ __all__ = ["ModelRowDefaults", "Resolved", "resolve"]
 DECIDES_OTHERS = ("model.name", "model.compat")
 """Keys whose change makes the resolved values of a run file stale; what was asked is kept."""
 
+_OF_A_ROW = "model row "
+
 OVERRULES = {
     "long_video.max_tokens": ("long_video.num_frames",),
     "long_video.max_size": ("output.width", "output.height"),
@@ -53,6 +55,10 @@ class Resolved:
     origins: Mapping[str, str]
     notices: tuple[str, ...]
 
+    def is_of_the_row(self, dotted: str) -> bool:
+        """Whether a value is the model row's, so that nobody set it, nor a compat mode."""
+        return self.origins.get(dotted, "").startswith(_OF_A_ROW)
+
 
 def resolve(
     row_of: Callable[[str], ModelRowDefaults],
@@ -77,7 +83,7 @@ def resolve(
 
     name = (asked.get("model.name") or own.get("model.name") or Setting(default_model, "default")).value
     row = row_of(name)
-    row_layer = _layer(row.defaults, f"model row {row.name}")
+    row_layer = _layer(row.defaults, f"{_OF_A_ROW}{row.name}")
     base = {"model.name": Setting(name, "default")} | row_layer
     modes = row_layer | own | dict(asked)
     mode = modes["model.compat"].value if "model.compat" in modes else "none"

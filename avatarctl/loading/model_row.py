@@ -59,6 +59,7 @@ def _row_of_run(folder: Path) -> Row:
         **base.defaults,
         "model.channels": held.sizes.in_channels,
         "model.audio_offset": held.audio_offset,
+        "train.init": "zero_channels",  # these weights are there, whatever its row says of its own
         **({"data.mask_rule": data["mask_rule"]} if "mask_rule" in data else {}),
     }
     network = {**base.network, "dit": {**base.network["dit"], "in_channels": held.sizes.in_channels}}

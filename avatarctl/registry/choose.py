@@ -42,14 +42,15 @@ def find_model(name: str) -> Row:
 
 def based_on(name: str) -> Row | None:
     """For the name of a base the row of the model that is made of it, without the adapter that is published:
-    training makes another one. None for other names."""
+    training makes another one, and no audio was learnt. None for other names."""
     base = ROWS.get(name)
     if base is None or base.kind != "base":
         return None
     for row in MODELS:
         if name in row.needs:
             needs = tuple(each for each in row.needs if ROWS[each].kind != "adapter")
-            return replace(row, title=f"{row.title}, from its base", needs=needs)
+            defaults = {**row.defaults, "model.audio_offset": 0}
+            return replace(row, title=f"{row.title}, from its base", needs=needs, defaults=defaults)
     return None
 
 

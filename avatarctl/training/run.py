@@ -4,7 +4,7 @@ or the checkpoint to go on from, the loop, and what a person is told at the end.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +17,18 @@ from avatarctl.errors import ConfigError, PartlyFailed, UnusableFile, UsageError
 from avatarctl.events import Emit, Notice
 from avatarctl.family import TrainableFamily
 from avatarctl.loading.judges import find_judges, judges_missing, load_judges
-from avatarctl.loading.sources import Sources, find_sources
+from avatarctl.loading.sources import Sources, find_sources, weights_missing
 from avatarctl.loading.trained import checkpoints
 from avatarctl.registry import Row
 from avatarctl.training.run_folder import RunFolder, require_same
+from avatarctl.weights.layouts import LAYOUTS
 
 if TYPE_CHECKING:
     import torch
 
     from avatarctl.training.aux_step import AuxStep
     from avatarctl.training.checkpoints import Checkpoint
+    from avatarctl.training.start import StartPlan
     from avatarctl.training.trainer import Trainer
 
 __all__ = ["TrainingResult", "TrainingRun"]
@@ -75,6 +77,11 @@ class TrainingRun:
         _check_aux(cfg, row)
         assert cfg.data.width is not None and cfg.data.height is not None
         self.sources: Sources = find_sources(row, cfg.model, (cfg.data.width, cfg.data.height))
+        self._start: StartPlan | None = None
+        if cfg.train.init == "random" or (self.sources.dit and not self.sources.missing):
+            from avatarctl.training.start import plan_start
+
+            self._start = plan_start(row, self.sources, cfg, emit)
 
     def open_data(self) -> TrainingSet:
         """The data set, looked at. Raises UnusableFile, WeightsMissing, UsageError."""
@@ -97,6 +104,8 @@ class TrainingRun:
         Raises Interrupted (the step is saved), PartlyFailed where some samples could not be used, and what
         a start, a checkpoint or the disk raises.
         """
+        if self._start is None:  # before a folder is made
+            raise weights_missing(self.row, self.sources)
         with self.folder.held():
             for line in remove_left_behind(self.folder.path):
                 self._emit(Notice(line))
@@ -118,6 +127,8 @@ class TrainingRun:
             "channels": self.cfg.model.channels,
             "mode": train.mode,
             "start": train.init,
+            "audio_offset": self.cfg.model.audio_offset,
+            "trained_numbers": None if self._start is None else self._start.trained(train),
             "samples": len(data.names),
             "unusable": len(data.bad),
             "samples_per_step": slots,
@@ -126,6 +137,7 @@ class TrainingRun:
             "encoded_while_training": data.lacking,
             "losses": list(self.cfg.aux.losses),
             "folder": str(self.folder.path),
+            "missing_weights": [f"{item.folder}/{item.file}" for item in self.sources.missing],
         }
 
     def _trainer(self, data: TrainingSet) -> Trainer:
@@ -142,7 +154,8 @@ class TrainingRun:
         device = resolve_device(cfg.runtime.device)
         data.prepare()
         dtype = torch.float32 if cfg.train.mode == "full" else dtype_of(cfg.runtime)
-        start = start_network(self.row, self.sources, cfg, dtype, device, self._emit)
+        assert self._start is not None
+        start = start_network(self._start, cfg, dtype, device, self._emit)
         head_width: int = start.dit.config["attention_head_dim"]  # type: ignore[index, assignment]
         use_attention(start.dit, choose_attention(cfg.runtime.attention, device, dtype, head_width))
         trainables = make_trainable(start.dit, start.layout, cfg.train, cfg.runtime.seed)
@@ -270,9 +283,14 @@ def _judged(cfg: RunConfig) -> _Judged:
     return _Judged(names, needed)
 
 
-def _with_steps(train: Any, steps: int) -> Any:
-    from dataclasses import replace
+def _channels(cfg: RunConfig, family: TrainableFamily, wants: str) -> list[int]:
+    """The numbers of input channels with which a model of the family learns from what a command gives it."""
+    layout = next(each for each in LAYOUTS if each.family == family.name)
+    others = {each: replace(cfg, model=replace(cfg.model, channels=each)) for each in layout.channels}  # type: ignore[arg-type]
+    return [each for each, other in others.items() if family.takes(other) == wants]
 
+
+def _with_steps(train: Any, steps: int) -> Any:
     return replace(train, max_steps=steps)
 
 
@@ -293,11 +311,12 @@ def _check(command: str, cfg: RunConfig, family: TrainableFamily) -> None:
     wants = {"train i2v": "image", "train v2v": "video"}[command]
     if family.takes(cfg) != wants:
         other = "train v2v" if wants == "image" else "train i2v"
+        fitting = " or ".join(map(str, _channels(cfg, family, wants)))
         raise UsageError(
             f"{cfg.model.name} with {cfg.model.channels} channels learns from "
             f"{'a video' if wants == 'image' else 'an image'}",
             where=command,
-            fix=f"`avatarctl {other}`, or another --channels",
+            fix=f"--channels {fitting}, or `avatarctl {other}`",
         )
     if wants == "image" and cfg.train.mouth_weight != 1 and cfg.data.mask is None:
         raise UsageError("says where the mouth is only with a mask", where="train.mouth_weight", fix="--mask")

@@ -4,8 +4,9 @@ weights that are complete (spec/omniavatar.md g.4)."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -13,16 +14,18 @@ from torch import Tensor, nn
 
 from avatarctl.errors import UnusableWeights, UsageError
 from avatarctl.events import Notice, Stage
+from avatarctl.files.source import open_weights
 from avatarctl.files.tensors import ArrayTensor, StoredTensor, read_whole, to_float32
 from avatarctl.loading.assemble import SUM_DTYPE, built_in
 from avatarctl.loading.parts import TRANSFORMERS, transformer
-from avatarctl.loading.sources import Sources, check_packaged, weights_missing
+from avatarctl.loading.sources import Sources, check_packaged
+from avatarctl.loading.trained import base_of
 from avatarctl.models.precision import cast
 from avatarctl.registry import Row
 from avatarctl.rng import generator, stable_hash
 from avatarctl.weights.layout import WeightLayout
 from avatarctl.weights.layouts import LAYOUTS
-from avatarctl.weights.merge import merge_adapter
+from avatarctl.weights.merge import merge_adapter, with_base_config
 from avatarctl.weights.recognise import open_model
 from avatarctl.weights.sizes import variant_of
 from avatarctl.weights.transforms import with_channels
@@ -30,9 +33,10 @@ from avatarctl.weights.weight_file import WeightFile
 
 if TYPE_CHECKING:
     from avatarctl.config import RunConfig
+    from avatarctl.config.sections import Train
     from avatarctl.events import Emit
 
-__all__ = ["Start", "start_network"]
+__all__ = ["Start", "StartPlan", "plan_start", "start_network"]
 
 _PATCH: Final = "patch_embedding.weight"
 _GAIN: Final = 0.05
@@ -50,35 +54,97 @@ class Start:
     pairs: Mapping[str, Tensor]
 
 
-def start_network(
-    row: Row, sources: Sources, cfg: RunConfig, dtype: torch.dtype, device: torch.device, emit: Emit
-) -> Start:
-    """The transformer of a run, frozen weights in `dtype`.
+@dataclass(frozen=True)
+class StartPlan:
+    """What a run starts from, by the headers of its files: nothing of weight was read.
 
-    Raises WeightsMissing, UnusableWeights for files that do not fit, UsageError for a start that makes no
-    sense.
+    held: every tensor of the network, None where all are drawn; shapes: of all, by original name; adapter:
+    the one that is trained on.
+    """
+
+    row: Row
+    layout: WeightLayout
+    base: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    held: WeightFile | None = None
+    adapter: WeightFile | None = None
+
+    def trained(self, train: Train) -> int:
+        """How many numbers the run will train."""
+        if train.mode == "full":
+            return sum(map(math.prod, self.shapes.values()))
+        count = sum(math.prod(self.shapes[name]) for name in self.shapes if self.layout.is_replaced(name))
+        for name, shape in self.shapes.items():
+            module = f".{name.removesuffix('.weight')}"
+            if name.endswith(".weight") and len(shape) == 2 and module.endswith(_ends(train)):
+                count += train.lora_rank * sum(shape)
+        return count
+
+
+def plan_start(row: Row, sources: Sources, cfg: RunConfig, emit: Emit) -> StartPlan:
+    """Looks at the files of a start, all of which must be here.
+
+    Raises UnusableWeights for files that do not fit, UsageError for a start that makes no sense.
     """
     layout = next(each for each in LAYOUTS if each.family == row.family)
-    emit(Stage("loading the transformer"))
+    assert cfg.model.channels is not None
     if cfg.train.init == "random":
-        return Start(_random(row, cfg, dtype, device, emit), layout, {"model": row.name}, {})
-    if sources.missing or not sources.dit:
-        raise weights_missing(row, sources)
+        if cfg.train.mode == "lora":
+            raise UsageError(
+                "a network of random weights has nothing that an adapter could change",
+                where="train.mode",
+                fix="--mode full",
+            )
+        sizes = replace(built_in(row).sizes, in_channels=cfg.model.channels)
+        return StartPlan(row, layout, _base(row), layout.shapes(sizes))
     if row.source == "package":
         check_packaged(row, sources)
-    held, pairs = _held(row, layout, sources, cfg, emit)
-    base = {"model": row.name, "files": [path.name for path in sources.dit]}
-    return Start(transformer(held, dtype, device), layout, base, pairs)
+    # The adapter of a built-in model that was trained here stands where `infer` has LoRAs.
+    first, *others = (*sources.dit, *(lora.path for lora in sources.loras))
+    held, adapters = _opened(row, sources, first), [open_model(path) for path in others]
+    whole = held
+    for part in adapters:
+        whole = merge_adapter(whole, part, 1.0, SUM_DTYPE)  # refuses what does not fit
+    if cfg.train.mode == "full":
+        for part in adapters:
+            emit(Notice(f"start: {part.path} is merged in"))
+        complete = _complete(row, layout, whole, cfg, emit)
+        return StartPlan(row, layout, _base(row, held.files), complete[1], complete[0])
+    tensors = dict(held.tensors)
+    for part in adapters:
+        _require_trained_on(part, cfg.train)
+        tensors |= part.tensors
+        emit(Notice(f"start: {part.path}, its {len(part.lora_pairs)} LoRA targets are trained on"))
+    complete = _complete(row, layout, replace(whole, tensors=tensors), cfg, emit)
+    return StartPlan(
+        row, layout, _base(row, held.files), complete[1], complete[0], adapters[-1] if adapters else None
+    )
+
+
+def start_network(
+    plan: StartPlan, cfg: RunConfig, dtype: torch.dtype, device: torch.device, emit: Emit
+) -> Start:
+    """The transformer of a run, frozen weights in `dtype`. Raises UnusableWeights for damaged tensors."""
+    emit(Stage("loading the transformer"))
+    if plan.held is None:
+        return Start(_random(plan.row, cfg, dtype, device, emit), plan.layout, plan.base, {})
+    pairs = {} if plan.adapter is None else _pairs(plan.adapter, cfg.train)
+    return Start(transformer(plan.held, dtype, device), plan.layout, plan.base, pairs)
+
+
+def _ends(train: Train) -> tuple[str, ...]:
+    return tuple(f".{target}" for target in train.lora_targets)
+
+
+def _base(row: Row, files: Sequence[Path] = ()) -> dict[str, Any]:
+    """What the file of a run says of its base: for weights of another run what that one said."""
+    if row.path and row.path.endswith(".safetensors") and (stated := base_of(Path(row.path))):
+        return dict(stated)
+    return {"model": row.name, **({"files": [path.name for path in files]} if files else {})}
 
 
 def _random(row: Row, cfg: RunConfig, dtype: torch.dtype, device: torch.device, emit: Emit) -> nn.Module:
     """As its class initialises itself, by the seed of the run."""
-    if cfg.train.mode == "lora":
-        raise UsageError(
-            "a network of random weights has nothing that an adapter could change",
-            where="train.mode",
-            fix="--mode full",
-        )
     sizes = {name: _mutable(value) for name, value in row.network["dit"].items()}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(stable_hash("start", cfg.runtime.seed))
@@ -91,83 +157,100 @@ def _mutable(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _held(
-    row: Row, layout: WeightLayout, sources: Sources, cfg: RunConfig, emit: Emit
-) -> tuple[WeightFile, dict[str, Tensor]]:
-    """Every tensor of the network, and the pairs of the adapter that is trained on."""
-    base, *adapters = sources.dit
+def _opened(row: Row, sources: Sources, path: Path) -> WeightFile:
+    """The full model that is trained, or the base of an adapter."""
     if row.source == "package":
-        from avatarctl.files.source import open_weights
+        # A wider network than the file's is what its adapter makes of it.
+        made = built_in(row, open_weights(path).tensors)
+        channels = made.tensors[_PATCH].info.shape[1]
+        return replace(made, path=path, files=(path,), sizes=replace(made.sizes, in_channels=channels))
+    held = open_model(path)
+    for config in sources.base_configs:
+        held = with_base_config(held, config)
+    return held
 
-        held = built_in(row, open_weights(base).tensors)
-    else:
-        held = open_model(base)
-    pairs: dict[str, Tensor] = {}
-    tensors = dict(held.tensors)
-    for path in adapters:
-        part = open_model(path)
-        if cfg.train.mode == "full":
-            held = merge_adapter(held, part, 1.0, SUM_DTYPE)
-            tensors = dict(held.tensors)
-            emit(Notice(f"start: {path} is merged in"))
-        else:
-            tensors |= part.tensors
-            pairs |= _pairs(part, cfg)
-            emit(Notice(f"start: {path}, its {len(part.lora_pairs)} LoRA targets are trained on"))
+
+def _complete(
+    row: Row, layout: WeightLayout, whole: WeightFile, cfg: RunConfig, emit: Emit
+) -> tuple[WeightFile, Mapping[str, tuple[int, ...]]]:
+    """`whole` as the network of the run: with its channels, and what a plain base lacks."""
+    tensors = dict(whole.tensors)
+    plain = not any(layout.owns(name) for name in tensors)
+    bases = layout.bases
+    if plain and (bases is None or not bases.allow(whole.sizes, whole.config)):
+        kind = f" {bases.title} model" if bases else "thing"
+        raise UnusableWeights(
+            f"is {whole.variant}; {layout.title} starts from no{kind} like it", where=whole.path
+        )
+    if not whole.heads:
+        raise UnusableWeights(
+            f"the number of attention heads is unknown for a width of {whole.sizes.width}",
+            where=whole.path,
+            fix='its config.json needs "num_heads"',
+        )
     assert cfg.model.channels is not None
-    sizes = replace(held.sizes, in_channels=cfg.model.channels, **_audio_sizes(row, layout, tensors))
+    sizes = replace(whole.sizes, in_channels=cfg.model.channels)
+    if plain:
+        sizes = replace(sizes, **_audio_sizes(row))
     shapes = layout.shapes(sizes)
-    _widen(tensors, shapes, cfg, emit)
+    _widen(tensors, shapes, cfg, emit, plain)
     lacking = [name for name in shapes if name not in tensors]
     for name in lacking:
         tensors[name] = _drawn(name, shapes[name], cfg)
     if lacking:
-        emit(Notice(f"start: {len(lacking)} tensors that {base.name} lacks are drawn from the seed"))
+        how = "small, from the seed" if cfg.train.init != "published" else "as the public trainer draws them"
+        emit(Notice(f"start: {len(lacking)} tensors that {whole.path.name} lacks are drawn, {how}"))
     unknown = sorted(tensors.keys() - shapes.keys())
     if unknown:
-        raise UnusableWeights(f"{unknown[0]} has no place in {layout.title}", where=base)
-    complete = replace(
-        held,
-        kind="model",
-        layout=layout,
-        variant=variant_of("model", layout, sizes),
-        sizes=sizes,
-        tensors=tensors,
-        audio_offset=cfg.model.audio_offset,
-    )
-    return complete, pairs
+        raise UnusableWeights(f"{unknown[0]} has no place in {layout.title}", where=whole.path)
+    variant = variant_of("model", layout, sizes)
+    made = replace(whole, kind="model", layout=layout, variant=variant, sizes=sizes, tensors=tensors)
+    return replace(made, audio_offset=cfg.model.audio_offset), shapes
 
 
-def _audio_sizes(row: Row, layout: WeightLayout, tensors: Mapping[str, StoredTensor]) -> dict[str, int]:
+def _audio_sizes(row: Row) -> dict[str, int]:
     """Sizes of layers that a base lacks, from the row of the published model."""
-    if any(layout.owns(name) for name in tensors):
-        return {}
     network = row.network.get("dit") or {}
     fields = ("audio_input_dim", "audio_hidden_size")
     return {field: network[field] for field in fields if field in network}
 
 
-def _pairs(part: WeightFile, cfg: RunConfig) -> dict[str, Tensor]:
-    """Raises UsageError for an adapter of another rank, whose pairs this run cannot train on."""
+def _require_trained_on(part: WeightFile, train: Train) -> None:
+    """Raises UsageError for an adapter that this run cannot train on: of another rank, with other targets."""
     ranks = {pair.rank for pair in part.lora_pairs.values()}
-    if ranks - {cfg.train.lora_rank}:
+    if ranks - {train.lora_rank}:
         rank = max(ranks)
         raise UsageError(
-            f"the adapter has rank {rank}, and rank {cfg.train.lora_rank} was asked for",
+            f"the adapter has rank {rank}, and rank {train.lora_rank} was asked for",
             where=part.path,
-            fix=f"--lora-rank {rank} trains it on",
+            fix=f"--lora-rank {rank} trains it on, --mode full merges it",
         )
+    strange = [module for module in part.lora_pairs if not f".{module}".endswith(_ends(train))]
+    if strange or part.differences:
+        what = strange[0] if strange else next(iter(part.differences))
+        raise UsageError(
+            f"changes {what[:100]}, which train.lora_targets does not name",
+            where=part.path,
+            fix="name all of its targets by --lora-targets, or merge it by --mode full",
+        )
+
+
+def _pairs(part: WeightFile, train: Train) -> dict[str, Tensor]:
+    """The matrices of an adapter; its own scale goes into B, so that the sum is what it was."""
     found = {}
     for module, pair in part.lora_pairs.items():
-        # Its own scale goes into B, so that the sum is what it was.
-        factor = part.scale_of(pair) / (cfg.train.lora_alpha / cfg.train.lora_rank)
+        factor = part.scale_of(pair) / (train.lora_alpha / train.lora_rank)
         found[f"{module}.lora_A.weight"] = _tensor(pair.down)
         found[f"{module}.lora_B.weight"] = _tensor(pair.up) * factor
     return found
 
 
 def _widen(
-    tensors: dict[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]], cfg: RunConfig, emit: Emit
+    tensors: dict[str, StoredTensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    cfg: RunConfig,
+    emit: Emit,
+    plain: bool,
 ) -> None:
     """More input channels than the base has: zero, or for a plain base under `published` drawn."""
     patch = tensors[_PATCH]
@@ -178,14 +261,13 @@ def _widen(
         )
     if has == wanted:
         return
-    plain = not any(name.startswith("audio_proj.") for name in tensors)
     if plain and cfg.train.init == "published":
         drawn = read_whole(_drawn(_PATCH, shapes[_PATCH], cfg)).copy()
         drawn[:, :has] = to_float32(read_whole(patch), patch.info.dtype)
-        tensors[_PATCH] = ArrayTensor(drawn, "F32")
+        tensors[_PATCH], how = ArrayTensor(drawn, "F32"), "drawn"
     else:
-        tensors[_PATCH] = with_channels(patch, wanted)
-    emit(Notice(f"start: {wanted - has} new input channels beside {has}"))
+        tensors[_PATCH], how = with_channels(patch, wanted), "zero"
+    emit(Notice(f"start: {wanted - has} new input channels beside {has}, {how}"))
 
 
 def _drawn(name: str, shape: tuple[int, ...], cfg: RunConfig) -> StoredTensor:
