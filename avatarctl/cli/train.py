@@ -32,14 +32,16 @@ __all__ = ["train"]
 Name = Literal["train i2v", "train v2v"]
 
 _DEFAULT_MODELS: Final[Mapping[Name, str]] = {"train i2v": "cartoon-i2v", "train v2v": "cartoon-v2v"}
+_CHANNELS: Final[Mapping[Name, str]] = {"train i2v": "", "train v2v": " --channels 49"}
+"""What published weights, which have 33, need in the examples."""
 _DRAWN: Final = range(8)
 """Seeds of the clips that are drawn where no data set is given."""
 
-EXAMPLES = f"""\b
+_EXAMPLES: Final = """\b
 Examples:
-  avatarctl train v2v --aux sync,lpips
-  avatarctl train v2v --data samples --model {EXAMPLE_MODEL} --channels 49 --out runs/mine
-  avatarctl train v2v --resume auto --out runs/mine
+  avatarctl train {which} --aux sync,lpips
+  avatarctl train {which} --data samples --model {model}{channels} --out runs/mine
+  avatarctl train {which} --resume runs/mine
 """
 
 
@@ -53,6 +55,11 @@ def _trained_row(name: str) -> Row:
 def _reader(command: Name) -> Callable[..., Request]:
     def read(params: Mapping[str, Any], row_of: Callable[[str], Row] = _trained_row) -> Request:
         default = _DEFAULT_MODELS[command]
+        run = next((each for each in params.get("checkpoint__resume") or () if each != "auto"), None)
+        if run is not None and not params["config"]:
+            # A run that is named goes on as it was started; of `auto` the same command is expected.
+            folder = _run_of(run)[0]
+            params = {**params, "config": (str(folder / "run.yaml"),)}
         return read_request(command, params, lambda name: row_of(name).for_config, COMPAT, default)
 
     return read
@@ -72,7 +79,7 @@ def _command(name: Name, short: str) -> Callable[[Callable[..., None]], click.Co
         name=name.split()[1],
         cls=ConfigCommand,
         read=_reader(name),
-        epilog=EXAMPLES,
+        epilog=_EXAMPLES.format(which=name.split()[1], model=EXAMPLE_MODEL, channels=_CHANNELS[name]),
         context_settings={"help_option_names": ["-h", "--help"]},
         short_help=short,
         params=config_options(name),
@@ -115,7 +122,8 @@ def _run(command: Name, params: Mapping[str, Any]) -> None:
     folder, resume, step = _place(command, cfg, row)
     with Screen(cfg.runtime.log_level) as screen:
         built_in = "" if "model.name" in request.resolved.asked else " (built in; --model names another)"
-        named = f"model: {row.name} ({row.title})" if row.path else f"model: {row.name}{built_in}"
+        known = row.name == cfg.model.name
+        named = f"model: {row.name}{built_in}" if known else f"model: {cfg.model.name} ({row.title})"
         for notice in filter(None, (named, *request.resolved.notices, offset)):
             screen(Notice(notice))
         cfg = _with_data(cfg, row, folder, screen, dry_run=request.dry_run)
@@ -146,15 +154,25 @@ def _place(command: Name, cfg: RunConfig, row: Row) -> tuple[Path, bool, int | N
         return out or _fresh(home), False, None
     if asked == "auto":
         return out or _newest(home, cfg, command) or _fresh(home), True, None
-    path = expanded(asked)
-    step = None
+    path, step = _run_of(asked)
+    if out is not None and out.absolute() != path.absolute():
+        raise UsageError(f"a run goes on in its own folder, {path}", where="--out", fix="leave it out")
+    return path, True, step
+
+
+def _run_of(asked: str) -> tuple[Path, int | None]:
+    """The run that somebody named, and the step of its checkpoint where they named that.
+
+    Raises PathNotFound.
+    """
+    from avatarctl.files.named_path import expanded
+
+    path, step = expanded(asked), None
     if match := re.fullmatch(r"checkpoint-(\d{1,9})", path.name):
         path, step = path.parent, int(match[1])
     if not (path / "run.yaml").is_file():
         raise PathNotFound("is no run, nor a checkpoint of one", where=asked, fix="name the folder of --out")
-    if out is not None and out.absolute() != path.absolute():
-        raise UsageError(f"a run goes on in its own folder, {path}", where="--out", fix="leave it out")
-    return path, True, step
+    return path, step
 
 
 def _newest(home: Path, cfg: RunConfig, command: Name) -> Path | None:
@@ -225,7 +243,8 @@ def _show_result(command: Name, result: TrainingResult, as_json: bool) -> None:
 
 
 def _absolute(request: Request) -> Any:
-    """What a run file holds: absolute paths, so that it repeats the run from any folder."""
+    """What a run file holds: absolute paths, so that it repeats the run from any folder. Where the run lies
+    is not in it: a folder may be moved, and a repetition is another run."""
     from avatarctl.files.named_path import expanded
 
     def absolute(path: str | None) -> str | None:
@@ -242,8 +261,15 @@ def _absolute(request: Request) -> Any:
         weights=weights,
         weights_root=absolute(cfg.model.weights_root),
     )
-    whole = replace(cfg, data=data, model=model, checkpoint=replace(cfg.checkpoint, resume=None))
-    asked = {name: setting for name, setting in resolved.asked.items() if name != "checkpoint.resume"}
+    whole = replace(
+        cfg,
+        data=data,
+        model=model,
+        output=replace(cfg.output, path=None),
+        checkpoint=replace(cfg.checkpoint, resume=None),
+    )
+    of_this_start = ("checkpoint.resume", "output.path")
+    asked = {name: setting for name, setting in resolved.asked.items() if name not in of_this_start}
     for dotted, setting in asked.items():
         section, _, name = dotted.partition(".")
         if section in ("data", "model"):

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+from avatarctl.config import read_config
 from avatarctl.errors import PathNotFound, UnusableWeights
 from avatarctl.hub.locate import WEIGHT_SUFFIXES
 from avatarctl.loading.loras import find_here
@@ -52,11 +53,19 @@ def _row_of_run(folder: Path) -> Row:
     path, _ = trained_weights(folder)
     held = open_model(path)
     base = ROWS.get(str(base_of(path).get("model")))
+    size = _trained_size(path)
+    sizes = ((size["data.width"], size["data.height"]),) if size else ()
     if base is None or base.source != "package":
-        return _row_of(path, held)
+        row = replace(_row_of(path, held), name=folder.name)
+        seen = replace(row.trained_for, sizes=sizes)
+        return replace(row, defaults={**row.defaults, **size}, trained_for=seen)
     data = data_of(held)
+    video = {key: value for key, value in base.defaults.items() if key.startswith("output.")}
+    shown = {f"output.{side}": size[f"data.{side}"] for side in ("width", "height") if size and video}
     defaults = {
         **base.defaults,
+        **size,
+        **shown,
         "model.channels": held.sizes.in_channels,
         "model.audio_offset": held.audio_offset,
         "train.init": "zero_channels",  # these weights are there, whatever its row says of its own
@@ -72,8 +81,16 @@ def _row_of_run(folder: Path) -> Row:
         audio_offset_stated=True,
         trained_with=data,
         trained=True,
+        trained_for=replace(base.trained_for, sizes=sizes),
         path=str(path),
     )
+
+
+def _trained_size(path: Path) -> dict[str, int]:
+    """Width and height of the clips that the weights in a checkpoint learnt from, as its run file says."""
+    settings = read_config(path.parent / "run.yaml").settings
+    keys = ("data.width", "data.height")
+    return {key: settings[key].value for key in keys} if all(key in settings for key in keys) else {}
 
 
 def _row_of(path: Path, held: WeightFile) -> Row:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -63,8 +63,14 @@ _DOWN: Final = (False, True, True)
 """Steps of the Wan 2.1 VAE: 8 times smaller in space, 4 times in time (spec/omniavatar.md c)."""
 
 
-def transformer(held: WeightFile, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The diffusion transformer of a full model, float32 where `models/precision.py` says so."""
+def transformer(
+    held: WeightFile,
+    dtype: torch.dtype,
+    device: torch.device,
+    whole: Callable[[str], bool] = lambda name: False,
+) -> nn.Module:
+    """The diffusion transformer of a full model, float32 where `models/precision.py` says so, and where
+    `whole` does of an original name."""
     with on_meta():
         network = TRANSFORMERS[held.layout.family](
             num_attention_heads=held.heads,
@@ -75,7 +81,8 @@ def transformer(held: WeightFile, dtype: torch.dtype, device: torch.device) -> n
     tensors = held.layout.key_map.rename_to_internal(held.tensors)
 
     def dtype_of(name: str) -> torch.dtype:
-        return torch.float32 if is_float32_island(network, name) else dtype
+        stays = is_float32_island(network, name) or whole(told_as(name) or name)
+        return torch.float32 if stays else dtype
 
     told_as = held.layout.key_map.to_original
     fill(network, tensors, dtype_of=dtype_of, device=device, where=held.path, told_as=told_as)

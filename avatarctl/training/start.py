@@ -129,7 +129,9 @@ def start_network(
     if plan.held is None:
         return Start(_random(plan.row, cfg, dtype, device, emit), plan.layout, plan.base, {})
     pairs = {} if plan.adapter is None else _pairs(plan.adapter, cfg.train)
-    return Start(transformer(plan.held, dtype, device), plan.layout, plan.base, pairs)
+    # What an adapter carries whole is trained: rounded to bfloat16 first, it would lose what a run learnt.
+    dit = transformer(plan.held, dtype, device, plan.layout.is_replaced)
+    return Start(dit, plan.layout, plan.base, pairs)
 
 
 def _ends(train: Train) -> tuple[str, ...]:
