@@ -214,8 +214,9 @@ def presets_page(folder: Path) -> str:
 PRESETS_INTRODUCTION = """# Shipped configurations
 
 `avatarctl COMMAND --config NAME` finds them, a folder in front of the name included; options win over what
-they hold. Those of `data` are for `precompute-latents` and `precompute-audio`. With another `--model` only
-what stands under `asked:` is taken over.
+they hold. Those of `data` are for `precompute-latents` and `precompute-audio`, those of `train` for
+`train i2v` or `train v2v`, whichever is in the name ([training](../docs/training.md)). With another `--model`
+only what stands under `asked:` is taken over.
 
 """
 

@@ -30,14 +30,16 @@ from avatarctl.config import (
     value_of,
 )
 from avatarctl.errors import PathNotFound
+from avatarctl.families import family_named
 from avatarctl.media import write_clip
-from avatarctl.registry import COMPAT, ROWS, find_model
+from avatarctl.registry import COMPAT, ROWS, based_on, find_model
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = preset_names()
 FOR_A_MODEL = [name for name in NAMES if name.startswith("infer/")]
 FOR_DATA = [name for name in NAMES if name.startswith("data/")]
-OF_INFER = [name for name in NAMES if name not in FOR_DATA]
+FOR_TRAINING = [name for name in NAMES if name.startswith("train/")]
+OF_INFER = [name for name in NAMES if name not in (*FOR_DATA, *FOR_TRAINING)]
 RUNNABLE = [row.name for row in ROWS.values() if row.kind == "model" and row.status != "not yet supported"]
 
 
@@ -53,6 +55,8 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 def command_of(name: str) -> str:
     """One that a shipped file is for."""
+    if name in FOR_TRAINING:
+        return "train i2v" if "-i2v" in name else "train v2v"
     return "precompute-latents" if name in FOR_DATA else "infer"
 
 
@@ -60,7 +64,7 @@ def resolved(path: Path, *assignments: str, command: str = "infer") -> Resolved:
     """What `--config path -o …` makes."""
     asked = dict(read_assignment(text, "-o") for text in assignments)
     file = read_config(path, command=command)
-    return resolve(lambda name: find_model(name).for_config, COMPAT, file, asked)
+    return resolve(lambda name: (based_on(name) or find_model(name)).for_config, COMPAT, file, asked)
 
 
 def run(*arguments: str) -> Result:
@@ -105,6 +109,23 @@ def test_each_holds_every_value_that_its_command_takes(name: str) -> None:
         if dotted not in file.settings and not of_video:
             nothing = value_of(cfg, dotted) in (None, (), {})
             assert nothing or is_without_code(spec, command), dotted
+
+
+@pytest.mark.parametrize("name", FOR_TRAINING)
+def test_each_for_training_fits_its_command(name: str, tmp_path: Path) -> None:
+    """By its short name; the weights alone are missing here, and they are what it says."""
+    command = command_of(name)
+    cfg = resolved(find_config(name, command), command=command).cfg
+    row = based_on(cfg.model.name or "") or find_model(cfg.model.name or "")
+    wants = "image" if command == "train i2v" else "video"
+    assert family_named(row.family).takes(cfg) == wants
+    assert cfg.data.reference_sequence == (cfg.model.channels == 65)
+    assert cfg.model.audio_offset == (1 if wants == "image" and not name.endswith("-base") else 0)
+    assert bool(cfg.aux.losses) == name.endswith("-aux")
+    (tmp_path / "samples" / "a").mkdir(parents=True)
+    words = (*command.split(), "--config", name.removeprefix("train/"), "--data", str(tmp_path / "samples"))
+    made = CliRunner().invoke(app, [*words, "--weights-root", str(tmp_path), "--out", str(tmp_path / "run")])
+    assert made.exit_code == 4 and "weights" in made.output and "are missing" in made.output, made.output
 
 
 @pytest.mark.parametrize("name", FOR_DATA)
