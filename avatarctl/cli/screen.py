@@ -205,7 +205,7 @@ class Screen:
 
     def _train(self, event: TrainingStepFinished) -> None:
         """A bar for a terminal; in a log a line per twentieth of the steps."""
-        numbers = ", ".join(f"{name} {value:.4g}" for name, value in event.numbers.items())
+        numbers = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in event.numbers.items())
         if self._task is None or self._progress is None:
             self._start_bar("step", event.steps)
         if self._progress is not None and self._task is not None:

@@ -213,11 +213,9 @@ class Trainer:
         return total
 
     def _tell(self, seconds_left: float) -> None:
-        shown = {
-            name: value
-            for name, value in self.last.items()
-            if isinstance(value, float) and name not in ("learning_rate",)
-        }
+        numbers = {name: value for name, value in self.last.items() if isinstance(value, float)}
+        numbers.pop("learning_rate", None)
+        shown = {"loss": numbers.pop("loss"), **numbers} if "loss" in numbers else numbers
         self.emit(TrainingStepFinished(self.step, self.cfg.train.max_steps, shown, seconds_left))
 
 
