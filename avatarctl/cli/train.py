@@ -133,7 +133,7 @@ def _run(command: Name, params: Mapping[str, Any]) -> None:
 
         run = TrainingRun(command, cfg, row, family, folder, screen, resume=resume, from_step=step)  # type: ignore[arg-type]
         if request.dry_run:
-            _show_plan(command, run, request.json)
+            _show_plan(command, run, request.json, screen)
             return
         from avatarctl.cli.signals import stop_on_signals
 
@@ -199,15 +199,23 @@ def _with_data(cfg: RunConfig, row: Row, folder: Path, screen: Screen, *, dry_ru
     samples = folder / "samples"
     screen(Notice(f"data: {len(_DRAWN)} clips of the {row.world} world, drawn (--data for yours)"))
     if dry_run:
-        raise UsageError("drawn clips are made when training begins", where="--dry-run", fix="give --data")
+        return cfg
     from avatarctl.demo.samples import write_samples
 
     write_samples(samples, _DRAWN, cfg.data.num_frames, cfg.data.audio_name)
     return replace(cfg, data=replace(cfg.data, path=str(samples)))
 
 
-def _show_plan(command: Name, run: TrainingRun, as_json: bool) -> None:
-    summary = run.summary(run.open_data())
+def _show_plan(command: Name, run: TrainingRun, as_json: bool, screen: Screen) -> None:
+    from avatarctl.loading.sources import missing_line
+
+    if missing := run.sources.missing:
+        screen(Notice(missing_line(missing), "warning"))
+    if run.cfg.data.path is None:  # they are drawn when training begins
+        summary = run.summary(len(_DRAWN), 0, {})
+    else:
+        data = run.open_data()
+        summary = run.summary(len(data.names), len(data.bad), data.lacking)
     if as_json:
         click.echo(json.dumps({"command": command, "dry_run": True, **summary}))
         return

@@ -3,7 +3,7 @@ or the checkpoint to go on from, the loop, and what a person is told at the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,8 +118,9 @@ class TrainingRun:
             self._report(data, trainer)
             return TrainingResult(self.folder.path, trainer.step, last)
 
-    def summary(self, data: TrainingSet) -> dict[str, Any]:
-        """What `--dry-run` shows."""
+    def summary(self, samples: int, bad: int, lacking: Mapping[str, int]) -> dict[str, Any]:
+        """What `--dry-run` shows, of a data set with that many samples, unusable ones beside them, and what
+        it lacks (`TrainingSet.lacking`)."""
         train = self.cfg.train
         slots = train.batch_size * train.gradient_accumulation
         return {
@@ -129,12 +130,12 @@ class TrainingRun:
             "start": train.init,
             "audio_offset": self.cfg.model.audio_offset,
             "trained_numbers": None if self._start is None else self._start.trained(train),
-            "samples": len(data.names),
-            "unusable": len(data.bad),
+            "samples": samples,
+            "unusable": bad,
             "samples_per_step": slots,
             "steps": train.max_steps,
-            "epochs": round(train.max_steps * slots / len(data.names), 2),
-            "encoded_while_training": data.lacking,
+            "epochs": round(train.max_steps * slots / samples, 2),
+            "encoded_while_training": dict(lacking),
             "losses": list(self.cfg.aux.losses),
             "folder": str(self.folder.path),
             "missing_weights": [f"{item.folder}/{item.file}" for item in self.sources.missing],

@@ -191,16 +191,14 @@ def test_a_released_adapter_dubs_after_a_step(published: Published, samples: Pat
 
 
 def test_a_run_of_a_built_in_model_is_a_start(samples: Path, tmp_path: Path) -> None:
-    """Its adapter is trained on, and widened."""
+    """Its adapter is trained on, and widened. The run goes on by its name alone, wherever it was moved."""
     learnt = "trainable_weights.safetensors"
-    words = ("--data", samples, *ONE, "-o", "train.learning_rate=1e-9")
-    first = ran("train", "i2v", *words, "--mode", "lora", *RANK, "--out", tmp_path / "one")
+    words = ("--data", samples, *ONE, "-o", "train.learning_rate=1e-9", "--mode", "lora", *RANK)
+    first = ran("train", "i2v", *words, "--out", tmp_path / "one")
     assert first.exit_code == 0, first.output
-    wider = ran(
-        "train", "v2v", *words, "--mode", "lora", *RANK, "--model", tmp_path / "one", "--channels", "49",
-        "--out", tmp_path / "two",
-    )  # fmt: skip
-    assert wider.exit_code == 0, wider.output
+    wider = ("--model", tmp_path / "one", "--channels", "49")
+    second = ran("train", "v2v", *words, *wider, "--out", tmp_path / "two")
+    assert second.exit_code == 0, second.output
     one, two = (load_file(tmp_path / name / "checkpoint-1" / learnt) for name in ("one", "two"))
     patch = "patch_embedding.weight"
     assert two[patch].shape[1] == 49 and torch.allclose(two[patch][:, :33], one[patch], atol=1e-7)
@@ -208,6 +206,34 @@ def test_a_run_of_a_built_in_model_is_a_start(samples: Path, tmp_path: Path) -> 
     clip = ("--video", samples / "000000" / "sub_clip.mp4", "--audio", samples / "000000" / "audio.wav")
     talks = ran("infer", "--model", tmp_path / "two", *clip, "--dry-run")
     assert talks.exit_code == 0 and "60 targets" in talks.stderr, talks.output
+    (tmp_path / "two").rename(tmp_path / "moved")
+    plan = ran("train", "v2v", "--resume", tmp_path / "moved", "--dry-run", "--json")
+    assert plan.exit_code == 0, plan.output
+    told = json.loads(plan.stdout)
+    assert (told["channels"], told["steps"], told["folder"]) == (49, 1, str(tmp_path / "moved"))
+
+
+def test_a_run_of_an_untrained_model_is_not_begun_from_nothing(samples: Path, tmp_path: Path) -> None:
+    """Its row draws random weights; a run of it has some."""
+    run = tmp_path / "run"
+    made = ran("train", "v2v", "--data", samples, *ONE, "--out", run)
+    assert made.exit_code == 0 and "random weights from seed 42" in made.output, made.output
+    row = row_named(str(run))
+    cfg = configure(f"model.name={run}", row_named=row_named)
+    plan = plan_start(row, find_sources(row, cfg.model), cfg, lambda event: None)
+    start = start_network(plan, cfg, torch.float32, torch.device("cpu"), lambda event: None)
+    state, stored = original(start), load_file(run / "checkpoint-1" / "trainable_weights.safetensors")
+    assert state.keys() == stored.keys()
+    assert all(torch.equal(state[name], stored[name]) for name in stored)
+    assert start.base == {"model": "cartoon-v2v"}
+
+
+def test_a_dry_run_as_typed_counts_the_clips_that_will_be_drawn() -> None:
+    made = ran("train", "v2v", "--dry-run", "--json")
+    assert made.exit_code == 0, made.output
+    plan = json.loads(made.stdout)
+    assert (plan["samples"], plan["start"], plan["missing_weights"]) == (8, "random", [])
+    assert not Path(plan["folder"]).exists()
 
 
 def test_an_image_model_keeps_the_offset_of_its_weights(
