@@ -67,8 +67,7 @@ def made_by(
         "dtype": cfg.data.artifact_dtype,
         "fps": conventions.fps,
         "hole": conventions.hole,
-        "audio_offset": conventions.audio_offset if artifact.part == "audio" else None,
-    }
+    }  # not the audio offset: row k of the features is the audio of frame k with either
     text = json.dumps(facts, sort_keys=True)
     return Making(hashlib.sha256(text.encode()).hexdigest(), text)
 

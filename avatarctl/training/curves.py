@@ -21,6 +21,8 @@ _INK, _GREY, _FAINT = (32, 32, 32), (110, 110, 110), (226, 226, 226)
 _EACH, _MEAN, _SKIPPED = (176, 198, 230), (20, 80, 180), (200, 40, 40)
 _WINDOW: Final = 0.02
 """Share of the steps that the thick line averages over."""
+_FEWEST: Final = 5
+"""Steps that it averages over where there are some."""
 _LOGARITHMIC: Final = 30.0
 """Highest over lowest value from which a panel is logarithmic: one early peak would flatten all others."""
 _FIRST: Final = ("loss", "flow", "mse")
@@ -145,7 +147,7 @@ def _round_steps(first: int, last: int) -> list[int]:
 
 
 def _means(points: Points) -> Points:
-    window = max(1, round(len(points) * _WINDOW))
+    window = max(1, min(_FEWEST, len(points) // 4), round(len(points) * _WINDOW))
     means, total = [], 0.0
     for index, (step, value) in enumerate(points):
         total += value

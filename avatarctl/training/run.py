@@ -113,6 +113,8 @@ class TrainingRun:
             self.folder.begin(run_text)
             trainer = self._trainer(data)
             begun = trainer.step
+            if begun == self.cfg.train.max_steps:
+                self._emit(Notice(f"nothing to do: all {begun} steps are done (--max-steps for more)"))
             trainer.train(should_stop)
             last = checkpoints(self.folder.path)[-1][1] if trainer.step > begun else None
             self._report(data, trainer)

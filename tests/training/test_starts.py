@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from avatarctl.cli import app
 from avatarctl.config import RunConfig
+from avatarctl.data.artifacts import made_by
 from avatarctl.errors import UnusableWeights, UsageError
 from avatarctl.events import Event
+from avatarctl.families import family_named
 from avatarctl.loading.model_row import row_named
 from avatarctl.loading.sources import find_sources
 from avatarctl.registry import Row, based_on, configure
@@ -234,6 +236,19 @@ def test_a_dry_run_as_typed_counts_the_clips_that_will_be_drawn() -> None:
     plan = json.loads(made.stdout)
     assert (plan["samples"], plan["start"], plan["missing_weights"]) == (8, "random", [])
     assert not Path(plan["folder"]).exists()
+
+
+def test_prepared_audio_serves_either_offset(published: Published) -> None:
+    """Features are prepared with the row's offset, and a video is trained with 0 whatever that is."""
+    family, made = family_named("omniavatar"), []
+    for offset in (0, 1):
+        _, cfg = published.configured(ADAPTED, "model.channels=49", f"model.audio_offset={offset}")
+        artifacts = [each for each in family.artifacts(cfg) if each.part == "audio"]  # type: ignore[attr-defined]
+        conventions = family.conventions(cfg)
+        made.append(
+            [made_by(each, family.name, conventions, "encoder", {}, cfg).fingerprint for each in artifacts]
+        )
+    assert len(made[0]) == 2 and made[0] == made[1]
 
 
 def test_an_image_model_keeps_the_offset_of_its_weights(
