@@ -284,12 +284,20 @@ def read_request(
     if os.environ.get(WEIGHTS_VARIABLE):
         spec = keys()["model.weights_root"]
         ambient[spec.dotted] = read_text(spec, os.environ[WEIGHTS_VARIABLE], WEIGHTS_VARIABLE)
-    resolved = resolve(row_of, compat, file, asked, default_model=default_model, ambient=ambient)
+    resolved = resolve(
+        row_of, compat, file, asked, default_model=default_model, ambient=ambient, stated_by=_stated_by
+    )
     in_file = file.asked if file and path and not is_shipped(path) else frozenset()
     if idle := unread(asked.keys() | in_file, command):
         line = f"no effect: `avatarctl {command}` does not read {', '.join(idle)}"
         resolved = replace(resolved, notices=(*resolved.notices, line))
     return Request(resolved, dry_run=params["dry_run"], json=params["as_json"])
+
+
+def _stated_by(model: str, transformer: str) -> Mapping[str, Any]:
+    from avatarctl.loading.model_row import stated_by  # with numpy, which most commands can do without
+
+    return stated_by(model, transformer)
 
 
 def _agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

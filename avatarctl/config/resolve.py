@@ -68,12 +68,14 @@ def resolve(
     *,
     default_model: str = "cartoon-i2v",
     ambient: Mapping[str, Setting] | None = None,
+    stated_by: Callable[[str, str], Mapping[str, Any]] | None = None,
 ) -> Resolved:
-    """Merge defaults < model row < compat < ambient < file < asked.
+    """Merge defaults < model row < transformer named by `model.weights` < compat < ambient < file < asked.
 
     row_of:  finds the row of `model.name`, which is settled first; raises for unknown names.
     compat:  what each `model.compat` other than "none" sets, by dotted key, unless the row states its own.
     ambient: settings of the surroundings, such as environment variables.
+    stated_by: what such a transformer of a model states, by dotted key.
     Raises ConfigError for values that are impossible together.
     """
     own = dict(file.settings) if file else {}
@@ -100,6 +102,9 @@ def resolve(
         if winner in own or winner in asked or winner in (ambient or {}):
             for loser in losers:
                 base.pop(loser, None)
+    weights = modes["model.weights"].value if "model.weights" in modes else {}
+    if stated_by is not None and "dit" in weights:
+        base |= _layer(stated_by(name, weights["dit"]), f"header of {weights['dit']}")
     settings = base | compat_layer | dict(ambient or {}) | own | dict(asked)
     cfg = _build({dotted: setting.value for dotted, setting in settings.items()})
     origins = {dotted: setting.origin for dotted, setting in settings.items()}

@@ -88,7 +88,7 @@ class _Facts:
 
 
 class Checker:
-    """Looks at samples of one data set for one command."""
+    """Looks at samples of one data set for one command. tidy: whether what dead runs left is removed."""
 
     def __init__(
         self,
@@ -99,7 +99,10 @@ class Checker:
         known: Known,
         own: Path,
         emit: Emit,
+        *,
+        tidy: bool = True,
     ) -> None:
+        self._tidy = tidy
         self._cfg, self._family, self._artifacts = cfg, family, artifacts
         self._known, self._own, self._emit = known, own, emit
         self._conventions = family.conventions(cfg)
@@ -145,7 +148,7 @@ class Checker:
 
     def _check(self, sample: Sample) -> Checked:
         facts = self._facts(sample)
-        if sample.folder.is_dir():
+        if self._tidy and sample.folder.is_dir():
             for line in remove_left_behind(sample.folder):
                 self._emit(Notice(line))
         frames = facts.video["frames"]
@@ -161,6 +164,7 @@ class Checker:
                 lacking.append(artifact)
         if not lacking:
             return Checked(sample, frames, made=made, prompt=facts.prompt)
+        self._warn(sample, facts)
         lacking = self._with_file_mates(lacking)
         names = tuple(each.name for each in lacking)
         shown = {each for artifact in lacking for each in artifact.reads} & {"video", "masks"}
@@ -179,6 +183,12 @@ class Checker:
         if doubt:
             self._emit(Notice(doubt, "warning"))
         return _Facts(video, audio, prompt)
+
+    def _warn(self, sample: Sample, facts: _Facts) -> None:
+        """What is odd about its files; once, as a sample that is finished is not looked at again."""
+        for about in (facts.video, facts.audio):
+            for line in about["warnings"]:
+                self._emit(Notice(f"{sample.name}: {line}", "warning"))
 
     def _inputs(self, artifact: Artifact, sample: Sample, facts: _Facts) -> dict[str, Any]:
         inputs: dict[str, Any] = {}

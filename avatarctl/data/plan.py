@@ -23,7 +23,8 @@ _BYTES: Final = {"bfloat16": 2, "float32": 4}
 def plan_summary(preparation: Preparation, emit: Emit) -> dict[str, Any]:
     """Counts, bytes and seconds; nothing is loaded, written or removed.
 
-    Of videos that are not cut yet the number of samples is the largest possible, for cuts are not known.
+    Of videos that are not cut yet, or would be cut otherwise, the number of samples is the largest possible,
+    for cuts are not known.
     seconds: by what samples took in the last run here; None before there was one.
     """
     raws, checked = preparation.plan()
@@ -43,7 +44,7 @@ def plan_summary(preparation: Preparation, emit: Emit) -> dict[str, Any]:
     shapes = {each.name: [side for side in each.shape if side] for each in of_sample}
     return {
         "model": preparation.row.name,
-        "videos": len(raws),
+        "videos": len(preparation.raws or ()),
         "samples": len(checked) + cut,
         "to_do": todo,
         "up_to_date": sum(each.todo is None and each.problem is None for each in checked),

@@ -22,7 +22,16 @@ from avatarctl.data.media import bytes_facts, cut_source, read_sample
 from avatarctl.data.report import Done, write_index, write_report
 from avatarctl.data.samples import OWN, Sample, find_samples
 from avatarctl.data.storing import Store
-from avatarctl.data.windows import Cutting, RawVideo, find_videos, fingerprints, recorded, samples_of
+from avatarctl.data.windows import (
+    VIDEO_SUFFIXES,
+    Cutting,
+    RawVideo,
+    find_videos,
+    fingerprints,
+    has_record,
+    recorded,
+    samples_of,
+)
 from avatarctl.data.workers import Outcome, run_jobs
 from avatarctl.errors import (
     AvatarctlError,
@@ -119,17 +128,34 @@ class Preparation:
             if results:
                 write_report(self.own, self._stem, results)
             raise
-        write_index(self.own, results, {each.name for each in self.artifacts})
+        whole = self.raws is None and self._parts == 1
+        write_index(self.own, results, {each.name for each in self.artifacts}, whole=whole)
         report = write_report(self.own, self._stem, results)
         return _summary(results, report, time.monotonic() - started)
 
     def plan(self) -> tuple[list[RawVideo], list[Checked]]:
         """What `--dry-run` counts: sources to cut, and samples with what they lack."""
-        checker = self._checker()
-        if self.raws is not None:
-            return self.raws, []
-        assert self.data is not None
-        return [], [checker.check(sample) for sample in self.data.samples[self._part :: self._parts]]
+        checker = self._checker(tidy=False)
+        if self.raws is None:
+            assert self.data is not None
+            return [], [checker.check(sample) for sample in self.data.samples[self._part :: self._parts]]
+        waiting, checked = [], []
+        for raw in self.raws:
+            record = None if self.cfg.data.force else self._finished(raw)
+            if record is None:
+                waiting.append(raw)
+            else:
+                samples = samples_of(self.path, raw, record, self.cfg.data.audio_name)
+                checked += [checker.check(sample) for sample in samples]
+        return waiting, checked
+
+    def _finished(self, raw: RawVideo) -> dict[str, Any] | None:
+        """The record of a source that is cut already; what is wrong with one comes to light when it is read.
+        A source that nobody has cut is not hashed for this: it may be large."""
+        try:
+            return recorded(self.path, raw, self._prints(raw)[0]) if has_record(self.path, raw) else None
+        except AvatarctlError:
+            return None
 
     @property
     def cutting(self) -> Cutting:
@@ -153,15 +179,19 @@ class Preparation:
         if self.path.exists() and not self.path.is_dir():
             raise UsageError("is not a folder, and samples become folders", where=self.path)
         source = expanded(self.cfg.data.videos)
-        found = find_videos(source, self.cfg.input.prompt or "")
-        if not source.is_dir() and source.parent.resolve() == self.path.resolve():
+        if source.suffix.lower() in VIDEO_SUFFIXES and source.is_file():
+            raise UsageError("is one video", where=source, fix="name its folder, or a list of videos")
+        home = source if source.is_dir() else source.parent
+        if home.resolve() == self.path.resolve():
             raise UsageError(
                 "samples cannot lie among their videos", where="--data", fix="name another folder"
             )
+        found = find_videos(source, self.cfg.input.prompt or "")
         return found[self._part :: self._parts]
 
-    def _checker(self) -> Checker:
-        return Checker(self.cfg, self.family, self.artifacts, self.encoders, self.known, self.own, self._emit)
+    def _checker(self, *, tidy: bool = True) -> Checker:
+        shared = (self.artifacts, self.encoders, self.known, self.own, self._emit)
+        return Checker(self.cfg, self.family, *shared, tidy=tidy)
 
     def _samples(self, results: list[Done], should_stop: Callable[[], bool]) -> list[Sample]:
         if self.raws is None:
@@ -270,8 +300,8 @@ class Preparation:
             if todo is None or not names:
                 continue
             todo = replace(todo, names=names, ranges=((0, 0),), masks=())
-            function, arguments = self._reading(todo)
-            done = self._encode(todo, Outcome(function(*arguments)), checker, store)
+            (read,) = run_jobs([self._reading(todo)], 0)
+            done = self._encode(todo, read, checker, store)
             if done.state == "failed":
                 yield done
 

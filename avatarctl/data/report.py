@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from avatarctl.atomic import atomic_write_text
@@ -38,15 +38,23 @@ class Done:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def write_index(own: Path, results: Sequence[Done], names: Collection[str]) -> None:
+def write_index(own: Path, results: Sequence[Done], names: Collection[str], *, whole: bool) -> None:
     """`index.jsonl`: every sample that has artifacts, by name, without times, so that it says the same
-    however often a run was interrupted. What other commands wrote of other samples and artifacts stays.
+    however often a run was interrupted. What other commands wrote of other samples and artifacts stays; what
+    is no sample any more goes: of a source that is cut otherwise now, or where `results` are the whole set.
 
     names: of the artifacts that this command makes.
     """
     path = own / "index.jsonl"
+    samples = {each.name for each in results if each.kind == "sample"}
+    sources = {each.name for each in results if each.kind == "source" and each.state != "failed"}
     with _alone(own):
-        held = _read(path)
+        held = {
+            name: entry
+            for name, entry in _read(path).items()
+            if name in samples
+            or not (whole or any(str(folder) in sources for folder in PurePosixPath(name).parents))
+        }
         for each in results:
             if each.kind == "source":
                 continue

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ __all__ = [
     "RawVideo",
     "find_videos",
     "fingerprints",
+    "has_record",
     "make_samples",
     "others_of",
     "recorded",
@@ -75,19 +75,14 @@ class Cutting:
 
 
 def find_videos(path: Path, default_prompt: str) -> list[RawVideo]:
-    """The videos of a folder (by their suffix, in all folders below) or of a list, by name.
+    """The videos of a folder (by their suffix, in all folders below) or of a list, by name. What is hidden is
+    passed over, and so are data sets, whose clips are no sources.
 
     A prompt is a text file beside the video (`talk.txt` for `talk.mp4`), the list's column, or the default.
     Raises PathNotFound, UnusableFile for no videos.
     """
     if path.is_dir():
-        files = sorted(
-            Path(folder) / name
-            for folder, _, names in os.walk(path)
-            for name in names
-            if Path(name).suffix.lower() in VIDEO_SUFFIXES
-        )
-        found = [_raw(file, path, None, "", default_prompt) for file in files]
+        found = [_raw(file, path, None, "", default_prompt) for file in sorted(_videos_below(path))]
     else:
         base = path.parent
         found = [
@@ -103,6 +98,19 @@ def find_videos(path: Path, default_prompt: str) -> list[RawVideo]:
     if not found:
         raise UnusableFile("holds no videos", where=path)
     return _without_twins(found)
+
+
+def _videos_below(path: Path) -> Iterator[Path]:
+    for folder, folders, names in os.walk(path):
+        if OWN in folders and Path(folder) != path:
+            folders.clear()  # samples that were made here before: cut again, they would never end
+            continue
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (
+            Path(folder) / name
+            for name in names
+            if Path(name).suffix.lower() in VIDEO_SUFFIXES and not name.startswith(".")
+        )
 
 
 def _raw(file: Path, base: Path, audio: Path | None, prompt: str, default: str) -> RawVideo:
@@ -138,6 +146,11 @@ def fingerprints(raw: RawVideo, video: str, audio: str, cutting: Cutting) -> tup
     return whole, each
 
 
+def has_record(out: Path, raw: RawVideo) -> bool:
+    """Whether a source was cut before, in whatever way."""
+    return _record(out, raw).is_file()
+
+
 def recorded(out: Path, raw: RawVideo, whole: str) -> dict[str, Any] | None:
     """The record of a source that is finished, and whose folders are all there."""
     path = _record(out, raw)
@@ -163,6 +176,8 @@ def make_samples(out: Path, raw: RawVideo, whole: str, each: str, cutting: Cutti
     Raises UnusableVideo, UnusableAudio, PathNotFound, and WriteFailed for a full disk.
     """
     home = out / raw.name
+    if home.exists() and not home.is_dir():
+        raise UnusableFile("its samples go into a folder of this name, and a file has it", where=home)
     notes = [line for folder in (home, _record(out, raw).parent) for line in remove_left_behind(folder)]
     source = raw.audio or raw.video
     with open_video(raw.video) as reader, Waveform(open_audio(source)) as waveform:
@@ -170,7 +185,7 @@ def make_samples(out: Path, raw: RawVideo, whole: str, each: str, cutting: Cutti
         work = _Work(home, raw, each, cutting, waveform)
         windows, cuts = _walk(fitted, work, cutting)
         pool = work.pool()
-        frames, warnings = reader.frames, list(reader.warnings)
+        frames, warnings = reader.frames, [*reader.warnings, *waveform.audio.doubts]
     if not windows:
         what = (
             f"shorter than a window of {cutting.window} frames"
@@ -262,7 +277,7 @@ class _Work:
             atomic_write_text(hidden / _MADE, json.dumps(made) + "\n")
             with disk_errors(folder):
                 if folder.exists():
-                    shutil.rmtree(folder)
+                    _remove(folder)
                 hidden.rename(folder)
                 flush_folder(self._home)
 
@@ -304,7 +319,13 @@ def _remove_others(home: Path, wanted: set[str]) -> None:
     """Samples of an earlier cutting of this source, which nothing would make again."""
     for folder in home.iterdir():
         if folder.name not in wanted and (folder / _MADE).is_file() and not folder.name.startswith("."):
-            shutil.rmtree(folder)
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Takes a sample away under a hidden name, so that a kill in between leaves no half of one."""
+    with held_folder(folder.parent) as hidden:
+        folder.rename(hidden / folder.name)
 
 
 def _folder_name(start: int) -> str:

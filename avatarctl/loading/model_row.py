@@ -18,7 +18,7 @@ from avatarctl.weights.metadata import data_of
 from avatarctl.weights.recognise import open_model
 from avatarctl.weights.weight_file import WeightFile
 
-__all__ = ["row_named"]
+__all__ = ["row_named", "stated_by"]
 
 _UNKNOWN_HEAD_WIDTH: Final = 128
 """Where only the base of an adapter can tell: that of every published Wan transformer."""
@@ -43,6 +43,17 @@ def row_named(name: str) -> Row:
             raise PathNotFound("no such file or folder, and no model of this name", where=name)
         return find_model(name)
     return _row_of(path.absolute(), open_model(path))
+
+
+def stated_by(model: str, transformer: str) -> dict[str, Any]:
+    """What a transformer that is named in place of a published model's own states of how it is to be used:
+    `data.mask_rule` where its header has one. Below a file or folder that is a model itself it is a base,
+    and says nothing. Raises UnusableWeights."""
+    path = find_here(transformer) if model in ROWS else None
+    if path is None:
+        return {}  # where it should be there, `find_sources` says so
+    rule = data_of(open_model(path)).get("mask_rule")
+    return {"data.mask_rule": rule} if rule else {}
 
 
 def _row_of_run(folder: Path) -> Row:

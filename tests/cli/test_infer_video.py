@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import av
 import numpy as np
@@ -21,7 +17,6 @@ from safetensors.numpy import save_file
 
 from avatarctl.conditioning.masking import mask_name
 from avatarctl.demo.clips import clip
-from avatarctl.media.frames import ArrayVideo
 from avatarctl.weights.layout import Sizes
 from avatarctl.weights.layouts import omniavatar_shapes
 from tests.helpers_video import read_frames
@@ -30,29 +25,6 @@ Run = Callable[..., Result]
 Refused = Callable[..., str]
 
 SMALL = ("--model", "cartoon-v2v", "--steps", "1", "--size", "32x32", "--num-frames", "9")
-
-
-class _Thin(ArrayVideo):
-    """All frames of a file at once, until there is a reader of files."""
-
-    def __enter__(self) -> _Thin:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        pass
-
-
-@pytest.fixture(autouse=True)
-def reader(monkeypatch: pytest.MonkeyPatch) -> None:
-    if importlib.util.find_spec("avatarctl.media.video_reader") is None:
-
-        def open_video(path: str) -> _Thin:
-            with av.open(path) as container:
-                frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-            return _Thin(np.stack(frames), str(path))
-
-        module: Any = SimpleNamespace(open_video=open_video)
-        monkeypatch.setitem(sys.modules, "avatarctl.media.video_reader", module)
 
 
 @pytest.fixture
@@ -172,6 +144,23 @@ def test_weights_say_with_which_rule_and_mask_they_were_trained(
     assert "was trained with" not in run(*words, "--mask", "half.png").stderr
     weights_that_say(here / "mine.safetensors", {"mask_rule": "some"})
     assert "avatarctl.data has no mask_rule that is one" in refused(3, *words)
+
+
+def test_a_transformer_named_for_a_model_says_its_rule_too(
+    run: Run, refused: Refused, source: Path, voice: Path, here: Path
+) -> None:
+    weights_that_say(here / "mine.safetensors", {"mask_rule": "first_keep"})
+    inputs = ("--video", str(source), "--audio", str(voice), "--dry-run")
+    words = ("infer", "--model", "omniavatar-1.3b", "--channels", "49", "--audio-offset", "0", *inputs)
+    plan = run(*words, "--weights", "dit=mine.safetensors")
+    assert plan.exit_code == 0 and "mask_rule: first_keep\n" in plan.stdout, plan.stderr
+    other = run(*words, "--weights", "dit=mine.safetensors", "--mask-rule", "all")
+    assert "mask_rule: all\n" in other.stdout
+    (here / "run.yaml").write_text("model: {weights: {dit: mine.safetensors}}\n", encoding="utf-8")
+    assert "mask_rule: first_keep\n" in run(*words, "--config", "run.yaml").stdout
+    assert "no such file or folder: nothing.safetensors" in refused(
+        2, *words, "--weights", "dit=nothing.safetensors"
+    )
 
 
 def test_what_is_refused(refused: Refused, source: Path, voice: Path, face: Path, here: Path) -> None:

@@ -221,6 +221,8 @@ def test_links_that_lead_back_are_passed_over(out: Path) -> None:
         (("--data", "bad.jsonl"), 3, "bad.jsonl:1: the line is not valid JSON"),
         (("--data", "o", "--from-videos", "empty"), 3, "holds no videos"),
         (("--data", "o", "--from-videos", "nothing"), 2, "no such file"),
+        (("--data", "empty", "--from-videos", "empty"), 2, "cannot lie among their videos"),
+        (("--data", "o", "--from-videos", "v.mp4"), 2, "is one video (name its folder"),
         (("--data", "o", "--from-videos", "empty", "--faces", "all"), 2, "not yet supported"),
         (("--data", "o", "--shard", "2/2"), 2, "i/n"),
         (("--data", "o", "--frames", "8"), 2, "4k + 1"),
@@ -234,9 +236,10 @@ def test_requests_without_sense_are_one_line(
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.csv").write_text("film,prompt\nx,y\n")
     (tmp_path / "bad.jsonl").write_text("{video\n")
+    (tmp_path / "v.mp4").touch()
     made = run("precompute-latents", *words)
     assert made.exit_code == code and says in made.stderr.splitlines()[-1], made.output
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.csv", "bad.jsonl", "empty"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.csv", "bad.jsonl", "empty", "v.mp4"]
 
 
 def test_a_reading_process_that_dies_costs_its_own_sample() -> None:

@@ -296,6 +296,34 @@ def test_another_window_takes_the_old_samples_away(talks: Path, tmp_path: Path) 
     assert clip.stat().st_mtime_ns == age  # equal samples stay
     assert run("precompute-latents", *words, "--window", "9").exit_code == 0
     assert sorted(path.name for path in (out / "a/talk.mp4").iterdir()) == ["000000", "000009", "000018"]
+    assert len(index(out)) == 6 and not {"a/talk.mp4/000005", "b/talk.mp4/000015"} & names(out)
+
+
+def names(out: Path) -> set[str]:
+    return {entry["sample"] for entry in index(out)}
+
+
+def test_a_sample_that_is_removed_leaves_the_index(prepared: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(prepared, tmp_path / "out"))
+    before = names(out)
+    shutil.rmtree(out / "last.mp4")
+    words = ("--data", out, *SMALL, "--artifact-dtype", "float32")
+    assert run("precompute-audio", *words, "--shard", "0/2").exit_code == 0
+    assert names(out) == before  # a shard does not know what the other one has
+    assert run("precompute-audio", *words).exit_code == 0
+    assert names(out) == before - {"last.mp4/000000"}
+
+
+def test_samples_below_their_videos_are_no_videos(talks: Path, tmp_path: Path) -> None:
+    """The same command again, and what other systems hide beside a video."""
+    shutil.copytree(talks, tmp_path / "in")
+    (tmp_path / "in/._last.mp4").write_bytes(b"\x00\x05\x16\x07")
+    words = ("--from-videos", tmp_path / "in", "--data", tmp_path / "in/samples", *SMALL, "--json")
+    for done, skipped in ((6, 0), (0, 6)):
+        made = run("precompute-latents", *words)
+        assert made.exit_code == 0, made.output
+        told = json.loads(made.stdout)
+        assert (told["done"], told["skipped"], told["sources"]) == (done, skipped, 3)
 
 
 def test_references_are_frames_outside_the_sample(talks: Path, tmp_path: Path) -> None:
@@ -329,6 +357,21 @@ def test_the_plan_counts_and_touches_nothing(talks: Path, prepared: Path, tmp_pa
     told = json.loads(done.stdout)
     assert (told["samples"], told["to_do"], told["up_to_date"]) == (6, 0, 6)
     assert contents(prepared) == before
+
+
+def test_the_plan_of_a_run_that_was_stopped_counts_what_is_left(
+    talks: Path, prepared: Path, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(prepared, tmp_path / "out"))
+    (out / "a/talk.mp4/000009/latents.safetensors").unlink()
+    (out / "_dataset/sources/b/talk.mp4.json").unlink()
+    left = out / "last.mp4/000000/.tmp-0123456789abcdef"
+    left.write_bytes(b"")
+    words = ("--from-videos", talks, "--data", out, *SMALL, "--artifact-dtype", "float32")
+    told = json.loads(run("precompute-latents", *words, "--dry-run", "--json").stdout)
+    assert (told["videos"], told["samples"], told["to_do"], told["up_to_date"]) == (3, 6, 3, 3)
+    assert told["artifacts"] == {"latents": 3, "masked_latents": 2}
+    assert left.exists()
 
 
 def test_progress_and_json(talks: Path, tmp_path: Path) -> None:

@@ -1,16 +1,17 @@
 """SIGKILL at random moments of `precompute-latents` and `precompute-audio`: the same files in the end.
 
-    python tests/torture/kill_prepare.py [SEED]
+    python tests/torture/kill_prepare.py [SEED [ROUNDS]]
 
-Real processes make samples of two drawn videos: one process; with two reading processes; two shards at once,
-one of which is killed. Each case is killed several times in a row, anywhere in the run, while sources are cut
-or while artifacts are written, and goes on in what the kill before left; after each kill:
+Processes make samples of two drawn videos: one process; with two reading processes; two shards at once, one
+of which is killed. They are forks of one that has imported PyTorch, or imports would take nearly all of the
+time. Each case is killed several times in a row, while sources are cut or while artifacts are written, and
+goes on in what the kill before left; after each kill:
 
 - every artifact under its final name is complete and that of an undisturbed run;
 - every sample's folder is complete; every other name begins with `.tmp-`.
 
 Then the same command runs undisturbed: artifacts, folders and index are byte-equal to an undisturbed run,
-and no temporary file is left. Needs 100 MB in the system's temporary folder.
+and no temporary file is left. A minute on idle cores; needs 100 MB in the system's temporary folder.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import fnmatch
 import hashlib
 import os
 import random
+import select
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,8 +31,16 @@ from pathlib import Path
 from avatarctl.demo.clips import clip
 from avatarctl.media import write_clip
 
-ROUNDS = 3
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tests.cli.forks import Fork, Forks
+
 KILLS = 4
+APPEARS = (
+    (("sample.json", 0.1), ("*.safetensors", 0.1), (".tmp-*", 0.2)),
+    (("*.safetensors", 0.05), (".tmp-*", 0.05)),
+)
+"""For each command: after what a kill comes, and seconds at most until it does."""
+
 SMALL = ("--size", "32x32", "--frames", "9")
 CASES = {
     "one process": ((),),
@@ -47,12 +56,8 @@ class Torn(Exception):
 
 
 def commands(videos: Path, out: Path, options: tuple[str, ...]) -> list[list[str]]:
-    base = [sys.executable, "-m", "avatarctl"]
     common = ["--data", str(out), *SMALL, *options]
-    return [
-        [*base, "precompute-latents", "--from-videos", str(videos), *common],
-        [*base, "precompute-audio", *common],
-    ]
+    return [["precompute-latents", "--from-videos", str(videos), *common], ["precompute-audio", *common]]
 
 
 def contents(out: Path) -> dict[str, str]:
@@ -88,51 +93,57 @@ def judge(out: Path, whole: dict[str, str]) -> str:
     return "folders" if held else "nothing yet"
 
 
-def run(words: list[str]) -> float:
-    started = time.monotonic()
-    subprocess.run(words, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return time.monotonic() - started
+def finish(child: Fork) -> None:
+    """Waits for a command that nobody kills; raises Torn where it fails."""
+    _, said = child.communicate()
+    if child.returncode:
+        raise Torn(f"a command that nobody killed ended with exit code {child.returncode}: {said[-500:]}")
 
 
-def found(out: Path, pattern: str) -> int:
-    """Names like this below a folder that somebody writes into."""
+def found(out: Path, pattern: str) -> set[str]:
+    """Paths with names like this below a folder that somebody writes into."""
     walked = os.walk(out)  # passes over what vanishes meanwhile
-    return sum(fnmatch.fnmatch(name, pattern) for _, folders, files in walked for name in (*folders, *files))
+    paths = ((name, f"{at}/{name}") for at, folders, files in walked for name in (*folders, *files))
+    return {path for name, path in paths if fnmatch.fnmatch(name, pattern)}
 
 
-def stop(words: list[str], appears: str, out: Path, wait: float) -> bool:
+def stop(child: Fork, appears: str, out: Path, before: set[str], wait: float) -> bool:
     """Kills the command `wait` seconds after something new of this kind appeared; whether it still ran."""
-    before = found(out, appears)
-    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
-        while child.poll() is None and found(out, appears) <= before:
-            time.sleep(0.001)
-        time.sleep(wait)
-        running = child.poll() is None
-        child.kill()
-    return running
+    ended = select.poll()
+    ended.register(child.stdout, 0)  # of what is always told: nobody has the other end any more
+    while not ended.poll(1) and not found(out, appears) - before:
+        pass
+    time.sleep(wait)
+    child.kill()
+    child.communicate()
+    return child.returncode == -9
 
 
 def torture(
-    videos: Path, out: Path, options: tuple[tuple[str, ...], ...], whole: dict[str, str], draw: random.Random
+    forks: Forks,
+    videos: Path,
+    out: Path,
+    options: tuple[tuple[str, ...], ...],
+    whole: dict[str, str],
+    draw: random.Random,
 ) -> Counter[str]:
     seen: Counter[str] = Counter()
     killed, *others = options
     shutil.rmtree(out, ignore_errors=True)
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    beside = [subprocess.Popen(commands(videos, out, each)[0], **quiet) for each in others]
+    beside = [forks.start(*commands(videos, out, each)[0], folder=videos) for each in others]
     for command in (0, 1):
         words = commands(videos, out, killed)[command]
         for _ in range(KILLS):
-            appears = draw.choice(("*.json", "*.safetensors", ".tmp-*"))
-            running = stop(words, appears, out, draw.uniform(0, 0.1))
+            appears, longest = draw.choice(APPEARS[command])
+            before = found(out, appears)
+            child = forks.start(*words, folder=videos)
+            running = stop(child, appears, out, before, draw.uniform(0, longest))
             seen[judge(out, whole) if running else "ended before"] += 1
-        run(words)
+        finish(forks.start(*words, folder=videos))
         for child in beside:
-            if child.wait():
-                raise Torn(f"the shard that nobody killed ended with exit code {child.returncode}")
-        for each in others:
-            run(commands(videos, out, each)[command])
-        beside = []
+            finish(child)
+        following = others if command == 0 else ()
+        beside = [forks.start(*commands(videos, out, each)[1], folder=videos) for each in following]
     if contents(out) != whole:
         raise Torn("the run after the kills wrote something else")
     if left := list(out.rglob(".tmp-*")):
@@ -142,24 +153,23 @@ def torture(
 
 def main() -> int:
     seed = int(sys.argv[1]) if len(sys.argv) > 1 else random.SystemRandom().randrange(10**6)
-    print(
-        f"kill_prepare: {2 * KILLS} kills in {ROUNDS} rounds of {len(CASES)} cases, seed {seed}", flush=True
-    )
+    rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 1
+    print(f"kill_prepare: {2 * KILLS} kills in {len(CASES)} cases, {rounds} rounds, seed {seed}", flush=True)
     draw = random.Random(seed)
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, Forks() as forks:
         videos, out = Path(name) / "videos", Path(name) / "out"
         videos.mkdir()
         for number, frames in enumerate((100, 60)):
             drawn = clip(number, frames)
             write_clip(videos / f"{number}.mp4", iter([drawn.frames]), audio=drawn.speech.audio)
         for words in commands(videos, out, ()):
-            run(words)
+            finish(forks.start(*words, folder=videos))
         whole = contents(out)
         for title, options in CASES.items():
             seen: Counter[str] = Counter()
-            for _ in range(ROUNDS):
+            for _ in range(rounds):
                 try:
-                    seen += torture(videos, out, options, whole, draw)
+                    seen += torture(forks, videos, out, options, whole, draw)
                 except Torn as error:
                     print(f"kill_prepare: FAILED, {title}: {error}", file=sys.stderr)
                     return 1
