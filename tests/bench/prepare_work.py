@@ -7,10 +7,13 @@ CPU seconds of one process of one thread, which another program on the same core
 1. Clips of 720p videos: both commands against the published order of work, in which every artifact opens and
    decodes the video again (spec/omniavatar.md h.1, h.3). That is written here as a plain loop over the same
    encoders. Target: at least 1.5 x the clips per second.
-2. `precompute-latents` on samples of 512x512 that are there, against the bare forward passes of the VAE on
+2. `precompute-latents` on a sample of 512x512 that is there, against the bare forward passes of the VAE on
    tensors that are there, where these take at least 3 x what decoding takes. Target: at most 15 % more.
+   The shipped VAE takes far longer than that, so what the command adds is shown in seconds as well.
 3. Looking at 10 000 finished samples again. Target: at most 20 s. The samples are hard links to one, and what
    a first run would have found out about them is written down beforehand.
+
+Three to four minutes of CPU.
 """
 
 from __future__ import annotations
@@ -40,10 +43,11 @@ from avatarctl.registry import find_model
 
 ROW = find_model("cartoon-v2v")
 CPU = torch.device("cpu")
-FRAMES = 33
+FRAMES = 17
 WINDOW = 2 * FRAMES - 1  # a clip, and a reference sequence that begins with the last frame of it
 SIDE = 64
-WIDE = 9
+WIDE = 5
+VIDEOS = 2
 SAMPLES = 10_000
 RUNS = 3
 
@@ -107,10 +111,10 @@ def published_order(videos: list[Path]) -> None:
 
 
 def clips_per_second(base: Path) -> tuple[str, ...]:
-    large(base / "videos", 3)
+    large(base / "videos", VIDEOS)
     videos = sorted((base / "videos").iterdir())
     ours, theirs = [], []
-    for number in range(RUNS + 1):  # the first one warms up
+    for number in range(RUNS):
         out = base / f"out{number}"
         words = ("--data", out, "--size", f"{SIDE}x{SIDE}", "--frames", FRAMES, "--reference-sequence")
         made = cpu(lambda words=words: typed("precompute-latents", "--from-videos", base / "videos",
@@ -118,10 +122,10 @@ def clips_per_second(base: Path) -> tuple[str, ...]:
         made += cpu(lambda words=words: typed("precompute-audio", *words))
         ours.append(made)
         theirs.append(cpu(lambda: published_order(videos)))
-    ratio = sorted(b / a for a, b in zip(ours[1:], theirs[1:], strict=True))[RUNS // 2]
+    ratio = sorted(b / a for a, b in zip(ours, theirs, strict=True))[RUNS // 2]
     return (
         "clips of 720p videos a CPU second, ours / published order",
-        f"{len(videos) / min(ours[1:]):.2f} / {len(videos) / min(theirs[1:]):.2f}",
+        f"{len(videos) / min(ours):.3f} / {len(videos) / min(theirs):.3f}",
         f"{ratio:.2f} x",
         "≥ 1.5 x",
         verdict(-ratio, -1.5),
@@ -129,40 +133,33 @@ def clips_per_second(base: Path) -> tuple[str, ...]:
 
 
 def above_forward(base: Path) -> list[tuple[str, ...]]:
-    base.mkdir()
-    for number in range(2):
-        drawn = clip(number, WIDE)
-        (base / f"s{number}").mkdir()
-        frames = np.stack([np.asarray(Image.fromarray(each).resize((512, 512))) for each in drawn.frames])
-        write_clip(base / f"s{number}/sub_clip.mp4", iter([frames]))
-        write_audio(base / f"s{number}/audio.wav", drawn.speech.audio, 16_000)
-        (base / f"s{number}/prompt.txt").write_text("a person is talking")
+    drawn = clip(0, WIDE)
+    (base / "s").mkdir(parents=True)
+    frames = np.stack([np.asarray(Image.fromarray(each).resize((512, 512))) for each in drawn.frames])
+    write_clip(base / "s/sub_clip.mp4", iter([frames]))
+    write_audio(base / "s/audio.wav", drawn.speech.audio, 16_000)
+    (base / "s/prompt.txt").write_text("a person is talking")
     vae = network("vae")
-    keep = keep_map(mask_tensor(mouth_mask()), (512, 512))
-    clips = sorted(base.glob("s*/sub_clip.mp4"))
 
-    def decode() -> list[torch.Tensor]:
-        pixels = []
-        for each in clips:
-            with open_video(each) as reader:
-                pixels.append(frames_tensor(reader.read(0, WIDE)))
-        return pixels
+    def decode() -> torch.Tensor:
+        with open_video(base / "s/sub_clip.mp4") as reader:
+            return frames_tensor(reader.read(0, WIDE))
 
     pixels = decode()
-    shown = [each for video in pixels for each in (video, masked_video(video, keep))]
+    shown = [pixels, masked_video(pixels, keep_map(mask_tensor(mouth_mask()), (512, 512)))]
     decoding, forward, ours = [], [], []
-    for _ in range(RUNS + 1):
+    for _ in range(2):
         decoding.append(cpu(decode))
         with torch.inference_mode():
             forward.append(cpu(lambda: [vae.encode(each) for each in shown]))
         ours.append(cpu(lambda: typed("precompute-latents", "--data", base, "--size", "512x512", "--frames",
                                       WIDE, "--force")))  # fmt: skip
-    more = sorted(a / b - 1 for a, b in zip(ours[1:], forward[1:], strict=True))[RUNS // 2]
-    heavy = min(forward[1:]) / min(decoding[1:])
+    more = max(a / b - 1 for a, b in zip(ours, forward, strict=True))
+    heavy = min(forward) / min(decoding)
     return [
-        ("bare forward / decoding, CPU s", f"{min(forward[1:]):.2f} / {min(decoding[1:]):.2f}",
-         f"{heavy:.1f} x", "≥ 3 x", verdict(-heavy, -3)),
-        ("precompute-latents above bare forward, CPU s", f"{min(ours[1:]):.2f} / {min(forward[1:]):.2f}",
+        ("bare forward / decoding, CPU s", f"{min(forward):.2f} / {min(decoding):.2f}",
+         f"{heavy:.0f} x", "≥ 3 x", verdict(-heavy, -3)),
+        ("precompute-latents above bare forward, CPU s", f"{min(ours):.2f} / {min(forward):.2f}",
          f"{more:+.1%}", "≤ 15 %", verdict(more, 0.15)),
     ]  # fmt: skip
 

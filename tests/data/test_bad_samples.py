@@ -248,6 +248,15 @@ def test_a_reading_process_that_dies_costs_its_own_sample() -> None:
     assert isinstance(outcomes[1].problem, UnusableFile) and "code 9" in str(outcomes[1].problem)
 
 
+def test_what_is_odd_about_a_sample_is_said_once(out: Path) -> None:
+    audio = out / ONE / "audio.wav"
+    audio.write_bytes(audio.read_bytes()[:-200])
+    for said in (1, 0):  # then it is finished
+        made = run("precompute-audio", "--data", out, *WORDS)
+        assert made.exit_code == 0, made.output
+        assert made.stderr.count(f"warning: {ONE}: is cut short") == said, made.stderr
+
+
 def test_features_of_another_width_are_made_again(out: Path) -> None:
     own = out / ONE / "audio_features.safetensors"
     width = read_artifact(own, "audio_features").shape[1]

@@ -1,72 +1,110 @@
-"""A preparation that is killed goes on with the same command, to the same bytes."""
+"""A preparation that is killed goes on with the same command, to the same bytes; so do two at once."""
 
 from __future__ import annotations
 
+import os
+import pkgutil
+import signal
 import sys
-import time
-from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.cli.forks import PATIENCE, Forks
 from tests.data.conftest import SMALL, contents, run, talking
 
 if sys.platform == "win32":
     pytest.skip("forks", allow_module_level=True)
 
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    with Forks() as server:
-        yield server
+PATIENCE = 300  # s; far more than any of these processes takes
 
 
 @pytest.fixture(scope="module")
-def long_talks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("long")
-    talking(folder / "one.mp4", 11, 100)
-    talking(folder / "two.mp4", 12, 60)
+def some_talks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("some")
+    talking(folder / "one.mp4", 11, 36)
+    talking(folder / "two.mp4", 12, 18)
     return folder
 
 
 @pytest.fixture(scope="module")
-def whole(long_talks: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What a run makes that nobody disturbs."""
+def whole(some_talks: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What both commands make that nobody disturbs."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    made = run("precompute-latents", "--from-videos", long_talks, "--data", out, *SMALL)
-    assert made.exit_code == 0, made.output
+    for words in commands(some_talks, out):
+        made = run(*words)
+        assert made.exit_code == 0, made.output
     return contents(out)
 
 
-@pytest.mark.parametrize("appears", ["one.mp4/*/sample.json", "one.mp4/*/latents.safetensors"])
-def test_killed_in_the_middle_and_typed_again(
-    appears: str, forks: Forks, long_talks: Path, whole: dict[str, str], tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    words = ["precompute-latents", "--from-videos", str(long_talks), "--data", str(out), *SMALL]
-    started = forks.start(*words, folder=tmp_path)
-    until = time.monotonic() + PATIENCE
-    while len(list(out.glob(appears))) < 3 and time.monotonic() < until:
-        time.sleep(0.002)
-    started.kill()
-    _, said = started.communicate()
-    assert started.returncode == -9, said
-    assert not (out / "_dataset/index.jsonl").exists() and len(contents(out)) < len(whole)
+def commands(videos: Path, out: Path, *more: str) -> list[tuple[str, ...]]:
+    common = ("--data", str(out), *SMALL, *more)
+    return [("precompute-latents", "--from-videos", str(videos), *common), ("precompute-audio", *common)]
 
-    again = run(*words)
-    assert again.exit_code == 0, again.output
+
+def started(words: tuple[str, ...], killed_at: tuple[str, int] | None = None) -> int:
+    """A process that runs a command. killed_at: a function, and the call of it at which SIGKILL comes: always
+    the same moment, however busy the machine is."""
+    child = os.fork()
+    if child:
+        return child
+    signal.alarm(PATIENCE)
+    try:
+        if killed_at is not None:
+            _kill_at(*killed_at)
+        os._exit(run(*words).exit_code)
+    finally:
+        os._exit(1)
+
+
+def _kill_at(name: str, call: int) -> None:
+    module, _, attribute = name.rpartition(".")
+    function, calls = pkgutil.resolve_name(name), count(1)
+
+    def counted(*arguments: Any, **more: Any) -> Any:
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **more)
+
+    setattr(pkgutil.resolve_name(module), attribute, counted)
+
+
+def ended(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize(
+    ("killed_at", "left"),
+    [
+        (("avatarctl.data.windows.write_audio", 4), {"sample.json": 3, "*.safetensors": 0}),
+        (("avatarctl.data.storing.write_artifact", 5), {"sample.json": 6, "*.safetensors": 4}),
+    ],
+)
+def test_killed_in_the_middle_and_typed_again(
+    killed_at: tuple[str, int], left: dict[str, int], some_talks: Path, whole: dict[str, str], tmp_path: Path
+) -> None:
+    """While a window is written under a hidden name; between two artifacts of a sample."""
+    out = tmp_path / "out"
+    words = commands(some_talks, out)
+    assert ended(started(words[0], killed_at)) == -signal.SIGKILL
+    assert not (out / "_dataset/index.jsonl").exists()
+    made = {name: len(list(out.glob(f"*.mp4/[0-9]*/{name}"))) for name in left}
+    made["*.safetensors"] += len(list(out.glob("_dataset/*/*.safetensors")))
+    assert made == left
+
+    for command in words:
+        again = run(*command)
+        assert again.exit_code == 0, again.output
     assert contents(out) == whole
     assert not list(out.rglob(".tmp-*"))
 
 
-def test_two_shards_at_once(forks: Forks, long_talks: Path, whole: dict[str, str], tmp_path: Path) -> None:
+def test_two_shards_at_once(some_talks: Path, whole: dict[str, str], tmp_path: Path) -> None:
     """They share prompts, constants and the index."""
     out = tmp_path / "out"
-    words = ["precompute-latents", "--from-videos", str(long_talks), "--data", str(out), *SMALL]
-    both = [forks.start(*words, "--shard", shard, folder=tmp_path) for shard in ("0/2", "1/2")]
-    for started in both:
-        _, said = started.communicate()
-        assert started.returncode == 0, said
+    shards = [commands(some_talks, out, "--shard", shard) for shard in ("0/2", "1/2")]
+    for both in zip(*shards, strict=True):
+        assert [ended(child) for child in [started(words) for words in both]] == [0, 0]
     assert contents(out) == whole
     assert not list(out.rglob(".tmp-*"))

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from avatarctl.data.artifacts import read_artifact
 from avatarctl.data.windows import Cutting, find_videos, make_samples
 from avatarctl.live_bytes import LiveBytes
 from avatarctl.media import video_reader, write_audio, write_clip
@@ -57,6 +58,26 @@ def test_live_tensors_do_not_depend_on_how_many_clips_there_are(tmp_path: Path) 
         peaks.append(live.peak)
     assert peaks[0] > 100_000  # it has seen the networks
     assert peaks[1] == peaks[0]
+
+
+def test_live_tensors_of_audio_are_a_window_and_the_features(tmp_path: Path) -> None:
+    """Whatever the number of clips; longer audio has more features, and nothing else is more."""
+    peaks, sizes = [], []
+    for count, seconds in ((1, 31), (3, 62)):
+        folder = tmp_path / f"{count} of {seconds}"
+        for number in range(count):
+            (folder / str(number)).mkdir(parents=True)
+            write_clip(folder / f"{number}/sub_clip.mp4", iter([np.zeros((5, 32, 32, 3), np.uint8)]))
+            noise = np.random.default_rng(number).standard_normal(seconds * 16_000) / 10
+            write_audio(folder / f"{number}/audio.wav", noise.astype(np.float32), 16_000)
+            (folder / f"{number}/prompt.txt").write_text("a person is talking")
+        with LiveBytes() as live:
+            made = run("precompute-audio", "--data", folder, *SMALL)
+        assert made.exit_code == 0, made.output
+        peaks.append(live.peak)
+        sizes.append(read_artifact(folder / "0/audio_features.safetensors", "audio_features").numel() * 4)
+    assert sizes[1] == 2 * sizes[0] and peaks[0] > 10 * sizes[0]
+    assert peaks[1] <= peaks[0] + sizes[1] - sizes[0]
 
 
 def test_cutting_holds_no_more_of_a_longer_source(tmp_path: Path) -> None:
