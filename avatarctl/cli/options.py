@@ -55,6 +55,7 @@ METAVARS: Final[Mapping[str, str]] = {
     "model.name": "NAME|PATH",
     "model.weights": "PART=PATH",
     "model.lora": "PATH[:SCALE]",
+    "data.faces": "auto|all|none|PATH",
 }
 """What stands for a value in the help, where its type says too little."""
 

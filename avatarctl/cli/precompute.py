@@ -15,6 +15,7 @@ from avatarctl.cli.infer import _row
 from avatarctl.cli.options import EXAMPLE_MODEL, ConfigCommand, Request, config_options, read_request
 from avatarctl.cli.screen import Screen
 from avatarctl.config import Resolved, dump_run, require_supported
+from avatarctl.config.rules import FACE_WORDS
 from avatarctl.errors import NotYetSupported, printable
 from avatarctl.events import Notice
 from avatarctl.registry import COMPAT, NOT_YET, ROWS, Row
@@ -143,6 +144,7 @@ def _absolute(resolved: Resolved) -> Resolved:
         path=absolute(cfg.data.path),
         videos=absolute(cfg.data.videos),
         mask=absolute(cfg.data.mask),
+        faces=cfg.data.faces if cfg.data.faces in FACE_WORDS else absolute(cfg.data.faces),
     )
     name = cfg.model.name if cfg.model.name in ROWS else absolute(cfg.model.name)
     weights = {part: str(Path(path).expanduser().absolute()) for part, path in cfg.model.weights.items()}

@@ -20,6 +20,7 @@ from avatarctl.cli.infer import _row
 from avatarctl.cli.options import EXAMPLE_MODEL, ConfigCommand, Request, config_options, read_request
 from avatarctl.cli.screen import Screen
 from avatarctl.config import RunConfig, dump_run, require_supported
+from avatarctl.config.rules import FACE_WORDS
 from avatarctl.errors import NotYetSupported, PathNotFound, UsageError, printable
 from avatarctl.events import Notice
 from avatarctl.registry import COMPAT, NOT_YET, ROWS, Row
@@ -261,6 +262,8 @@ def _absolute(request: Request) -> Any:
     resolved = request.resolved
     cfg = resolved.cfg
     data = replace(cfg.data, path=absolute(cfg.data.path), mask=absolute(cfg.data.mask))
+    if data.faces not in FACE_WORDS:
+        data = replace(data, faces=absolute(data.faces))
     known = cfg.model.name in ROWS
     weights = {part: str(absolute(path)) for part, path in cfg.model.weights.items()}
     model = replace(

@@ -47,8 +47,8 @@ _TRAIN: Final = CommandKeys(
         "long_video": "audio_window",
         "output": "path",
         "memory": "vae_gradient activation_checkpointing base_precision optimizer_device swap_blocks",
-        "data": "path num_frames width height audio_name mask mask_rule reference_sequence reference_frames "
-        "references artifact_dtype workers",
+        "data": "path num_frames width height faces audio_name mask mask_rule reference_sequence "
+        "reference_frames references artifact_dtype workers",
         "train": "mode init optimizer learning_rate final_learning_rate schedule hold betas weight_decay "
         "warmup_steps max_steps batch_size gradient_accumulation lora_rank lora_alpha lora_targets "
         "text_dropout audio_dropout prefix_frames prefix_dropout timestep_weight mouth_weight clip_norm ema",

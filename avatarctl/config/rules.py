@@ -10,6 +10,8 @@ from avatarctl.config.keys import Rule
 __all__ = [
     "DEVICE",
     "FACE",
+    "FACES",
+    "FACE_WORDS",
     "FRAMES_4K1",
     "INTERVAL",
     "MULTIPLE_OF_16",
@@ -44,6 +46,8 @@ def _is_face(text: str) -> bool:
 
 
 PATH: Final = Rule("a path", _is_path)
+FACE_WORDS: Final = ("auto", "all", "none")
+FACES: Final = Rule("auto, all, none, or the path of a table", _is_path)
 FRAMES_4K1: Final = Rule("of the form 4k + 1", lambda frames: frames % 4 == 1)
 OVERLAP: Final = Rule("of the form 4n + 1 (or 0, fused only)", lambda frames: frames == 0 or frames % 4 == 1)
 MULTIPLE_OF_16: Final = Rule("that is a multiple of 16", lambda pixels: pixels % 16 == 0)

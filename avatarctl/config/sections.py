@@ -261,8 +261,12 @@ class Data:
     )  # fmt: skip
     stride: int | None = key(None, "pixel frames between two windows of a clip", low=1, high=MAX_FRAMES)
     max_windows: int | None = key(None, "windows taken from one clip at most", low=1, high=1_000_000)
-    faces: str = key(
-        "none", "faces: auto, none, all, or the path of a file with boxes", rule=rules.PATH, not_yet=ANY
+    faces: str | None = key(
+        None,
+        "around whose face samples are cut: auto the largest one's, all everybody's, each in samples of its "
+        "own; the path of a table of faces (docs/faces.md); or none, for faces aligned already, or drawn",
+        rule=rules.FACES,
+        from_row=True,
     )
     audio_name: str = key("audio.wav", "file name of the audio in a sample folder", rule=rules.PATH)
     mask: str | None = key(None, "image of the mouth mask; white is kept", rule=rules.PATH)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from avatarctl.atomic import ensure_writable_folder, remove_left_behind
 from avatarctl.config import RunConfig
-from avatarctl.data.checking import Checked, Checker, Todo
+from avatarctl.data.checking import Checked, Checker, Todo, run_mask
 from avatarctl.data.encoders import Encoders
 from avatarctl.data.known import Known
 from avatarctl.data.media import bytes_facts, cut_source, read_sample
@@ -32,7 +32,7 @@ from avatarctl.data.windows import (
     recorded,
     samples_of,
 )
-from avatarctl.data.workers import Outcome, run_jobs
+from avatarctl.data.workers import Outcome, encoding_threads, run_jobs
 from avatarctl.errors import (
     AvatarctlError,
     Interrupted,
@@ -48,15 +48,12 @@ from avatarctl.files.named_path import expanded
 from avatarctl.registry import Row
 
 if TYPE_CHECKING:
+    from avatarctl.data.faces import FacePlan
     from avatarctl.loading.modules import Part
 
-__all__ = ["Command", "Preparation", "Summary", "encoding_threads"]
+__all__ = ["Command", "Preparation", "Summary"]
 
 Command = Literal["precompute-audio", "precompute-latents"]
-
-_THREADS: Final = 1
-"""Of torch on a CPU. Fixed, as another number rounds sums in another order; more cores are for more shards.
-Two, with another program on the same cores, wait for each other: 10 to 20 times the CPU seconds."""
 
 
 def _never() -> bool:
@@ -108,6 +105,7 @@ class Preparation:
         self.known = Known(self.own / "known", self.base, stem, keep=not dry_run)
         of_audio = command == "precompute-audio"
         self.artifacts = tuple(each for each in family.artifacts(cfg) if (each.part == "audio") == of_audio)
+        self._faces = self._face_plan()
         needed: tuple[Part, ...] = tuple(dict.fromkeys(each.part for each in self.artifacts))
         self.encoders = Encoders(row, cfg, needed, self.known, emit, check=not dry_run)
 
@@ -171,7 +169,16 @@ class Preparation:
             fit=self.cfg.input.fit,
             audio_name=data.audio_name,
             references=data.references > 0,
+            faces=self._faces,
         )
+
+    def _face_plan(self) -> FacePlan | None:
+        """Samples that are cut already are taken as they are."""
+        if self.raws is None or self.cfg.data.faces in (None, "none"):
+            return None
+        from avatarctl.data.faces import face_plan
+
+        return face_plan(self.cfg, self.family)
 
     def _find_videos(self) -> list[RawVideo] | None:
         if self.cfg.data.videos is None:
@@ -202,7 +209,21 @@ class Preparation:
         for done, found in self._cut(should_stop):
             results.append(done)
             samples += found
+        if self._faces is not None and samples:
+            self._show_faces(samples)
         return samples
+
+    def _show_faces(self, samples: list[Sample]) -> None:
+        """The contact sheet; `_cut` has removed one that shows less than there is."""
+        from avatarctl.data.face_sheet import draw_face_sheet
+
+        if not self._sheet.exists():
+            draw_face_sheet(self._sheet, samples, run_mask(self.cfg))
+        self._emit(Notice(f"faces: {self._sheet}"))
+
+    @property
+    def _sheet(self) -> Path:
+        return self.own / f"{self._stem.replace(self.command, 'faces')}.png"
 
     def _cut(self, should_stop: Callable[[], bool]) -> Iterator[tuple[Done, list[Sample]]]:
         assert self.raws is not None
@@ -218,6 +239,8 @@ class Preparation:
                 yield self._source(raw, record, "skipped", 0.0)
             else:
                 waiting.append((raw, whole, each))
+        if waiting:
+            self._sheet.unlink(missing_ok=True)
         jobs = ((cut_source, (self.path, *each, self.cutting)) for each in waiting)
         clock = _Clock(len(waiting), self._emit, "video")
         outcomes = run_jobs(jobs, self.cfg.data.workers)
@@ -252,6 +275,8 @@ class Preparation:
         for warning in record["warnings"] if state == "done" else ():
             self._emit(Notice(f"{raw.name}: {warning}", "warning"))
         facts = {"windows": record["windows"], "cuts": record["cuts"]}
+        if "faces" in record:
+            facts |= {"face_share": record["faces"]["share"], "faces": record["faces"]}
         done = Done(raw.name, state, "", record["frames"], seconds, "source", facts=facts)
         return done, list(samples_of(self.path, raw, record, self.cfg.data.audio_name))
 
@@ -361,21 +386,6 @@ class _Clock:
         self._failed += failed
         left = (self._last - self._begun) / self._done * (self._total - self._done)
         self._emit(SampleFinished(name, self._what, self._done, self._total, self._failed, left))
-
-
-class encoding_threads:  # noqa: N801 - used as a block
-    """A fixed number of torch's threads, put back afterwards."""
-
-    def __enter__(self) -> None:
-        import torch
-
-        self._before = torch.get_num_threads()
-        torch.set_num_threads(_THREADS)
-
-    def __exit__(self, *error: object) -> None:
-        import torch
-
-        torch.set_num_threads(self._before)
 
 
 def _shard(text: str | None) -> tuple[int, int]:

@@ -25,7 +25,8 @@ class Done:
     """One sample, or one source that became samples: what happened to it.
 
     frames: at 25 a second. artifacts: name to fingerprint, of what is up to date now. facts: of a source its
-    windows and cuts. seconds: that it took.
+    windows and cuts, and the share of its frames with a face where faces were looked for. seconds: that it
+    took.
     """
 
     name: str
@@ -81,12 +82,13 @@ def write_report(own: Path, stem: str, results: Sequence[Done]) -> Path:
 
 def _table(results: Sequence[Done]) -> Iterator[str]:
     width = min(max((len(printable(each.name)) for each in results), default=4), 60)
-    yield f"{'name':{width}}  {'state':7}  {'frames':>7}  {'seconds':>8}  {'cuts':>4}  what"
+    yield f"{'name':{width}}  {'state':7}  {'frames':>7}  {'seconds':>8}  {'cuts':>4}  {'faces':>5}  what"
     for each in results:
         cuts = len(each.facts["cuts"]) if "cuts" in each.facts else ""
         what = each.reason or ", ".join(each.artifacts) or _windows(each.facts)
         first = f"{printable(each.name):{width}}  {each.state:7}  {each.frames:7}"
-        yield f"{first}  {each.seconds:8.2f}  {cuts:>4}  {printable(what)}"
+        faces = f"{each.facts['face_share']:.0%}" if "face_share" in each.facts else ""
+        yield f"{first}  {each.seconds:8.2f}  {cuts:>4}  {faces:>5}  {printable(what)}"
 
 
 def _windows(facts: dict[str, Any]) -> str:

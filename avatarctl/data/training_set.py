@@ -19,9 +19,8 @@ from avatarctl.data.checking import Checked, Checker, Todo, artifact_path, audio
 from avatarctl.data.encoders import Encoders
 from avatarctl.data.known import Known
 from avatarctl.data.media import ReadFrames, read_sample
-from avatarctl.data.prepare import encoding_threads
 from avatarctl.data.samples import Sample, find_samples, prompt_of
-from avatarctl.data.workers import Outcome, run_jobs
+from avatarctl.data.workers import Outcome, encoding_threads, run_jobs
 from avatarctl.errors import AvatarctlError, UnusableAudio, UnusableFile, UnusableVideo
 from avatarctl.events import Emit, Notice, Stage
 from avatarctl.family import Artifact, TrainableFamily

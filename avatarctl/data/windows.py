@@ -11,10 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -27,10 +27,15 @@ from avatarctl.media.cuts import LOOKAHEAD, first_cut
 from avatarctl.rng import generator
 from avatarctl.timeline import SAMPLE_RATE, SAMPLES_PER_FRAME
 
+if TYPE_CHECKING:
+    from avatarctl.data.faces import FacePlan
+
 __all__ = [
     "VIDEO_SUFFIXES",
     "Cutting",
     "RawVideo",
+    "Walked",
+    "Work",
     "find_videos",
     "fingerprints",
     "has_record",
@@ -61,9 +66,22 @@ class RawVideo:
     problem: AvatarctlError | None = None
 
 
+@dataclass
+class Walked:
+    """What a walk through a source came to: first frames of its windows and, where samples are cut around
+    everybody, whose they are; frames that begin a scene; facts of the faces and lines about them."""
+
+    windows: list[int] = field(default_factory=list)
+    people: list[int] | None = None
+    cuts: list[int] = field(default_factory=list)
+    faces: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
+
+
 @dataclass(frozen=True)
 class Cutting:
-    """How samples are cut: pixel frames, the size [height, width], and what is kept of other frames."""
+    """How samples are cut: pixel frames, the size [height, width], and what is kept of other frames. faces:
+    whom samples are cut around, None where nobody looks for faces."""
 
     window: int
     stride: int
@@ -72,6 +90,7 @@ class Cutting:
     fit: Any
     audio_name: str
     references: bool
+    faces: FacePlan | None = None
 
 
 def find_videos(path: Path, default_prompt: str) -> list[RawVideo]:
@@ -141,6 +160,8 @@ def _without_twins(videos: list[RawVideo]) -> list[RawVideo]:
 def fingerprints(raw: RawVideo, video: str, audio: str, cutting: Cutting) -> tuple[str, str]:
     """Of a source's samples together and of the content of one, from the hashes of its files."""
     content = [_VERSION, video, audio, cutting.window, *cutting.size, cutting.fit, cutting.audio_name]
+    if cutting.faces is not None:
+        content.append(cutting.faces.facts(raw.name))
     every = [*content, raw.prompt, cutting.stride, cutting.max_windows, cutting.references]
     whole, each = (hashlib.sha256(json.dumps(facts).encode()).hexdigest() for facts in (every, content))
     return whole, each
@@ -159,14 +180,14 @@ def recorded(out: Path, raw: RawVideo, whole: str) -> dict[str, Any] | None:
     record = read_object(path, _LARGEST_RECORD)
     if record.get("fingerprint") != whole:
         return None
-    there = all((out / raw.name / _folder_name(start) / _MADE).is_file() for start in record["windows"])
+    there = all((out / raw.name / name / _MADE).is_file() for name in _folder_names(record))
     return record if there else None
 
 
 def samples_of(out: Path, raw: RawVideo, record: dict[str, Any], audio_name: str) -> Iterator[Sample]:
-    for start in record["windows"]:
-        folder = out / raw.name / _folder_name(start)
-        name = f"{raw.name}/{folder.name}"
+    for each in _folder_names(record):
+        folder = out / raw.name / each
+        name = f"{raw.name}/{each}"
         yield Sample(name, folder, folder / VIDEO, folder / audio_name, folder / PROMPT)
 
 
@@ -181,62 +202,70 @@ def make_samples(out: Path, raw: RawVideo, whole: str, each: str, cutting: Cutti
     notes = [line for folder in (home, _record(out, raw).parent) for line in remove_left_behind(folder)]
     source = raw.audio or raw.video
     with open_video(raw.video) as reader, Waveform(open_audio(source)) as waveform:
-        fitted = FittedFrames(reader, cutting.size, cutting.fit)
-        work = _Work(home, raw, each, cutting, waveform)
-        windows, cuts = _walk(fitted, work, cutting)
+        work = Work(home, raw, each, cutting, waveform)
+        if cutting.faces is None:
+            walked = _walk(FittedFrames(reader, cutting.size, cutting.fit), work, cutting)
+        else:
+            from avatarctl.data.face_windows import walk_faces  # here: it needs torch
+
+            walked = walk_faces(reader, work, cutting, cutting.faces, raw)
         pool = work.pool()
-        frames, warnings = reader.frames, [*reader.warnings, *waveform.audio.doubts]
-    if not windows:
-        what = (
-            f"shorter than a window of {cutting.window} frames"
-            if not cuts
-            else (f"no scene is as long as a window of {cutting.window} frames")
-        )
-        raise UnusableVideo(
-            f"{what} ({frames} frames at 25 a second, {len(cuts)} cuts)", where=raw.video,
-            fix="give a smaller --window",
-        )  # fmt: skip
-    _remove_others(home, {_folder_name(start) for start in windows})
+        frames, warnings = reader.frames, [*reader.warnings, *waveform.audio.doubts, *walked.notes]
+    if not walked.windows:
+        raise _no_window(raw, cutting.window, frames, walked.cuts)
+    record: dict[str, Any] = {
+        "fingerprint": whole,
+        "source": raw.name,
+        "frames": frames,
+        "windows": walked.windows,
+        "cuts": walked.cuts,
+        "others": [number for number, _ in pool],
+    }
+    if walked.people is not None:
+        record["people"] = walked.people
+    if walked.faces is not None:
+        record["faces"] = walked.faces
+    _remove_others(home, set(_folder_names(record)))
     path = _record(out, raw)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     if pool:
         write_clip(_pool_file(out, raw), iter([np.stack([frame for _, frame in pool])]))
-    record = {
-        "fingerprint": whole,
-        "source": raw.name,
-        "frames": frames,
-        "windows": windows,
-        "cuts": cuts,
-        "others": [number for number, _ in pool],
-        "warnings": [*warnings, *notes],
-    }
     atomic_write_text(path, json.dumps({**record, "warnings": warnings}, indent=1) + "\n")
-    return record
+    return {**record, "warnings": [*warnings, *notes]}
 
 
-def _walk(frames: FittedFrames, work: _Work, cutting: Cutting) -> tuple[list[int], list[int]]:
+def _no_window(raw: RawVideo, window: int, frames: int, cuts: list[int]) -> UnusableVideo:
+    what = f"no scene is as long as a window of {window} frames"
+    if not cuts:
+        what = f"shorter than a window of {window} frames"
+    return UnusableVideo(
+        f"{what} ({frames} frames at 25 a second, {len(cuts)} cuts)", where=raw.video,
+        fix="give a smaller --window",
+    )  # fmt: skip
+
+
+def _walk(frames: FittedFrames, work: Work, cutting: Cutting) -> Walked:
     """Windows from the start on, each within one scene; behind a cut they begin anew. Stops when there are
     enough: what lies behind is never decoded."""
-    windows: list[int] = []
-    cuts: list[int] = []
+    walked = Walked()
     start = 0
-    while start + cutting.window <= frames.frames and len(windows) != cutting.max_windows:
+    while start + cutting.window <= frames.frames and len(walked.windows) != cutting.max_windows:
         stop = start + cutting.window
         seen = frames.read(start, min(stop + LOOKAHEAD, frames.frames))
         cut = first_cut(seen, cutting.window)
         work.look(start, seen)
         if cut is not None:
-            cuts.append(start + cut)
+            walked.cuts.append(start + cut)
             start += cut
             continue
         work.write(start, seen[: cutting.window])
-        windows.append(start)
+        walked.windows.append(start)
         start += cutting.stride
-    return windows, cuts
+    return walked
 
 
-class _Work:
+class Work:
     """One source while it is cut: writes folders, and keeps a few frames that references are drawn from."""
 
     def __init__(self, home: Path, raw: RawVideo, each: str, cutting: Cutting, waveform: Waveform) -> None:
@@ -245,7 +274,7 @@ class _Work:
         self._pool: dict[int, np.ndarray] = {}
         self._step = 1
 
-    def look(self, start: int, seen: np.ndarray) -> None:
+    def look(self, start: int, seen: Sequence[np.ndarray] | np.ndarray) -> None:
         """Keeps every `_step`th frame; where they become too many, every second of them."""
         if not self._cutting.references:
             return
@@ -259,9 +288,15 @@ class _Work:
     def pool(self) -> list[tuple[int, np.ndarray]]:
         return sorted(self._pool.items(), key=lambda item: item[0])
 
-    def write(self, start: int, frames: np.ndarray) -> None:
-        """A folder, unless it stands already as it would be made."""
-        folder = self._home / _folder_name(start)
+    def write(
+        self,
+        start: int,
+        frames: np.ndarray,
+        person: int | None = None,
+        beside: Callable[[Path], None] | None = None,
+    ) -> None:
+        """A folder, unless it stands already as it would be made. beside: what else is written into it."""
+        folder = self._home / _folder_name(start, person)
         made = {"made": self._each, "source": self._raw.name, "start": start, "frames": len(frames)}
         if _made(folder) == made:
             if _text(folder / PROMPT) != self._raw.prompt:
@@ -273,6 +308,8 @@ class _Work:
         with held_folder(self._home) as hidden:
             write_clip(hidden / VIDEO, iter([frames]), audio=audio)
             write_audio(hidden / self._cutting.audio_name, audio, SAMPLE_RATE)
+            if beside is not None:
+                beside(hidden)
             atomic_write_text(hidden / PROMPT, self._raw.prompt + "\n")
             atomic_write_text(hidden / _MADE, json.dumps(made) + "\n")
             with disk_errors(folder):
@@ -328,8 +365,14 @@ def _remove(folder: Path) -> None:
         folder.rename(hidden / folder.name)
 
 
-def _folder_name(start: int) -> str:
-    return f"{start:06d}"
+def _folder_name(start: int, person: int | None = None) -> str:
+    return f"{start:06d}" if person is None else f"{start:06d}-{person}"
+
+
+def _folder_names(record: dict[str, Any]) -> list[str]:
+    """Of the windows of a source; of everybody's where there were several people."""
+    people = record.get("people") or [None] * len(record["windows"])
+    return [_folder_name(*each) for each in zip(record["windows"], people, strict=True)]
 
 
 def _record(out: Path, raw: RawVideo) -> Path:

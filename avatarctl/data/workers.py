@@ -20,10 +20,14 @@ from typing import Any, Final
 
 from avatarctl.errors import AvatarctlError, UnusableFile
 
-__all__ = ["Outcome", "run_jobs"]
+__all__ = ["Outcome", "encoding_threads", "run_jobs"]
 
 _PIECE: Final = 1 << 20
 _PATIENCE: Final = 5.0  # seconds for a process to end by itself
+
+_THREADS: Final = 1
+"""Of torch on a CPU. Fixed, as another number rounds sums in another order; more cores are for more shards.
+Two, with another program on the same cores, wait for each other: 10 to 20 times the CPU seconds."""
 
 Job = tuple[Callable[..., Any], tuple[Any, ...]]
 
@@ -61,6 +65,21 @@ def run_jobs(jobs: Iterable[Job], workers: int) -> Iterator[Outcome]:
     finally:
         for worker in (*idle, *waiting):
             worker.stop()
+
+
+class encoding_threads:  # noqa: N801 - used as a block
+    """A fixed number of torch's threads, put back afterwards."""
+
+    def __enter__(self) -> None:
+        import torch
+
+        self._before = torch.get_num_threads()
+        torch.set_num_threads(_THREADS)
+
+    def __exit__(self, *error: object) -> None:
+        import torch
+
+        torch.set_num_threads(self._before)
 
 
 class _Worker:

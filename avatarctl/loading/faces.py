@@ -16,7 +16,7 @@ from avatarctl.loading.sources import Sources, check_packaged
 from avatarctl.models.face_networks import BlazeFace, FaceMesh, FaceNetworks
 from avatarctl.registry import Row, find
 
-__all__ = ["face_networks"]
+__all__ = ["face_networks", "networks_identity"]
 
 _ROWS: Final = ("blazeface", "face-mesh")
 
@@ -32,8 +32,13 @@ def face_networks(device: torch.device) -> FaceNetworks:
         made = detector(), mesh()
     for row, network in zip(rows, made, strict=True):
         _fill(row, network, device)
-    stated = "".join(digest for row in rows for digest in row.sha256.values())
-    return FaceNetworks(*made, "mediapipe-" + hashlib.sha256(stated.encode()).hexdigest()[:12])
+    return FaceNetworks(*made, networks_identity())
+
+
+def networks_identity() -> str:
+    """Names both networks by the bytes that their rows state."""
+    stated = "".join(digest for name in _ROWS for digest in find(name).sha256.values())
+    return "mediapipe-" + hashlib.sha256(stated.encode()).hexdigest()[:12]
 
 
 def _fill(row: Row, network: nn.Module, device: torch.device) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from avatarctl.errors import UnusableVideo
 from avatarctl.family import FrameReader
 
-__all__ = ["ArrayVideo", "FittedFrames", "LengthRule", "Video", "video_from_array"]
+__all__ = ["ArrayVideo", "FittedFrames", "LengthRule", "Video", "fitted_part", "video_from_array"]
 
 
 class Video(Protocol):
@@ -124,7 +124,7 @@ class FittedFrames:
         height, width = self._size
         if frames.shape[1:3] == self._size:
             return frames
-        box = None if self._fit == "stretch" else _centre(frames.shape[1], frames.shape[2], self._size)
+        box = fitted_part(frames.shape[1], frames.shape[2], self._size, self._fit)
         filter = Image.Resampling.BICUBIC if self._fit == "stretch" else Image.Resampling.BILINEAR
         fitted = np.empty((len(frames), height, width, 3), np.uint8)
         for place, frame in enumerate(frames):
@@ -132,8 +132,13 @@ class FittedFrames:
         return fitted
 
 
-def _centre(height: int, width: int, size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom of the largest centred part of a frame that has the shape of `size`."""
+def fitted_part(
+    height: int, width: int, size: tuple[int, int], fit: Literal["crop", "stretch"]
+) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of what is seen of a frame in `FittedFrames`: all of it where it is
+    stretched, else the largest centred part that has the shape of `size`."""
+    if fit == "stretch":
+        return 0.0, 0.0, float(width), float(height)
     scale = min(height / size[0], width / size[1])
     high, wide = size[0] * scale, size[1] * scale
     left, top = (width - wide) / 2, (height - high) / 2

@@ -15,7 +15,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["FILL", "Aligner", "align", "crop_size", "template", "warp"]
+__all__ = [
+    "FILL",
+    "Aligner",
+    "after",
+    "align",
+    "crop_size",
+    "inverse",
+    "moved",
+    "squeeze",
+    "template",
+    "warp",
+]
 
 FILL: Final = 127 / 255
 """Grey outside the frame, in [0, 1]."""
@@ -88,6 +99,34 @@ def _normalised(points: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     if not size > 0:
         raise ValueError("three points in one place have no direction")
     return (points - middle) / size, middle, size
+
+
+def squeeze(resolution: int) -> np.ndarray:
+    """float64 [2, 3]: crop to the square that it is squeezed to, both counting from their first pixel's
+    middle."""
+    height, width = crop_size(resolution)
+    x, y = resolution / width, resolution / height
+    return np.array([[x, 0, x / 2 - 0.5], [0, y, y / 2 - 0.5]])
+
+
+def after(second: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """float64 [..., 2, 3]: `first` and then `second`, each [..., 2, 3]."""
+    turned = second[..., :2] @ first.astype(np.float64)
+    turned[..., 2] += second[..., 2]
+    return np.asarray(turned)
+
+
+def inverse(matrix: np.ndarray) -> np.ndarray:
+    """float64 [2, 3]: the way back."""
+    turned = np.linalg.inv(matrix[:, :2].astype(np.float64))
+    return np.hstack([turned, -turned @ matrix[:, 2:]])
+
+
+def moved(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """[n, 2] -> float64 [n, 2] by a matrix [2, 3]; both sides count from the pixel's edge, as points of faces
+    do, though the matrix counts from its middle."""
+    matrix = matrix.astype(np.float64)
+    return np.asarray((points.astype(np.float64) - 0.5) @ matrix[:, :2].T + matrix[:, 2] + 0.5)
 
 
 def warp(images: Tensor, matrices: Tensor, size: tuple[int, int], fill: float) -> Tensor:

@@ -73,23 +73,28 @@ class FaceFileWriter:
     ) -> None:
         self._spool.close()
 
-    def add(self, face: TrackedFace | None, *, starts_scene: bool = False) -> np.ndarray | None:
-        """The next frame's face, if it has one; its matrix, float32 [2, 3], frame to crop."""
+    def add(
+        self, face: TrackedFace | None, *, starts_scene: bool = False, matrix: np.ndarray | None = None
+    ) -> np.ndarray | None:
+        """The next frame's face, if it has one; its matrix, float32 [2, 3], frame to crop.
+
+        matrix: where it is known already, as in a clip out of the middle of a video; else it is fitted.
+        """
         lost = not self._flags or not self._flags[-1][0]
         if starts_scene or lost:
             self._aligner.reset()
         self._flags.append((face is not None, face is not None and face.seen, starts_scene))
-        matrix = np.zeros((2, 3), np.float32)
         points, box, presence = np.zeros((3, 2)), np.zeros(4), 0.0
         landmarks = np.zeros((MESH_POINTS, 3), np.float32)
         if face is not None:
-            matrix, points, presence = self._aligner.fit(face.points), face.points, face.presence
-            box = face.box
+            matrix = self._aligner.fit(face.points) if matrix is None else matrix
+            points, box, presence = face.points, face.box, face.presence
             if face.landmarks is None:
                 self._landmarks = False
             else:
                 landmarks = face.landmarks
-        self._rows.append(tuple(np.asarray(each, np.float32) for each in (matrix, points, box, presence)))
+        row = (np.zeros((2, 3)) if face is None else matrix, points, box, presence)
+        self._rows.append(tuple(np.asarray(each, np.float32) for each in row))
         if self._landmarks:
             with disk_errors(self._path):
                 self._spool.write(np.ascontiguousarray(landmarks, "<f4").tobytes())

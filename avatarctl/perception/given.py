@@ -10,6 +10,7 @@ left out.
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import math
 from collections.abc import Iterator, Mapping
@@ -59,6 +60,15 @@ class GivenFaces:
         Raises UnusableFile where the table names other clips only.
         """
         return sorted(self._of(video))
+
+    def digest(self, video: str) -> str:
+        """SHA-256 of what is said of a clip; other clips in the table do not change it."""
+        told = hashlib.sha256()
+        for person, track in sorted(self._of(video).items()):
+            for frame, row in sorted(track.items()):
+                told.update(f"{person} {frame} {row.score!r} ".encode())
+                told.update(row.box.tobytes() + row.points.tobytes())
+        return told.hexdigest()
 
     def follow(self, video: str, frames: int, person: int | None = None) -> Iterator[TrackedFace | None]:
         """The face of each frame of a clip of `frames` frames, in order; gaps of at most half a second are

@@ -107,9 +107,9 @@ def _off(region: Region, face: Face) -> float:
 class FaceTracker:
     """Follows the largest face of each scene, or everybody.
 
-    people: "largest" gives at most one face a frame, person 0 throughout; "all" gives every person a number,
-    which a person keeps until a cut, also through a gap, if found again near to where the gap began. Nobody
-    is recognised: behind a cut all are new.
+    people: "largest" gives at most one face a frame, "all" everybody's. A person keeps a number until a cut,
+    also through a gap, if found again near to where the gap began. Nobody is recognised: behind a cut all are
+    new; for "largest" numbers begin with 0 again.
     look: how far a search goes when a look at the whole frame finds nothing ("largest"), or always ("all").
     """
 
@@ -266,8 +266,9 @@ class FaceTracker:
 
     def _person(self, face: Face) -> int:
         if self._people == "largest":
+            before = self._lost[-1] if self._lost else None
             self._lost.clear()
-            return 0
+            return 0 if before is None else before.person + (not _may_be(face, before.face))
         near = [lost for lost in self._lost if _may_be(face, lost.face)]
         if near:
             chosen = min(near, key=lambda lost: _apart(face, lost.face))

@@ -58,6 +58,7 @@ CARTOON: Final[Defaults] = {
     "data.num_frames": 33,
     "data.width": 64,
     "data.height": 64,
+    "data.faces": "none",  # detectors of people's faces do not know drawn ones
     "train.init": "zero_channels",
     "memory.vae_gradient": "full",
     "train.max_steps": 24,
@@ -82,6 +83,7 @@ OMNIAVATAR: Final[Defaults] = {
     "data.num_frames": 81,
     "data.width": 512,
     "data.height": 512,
+    "data.faces": "auto",
     "train.init": "zero_channels",
     "runtime.dtype": "bfloat16",
 }
@@ -106,6 +108,7 @@ STABLEAVATAR: Final[Defaults] = {
     "data.num_frames": 81,
     "data.width": 512,
     "data.height": 512,
+    "data.faces": "auto",
     "train.init": "zero_channels",
     "runtime.dtype": "bfloat16",
 }
