@@ -60,7 +60,9 @@ def draw_face_sheet(path: Path, samples: Sequence[Sample], mask: np.ndarray) -> 
         except AvatarctlError as problem:  # prepared long ago and changed since: the checks say so
             faces, line = [], f"cannot be shown: {problem.what}"
         for column, face in enumerate(faces):
-            tile = np.asarray(Image.fromarray(face).resize((_TILE, _TILE), Image.Resampling.BOX), np.float32)
+            tile = np.asarray(
+                Image.fromarray(face).resize((_TILE, _TILE), Image.Resampling.BICUBIC), np.float32
+            )
             page.paste(_image(tile + red * (_TINT - tile)), (left + column * _TILE, top))
         draw.text((left, top + _TILE + 2), printable(f"{sample.name[-50:]}   {line}"), _INK, font)
     data = io.BytesIO()

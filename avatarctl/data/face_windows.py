@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
@@ -16,14 +16,14 @@ from avatarctl.data.samples import VIDEO
 from avatarctl.data.windows import Cutting, RawVideo, Walked, Work
 from avatarctl.data.workers import encoding_threads
 from avatarctl.errors import UnusableVideo
-from avatarctl.media import FittedFrames, Video, fitted_part, video_from_array
+from avatarctl.media import FittedFrames, Video, fitted_matrix, video_from_array
 from avatarctl.media.files import file_sha256
 from avatarctl.perception.align import Aligner, after, align, inverse, moved, squeeze
 from avatarctl.perception.face_file import FACE_FILE, Clip, FaceFileWriter
 from avatarctl.perception.smooth import TrackedFace
 from avatarctl.perception.track import FrameFaces
 
-__all__ = ["fitted_matrix", "walk_faces"]
+__all__ = ["walk_faces"]
 
 _NAMED: Final = 3
 """Stretches without a face that a line names."""
@@ -64,14 +64,6 @@ def walk_faces(video: Video, work: Work, cutting: Cutting, plan: FacePlan, raw: 
             if len(walk.walked.windows) == cutting.max_windows:
                 break
     return walk.finished()
-
-
-def fitted_matrix(height: int, width: int, cutting_size: tuple[int, int], fit: Any) -> np.ndarray:
-    """float64 [2, 3]: a frame to what `FittedFrames` shows of it, both counting from their first pixel's
-    middle."""
-    left, top, right, bottom = fitted_part(height, width, cutting_size, fit)
-    x, y = cutting_size[1] / (right - left), cutting_size[0] / (bottom - top)
-    return np.array([[x, 0, (0.5 - left) * x - 0.5], [0, y, (0.5 - top) * y - 0.5]])
 
 
 class _Walk:

@@ -18,7 +18,7 @@ from avatarctl.data.artifacts import rounded
 from avatarctl.data.checking import Checked, Checker, Todo, artifact_path, audio_of, constant_path, run_mask
 from avatarctl.data.encoders import Encoders
 from avatarctl.data.known import Known
-from avatarctl.data.media import ReadFrames, read_sample
+from avatarctl.data.media import ReadFrames, read_sample, video_facts
 from avatarctl.data.samples import Sample, find_samples, prompt_of
 from avatarctl.data.workers import Outcome, encoding_threads, run_jobs
 from avatarctl.errors import AvatarctlError, UnusableAudio, UnusableFile, UnusableVideo
@@ -28,7 +28,7 @@ from avatarctl.files.named_path import expanded
 from avatarctl.files.pickle_file import read_pickle
 from avatarctl.files.safetensors_file import read_header
 from avatarctl.files.tensors import read_whole, to_float32
-from avatarctl.media import Waveform, open_audio
+from avatarctl.media import Waveform, fitted_matrix, open_audio
 from avatarctl.registry import Row
 from avatarctl.timeline import SAMPLES_PER_FRAME
 
@@ -37,17 +37,37 @@ if TYPE_CHECKING:
 
     from avatarctl.loading.modules import Part
 
-__all__ = ["TrainingSample", "TrainingSet"]
+__all__ = ["ToFace", "TrainingSample", "TrainingSet"]
 
 
 @dataclass(frozen=True)
 class TrainingSample:
     """A sample that was read: artifacts by name, float32 without a batch; waveform: its audio at 16 kHz for
-    the frames of its clip, [640 frames], where it was asked for."""
+    the frames of its clip, [640 frames], where it was asked for; to_face: how these frames become aligned
+    faces, where that was asked for."""
 
     name: str
     tensors: Mapping[str, Tensor]
     waveform: Tensor | None = None
+    to_face: ToFace | None = None
+
+
+@dataclass(frozen=True)
+class ToFace:
+    """Frames of a clip, as large as training has them, to aligned faces. matrices: float32 [frames, 2, 3], see
+    `perception.align`; resolution: of the aligned face."""
+
+    matrices: Tensor
+    resolution: int
+
+    def __call__(self, frames: Tensor, first: int) -> Tensor:
+        """[1, 3, n, H, W] in [-1, 1], the clip's frames from `first` on -> [1, 3, n, resolution, resolution],
+        with a gradient; grey where a face reaches beyond the frame."""
+        from avatarctl.perception.align import align
+
+        matrices = self.matrices[first : first + frames.shape[2]]
+        flat = align(frames[0].transpose(0, 1), matrices, self.resolution, fill=0.0)
+        return flat.transpose(0, 1)[None]
 
 
 @dataclass(frozen=True)
@@ -63,8 +83,8 @@ class _Turn:
 class TrainingSet:
     """A data set as `check` found it; samples that cannot be used are named in `bad`.
 
-    with_audio: samples are read with their audio, and one that is silent is bad; shortest: pixel frames that
-    a clip needs. constants: artifacts of the whole set, float32, and "mask" where the run has one.
+    with_audio: samples are read with their audio, and one that is silent is bad; with_faces: with what aligns
+    their faces, and one without it is bad; shortest: pixel frames that a clip needs. constants: artifacts of the whole set, float32, and "mask" where the run has one.
     """
 
     cfg: RunConfig
@@ -72,6 +92,7 @@ class TrainingSet:
     family: TrainableFamily
     emit: Emit
     with_audio: bool = False
+    with_faces: bool = False
     shortest: int = 0
     names: list[str] = field(default_factory=list)
     bad: dict[str, AvatarctlError] = field(default_factory=dict)
@@ -106,6 +127,8 @@ class TrainingSet:
                 try:
                     self._require_audio(sample)
                     self._require_length(checked.frames)
+                    if self.with_faces:
+                        self._to_face(checked)
                 except AvatarctlError as unfit:
                     checked = Checked(sample, problem=unfit)
             if checked.problem is not None:
@@ -189,7 +212,8 @@ class TrainingSet:
         for artifact in (each for each in self._artifacts if each.of == "prompt"):
             tensors[artifact.name] = self._prompts[self._prompt(checked.sample)]
         waveform = None if audio is None else torch.from_numpy(audio)
-        return TrainingSample(self.names[place], tensors, waveform)
+        to_face = self._to_face(checked) if self.with_faces else None
+        return TrainingSample(self.names[place], tensors, waveform, to_face)
 
     def _encoded(self, todo: Todo, read: tuple[ReadFrames, dict[str, np.ndarray]]) -> dict[str, Tensor]:
         names = [name for name in todo.names if self._of(name).of == "sample"]
@@ -268,6 +292,33 @@ class TrainingSet:
         (start, stop), *_ = self.family.frames_read(frames, (), self.cfg)
         if stop - start < self.shortest:
             raise UnusableVideo(f"too short: its clip has {stop - start} of {self.shortest} frames")
+
+    def _to_face(self, checked: Checked) -> ToFace:
+        """Of the frames that training sees of a sample, which may be smaller than its video.
+
+        Raises UnusableFile for a sample without a map to its face, or with one of another video.
+        """
+        import torch
+
+        from avatarctl.perception.align import after, inverse
+        from avatarctl.perception.face_file import FACE_FILE, Clip, read_face_file
+
+        sample, data = checked.sample, self.cfg.data
+        path = sample.folder / FACE_FILE
+        if not path.is_file():
+            raise UnusableFile(
+                f"has no {FACE_FILE}, and the sync loss needs aligned faces", where=sample.name,
+                fix="cut it out of its video again, or --faces none where the frame is the aligned face",
+            )  # fmt: skip
+        held = read_face_file(path)
+        width, height = held.facts["width"], held.facts["height"]
+        sha256 = self._known.facts(sample.video, "video", video_facts)["sha256"]
+        held = read_face_file(path, Clip(sha256, checked.frames, width, height))
+        assert data.width is not None and data.height is not None
+        shown = fitted_matrix(height, width, (data.height, data.width), self.cfg.input.fit)
+        (start, stop), *_ = self.family.frames_read(checked.frames, (), self.cfg)
+        matrices = after(held.matrices[start:stop], inverse(shown))
+        return ToFace(torch.from_numpy(matrices).float(), held.resolution)
 
     def _known_audio(self, sample: Sample) -> dict[str, Any]:
         from avatarctl.data.media import audio_facts

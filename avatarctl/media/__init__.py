@@ -5,7 +5,7 @@ from avatarctl.media.audio_survey import AudioSurvey, survey
 from avatarctl.media.background import BackgroundWriter
 from avatarctl.media.clip_writer import write_clip
 from avatarctl.media.files import check_regular_file
-from avatarctl.media.frames import FittedFrames, LengthRule, Video, fitted_part, video_from_array
+from avatarctl.media.frames import FittedFrames, LengthRule, Video, fitted_matrix, video_from_array
 from avatarctl.media.growing_file import partial_path
 from avatarctl.media.image import StillImage, image_from_array, load_image
 from avatarctl.media.video import AudioBlocks, VideoWriter
@@ -28,7 +28,7 @@ __all__ = [
     "Waveform",
     "audio_from_array",
     "check_regular_file",
-    "fitted_part",
+    "fitted_matrix",
     "image_from_array",
     "load_image",
     "open_audio",

@@ -14,7 +14,7 @@ from PIL import Image
 from avatarctl.errors import UnusableVideo
 from avatarctl.family import FrameReader
 
-__all__ = ["ArrayVideo", "FittedFrames", "LengthRule", "Video", "fitted_part", "video_from_array"]
+__all__ = ["ArrayVideo", "FittedFrames", "LengthRule", "Video", "fitted_matrix", "video_from_array"]
 
 
 class Video(Protocol):
@@ -124,7 +124,7 @@ class FittedFrames:
         height, width = self._size
         if frames.shape[1:3] == self._size:
             return frames
-        box = fitted_part(frames.shape[1], frames.shape[2], self._size, self._fit)
+        box = _part(frames.shape[1], frames.shape[2], self._size, self._fit)
         filter = Image.Resampling.BICUBIC if self._fit == "stretch" else Image.Resampling.BILINEAR
         fitted = np.empty((len(frames), height, width, 3), np.uint8)
         for place, frame in enumerate(frames):
@@ -132,11 +132,21 @@ class FittedFrames:
         return fitted
 
 
-def fitted_part(
+def fitted_matrix(
+    height: int, width: int, size: tuple[int, int], fit: Literal["crop", "stretch"]
+) -> np.ndarray:
+    """float64 [2, 3]: x and y in a frame to x and y in what `FittedFrames` makes of it, both counting from
+    their first pixel's middle."""
+    left, top, right, bottom = _part(height, width, size, fit)
+    x, y = size[1] / (right - left), size[0] / (bottom - top)
+    return np.array([[x, 0, (0.5 - left) * x - 0.5], [0, y, (0.5 - top) * y - 0.5]])
+
+
+def _part(
     height: int, width: int, size: tuple[int, int], fit: Literal["crop", "stretch"]
 ) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom of what is seen of a frame in `FittedFrames`: all of it where it is
-    stretched, else the largest centred part that has the shape of `size`."""
+    """Left, top, right and bottom of what is seen of a frame: all of it where it is stretched, else the
+    largest centred part that has the shape of `size`."""
     if fit == "stretch":
         return 0.0, 0.0, float(width), float(height)
     scale = min(height / size[0], width / size[1])

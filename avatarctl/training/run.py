@@ -87,7 +87,10 @@ class TrainingRun:
         """The data set, looked at. Raises UnusableFile, WeightsMissing, UsageError."""
         needs = _judged(self.cfg)
         with_audio = "sync" in needs.names
-        data = TrainingSet(self.cfg, self.row, self.family, self._emit, with_audio, needs.shortest)
+        with_faces = with_audio and self._whole_frames
+        data = TrainingSet(
+            self.cfg, self.row, self.family, self._emit, with_audio, with_faces, needs.shortest
+        )
         data.check()
         slots = self.cfg.train.batch_size * self.cfg.train.gradient_accumulation
         if slots > len(data.names):
@@ -97,6 +100,11 @@ class TrainingRun:
                 fix="a smaller --batch-size, or more samples",
             )
         return data
+
+    @property
+    def _whole_frames(self) -> bool:
+        """Whether samples show more than an aligned face, as those that start from an image do."""
+        return self.family.takes(self.cfg) == "image" and self.cfg.data.faces not in (None, "none")
 
     def run(self, run_text: str, should_stop: Callable[[], bool]) -> TrainingResult:
         """Trains. run_text: of the run file.

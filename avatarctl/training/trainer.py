@@ -240,6 +240,7 @@ def _aux_batch(
 ) -> AuxBatch:
     assert condition.clean is not None
     waveforms = [sample.waveform for sample in samples if sample.waveform is not None]
+    align = [sample.to_face for sample in samples if sample.to_face is not None]
     return AuxBatch(
         noisy=step.noisy,
         velocity=step.velocity,
@@ -247,6 +248,7 @@ def _aux_batch(
         clean=condition.clean,
         waveform=torch.stack(waveforms).to(device) if len(waveforms) == len(samples) else None,
         keys=[(draw.seed, (draw.step, draw.slot)) for draw in draws],
+        align=align if len(align) == len(samples) else None,
     )
 
 
