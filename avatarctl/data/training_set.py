@@ -54,8 +54,8 @@ class TrainingSample:
 
 @dataclass(frozen=True)
 class ToFace:
-    """Frames of a clip, as large as training has them, to aligned faces. matrices: float32 [frames, 2, 3], see
-    `perception.align`; resolution: of the aligned face."""
+    """Frames of a clip, as large as training has them, to aligned faces. matrices: float32 [frames, 2, 3],
+    see `perception.align`; resolution: of the aligned face."""
 
     matrices: Tensor
     resolution: int
@@ -84,7 +84,8 @@ class TrainingSet:
     """A data set as `check` found it; samples that cannot be used are named in `bad`.
 
     with_audio: samples are read with their audio, and one that is silent is bad; with_faces: with what aligns
-    their faces, and one without it is bad; shortest: pixel frames that a clip needs. constants: artifacts of the whole set, float32, and "mask" where the run has one.
+    their faces, and one without it is bad; shortest: pixel frames that a clip needs. constants: artifacts of
+    the whole set, float32, and "mask" where the run has one.
     """
 
     cfg: RunConfig

@@ -234,7 +234,6 @@ def test_links_that_lead_back_are_passed_over(out: Path) -> None:
         (("--data", "o", "--from-videos", "nothing"), 2, "no such file"),
         (("--data", "empty", "--from-videos", "empty"), 2, "cannot lie among their videos"),
         (("--data", "o", "--from-videos", "v.mp4"), 2, "is one video (name its folder"),
-        (("--data", "o", "--from-videos", "empty", "--faces", "all"), 2, "not yet supported"),
         (("--data", "o", "--shard", "2/2"), 2, "i/n"),
         (("--data", "o", "--frames", "8"), 2, "4k + 1"),
         (("--data", "o", "--model", "stableavatar-tiny"), 2, "nothing is prepared"),

@@ -11,12 +11,18 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from safetensors import safe_open
 
 from avatarctl.cli import app
+from avatarctl.data.training_set import ToFace
 from avatarctl.demo.samples import write_samples
+from avatarctl.media.files import file_sha256
+from avatarctl.perception.face_file import Clip, FaceFileWriter
+from avatarctl.perception.smooth import TrackedFace
 
 Train = Callable[..., Result]
 EVERY = ("-o", "checkpoint.every=1")
@@ -308,3 +314,36 @@ def test_an_adapter_of_a_built_in_model_talks_and_converts(
     )  # fmt: skip
     assert talks.exit_code == 0, talks.output
     assert "60 targets at scale 32" in talks.output
+
+
+def test_the_sync_loss_of_whole_frames_looks_at_the_face(
+    train: Train, samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the judge is shown is warped by each sample's own map; without one there is exit 3."""
+    words = ("--frames", 17, "--size", "32x32", "--batch-size", 1, "--max-steps", 1, "--aux", "sync")
+    common = ("--out", tmp_path / "run", "--faces", "auto", *words)
+    refused = train("i2v", "--data", samples, *common, small=False)
+    assert refused.exit_code == 3 and "has no face.safetensors" in refused.stderr, refused.output
+    assert not (tmp_path / "run/log.jsonl").exists()
+
+    mapped = tmp_path / "samples"
+    shutil.copytree(samples, mapped)
+    for folder in mapped.iterdir():
+        clip = Clip(file_sha256(folder / "sub_clip.mp4"), 17, 64, 64)
+        points = np.array([(24.0, 20), (40, 20), (32, 30)])
+        with FaceFileWriter(folder / "face.safetensors", clip, 256, "drawn here") as writer:
+            for _ in range(17):
+                writer.add(TrackedFace(0, np.array([16.0, 8, 48, 56]), points, None, 1.0, True))
+            writer.close()
+    seen: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = []
+    real = ToFace.__call__
+
+    def watch(self: ToFace, frames: torch.Tensor, first: int) -> torch.Tensor:
+        faces = real(self, frames, first)
+        seen.append((first, tuple(frames.shape), tuple(faces.shape)))
+        return faces
+
+    monkeypatch.setattr(ToFace, "__call__", watch)
+    made = train("i2v", "--data", mapped, *common, small=False)
+    assert made.exit_code == 0, made.output
+    assert seen == [(0, (1, 3, 17, 32, 32), (1, 3, 17, 256, 256))] * 2  # what was made, and the clip itself
