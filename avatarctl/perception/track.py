@@ -40,8 +40,11 @@ _SETTLING: Final = 4
 """Passes of the mesh over a face that is new, until its region is as that of a face that is followed."""
 _OFF: Final = 0.03
 """Of a region's side: what a prediction may be off by until the mesh looks again, from the right place."""
+_NEAR: Final = 0.5
+_DRIFT: Final = 0.1
 _FARTHEST: Final = 2.0
-"""Sides of a face from where it was lost to where it may be found again as the same."""
+"""Sides of a face from where it was lost to where it may be found again as the same: at once, more with each
+frame, at most. Who sits beside a person that leaves is somebody else."""
 _SAME_FACE: Final = 0.5
 
 
@@ -247,7 +250,7 @@ class FaceTracker:
     def _welcome(self, frame: np.ndarray, found: list[Face]) -> None:
         """Those of the found faces that nobody follows yet: who was lost near by, or somebody new."""
         if self._people == "largest":
-            again = [face for face in found if any(_may_be(face, lost.face) for lost in self._lost[-1:])]
+            again = [face for face in found if any(self._may_be(face, lost) for lost in self._lost[-1:])]
             found = (again or found)[:1]
         if self._followed and found:
             boxes = np.stack([each.face.box for each in self._followed])
@@ -268,14 +271,20 @@ class FaceTracker:
         if self._people == "largest":
             before = self._lost[-1] if self._lost else None
             self._lost.clear()
-            return 0 if before is None else before.person + (not _may_be(face, before.face))
-        near = [lost for lost in self._lost if _may_be(face, lost.face)]
+            return 0 if before is None else before.person + (not self._may_be(face, before))
+        near = [lost for lost in self._lost if self._may_be(face, lost)]
         if near:
             chosen = min(near, key=lambda lost: _apart(face, lost.face))
             self._lost.remove(chosen)
             return chosen.person
         self._named += 1
         return self._named - 1
+
+    def _may_be(self, face: Face, lost: _Followed) -> bool:
+        """Whether a face that is found may be the one that was lost: near to it, and of about its size."""
+        reach = min(_FARTHEST, _NEAR + _DRIFT * (self._measured - lost.checked))
+        near = _apart(face, lost.face) <= reach * lost.face.side
+        return near and 0.5 <= face.side / max(lost.face.side, 1e-6) <= 2
 
 
 def _inside(face: Face, frame: np.ndarray) -> bool:
@@ -286,11 +295,6 @@ def _inside(face: Face, frame: np.ndarray) -> bool:
 
 def _apart(one: Face, other: Face) -> float:
     return float(np.abs((one.box[:2] + one.box[2:]) / 2 - (other.box[:2] + other.box[2:]) / 2).max())
-
-
-def _may_be(face: Face, lost: Face) -> bool:
-    """Whether a face that is found may be the one that was lost: near to it, and of about its size."""
-    return _apart(face, lost) <= _FARTHEST * lost.side and 0.5 <= face.side / max(lost.side, 1e-6) <= 2
 
 
 def track_faces(

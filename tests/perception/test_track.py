@@ -97,6 +97,19 @@ def test_a_cut_between_two_people(networks: FaceNetworks) -> None:
             assert np.abs(face.points.mean(0)[0] - x) <= 12
 
 
+def test_another_person_has_another_number(networks: FaceNetworks) -> None:
+    """The larger of two leaves: the other one is followed at once, by another number, and no point lies
+    between them."""
+    scene = portrait("crop").put(background(640, 360), 480, 180, 100)
+    both = np.asarray(portrait("crop").put(scene, 160, 180, 150))
+    frames = np.stack([both] * 8 + [np.asarray(scene)] * 8)
+    for each in track_faces(networks, [frames]):
+        (face,) = each.faces
+        left = each.frame < 8
+        assert face.seen and face.person == (0 if left else 1)
+        assert abs(face.points.mean(0)[0] - (160 if left else 480)) <= 15, each.frame
+
+
 def test_everybody_keeps_a_number(networks: FaceNetworks) -> None:
     frames = []
     for i in range(8):

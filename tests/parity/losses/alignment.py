@@ -1,4 +1,4 @@
-"""Alignment of faces and paste-back (spec/face-alignment.md 1, 4)."""
+"""Alignment of faces and paste-back (spec/face-alignment.md 2, 4)."""
 
 from __future__ import annotations
 
