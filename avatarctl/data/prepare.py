@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from avatarctl.atomic import ensure_writable_folder, remove_left_behind
 from avatarctl.config import RunConfig
+from avatarctl.config.rules import FACE_WORDS
 from avatarctl.data.checking import Checked, Checker, Todo, run_mask
 from avatarctl.data.encoders import Encoders
 from avatarctl.data.known import Known
@@ -173,8 +174,12 @@ class Preparation:
         )
 
     def _face_plan(self) -> FacePlan | None:
-        """Samples that are cut already are taken as they are."""
-        if self.raws is None or self.cfg.data.faces in (None, "none"):
+        """Samples that are cut already are taken as they are; who named a table is told so."""
+        faces = self.cfg.data.faces
+        if self.raws is None and faces is not None and faces not in FACE_WORDS:
+            line = "data.faces is read where videos are cut (--from-videos); samples are taken as they are"
+            self._emit(Notice(line, "warning"))
+        if self.raws is None or faces in (None, "none"):
             return None
         from avatarctl.data.faces import face_plan
 
