@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,10 @@ from torch import Tensor
 from avatarctl.cli import app
 from avatarctl.conditioning.masking import keep_map, mask_tensor, mouth_mask
 from avatarctl.data.artifacts import read_artifact
+from avatarctl.data.face_windows import walk_faces
+from avatarctl.data.faces import FacePlan
 from avatarctl.data.training_set import TrainingSet
+from avatarctl.data.windows import Cutting, RawVideo
 from avatarctl.families import family_named
 from avatarctl.media import open_video
 from avatarctl.perception.align import Aligner, align, crop_size, template
@@ -285,9 +289,6 @@ def test_everybody_has_samples_of_their_own(tmp_path: Path) -> None:
     assert sorted(middles) == pytest.approx([(130 - 84) * 64 / 216, (240 - 84) * 64 / 216], abs=2)
     again = prepare(tmp_path / "in", tmp_path / "out", "--faces", "all", kind=WHOLE)
     assert again.exit_code == 0 and "video 1" not in again.stderr
-    alone = prepare(tmp_path / "in", tmp_path / "out", "--faces", "auto", kind=WHOLE)
-    assert alone.exit_code == 0, alone.output
-    assert [path.name for path in (tmp_path / "out/two.mp4").iterdir()] == ["000000"]
 
 
 def table(path: Path, places: Sequence[Place], first: int = 0, name: str = "one.mp4") -> Path:
@@ -357,7 +358,6 @@ def test_nobody_is_found(tmp_path: Path) -> None:
     made = prepare(tmp_path / "in", tmp_path / "out", "--faces", "auto")
     assert made.exit_code == 3 and "shows no face (--faces none takes videos as they are" in made.stderr
     assert not list((tmp_path / "out").glob("drawn.mp4*"))
-    assert prepare(tmp_path / "in", tmp_path / "out", "--faces", "none").exit_code == 0
 
 
 def test_a_face_at_the_edge_is_filled_with_grey(tmp_path: Path) -> None:
@@ -367,6 +367,58 @@ def test_a_face_at_the_edge_is_filled_with_grey(tmp_path: Path) -> None:
     assert made.exit_code == 0, made.output
     frame = clip_of(tmp_path / "out/edge.mp4/000000")[0].astype(int)
     assert np.abs(frame[:, :4] - 127).max() < 12 and np.abs(frame[:, 32:36] - 127).mean() > 12
+
+
+class LongVideo:
+    """Grey frames, and how many pieces of them were alive at once."""
+
+    name, width, height, warnings = "long", 96, 54, ()
+
+    def __init__(self, frames: int) -> None:
+        self.frames, self.most = frames, 0
+        self._pieces: list[weakref.ref[Any]] = []
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        piece = np.full((stop - start, 54, 96, 3), 90, np.uint8)
+        self._pieces.append(weakref.ref(piece))
+        self.most = max(self.most, sum(each() is not None for each in self._pieces))
+        return piece
+
+
+class Written:
+    """Stands for what writes samples: first frames of windows."""
+
+    def __init__(self) -> None:
+        self.starts: list[int] = []
+
+    def look(self, *arguments: object) -> None: ...
+
+    def write(self, start: int, *arguments: object) -> None:
+        self.starts.append(start)
+
+
+@pytest.mark.parametrize("aligned_faces", [True, False])
+def test_what_is_held_does_not_grow_with_the_video(aligned_faces: bool, tmp_path: Path) -> None:
+    most = []
+    for frames in (60, 240):
+        faces = table(tmp_path / f"{frames}.csv", [(50.0, 25.0)] * frames)
+        plan = FacePlan("largest", aligned_faces, 32, (faces, str(frames)))
+        work, video = Written(), LongVideo(frames)
+        cutting = Cutting(9, 9, None, (32, 32), "crop", "audio.wav", False, plan)
+        walk_faces(video, work, cutting, plan, RAW)  # type: ignore[arg-type]
+        assert work.starts == list(range(0, frames - 8, 9))
+        most.append(video.most)
+    assert most[0] == most[1] <= 4
+
+
+RAW = RawVideo("one.mp4", Path("one.mp4"), None, "")
+
+
+def test_a_table_without_videos_to_cut_is_said(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "samples")
+    words = ("--data", tmp_path / "samples", *WHOLE, "--faces", tmp_path / "faces.csv", "--dry-run")
+    made = run("precompute-latents", *words)
+    assert made.exit_code == 0 and "read where videos are cut (--from-videos)" in made.stderr
 
 
 @pytest.mark.parametrize(
