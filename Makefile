@@ -1,6 +1,6 @@
 # make demo   install into .venv, then make a talking video
 # make test   the same, then the whole test suite
-# make torture  kill conversions and preparations at random moments; some minutes, 1 GB of disk
+# make torture  kill conversions, preparations and training at random moments, make known mistakes; 1 GB of disk
 # make lint   style, types, layering, generated documents
 # make clean  remove .venv
 
@@ -45,13 +45,13 @@ clean:
 
 # The figures of docs/benchmarks.md; about twenty minutes on two idle cores.
 BENCHES := help_cpu start_cpu memory_against_length outside_networks audio_windows demo_time convert_speed load_time \
-	stableavatar_work batched_branches cpu_convolution prepare_work face_tracking
+	stableavatar_work batched_branches cpu_convolution prepare_work face_tracking training_work
 .PHONY: bench
 bench: $(installed)
 	@for name in $(BENCHES); do $(bin)/python tests/bench/$$name.py || exit 1; done
 
 # What `make test` tries two or three times, here many times over.
-TORTURES := kill_convert kill_prepare
+TORTURES := kill_convert kill_prepare kill_training training_mutations
 .PHONY: torture
 torture: $(installed)
 	@for name in $(TORTURES); do $(bin)/python tests/torture/$$name.py || exit 1; done

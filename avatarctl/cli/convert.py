@@ -77,20 +77,36 @@ def convert_ckpt(**params: Any) -> None:
     """Convert, merge, extract or inspect weight files.
 
     SRC is a file or a folder: safetensors, .pt, .pth or .bin, a published release, a trainer's output, a
-    diffusers or PEFT folder, a kohya or ComfyUI LoRA. Nothing in it is executed. DST is safetensors, with the
-    configuration beside it where DST is a folder. The path of DST is printed on standard output.
+    diffusers or PEFT folder, a kohya or ComfyUI LoRA, a run of `avatarctl train` or one of its checkpoints.
+    Nothing in it is executed. DST is safetensors, with the configuration beside it where DST is a folder. The
+    path of DST is printed on standard output.
     """
     _check_combination(params)
     source = expanded(params["source"])
-    if params["inspect"]:
-        _inspect(source, params["as_json"])
-        return
-    request = _request(source, params)
-    with Screen("warning" if params["quiet"] else "info") as screen:
+    with Screen("warning" if params["quiet"] or params["inspect"] else "info") as screen:
+        source = _weights_of(source, screen)
+        if params["inspect"]:
+            _inspect(source, params["as_json"])
+            return
+        request = _request(source, params)
         if params["dry_run"]:
             _dry_run(request, params["as_json"], screen)
         else:
             _run(request, params["as_json"], screen)
+
+
+def _weights_of(source: Path, screen: Screen) -> Path:
+    """The weight file of a folder that `avatarctl train` made, which `infer --model` takes: of a run its
+    newest good checkpoint, of a checkpoint its averaged weights if it has them. Others stay what they are."""
+    from avatarctl.loading.trained import is_run_folder, trained_weights
+
+    if not is_run_folder(source):
+        return source
+    path, notes = trained_weights(source)
+    for note in notes:
+        screen(Notice(note, "warning"))
+    screen(Notice(f"of this run: {path.parent.name}/{path.name}"))
+    return path
 
 
 _ALONE: Final = ("inspect", "as_json", "quiet", "source")

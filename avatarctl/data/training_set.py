@@ -42,12 +42,13 @@ __all__ = ["ToFace", "TrainingSample", "TrainingSet"]
 
 @dataclass(frozen=True)
 class TrainingSample:
-    """A sample that was read: artifacts by name, float32 without a batch; waveform: its audio at 16 kHz for
-    the frames of its clip, [640 frames], where it was asked for; to_face: how these frames become aligned
-    faces, where that was asked for."""
+    """A sample that was read: artifacts by name, float32 without a batch; frames: pixel frames of its clip;
+    waveform: its audio at 16 kHz for these frames, [640 frames], where it was asked for; to_face: how these
+    frames become aligned faces, where that was asked for."""
 
     name: str
     tensors: Mapping[str, Tensor]
+    frames: int
     waveform: Tensor | None = None
     to_face: ToFace | None = None
 
@@ -214,7 +215,7 @@ class TrainingSet:
             tensors[artifact.name] = self._prompts[self._prompt(checked.sample)]
         waveform = None if audio is None else torch.from_numpy(audio)
         to_face = self._to_face(checked) if self.with_faces else None
-        return TrainingSample(self.names[place], tensors, waveform, to_face)
+        return TrainingSample(self.names[place], tensors, self.lengths[place], waveform, to_face)
 
     def _encoded(self, todo: Todo, read: tuple[ReadFrames, dict[str, np.ndarray]]) -> dict[str, Tensor]:
         names = [name for name in todo.names if self._of(name).of == "sample"]

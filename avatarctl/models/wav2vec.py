@@ -54,6 +54,11 @@ class FrameWav2Vec2(Wav2Vec2Model):
         """Features per token of `tokens`."""
         return int(self.config.hidden_size)
 
+    def forward(self, *inputs: Any, **more: Any) -> Any:
+        """In its own precision, whatever autocast is around it."""
+        with torch.autocast(self.device.type, enabled=False):
+            return super().forward(*inputs, **more)
+
     @torch.no_grad()
     def tokens(self, waveform: Tensor) -> Tensor:
         """Normalised audio [B, n] -> float32 [B, L, token_width]: the last hidden state on the encoder's own
@@ -110,7 +115,8 @@ class FrameWav2Vec2(Wav2Vec2Model):
 
         def sums(first: int) -> Tensor:
             last = min(first + block // stride, outputs)
-            values = conv(read(first * stride, (last - 1) * stride + kernel).unsqueeze(1))[0]
+            with torch.autocast(self.device.type, enabled=False):
+                values = conv(read(first * stride, (last - 1) * stride + kernel).unsqueeze(1))[0]
             return torch.stack([each.sum(1, dtype=torch.float64) for each in (values, values.square())])
 
         mean, square = reduce(torch.add, map(sums, range(0, outputs, block // stride))) / outputs

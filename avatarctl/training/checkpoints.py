@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -11,7 +12,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from avatarctl.atomic import disk_errors, flush_file, flush_folder, held_folder
-from avatarctl.errors import UnusableWeights
+from avatarctl.errors import PathNotFound, UnusableWeights, WriteFailed
 from avatarctl.files.strict_json import read_object
 from avatarctl.files.tensors import StoredTensor
 from avatarctl.files.writer import write_safetensors
@@ -70,7 +71,7 @@ def write_checkpoint(
     Raises WriteFailed where the disk is full; older checkpoints are then what they were.
     """
     final = run / f"checkpoint-{step}"
-    with disk_errors(final), held_folder(run) as folder:
+    with _told_of(final), disk_errors(final), held_folder(run) as folder:
         write_safetensors(folder / TRAINED, *weights)
         if averaged is not None:
             write_safetensors(folder / AVERAGED, *averaged)
@@ -89,13 +90,28 @@ def write_checkpoint(
     return final
 
 
+@contextmanager
+def _told_of(final: Path) -> Iterator[None]:
+    """A full disk is told by the name that a file would have had, and by what to do then."""
+    try:
+        yield
+    except WriteFailed as error:
+        path = final if Path(str(error.where)) == final else final / Path(str(error.where)).name
+        fix = "free some space: the same command with --resume auto goes on"
+        raise WriteFailed(error.what, where=path, fix=fix) from error
+
+
 def find_checkpoint(run: Path, step: int | None = None) -> tuple[Checkpoint | None, tuple[str, ...]]:
     """The newest good checkpoint, or that of `step`, and a line for each damaged one that was passed over.
 
-    Raises UnusableWeights where there are checkpoints and none is good.
+    Raises UnusableWeights where there are checkpoints and none is good, PathNotFound for a step without one.
     """
     notes: list[str] = []
-    for number, path in reversed(checkpoints(run)):
+    held = dict(checkpoints(run))
+    if step is not None and step not in held:
+        there = f"there are those of {', '.join(map(str, held))}" if held else "the run has none"
+        raise PathNotFound(f"no checkpoint of step {step}", where=run, fix=there)
+    for number, path in sorted(held.items(), reverse=True):
         if step is not None and number != step:
             continue
         if wrong := damage(path):
@@ -107,13 +123,22 @@ def find_checkpoint(run: Path, step: int | None = None) -> tuple[Checkpoint | No
             continue
         return Checkpoint(path, number, state), tuple(notes)
     if notes:
-        raise UnusableWeights(notes[0].replace(" is passed over", ""), where=run, fix="no checkpoint is good")
+        others = len(held) - len(notes)
+        fix = "name another checkpoint" if others else "no other is left: start anew in another --out"
+        raise UnusableWeights(notes[0].replace(" is passed over", ""), fix=fix)
     return None, ()
 
 
 def rotate(run: Path, keep: int) -> Iterator[Path]:
-    """Removes all but the `keep` newest, which must be there already; yields what is gone."""
-    for _, path in checkpoints(run)[:-keep]:
+    """Removes all but the `keep` newest; yields what is gone. Nothing goes before the newest was read back.
+
+    Raises WriteFailed where the disk gives back something else than was written.
+    """
+    held = checkpoints(run)
+    if held[:-keep] and (wrong := damage(held[-1][1])):
+        what = f"was not written as it should be: {wrong}"
+        raise WriteFailed(what, where=held[-1][1], fix="older ones stay")
+    for _, path in held[:-keep]:
         shutil.rmtree(path)
         yield path
 

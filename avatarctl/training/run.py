@@ -118,8 +118,8 @@ class TrainingRun:
             for line in remove_left_behind(self.folder.path):
                 self._emit(Notice(line))
             data = self.open_data()
-            self.folder.begin(run_text)
             trainer = self._trainer(data)
+            self.folder.begin(run_text)  # not before everything is there: what is refused is no run
             begun = trainer.step
             if begun == self.cfg.train.max_steps:
                 self._emit(Notice(f"nothing to do: all {begun} steps are done (--max-steps for more)"))
@@ -211,6 +211,7 @@ class TrainingRun:
         for note in notes:
             self._emit(Notice(note, "warning"))
         if found is not None:
+            require_same(found.path, self.cfg, self.command)  # it may have been put there from another run
             self._require_samples(found, data)
             trainer.resume(found)
             self._emit(Notice(f"resumed behind step {found.step}"))

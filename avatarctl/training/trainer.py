@@ -222,12 +222,12 @@ class Trainer:
 def _of_one_length(
     group: list[tuple[TrainingSample, Draw]],
 ) -> Iterator[list[tuple[TrainingSample, Draw]]]:
-    """Samples whose latents have one shape, in the order of their first; the loss of each is its own, so a
+    """Samples whose clips are equally long, in the order of their first; the loss of each is its own, so a
     forward pass more changes no gradient."""
-    by_shape: dict[tuple[int, ...], list[tuple[TrainingSample, Draw]]] = {}
+    by_length: dict[int, list[tuple[TrainingSample, Draw]]] = {}
     for sample, draw in group:
-        by_shape.setdefault(tuple(sample.tensors["latents"].shape), []).append((sample, draw))
-    yield from by_shape.values()
+        by_length.setdefault(sample.frames, []).append((sample, draw))
+    yield from by_length.values()
 
 
 def _aux_batch(

@@ -11,8 +11,13 @@ from click.testing import CliRunner, Result
 
 from avatarctl.cli import app
 from avatarctl.demo.samples import write_samples
+from avatarctl.events import Event
+from avatarctl.families import family_named
+from avatarctl.registry import configure, find_model
+from avatarctl.training.run import TrainingRun
+from avatarctl.training.trainer import Trainer
+from tests.training.running import SMALL
 
-SMALL = ("--size", "32x32", "--frames", "9", "--max-steps", "3", "--batch-size", "2")
 Train = Callable[..., Result]
 
 
@@ -45,6 +50,31 @@ def train(tmp_path: Path) -> Train:
         return CliRunner().invoke(app, line, prog_name="avatarctl")
 
     return run
+
+
+@pytest.fixture
+def trainer_of(prepared: Path, tmp_path: Path) -> Callable[..., Trainer]:
+    """A trainer as `train` makes it, on four prepared samples or on `data`; words: settings. Its `events`
+    are what the run said."""
+
+    def make(*words: str, model: str = "cartoon-v2v", data: Path | None = None) -> Trainer:
+        events: list[Event] = []
+        settings = {
+            "model.name": model, "data.path": str(data or prepared), "data.width": "32",
+            "data.height": "32", "data.num_frames": "9", "train.max_steps": "9",
+            **dict(word.split("=", 1) for word in words),
+        }  # fmt: skip
+        cfg = configure(*(f"{name}={value}" for name, value in settings.items()))
+        row, folder = find_model(model), tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
+        command = "train i2v" if cfg.model.channels == 33 else "train v2v"
+        run = TrainingRun(command, cfg, row, family_named(row.family), folder, events.append)  # type: ignore[arg-type]
+        folder.mkdir()
+        (folder / "run.yaml").write_text(f"command: {command}\nasked: {{}}\n", encoding="utf-8")
+        trainer = run._trainer(run.open_data())
+        trainer.events = events  # type: ignore[attr-defined]
+        return trainer
+
+    return make
 
 
 @pytest.fixture(autouse=True)

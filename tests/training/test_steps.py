@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,35 +13,10 @@ import torch
 
 from avatarctl.data.training_set import TrainingSample, TrainingSet
 from avatarctl.errors import UnusableFile
-from avatarctl.events import Event, Notice
-from avatarctl.families import family_named
-from avatarctl.registry import configure, find_model
+from avatarctl.events import Notice
 from avatarctl.training.network import Network
 from avatarctl.training.objective import training_noise
-from avatarctl.training.run import TrainingRun
 from avatarctl.training.trainer import Trainer
-
-
-@pytest.fixture
-def trainer_of(prepared: Path, tmp_path: Path) -> Any:
-    """A trainer on four prepared samples, as `train v2v` makes it; words: settings."""
-    events: list[Event] = []
-
-    def make(*words: str) -> Trainer:
-        settings = [
-            "model.name=cartoon-v2v", f"data.path={prepared}", "data.width=32", "data.height=32",
-            "data.num_frames=9", "train.max_steps=9", *words,
-        ]  # fmt: skip
-        cfg, row = configure(*settings), find_model("cartoon-v2v")
-        folder = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
-        run = TrainingRun("train v2v", cfg, row, family_named("omniavatar"), folder, events.append)  # type: ignore[arg-type]
-        folder.mkdir()
-        (folder / "run.yaml").write_text("command: train v2v\nasked: {}\n", encoding="utf-8")
-        trainer: Trainer = run._trainer(run.open_data())
-        trainer.events = events  # type: ignore[attr-defined]
-        return trainer
-
-    return make
 
 
 def batch_of(trainer: Trainer) -> list[TrainingSample]:
@@ -69,7 +45,7 @@ def test_samples_of_two_lengths_share_a_batch(trainer_of: Any) -> None:
     tensors = dict(batch[1].tensors)
     for name in ("latents", "masked_latents"):
         tensors[name] = tensors[name][:, :2]
-    batch[1] = TrainingSample(batch[1].name, tensors)
+    batch[1] = replace(batch[1], tensors=tensors, frames=5)
     totals = trainer.accumulate(batch)
     assert totals["loss"] > 0 and all(value == value for value in totals.values())
 
@@ -80,8 +56,8 @@ def test_a_step_without_finite_numbers_moves_nothing_and_names_its_samples(train
 
     def broken(places: Any) -> Iterator[TrainingSample]:
         for sample in good(places):
-            yield TrainingSample(
-                sample.name, {**sample.tensors, "latents": sample.tensors["latents"] * torch.nan}
+            yield replace(
+                sample, tensors={**sample.tensors, "latents": sample.tensors["latents"] * torch.nan}
             )
 
     before = {name: tensor.clone() for name, tensor in trainer.network.trainables.state().items()}

@@ -1,0 +1,126 @@
+"""One clip by both roads: what training shows the network is what inference shows it, for 33, 49 and 65
+channels (spec/omniavatar.md g.1: "train and inference input logic identical", j 4, j 39).
+
+Training reads the clip as a sample, through the data set and `training_condition`; its prefix is that of a
+first chunk. Inference reads the same files by `infer`, and its first condition is noted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from avatarctl.data.training_set import TrainingSample, TrainingSet
+from avatarctl.demo.clips import clip
+from avatarctl.events import silent
+from avatarctl.families.omniavatar import OmniAvatar
+from avatarctl.family import Condition, Draw
+from avatarctl.media import open_video, write_audio, write_clip
+from avatarctl.registry import ROWS, configure, find_model
+from tests.training.running import typed
+
+NO_DROPOUT = ("train.text_dropout=0", "train.audio_dropout=0", "train.prefix_dropout=0")
+FRAMES = 9
+
+
+@pytest.fixture
+def models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cartoon model with 65 channels, as a row of its own; random, as that of 49."""
+    row = ROWS["cartoon-v2v"]
+    network = {**row.network, "dit": {**row.network["dit"], "in_channels": 65}}
+    wide = replace(row, name="cartoon-65", network=network, defaults={**row.defaults, "model.channels": 65})
+    monkeypatch.setitem(ROWS, wide.name, wide)  # type: ignore[index]
+
+
+def trained_on(folder: Path, model: str, *words: str) -> Condition:
+    """The condition of a step, from the files of one sample."""
+    cfg = configure(
+        f"model.name={model}", f"data.path={folder.parent}", "data.width=32", "data.height=32",
+        f"data.num_frames={FRAMES}", "data.artifact_dtype=float32", *NO_DROPOUT, *words,
+    )  # fmt: skip
+    data = TrainingSet(cfg, find_model(model), OmniAvatar(), silent)  # type: ignore[arg-type]
+    data.check()
+    data.prepare()
+    (sample,) = data.read([data.names.index(folder.name)])
+    assert isinstance(sample, TrainingSample)
+    draws = [Draw(seed=3, step=0, slot=0, slots=1)]
+    return OmniAvatar().training_condition([sample.tensors], data.constants, draws, cfg)
+
+
+def inferred(monkeypatch: pytest.MonkeyPatch, *words: object) -> Condition:
+    """The condition of the first chunk of a run of `infer`."""
+    seen: list[Condition] = []
+    build = OmniAvatar.build_condition
+
+    def noting(self: OmniAvatar, encoded: Any) -> Condition:
+        seen.append(build(self, encoded))
+        return seen[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OmniAvatar, "build_condition", noting)
+        made = typed(
+            "infer", "--size", "32x32", "--steps", "1", "-o", f"long_video.num_frames={FRAMES}", *words
+        )
+    assert made.exit_code == 0, made.output
+    return seen[0]
+
+
+def require_equal(ours: Condition, theirs: Condition) -> None:
+    assert ours.channels is not None and theirs.channels is not None
+    assert torch.equal(ours.channels, theirs.channels)
+    assert ours.fixed_mask is not None and theirs.fixed_mask is not None
+    assert torch.equal(ours.fixed_mask, theirs.fixed_mask)
+    given = theirs.fixed_mask
+    assert ours.clean is not None and theirs.clean is not None
+    assert torch.equal(ours.clean * given, theirs.clean * given)
+    text: Mapping[str, Tensor] = theirs.text
+    assert torch.equal(ours.text["prompt"], text["prompt"])
+    assert torch.equal(ours.audio["features"], theirs.audio["features"])
+
+
+@pytest.mark.parametrize(
+    ("model", "rule"),
+    [("cartoon-v2v", "first_keep"), ("cartoon-65", "all")],
+)
+def test_a_clip_of_a_video(
+    model: str, rule: str, samples: Path, models: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = samples / "000001"
+    prefix = 1 if rule == "first_keep" else 0  # frames that a first chunk is given
+    ours = trained_on(folder, model, f"data.mask_rule={rule}", f"train.prefix_frames={prefix}")
+    theirs = inferred(
+        monkeypatch, "--model", model, "--video", folder / "sub_clip.mp4", "--audio", folder / "audio.wav",
+        "--prompt", (folder / "prompt.txt").read_text().strip(), "-o", f"data.mask_rule={rule}",
+        "--out", tmp_path / "x.mp4",
+    )  # fmt: skip
+    assert ours.channels is not None and ours.channels.shape[1] == (33 if model == "cartoon-v2v" else 49)
+    require_equal(ours, theirs)
+
+
+def test_a_clip_from_an_image(samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the size that is trained at: an image that is scaled is not rounded to whole
+    numbers, as the frames of a video are."""
+    folder = tmp_path / "samples/one"
+    folder.mkdir(parents=True)
+    drawn = clip(1, 17)
+    small = np.stack([np.asarray(Image.fromarray(frame).resize((32, 32))) for frame in drawn.frames])
+    write_clip(folder / "sub_clip.mp4", iter([small]))
+    write_audio(folder / "audio.wav", drawn.speech.audio, 16_000)
+    (folder / "prompt.txt").write_text("a person is talking")
+    with open_video(folder / "sub_clip.mp4") as reader:
+        Image.fromarray(reader.read(0, 1)[0]).save(tmp_path / "first.png")
+    ours = trained_on(folder, "cartoon-i2v", "train.prefix_frames=1")
+    theirs = inferred(
+        monkeypatch, "--model", "cartoon-i2v", "--image", tmp_path / "first.png", "--chunked",
+        "--audio", folder / "audio.wav", "--out", tmp_path / "x.mp4",
+    )  # fmt: skip
+    assert ours.channels is not None and ours.channels.shape[1] == 17
+    require_equal(ours, theirs)
