@@ -27,7 +27,7 @@ from avatarctl.cli import app
 from avatarctl.config import RunConfig
 from avatarctl.demo.samples import write_samples
 from avatarctl.family import Artifact, Clip, Condition, Draw, Modules, Timesteps
-from avatarctl.loading import parts
+from avatarctl.loading import assemble, parts
 from avatarctl.training import start
 from avatarctl.weights.key_map import KeyMap
 from avatarctl.weights.layout import WeightLayout
@@ -205,7 +205,9 @@ def known() -> Iterator[None]:
             patch.setitem(families.FAMILIES, family.name, family)
             patch.setitem(registry.ROWS, row.name, row)
             patch.setitem(parts.TRANSFORMERS, family.name, network)
-        patch.setattr(start, "LAYOUTS", (layout_of("masked"), layout_of("frames"), *start.LAYOUTS))
+        known = (layout_of("masked"), layout_of("frames"), *start.LAYOUTS)
+        for module in (start, assemble):
+            patch.setattr(module, "LAYOUTS", known)
         yield
 
 

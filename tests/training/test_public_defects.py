@@ -53,7 +53,7 @@ TESTS: dict[int, tuple[str, ...]] = {
         f"{OBJECTIVE}::test_timestep_keeps_its_exact_value_and_id"),
     8: (f"{HERE}::test_rows_8_and_9_a_batch_is_its_samples",),
     9: (f"{HERE}::test_rows_8_and_9_a_batch_is_its_samples",),
-    19: ("test_starts.py::test_a_plain_base_gets_zero_channels_and_audio_layers_from_the_seed",),
+    19: ("test_starts.py::test_a_plain_base_keeps_its_tensors_and_gets_small_audio_layers",),
     26: (f"{HERE}::test_row_26_a_file_overrides_a_default",),
     29: (f"{STEPS}::test_a_sample_that_goes_bad_is_replaced_by_the_next",
          f"{RUNS}::test_bad_samples_are_named_and_the_others_train"),
