@@ -55,8 +55,10 @@ class FrameWav2Vec2(Wav2Vec2Model):
         return int(self.config.hidden_size)
 
     def forward(self, *inputs: Any, **more: Any) -> Any:
-        """In its own precision, whatever autocast is around it."""
-        with torch.autocast(self.device.type, enabled=False):
+        """In its own precision, whatever autocast is around it, on the device of its input: where its
+        parameters are says nothing."""
+        waveform = next(each for each in (*inputs, *more.values()) if isinstance(each, Tensor))
+        with torch.autocast(waveform.device.type, enabled=False):
             return super().forward(*inputs, **more)
 
     @torch.no_grad()
@@ -115,8 +117,9 @@ class FrameWav2Vec2(Wav2Vec2Model):
 
         def sums(first: int) -> Tensor:
             last = min(first + block // stride, outputs)
-            with torch.autocast(self.device.type, enabled=False):
-                values = conv(read(first * stride, (last - 1) * stride + kernel).unsqueeze(1))[0]
+            waveform = read(first * stride, (last - 1) * stride + kernel)
+            with torch.autocast(waveform.device.type, enabled=False):
+                values = conv(waveform.unsqueeze(1))[0]
             return torch.stack([each.sum(1, dtype=torch.float64) for each in (values, values.square())])
 
         mean, square = reduce(torch.add, map(sums, range(0, outputs, block // stride))) / outputs

@@ -77,8 +77,8 @@ def test_mistakes_are_those_of_the_command_itself(text: str, error: type[Avatarc
 
 
 def test_a_command_that_does_not_exist_is_said_to_be_that_of_for() -> None:
-    with pytest.raises(UsageError, match="no such command 'train'") as caught:
-        read_typed("train v2v --model omniavatar-14b")
+    with pytest.raises(UsageError, match="no such command 'serve'") as caught:
+        read_typed("serve --model omniavatar-14b")
     assert caught.value.where == "--for"
 
 
