@@ -68,12 +68,12 @@ def test_mouths_do_not_follow_the_audio_of_another_clip(scores: tuple[np.ndarray
 
 def test_mouths_follow_nothing_when_the_audio_is_cut_off(talk: Talk) -> None:
     """What the first test would measure if audio did not reach the transformer."""
-    clips = [clip(HELD_OUT + 2000 + k, FRAMES) for k in range(3)]
+    clips = [clip(HELD_OUT + 2000 + k, FRAMES) for k in range(2)]
     cut = [follows(talk(each, np.zeros_like(each.speech.audio) + 1e-4), each) for each in clips]
     assert np.mean(cut) < 0.5, cut
 
 
 def test_later_chunks_follow_as_well(talk: Talk) -> None:
-    long = clip(HELD_OUT + 2100, 90)
-    late = talk(long, long.speech.audio)[57:]
-    assert correlation(late, long.speech.opening[57:]) > 0.8
+    long = clip(HELD_OUT + 2100, 65)
+    late = talk(long, long.speech.audio)[33:]
+    assert correlation(late, long.speech.opening[33:]) > 0.8

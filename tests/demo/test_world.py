@@ -13,7 +13,7 @@ from avatarctl.demo.mouth_meter import correlation, measure_mouth
 from avatarctl.demo.voices import SYMBOLS, draw_voice, speak, speech
 from avatarctl.timeline import SAMPLE_RATE, SAMPLES_PER_FRAME
 
-SEEDS = range(HELD_OUT, HELD_OUT + 40)
+SEEDS = range(HELD_OUT, HELD_OUT + 20)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_a_sentence_that_closes_ends_with_a_closed_mouth_in_near_silence(seed: i
 
 
 def test_voices_are_loud_but_do_not_clip() -> None:
-    peaks = [np.abs(speech(seed, 60).audio).max() for seed in range(12)]
+    peaks = [np.abs(speech(seed, 60).audio).max() for seed in range(6)]
     assert min(peaks) > 0.05 and max(peaks) < 1.0
 
 
@@ -119,7 +119,7 @@ def test_no_harmonic_is_folded_back_at_half_the_sample_rate() -> None:
 
 
 def test_every_symbol_is_said_and_vowels_open_the_mouth() -> None:
-    said = speech(21, 1500)
+    said = speech(21, 700)
     assert set(said.symbol.tolist()) == set(range(len(SYMBOLS)))
     mean = {name: said.opening[said.symbol == k].mean() for k, name in enumerate(SYMBOLS)}
     assert mean["a"] > mean["o"] > mean["i"] > mean["pause"]
