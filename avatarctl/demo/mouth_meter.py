@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from avatarctl.demo.faces import INSIDE_RED
 
-__all__ = ["correlation", "measure_mouth"]
+__all__ = ["correlation", "measure_mouth", "mouth_window"]
 
 Array = NDArray[np.floating]
 
@@ -36,7 +36,7 @@ def measure_mouth(frames: NDArray[np.uint8]) -> tuple[Array, Array]:
     side = red.shape[1]
     skin = max(float(np.median(_cheeks(red))), INSIDE_RED + _LEAST_CONTRAST)
     dark = np.clip((skin - red) / (skin - INSIDE_RED), 0, 1.1)
-    dark = np.clip((dark - _DEAD) / (1 - _DEAD), 0, None) * _window(side)
+    dark = np.clip((dark - _DEAD) / (1 - _DEAD), 0, None) * mouth_window(side)
     unit = side / 64
     total = dark.sum((1, 2)) / unit**2 + _TINY
     height, width = ((dark.sum(axis) / unit) ** 2 for axis in (1, 2))
@@ -62,7 +62,8 @@ def _unfaded(height: Array) -> Array:
     return np.where(height < _EDGE, np.interp(height, seen, 2 * half), height)
 
 
-def _window(side: int) -> Array:
+def mouth_window(side: int) -> Array:
+    """Where a mouth can be: [side, side] from 0 to 1, with a soft edge."""
     at = (np.arange(side) + 0.5) / side
     u, v = ((at - centre) / radius for centre, radius in zip(_CENTRE, _RADII, strict=True))
     return np.clip((1.1 - np.hypot(u[None, :], v[:, None])) / 0.2, 0, 1)

@@ -18,7 +18,7 @@ from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
 
-from avatarctl.models.wan_blocks import AvatarAttnProcessor, AvatarBlock, KeyValue
+from avatarctl.models.wan_blocks import AvatarAttnProcessor, AvatarBlock, KeyValue, without_padding
 from avatarctl.models.wan_transformer import AvatarTransformer, Embedded
 
 __all__ = ["AudioPack", "OmniAvatarTransformer", "PreparedTensors"]
@@ -64,10 +64,11 @@ class ResidualBlock(AvatarBlock):
         rotary_emb: Tensor | None,
         audio_residual: Tensor | None = None,
         text_key_value: KeyValue | None = None,
+        text_bias: Tensor | None = None,
         only: str | None = None,
     ) -> Tensor | KeyValue:
         """hidden_states [B, S, D]; encoder_hidden_states [B, S_text, D]; temb [B, 6, D];
-        audio_residual [B, T, D], the same for every token of a latent frame.
+        audio_residual [B, T, D], the same for every token of a latent frame; text_bias [B, 1, 1, S_text].
 
         only="kv" returns the text keys and values of this block and nothing else: under FSDP2 a block's
         parameters exist only inside its own forward.
@@ -81,7 +82,7 @@ class ResidualBlock(AvatarBlock):
             hidden_states = rearrange(by_frame + residual, "b t s d -> b (t s) d")
         assert temb is not None and rotary_emb is not None
         return self.modulated(
-            hidden_states, temb, rotary_emb, encoder_hidden_states, key_value=text_key_value
+            hidden_states, temb, rotary_emb, encoder_hidden_states, text_bias, key_value=text_key_value
         )
 
 
@@ -140,13 +141,15 @@ class OmniAvatarTransformer(AvatarTransformer):
     ) -> Tensor:
         """hidden_states [B, C, T, h, w], timestep [B] in 0..1000, encoder_hidden_states [B, S, text_dim],
         audio [B, L, A] -> velocity [B, 16, T, h, w]. Samples of a batch are independent."""
-        text = self.condition_embedder.text_embedder(encoder_hidden_states.to(self._compute_dtype))
+        rows, bias = without_padding(encoder_hidden_states)
+        text = self.condition_embedder.text_embedder(rows.to(self._compute_dtype))
         _, _, frames, height, width = hidden_states.shape
         return self._run(
             self._embed(hidden_states, timestep),
             rotary=self._rotary_table((frames, height, width), hidden_states.device),
             audio=self._audio_residuals(audio),
             text=text,
+            text_bias=bias,
         )
 
     def _prepare(
@@ -198,6 +201,7 @@ class OmniAvatarTransformer(AvatarTransformer):
         rotary: Tensor,
         audio: Tensor,
         text: Tensor | None = None,
+        text_bias: Tensor | None = None,
         text_key_values: Sequence[KeyValue] | None = None,
     ) -> Tensor:
         """Blocks, head, patches back to latents: [B, 16, T, h, w]."""
@@ -216,5 +220,6 @@ class OmniAvatarTransformer(AvatarTransformer):
                 # None where a block gets no audio.
                 audio[:, index - 2] if 2 <= index <= len(self.blocks) // 2 else None,
                 None if text_key_values is None else text_key_values[index],
+                text_bias,
             )
         return self._unembed(tokens, embedded)

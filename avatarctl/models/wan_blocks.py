@@ -6,6 +6,7 @@ d = D / N head width.
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from diffusers.models.transformers.transformer_wan import WanAttention, WanTrans
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-__all__ = ["AvatarAttnProcessor", "AvatarBlock", "ComplexRotaryEmbedding", "KeyValue"]
+__all__ = ["AvatarAttnProcessor", "AvatarBlock", "ComplexRotaryEmbedding", "KeyValue", "without_padding"]
 
 KeyValue = tuple[Tensor, Tensor]  # keys and values of a context, [B, S', N, d]
 
@@ -57,6 +58,25 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     """Turn adjacent pairs (2j, 2j + 1) of x [B, S, N, d] by the table; float32 inside."""
     pairs = torch.view_as_complex(rearrange(x.float(), "b s n (c two) -> b s n c two", two=2).contiguous())
     return torch.view_as_real(pairs * rotary).flatten(-2).type_as(x)
+
+
+def without_padding(text: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Texts [B, S, W] whose last rows are zero in all of them -> the rows before and one for all of these, and
+    the bias [B, 1, 1, S'] of attention that makes the result that of all rows: equal keys weigh as one does
+    with the logarithm of their number added.
+
+    Exact up to rounding, and a twentieth of the work for a prompt of a few words in 512 rows. On a CPU only:
+    the fast kernels of a GPU take no bias, and a long text costs them little beside a video.
+    """
+    rows = text.shape[1]
+    if text.device.type != "cpu" or type(text) is not Tensor:
+        return text, None
+    used = int(text.detach().abs().amax((0, 2)).nonzero().amax()) + 1 if text.any() else 0
+    if rows - used < 2:
+        return text, None
+    bias = torch.zeros(text.shape[0], 1, 1, used + 1)
+    bias[..., -1] = math.log(rows - used)
+    return text[:, : used + 1], bias
 
 
 class AvatarAttnProcessor:
@@ -120,13 +140,14 @@ class AvatarBlock(WanTransformerBlock):
         temb: Tensor,
         rotary_emb: Tensor,
         encoder_hidden_states: Tensor | None,
+        bias: Tensor | None = None,
         **cross: Any,
     ) -> Tensor:
         """Self-attention, cross-attention, feed-forward: hidden_states [B, S, D], temb [B, 6, D],
-        encoder_hidden_states [B, S_text, D]; `cross` goes to the processor of the cross-attention.
-        Modulation and norms are float32."""
+        encoder_hidden_states [B, S_text, D]; bias of the cross-attention, [B, 1, 1, S_text]; `cross` goes to
+        its processor. Modulation and norms are float32."""
         mixed = self.mixed(hidden_states, temb, rotary_emb)
-        return self.conditioned(mixed, temb, encoder_hidden_states, **cross)
+        return self.conditioned(mixed, temb, encoder_hidden_states, bias, **cross)
 
     def mixed(self, hidden_states: Tensor, temb: Tensor, rotary_emb: Tensor) -> Tensor:
         """Self-attention: no text, image or audio has a part in it."""
@@ -136,12 +157,17 @@ class AvatarBlock(WanTransformerBlock):
         return (hidden_states.float() + attended * gate).type_as(hidden_states)
 
     def conditioned(
-        self, hidden_states: Tensor, temb: Tensor, encoder_hidden_states: Tensor | None, **cross: Any
+        self,
+        hidden_states: Tensor,
+        temb: Tensor,
+        encoder_hidden_states: Tensor | None,
+        bias: Tensor | None = None,
+        **cross: Any,
     ) -> Tensor:
         """Cross-attention and feed-forward, behind `mixed`."""
         *_, shift2, scale2, gate2 = (self.scale_shift_table + temb.float()).chunk(6, dim=1)
         normed = self.norm2(hidden_states.float()).type_as(hidden_states)
-        hidden_states = hidden_states + self.attn2(normed, encoder_hidden_states, None, None, **cross)
+        hidden_states = hidden_states + self.attn2(normed, encoder_hidden_states, bias, None, **cross)
 
         normed = (self.norm3(hidden_states.float()) * (1 + scale2) + shift2).type_as(hidden_states)
         forwarded = self.ffn(normed)
