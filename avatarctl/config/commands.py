@@ -51,7 +51,8 @@ _TRAIN: Final = CommandKeys(
         "reference_frames references artifact_dtype workers",
         "train": "mode init optimizer learning_rate final_learning_rate schedule hold betas weight_decay "
         "warmup_steps max_steps batch_size gradient_accumulation lora_rank lora_alpha lora_targets "
-        "text_dropout audio_dropout prefix_frames prefix_dropout timestep_weight mouth_weight clip_norm ema",
+        "text_dropout audio_dropout prefix_frames prefix_dropout prefix_noise timestep_weight mouth_weight "
+        "clip_norm ema",
         "aux": "losses sync_weight lpips_weight trepa_weight recon_weight sync_mode lpips_backend window "
         "stride frames trepa_mode mouth_crop max_sigma",
         "checkpoint": "every keep_last resume accept_schedule",

@@ -324,6 +324,13 @@ class Train:
         rule=rules.PREFIXES,
     )
     prefix_dropout: float = key(0.1, "share of samples trained without clean frames", low=0, high=1)
+    prefix_noise: float = key(
+        0.0,
+        "noise on clean frames in front: its deviation in latents is drawn between 0 and this, small ones "
+        "more often. Inference gives the model frames that it made itself",
+        low=0,
+        high=10,
+    )
     timestep_weight: Literal["bell", "none"] = key(
         "bell", "weight of the loss by timestep: the bell of the published recipe, or the same for all"
     )

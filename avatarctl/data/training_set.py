@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from avatarctl.loading.modules import Part
 
-__all__ = ["ToFace", "TrainingSample", "TrainingSet"]
+__all__ = ["ToFace", "TrainingData", "TrainingSample", "TrainingSet"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,27 @@ class ToFace:
         matrices = self.matrices[first : first + frames.shape[2]]
         flat = align(frames[0].transpose(0, 1), matrices, self.resolution, fill=0.0)
         return flat.transpose(0, 1)[None]
+
+
+class TrainingData(Protocol):
+    """What a run learns from. names: of its samples, in order; bad: those that cannot be used; constants:
+    what all samples share, float32, there after `prepare`; base: what messages call the whole."""
+
+    names: list[str]
+    bad: dict[str, AvatarctlError]
+    constants: dict[str, Tensor]
+
+    @property
+    def base(self) -> Path: ...
+
+    def prepare(self) -> None:
+        """Makes ready what all samples share, before the first is read."""
+
+    def read(self, places: Iterable[int]) -> Iterator[TrainingSample | AvatarctlError]:
+        """The samples at `places`, in that order, or why one cannot be used after all."""
+
+    def exact_vae(self) -> Any:
+        """The VAE in float32, for losses on its frames."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from avatarctl.config import RunConfig
 from avatarctl.family import Condition, Draw, Timesteps
+from avatarctl.rng import generator
 from avatarctl.timeline import pixel_frames
 
 if TYPE_CHECKING:
@@ -80,6 +81,9 @@ class Objective:
         fixed = torch.zeros_like(condition.fixed_mask) if _as_fork(cfg) else condition.fixed_mask
         keep = _mouth(constants, plane, cfg)
         extra = {} if keep is None else {"keep": keep}
+        if cfg.train.prefix_noise:
+            noise = torch.stack([_prefix_noise(draw, clean.shape[1:], cfg) for draw in draws])
+            clean = torch.where(fixed, clean + noise.to(clean.device), clean)
         return replace(condition, clean=clean, fixed_mask=fixed, extra=extra)
 
     def sample_timesteps(self, draws: Sequence[Draw], frames: int, cfg: RunConfig) -> Timesteps:
@@ -152,6 +156,14 @@ def prefix_latents(draw: Draw, frames: int, cfg: RunConfig) -> int:
     if not fitting:
         return 0
     return (fitting[draw.integer("prefix", len(fitting))] + 3) // 4
+
+
+def _prefix_noise(draw: Draw, shape: Sequence[int], cfg: RunConfig) -> Tensor:
+    """[16, T, h, w] of a deviation that is drawn by the square of a uniform number."""
+    import torch
+
+    noise = torch.randn(tuple(shape), generator=generator(draw.seed, "prefix noise", draw.step, draw.slot))
+    return noise * (cfg.train.prefix_noise * draw.uniform("prefix noise level") ** 2)
 
 
 def _as_fork(cfg: RunConfig) -> bool:

@@ -19,7 +19,7 @@ from typing import Any, Final
 from avatarctl.errors import PathNotFound, UnusableWeights, UsageError
 from avatarctl.files.named_path import expanded
 from avatarctl.files.strict_json import read_object
-from avatarctl.registry import ASSETS, ROWS, Row, Wanted, encoder_part
+from avatarctl.registry import ROWS, Row, Wanted, encoder_part
 
 __all__ = [
     "RECORD",
@@ -101,7 +101,7 @@ def locate(row: Row, weights_root: str | None) -> Located:
     files: dict[str, Path] = {}
     part: dict[str, Path] = {}
     place_of: dict[str, Path] = {}
-    home = part_place = ASSETS if row.source == "package" else _roots(weights_root)[0] / row.folder
+    home = part_place = row.assets if row.source == "package" else _roots(weights_root)[0] / row.folder
     for place in _places(row, weights_root):
         absent = [names for names in row.files if names not in files]
         found = {names: path for names in absent if (path := found_in(place, row.accepted(names)))}
@@ -152,7 +152,7 @@ def _roots(weights_root: str | None) -> list[Path]:
 def _places(row: Row, weights_root: str | None) -> Iterator[Path]:
     """Folders that may hold files of `row`; the hub's are made out only when the others did not do."""
     if row.source == "package":
-        yield ASSETS
+        yield row.assets
         return
     others = {each.folder for each in ROWS.values()} - {row.folder}
     own = {each.hub_id for each in ROWS.values() if each.folder == row.folder} | {row.hub_id, ""}

@@ -15,7 +15,6 @@ from avatarctl.files.named_path import expanded
 from avatarctl.hub.locate import Located, locate, with_needs
 from avatarctl.loading.loras import Lora, find_lora
 from avatarctl.registry import (
-    ASSETS,
     ENCODER_FILES,
     JUDGES,
     ROWS,
@@ -106,7 +105,7 @@ def check_packaged(row: Row, sources: Sources) -> None:
     for path in (*sources.dit, *sources.encoders.values()):
         if path == Path(row.path):
             continue  # trained since; its own header says what it is
-        stated = row.sha256[path.relative_to(ASSETS).as_posix()]
+        stated = row.sha256[path.relative_to(row.assets).as_posix()]
         if hashlib.sha256(path.read_bytes()).hexdigest() != stated:
             fix = "install avatarctl again"
             raise WeightsMissing(f"is damaged: its SHA-256 is not {stated}", where=path, fix=fix)

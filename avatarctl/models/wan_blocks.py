@@ -61,9 +61,9 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
 
 
 def without_padding(text: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Texts [B, S, W] whose last rows are zero in all of them -> the rows before and one for all of these, and
-    the bias [B, 1, 1, S'] of attention that makes the result that of all rows: equal keys weigh as one does
-    with the logarithm of their number added.
+    """Texts [B, S, W] whose last rows are zero in all of them -> the rows before and one for all of these,
+    and the bias [B, 1, 1, S'] of attention that makes the result that of all rows: equal keys weigh as one
+    does with the logarithm of their number added.
 
     Exact up to rounding, and a twentieth of the work for a prompt of a few words in 512 rows. On a CPU only:
     the fast kernels of a GPU take no bias, and a long text costs them little beside a video.

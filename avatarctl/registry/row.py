@@ -87,6 +87,8 @@ class Row:
              where they are here and it is not.
     copies:  (repository, folder in it) that hold the same files.
     path:    of the transformer's file, absolute, where the source is "path".
+    home:    folder that the files of a row of the package lie in, absolute, where it is not `ASSETS`: while
+             they are made.
     """
 
     name: str
@@ -115,6 +117,12 @@ class Row:
     instead: tuple[str, ...] = ()
     copies: tuple[tuple[str, str], ...] = ()
     path: str = ""
+    home: str = ""
+
+    @property
+    def assets(self) -> Path:
+        """What the files of a row of the package are relative to."""
+        return Path(self.home) if self.home else ASSETS
 
     @property
     def folder(self) -> str:

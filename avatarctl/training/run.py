@@ -12,7 +12,7 @@ from avatarctl.atomic import remove_left_behind
 from avatarctl.conditioning.masking import mask_name
 from avatarctl.config import RunConfig
 from avatarctl.data.checking import run_mask
-from avatarctl.data.training_set import TrainingSet
+from avatarctl.data.training_set import TrainingData, TrainingSet
 from avatarctl.errors import ConfigError, PartlyFailed, UnusableFile, UsageError
 from avatarctl.events import Emit, Notice
 from avatarctl.family import TrainableFamily
@@ -106,8 +106,10 @@ class TrainingRun:
         """Whether samples show more than an aligned face, as those that start from an image do."""
         return self.family.takes(self.cfg) == "image" and self.cfg.data.faces not in (None, "none")
 
-    def run(self, run_text: str, should_stop: Callable[[], bool]) -> TrainingResult:
-        """Trains. run_text: of the run file.
+    def run(
+        self, run_text: str, should_stop: Callable[[], bool], data: TrainingData | None = None
+    ) -> TrainingResult:
+        """Trains. run_text: of the run file; data: to learn from, in place of the data set of the settings.
 
         Raises Interrupted (the step is saved), PartlyFailed where some samples could not be used, and what
         a start, a checkpoint or the disk raises.
@@ -117,7 +119,7 @@ class TrainingRun:
         with self.folder.held():
             for line in remove_left_behind(self.folder.path):
                 self._emit(Notice(line))
-            data = self.open_data()
+            data = data or self.open_data()
             trainer = self._trainer(data)
             self.folder.begin(run_text)  # not before everything is there: what is refused is no run
             begun = trainer.step
@@ -151,7 +153,7 @@ class TrainingRun:
             "missing_weights": [f"{item.folder}/{item.file}" for item in self.sources.missing],
         }
 
-    def _trainer(self, data: TrainingSet) -> Trainer:
+    def _trainer(self, data: TrainingData) -> Trainer:
         import torch
 
         from avatarctl.models.attention import choose_attention, use_attention
@@ -179,7 +181,7 @@ class TrainingRun:
         self._go_on(trainer, data)
         return trainer
 
-    def _aux(self, data: TrainingSet, device: torch.device) -> AuxStep | None:
+    def _aux(self, data: TrainingData, device: torch.device) -> AuxStep | None:
         """The auxiliary losses; None where none is asked for, or all have no weight."""
         from avatarctl.training.aux_losses import AuxLosses, active_losses, aux_settings
         from avatarctl.training.aux_step import AuxStep
@@ -203,7 +205,7 @@ class TrainingRun:
         mask = run_mask(self.cfg)
         return {"mask_rule": self.cfg.data.mask_rule, "mask": mask_name(mask)}
 
-    def _go_on(self, trainer: Trainer, data: TrainingSet) -> None:
+    def _go_on(self, trainer: Trainer, data: TrainingData) -> None:
         """The checkpoint to go on from; what lies behind it is set aside, and forgotten by the log."""
         from avatarctl.training.checkpoints import find_checkpoint, set_aside
 
@@ -219,7 +221,7 @@ class TrainingRun:
             self._emit(Notice(f"set aside: {path}"))
         self.folder.cut_log(trainer.step)
 
-    def _require_samples(self, checkpoint: Checkpoint, data: TrainingSet) -> None:
+    def _require_samples(self, checkpoint: Checkpoint, data: TrainingData) -> None:
         """Which sample has which turn depends on all of them. Raises UnusableFile for another data set."""
         before, now = checkpoint.state.get("samples", []), data.names
         if before != now:
@@ -266,7 +268,7 @@ class TrainingRun:
                 fix="--accept-schedule goes on all the same",
             )
 
-    def _report(self, data: TrainingSet, trainer: Trainer) -> None:
+    def _report(self, data: TrainingData, trainer: Trainer) -> None:
         failed = {**data.bad, **trainer.failed}
         if failed:
             first, problem = next(iter(failed.items()))

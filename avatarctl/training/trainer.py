@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
-from avatarctl.data.training_set import TrainingSample, TrainingSet
+from avatarctl.data.training_set import TrainingData, TrainingSample
 from avatarctl.errors import AvatarctlError, Interrupted, UnusableFile
 from avatarctl.events import Emit, Notice, TrainingStepFinished
 from avatarctl.finite import is_finite
@@ -53,7 +53,7 @@ class Trainer:
     cfg: RunConfig
     family: TrainableFamily
     network: Network
-    data: TrainingSet
+    data: TrainingData
     emit: Emit
     aux: AuxStep | None = None
     step: int = 0
