@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,4 +70,21 @@ def prepared(talks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for command, words in (("precompute-latents", ("--from-videos", talks)), ("precompute-audio", ())):
         made = run(command, "--data", out, *words, *SMALL, "--artifact-dtype", "float32")
         assert made.exit_code == 0, made.output
+    return out
+
+
+@pytest.fixture
+def out(prepared: Path, tmp_path: Path) -> Path:
+    """Finished samples that may be spoiled."""
+    return Path(shutil.copytree(prepared, tmp_path / "out"))
+
+
+@pytest.fixture
+def few(out: Path) -> Path:
+    """Two of them, where everything is made again."""
+    shutil.rmtree(out / "a")
+    shutil.rmtree(out / "last.mp4")
+    index = out / "_dataset/index.jsonl"
+    lines = index.read_text(encoding="utf-8").splitlines(keepends=True)
+    index.write_text("".join(line for line in lines if '"b/talk.mp4/' in line), encoding="utf-8")
     return out

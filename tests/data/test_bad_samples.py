@@ -8,6 +8,7 @@ import pkgutil
 import shutil
 from fractions import Fraction
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +27,6 @@ from tests.data.conftest import SMALL, contents, run, talking
 from tests.media.videos import numbered, steady, write_video
 
 
-@pytest.fixture
-def out(prepared: Path, tmp_path: Path) -> Path:
-    """Finished samples that may be spoiled."""
-    return Path(shutil.copytree(prepared, tmp_path / "out"))
-
-
-@pytest.fixture
-def few(out: Path) -> Path:
-    """Two of them, where everything is made again."""
-    shutil.rmtree(out / "a")
-    shutil.rmtree(out / "last.mp4")
-    index = out / "_dataset/index.jsonl"
-    lines = index.read_text(encoding="utf-8").splitlines(keepends=True)
-    index.write_text("".join(line for line in lines if '"b/talk.mp4/' in line), encoding="utf-8")
-    return out
-
-
 WORDS = (*SMALL, "--artifact-dtype", "float32")
 ONE = "b/talk.mp4/000000"
 
@@ -53,45 +37,51 @@ def spoil(path: Path, offset: int, data: bytes) -> None:
         file.write(data)
 
 
-@pytest.mark.parametrize(
-    ("spoiled", "says"),
-    [
-        (lambda path: path.write_bytes(path.read_bytes()[:-7]), "latents.safetensors"),
-        (lambda path: spoil(path, -4, b"\x00\x00\xc0\x7f"), "not finite"),
-        (lambda path: path.write_bytes(b""), "is empty"),
-        (lambda path: path.write_bytes(b"\x80\x04cos\nsystem\n."), "latents.safetensors"),
-    ],
+DAMAGE = (
+    (lambda path: path.write_bytes(path.read_bytes()[:-7]), "latents.safetensors"),
+    (lambda path: spoil(path, -4, b"\x00\x00\xc0\x7f"), "not finite"),
+    (lambda path: path.write_bytes(b""), "is empty"),
+    (lambda path: path.write_bytes(b"\x80\x04cos\nsystem\n."), "latents.safetensors"),
 )
-def test_a_damaged_artifact_fails_its_sample_until_forced(spoiled: object, says: str, few: Path) -> None:
-    before = contents(few)
-    spoiled(few / ONE / "latents.safetensors")  # type: ignore[operator]
-    made = run("precompute-latents", "--data", few, *WORDS)
+NO_LATENTS: tuple[tuple[Any, str], ...] = (
+    (torch.zeros(16, 3, 4, 4), "bare tensor"),
+    ({"input_latents": torch.zeros(3, 4, 4)}, "rank 4 is expected"),
+    ({"input_latents": torch.full((16, 3, 4, 4), torch.nan)}, "not finite"),
+    ({"input_latents": torch.zeros(16, 3, 4, 4), "path": Path("x")}, "latents_mask_all.pt"),
+)
+FOUR = ("a/talk.mp4/000000", "a/talk.mp4/000009", "a/talk.mp4/000018", "b/talk.mp4/000000")
+
+
+def fails_each(out: Path, says: list[str]) -> str:
+    """One command over four spoiled samples and two good ones: a line for each of the four."""
+    made = run("precompute-latents", "--data", out, *WORDS)
     assert made.exit_code == 7, made.output
-    assert (
-        f"warning: {ONE}: " in made.stderr and says in made.stderr and "--force makes it again" in made.stderr
-    )
-    assert "1 of 2 samples failed" in made.stderr
-    assert run("precompute-latents", "--data", few, *WORDS, "--force").exit_code == 0
-    assert contents(few) == before
+    for name, words in zip(FOUR, says, strict=True):
+        (line,) = [line for line in made.stderr.splitlines() if line.startswith(f"warning: {name}: ")]
+        assert words in line
+    assert "4 of 6 samples failed" in made.stderr
+    return made.stderr
 
 
-@pytest.mark.parametrize(
-    ("held", "says"),
-    [
-        (lambda: torch.zeros(16, 3, 4, 4), "bare tensor"),
-        (lambda: {"input_latents": torch.zeros(3, 4, 4)}, "rank 4 is expected"),
-        (lambda: {"input_latents": torch.full((16, 3, 4, 4), torch.nan)}, "not finite"),
-        (lambda: {"input_latents": torch.zeros(16, 3, 4, 4), "path": Path("x")}, "latents_mask_all.pt"),
-    ],
-)
-def test_a_pt_file_that_is_none_fails_its_sample(held: object, says: str, few: Path) -> None:
-    for name in ("latents", "masked_latents"):
-        (few / ONE / f"{name}.safetensors").unlink()
-    torch.save(held(), few / ONE / "vae_latents_mask_all.pt")  # type: ignore[operator]
-    made = run("precompute-latents", "--data", few, *WORDS)
-    assert made.exit_code == 7 and says in made.stderr, made.output
-    assert run("precompute-latents", "--data", few, *WORDS, "--force").exit_code == 0
-    assert run("precompute-latents", "--data", few, *WORDS).exit_code == 0
+def test_a_damaged_artifact_fails_its_sample_until_forced(out: Path) -> None:
+    before = contents(out)
+    for name, (damage, _) in zip(FOUR, DAMAGE, strict=True):
+        damage(out / name / "latents.safetensors")
+    said = fails_each(out, [says for _, says in DAMAGE])
+    assert said.count("--force makes it again") >= 4
+    assert run("precompute-latents", "--data", out, *WORDS, "--force").exit_code == 0
+    assert contents(out) == before
+
+
+def test_a_pt_file_that_is_none_fails_its_sample(out: Path) -> None:
+    for folder, (held, _) in zip(FOUR, NO_LATENTS, strict=True):
+        for name in ("latents", "masked_latents"):
+            (out / folder / f"{name}.safetensors").unlink()
+        torch.save(held, out / folder / "vae_latents_mask_all.pt")
+    fails_each(out, [says for _, says in NO_LATENTS])
+    assert run("precompute-latents", "--data", out, *WORDS, "--force").exit_code == 0
+    again = run("precompute-latents", "--data", out, *WORDS, "--json")
+    assert again.exit_code == 0 and json.loads(again.stdout)["skipped"] == 6
 
 
 def test_a_pt_file_of_another_clip_is_made_again_and_a_fitting_one_is_taken(out: Path) -> None:
@@ -120,27 +110,26 @@ def test_numbers_that_are_not_finite_are_never_written(few: Path, monkeypatch: p
     }
 
 
-@pytest.mark.parametrize("place", ["avatarctl.data.storing.Store.write", "avatarctl.data.windows.write_clip"])
 def test_a_full_disk_ends_a_run_and_tears_nothing(
-    place: str, talks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Path
+    talks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Path
 ) -> None:
-    """While artifacts are written, and while a source is cut: at the third of them."""
+    """While a source is cut, and again while artifacts are written: at the third of them."""
     out = tmp_path / "out"
-    module, _, name = place.rpartition(".")
-    write, count = pkgutil.resolve_name(place), []
-
-    def full(*arguments: Any, **more: Any) -> Any:
-        count.append(1)
-        if len(count) == 3:
-            raise WriteFailed("no space left on the device", where=out)
-        return write(*arguments, **more)
-
     words = ("--from-videos", talks, "--data", out, *WORDS)
-    with monkeypatch.context() as patch:
-        patch.setattr(pkgutil.resolve_name(module), name, full)
-        made = run("precompute-latents", *words)
-    assert made.exit_code == 3 and "no space left" in made.stderr
-    assert not list(out.rglob(".tmp-*"))
+    for place in ("avatarctl.data.windows.write_clip", "avatarctl.data.storing.Store.write"):
+        module, _, name = place.rpartition(".")
+        write, calls = pkgutil.resolve_name(place), count(1)
+
+        def full(*arguments: Any, write: Any = write, calls: Any = calls, **more: Any) -> Any:
+            if next(calls) == 3:
+                raise WriteFailed("no space left on the device", where=out)
+            return write(*arguments, **more)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pkgutil.resolve_name(module), name, full)
+            made = run("precompute-latents", *words)
+        assert made.exit_code == 3 and "no space left" in made.stderr
+        assert not list(out.rglob(".tmp-*"))
     assert run("precompute-latents", *words).exit_code == 0
     assert run("precompute-audio", "--data", out, *WORDS).exit_code == 0
     assert contents(out) == contents(prepared)

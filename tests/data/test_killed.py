@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.data.conftest import SMALL, contents, run, talking
+from tests.data.conftest import SMALL, contents, run
 
 if sys.platform == "win32":
     pytest.skip("forks", allow_module_level=True)
@@ -20,26 +20,8 @@ if sys.platform == "win32":
 PATIENCE = 300  # s; far more than any of these processes takes
 
 
-@pytest.fixture(scope="module")
-def some_talks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("some")
-    talking(folder / "one.mp4", 11, 36)
-    talking(folder / "two.mp4", 12, 18)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def whole(some_talks: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What both commands make that nobody disturbs."""
-    out = tmp_path_factory.mktemp("whole") / "out"
-    for words in commands(some_talks, out):
-        made = run(*words)
-        assert made.exit_code == 0, made.output
-    return contents(out)
-
-
 def commands(videos: Path, out: Path, *more: str) -> list[tuple[str, ...]]:
-    common = ("--data", str(out), *SMALL, *more)
+    common = ("--data", str(out), *SMALL, "--artifact-dtype", "float32", *more)
     return [("precompute-latents", "--from-videos", str(videos), *common), ("precompute-audio", *common)]
 
 
@@ -74,37 +56,32 @@ def ended(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-@pytest.mark.parametrize(
-    ("killed_at", "left"),
-    [
+def test_killed_in_the_middle_and_typed_again(talks: Path, prepared: Path, tmp_path: Path) -> None:
+    """While a window is written under a hidden name; then between two artifacts of a sample."""
+    out = tmp_path / "out"
+    words = commands(talks, out)
+    for killed_at, left in (
         (("avatarctl.data.windows.write_audio", 4), {"sample.json": 3, "*.safetensors": 0}),
         (("avatarctl.data.storing.write_artifact", 5), {"sample.json": 6, "*.safetensors": 4}),
-    ],
-)
-def test_killed_in_the_middle_and_typed_again(
-    killed_at: tuple[str, int], left: dict[str, int], some_talks: Path, whole: dict[str, str], tmp_path: Path
-) -> None:
-    """While a window is written under a hidden name; between two artifacts of a sample."""
-    out = tmp_path / "out"
-    words = commands(some_talks, out)
-    assert ended(started(words[0], killed_at)) == -signal.SIGKILL
-    assert not (out / "_dataset/index.jsonl").exists()
-    made = {name: len(list(out.glob(f"*.mp4/[0-9]*/{name}"))) for name in left}
-    made["*.safetensors"] += len(list(out.glob("_dataset/*/*.safetensors")))
-    assert made == left
+    ):
+        assert ended(started(words[0], killed_at)) == -signal.SIGKILL
+        assert not (out / "_dataset/index.jsonl").exists()
+        made = {name: len(list(out.glob(f"**/[0-9]*/{name}"))) for name in left}
+        made["*.safetensors"] += len(list(out.glob("_dataset/*/*.safetensors")))
+        assert made == left
 
     for command in words:
         again = run(*command)
         assert again.exit_code == 0, again.output
-    assert contents(out) == whole
+    assert contents(out) == contents(prepared)
     assert not list(out.rglob(".tmp-*"))
 
 
-def test_two_shards_at_once(some_talks: Path, whole: dict[str, str], tmp_path: Path) -> None:
+def test_two_shards_at_once(talks: Path, prepared: Path, tmp_path: Path) -> None:
     """They share prompts, constants and the index."""
     out = tmp_path / "out"
-    shards = [commands(some_talks, out, "--shard", shard) for shard in ("0/2", "1/2")]
+    shards = [commands(talks, out, "--shard", shard) for shard in ("0/2", "1/2")]
     for both in zip(*shards, strict=True):
         assert [ended(child) for child in [started(words) for words in both]] == [0, 0]
-    assert contents(out) == whole
+    assert contents(out) == contents(prepared)
     assert not list(out.rglob(".tmp-*"))

@@ -236,9 +236,13 @@ def test_windows_never_cross_a_cut_and_a_flash_is_none(tmp_path: Path) -> None:
     assert record["cuts"] == [16] and record["windows"] == [0, 5, 16, 21]
 
 
-def test_reading_processes_change_no_byte(prepared: Path, talks: Path, tmp_path: Path) -> None:
-    """Four, where there is less and where there is more to do; and one."""
-    out = tmp_path / "samples"
+def test_reading_processes_change_no_byte(prepared: Path, talks: Path, out: Path) -> None:
+    """Four, where a video is to be cut and three samples are to be read; and one."""
+    shutil.rmtree(out / "last.mp4")
+    (out / "_dataset/sources/last.mp4.json").unlink()
+    for name in ("latents", "masked_latents", "audio_features"):
+        for path in (out / "b").glob(f"talk.mp4/*/{name}.safetensors"):
+            path.unlink()
     common = ("--data", out, *SMALL, "--artifact-dtype", "float32", "--workers")
     assert run("precompute-latents", "--from-videos", talks, *common, "4").exit_code == 0
     assert run("precompute-audio", *common, "1").exit_code == 0
@@ -250,9 +254,8 @@ def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
     return {name for name in names if not name.endswith("index.jsonl")}
 
 
-def test_a_changed_input_rebuilds_what_depends_on_it(prepared: Path, tmp_path: Path) -> None:
-    out = tmp_path / "samples"
-    shutil.copytree(prepared, out)
+def test_a_changed_input_rebuilds_what_depends_on_it(few: Path, prepared: Path) -> None:
+    out = few
     common = ("--data", out, *SMALL, "--artifact-dtype", "float32")
 
     def both(*words: str) -> set[str]:
@@ -273,7 +276,7 @@ def test_a_changed_input_rebuilds_what_depends_on_it(prepared: Path, tmp_path: P
     write_audio(one / "audio.wav", np.linspace(-0.5, 0.5, 9 * 640, dtype=np.float32), 16_000)
     names = {f"b/talk.mp4/000000/{name}" for name in ("audio_features.safetensors",)}
     assert both() == names
-    shutil.copy(out / "a/talk.mp4/000000/sub_clip.mp4", one / "sub_clip.mp4")
+    shutil.copy(prepared / "a/talk.mp4/000000/sub_clip.mp4", one / "sub_clip.mp4")
     assert both() == {f"b/talk.mp4/000000/{name}.safetensors" for name in ("latents", "masked_latents")}
     (one / "prompt.txt").write_text("nobody is talking")
     (new,) = both()

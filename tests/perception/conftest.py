@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,7 @@ class Portrait:
     image: Image.Image
     face: Face
     side: float
+    _larger: dict[tuple[int, int], Image.Image] = field(default_factory=dict)
 
     @property
     def middle(self) -> np.ndarray:
@@ -55,15 +56,30 @@ class Portrait:
         scale = side / self.side
         cos, sin = math.cos(angle), math.sin(angle)
         # Twice as large as needed, so that what is drawn is smooth at any place and angle.
-        size = [max(2, round(length * scale * 2)) for length in self.image.size]
-        larger = self.image.resize((size[0], size[1]), Image.Resampling.LANCZOS)
+        size = (max(2, round(self.image.width * scale * 2)), max(2, round(self.image.height * scale * 2)))
+        if size not in self._larger:  # frames of one video follow each other: one size is held
+            self._larger.clear()
+            self._larger[size] = self.image.resize(size, Image.Resampling.LANCZOS)
+        larger = self._larger[size]
         across, down = (new / old for new, old in zip(size, self.image.size, strict=True))
         rows = np.array([[cos, sin], [-sin, cos]]) / scale
-        start = self.middle - rows @ (x, y)
+        # Only the part of the scene that the portrait reaches is drawn.
+        corners = np.array([(0, 0), (1, 0), (0, 1), (1, 1)]) * self.image.size
+        reached = self.points(corners, x, y, side, angle)
+        left, top = np.clip(np.floor(reached.min(0)), 0, scene.size).astype(int).tolist()
+        right, bottom = np.clip(np.ceil(reached.max(0)), 0, scene.size).astype(int).tolist()
+        start = self.middle - rows @ (x - left, y - top)
         affine = np.hstack([rows, start[:, None]]) * np.array([[across], [down]])
-        how = (scene.size, Image.Transform.AFFINE, tuple(affine.reshape(-1)), Image.Resampling.BICUBIC)
+        how = (
+            (right - left, bottom - top),
+            Image.Transform.AFFINE,
+            tuple(affine.reshape(-1)),
+            Image.Resampling.BICUBIC,
+        )
         whole = Image.new("L", larger.size, 255).transform(*how)
-        return Image.composite(larger.transform(*how), scene, whole)
+        made = scene.copy()
+        made.paste(larger.transform(*how), (left, top), whole)
+        return made
 
     def points(self, own: np.ndarray, x: float, y: float, side: float, angle: float = 0.0) -> np.ndarray:
         """Where points of the portrait, [n, 2], are in such a scene."""
