@@ -82,6 +82,8 @@ def find_judges(
             files[part] = path = expanded(model.weights[part])
             if not path.exists():
                 raise PathNotFound(f"no such file or folder: {path}", where=f"model.weights.{part}")
+        elif own := _packaged(row, part):
+            files[part] = own
         elif part in row.network and not (part == "lpips_vgg" and backend == "package"):
             random.append(part)
         elif found := locate(JUDGES[part], model.weights_root).files:
@@ -133,19 +135,39 @@ def load_judges(
             judge = _random(row, part)
         else:
             emit(Stage(f"loading the judge of {loss}"))
-            judge = _from_file(part, found.files[part])
+            path = found.files[part]
+            judge = _own(row, part, path) if path == _packaged(row, part) else _from_file(part, path)
         if backend == "package" and isinstance(judge, LpipsVgg):
             judge = PackageLpips(judge)
         made[loss] = judge.to(device).eval().requires_grad_(False)
     return Judges(**made)
 
 
+def _packaged(row: Row, part: str) -> Path | None:
+    """The file of a judge that a row of the package has of its own."""
+    names = (name for name in row.files if Path(name).stem == part) if part in row.network else ()
+    return next((row.assets / name for name in names), None)
+
+
+def _own(row: Row, part: str, path: Path) -> nn.Module:
+    """A trained judge of the row's own sizes."""
+    with on_meta():
+        network: nn.Module = _CLASSES[part](**row.network[part])
+    tensors = open_weights(path).tensors
+    fill(network, tensors, dtype_of=lambda name: torch.float32, device=torch.device("cpu"), where=path)
+    return network
+
+
+_CLASSES: Final[Mapping[str, Any]] = {
+    "syncnet": StableSyncNet, "lpips_vgg": LpipsVgg, "videomae": VideoMae,
+}  # fmt: skip
+
+
 def _random(row: Row, part: str) -> nn.Module:
     """Weights depend on the row's name and the part alone; the global generator is given back as it was."""
-    classes = {"syncnet": StableSyncNet, "lpips_vgg": LpipsVgg, "videomae": VideoMae}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(stable_hash("untrained", row.name, part))
-        network: nn.Module = classes[part](**row.network[part])
+        network: nn.Module = _CLASSES[part](**row.network[part])
     if isinstance(network, LpipsVgg):
         random_heads(network)
     return network
