@@ -10,15 +10,15 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from avatarctl.cli.options import EXAMPLE_MODEL, ConfigCommand, Request, config_options, read_request
+from avatarctl.cli.run_file import with_absolute_paths
 from avatarctl.cli.screen import Screen
-from avatarctl.config import Resolved, RunConfig, dump_run, require_supported, value_of
+from avatarctl.config import RunConfig, dump_run, require_supported
 from avatarctl.errors import NotYetSupported, OutputRefused, printable
 from avatarctl.events import Notice
 from avatarctl.registry import COMPAT, NOT_YET, ROWS, Row, find_model
@@ -34,15 +34,9 @@ __all__ = ["DEFAULT_MODEL", "infer"]
 
 DEFAULT_MODEL = "cartoon-i2v"
 
-_PATHS = (
-    "model.weights_root",
-    "input.image",
-    "input.video",
-    "input.audio",
-    "data.mask",
-    "output.path",
-)
-"""Keys whose paths a run file holds as absolute ones; those of a model's own files need more than that."""
+_PATHS = ("input.image", "input.video", "input.audio", "data.mask", "output.path")
+"""Keys of paths beside the model's; that of the output is in a run file only if it was asked for: otherwise a
+repeated run picks a fresh folder."""
 
 EXAMPLES = f"""\b
 Examples:
@@ -106,7 +100,8 @@ def infer(**params: Any) -> None:
         finished = _make(plan, path, screen, sheet)
         _show_result(plan, finished, _sheet_path(path) if sheet else None, request.json)
         # After the result: what cannot be written beside it must not hide a finished video.
-        atomic_write_text(_record_path(path), dump_run(_from_anywhere(request.resolved, plan.cfg), "infer"))
+        record = with_absolute_paths(request.resolved, plan.cfg, _PATHS)
+        atomic_write_text(_record_path(path), dump_run(record, "infer"))
         if sheet is not None:
             inputs = (Path(each.name).name for each in (plan.job.visual, plan.job.audio))
             sheet.save(_sheet_path(path), f"{path.name}: {', '.join(inputs)}")
@@ -224,35 +219,6 @@ def _show_result(plan: JobPlan, finished: OutputFinished, sheet: Path | None, as
         # A program gets the very bytes of the name; a terminal no control characters.
         terminal = sys.stdout.isatty()
         click.echo(printable(finished.path) if terminal else os.fsencode(finished.path))
-
-
-def _from_anywhere(resolved: Resolved, cfg: RunConfig) -> Resolved:
-    """What a run file holds: absolute paths, so that it repeats the run from any folder.
-
-    The output's path is in it only if it was asked for: otherwise a repeated run picks a fresh folder.
-    """
-    from avatarctl.loading.loras import absolute_lora
-
-    asked = dict(resolved.asked)
-    sections: dict[str, Any] = {}
-    absolute: dict[str, Any] = {dotted: _absolute(value_of(cfg, dotted)) for dotted in _PATHS}
-    absolute["model.lora"] = tuple(absolute_lora(text) for text in cfg.model.lora)
-    absolute["model.weights"] = {part: _absolute(path) for part, path in cfg.model.weights.items()}
-    if cfg.model.name not in ROWS:
-        absolute["model.name"] = _absolute(cfg.model.name)
-    for dotted, value in absolute.items():
-        if value:
-            section, _, name = dotted.partition(".")
-            sections[section] = replace(sections.get(section, getattr(cfg, section)), **{name: value})
-            if dotted in asked:
-                asked[dotted] = replace(asked[dotted], value=value)
-    return replace(resolved, cfg=replace(cfg, **sections), asked=asked)
-
-
-def _absolute(path: str | None) -> str | None:
-    from avatarctl.files.named_path import expanded
-
-    return str(expanded(path).absolute()) if path else None
 
 
 @contextlib.contextmanager

@@ -5,20 +5,18 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from avatarctl.cli.infer import _row
 from avatarctl.cli.options import EXAMPLE_MODEL, ConfigCommand, Request, config_options, read_request
+from avatarctl.cli.run_file import with_absolute_paths
 from avatarctl.cli.screen import Screen
-from avatarctl.config import Resolved, dump_run, require_supported
-from avatarctl.config.rules import FACE_WORDS
+from avatarctl.config import dump_run, require_supported
 from avatarctl.errors import NotYetSupported, printable
 from avatarctl.events import Notice
-from avatarctl.registry import COMPAT, NOT_YET, ROWS, Row
+from avatarctl.registry import COMPAT, NOT_YET, Row
 
 if TYPE_CHECKING:
     from avatarctl.data.prepare import Preparation, Summary
@@ -28,6 +26,8 @@ __all__ = ["DEFAULT_MODEL", "precompute_audio", "precompute_latents"]
 Name = Literal["precompute-audio", "precompute-latents"]
 
 DEFAULT_MODEL = "cartoon-v2v"
+
+_PATHS = ("data.path", "data.videos", "data.mask", "data.faces")
 
 EXAMPLES = f"""\b
 Examples:
@@ -101,7 +101,7 @@ def _run(command: Name, params: Mapping[str, Any]) -> None:
             _show_plan(command, preparation, request.json, screen)
             return
         with stop_on_signals() as should_stop:
-            text = dump_run(_absolute(request.resolved), command)
+            text = dump_run(with_absolute_paths(request.resolved, cfg, _PATHS), command)
             preparation.own.mkdir(parents=True, exist_ok=True)
             atomic_write_text(preparation.own / f"{command}.run.yaml", text)
             summary = preparation.run(should_stop)
@@ -129,29 +129,3 @@ def _show_result(command: Name, summary: Summary, as_json: bool) -> None:
         click.echo(json.dumps({"command": command, **values}))
     else:
         click.echo(printable(summary.report))
-
-
-def _absolute(resolved: Resolved) -> Resolved:
-    """What a run file holds: absolute paths, so that it repeats the run from any folder."""
-    from avatarctl.files.named_path import expanded
-
-    def absolute(path: str | None) -> str | None:
-        return str(expanded(path).absolute()) if path else None
-
-    cfg, asked = resolved.cfg, dict(resolved.asked)
-    data = replace(
-        cfg.data,
-        path=absolute(cfg.data.path),
-        videos=absolute(cfg.data.videos),
-        mask=absolute(cfg.data.mask),
-        faces=cfg.data.faces if cfg.data.faces in FACE_WORDS else absolute(cfg.data.faces),
-    )
-    name = cfg.model.name if cfg.model.name in ROWS else absolute(cfg.model.name)
-    weights = {part: str(Path(path).expanduser().absolute()) for part, path in cfg.model.weights.items()}
-    model = replace(cfg.model, name=name, weights=weights, weights_root=absolute(cfg.model.weights_root))
-    whole = replace(cfg, data=data, model=model)
-    for dotted, setting in asked.items():
-        section, _, key = dotted.partition(".")
-        if section in ("data", "model"):
-            asked[dotted] = replace(setting, value=getattr(getattr(whole, section), key))
-    return replace(resolved, cfg=whole, asked=asked)

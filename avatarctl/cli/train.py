@@ -18,12 +18,12 @@ import click
 from avatarctl.cli.app import CommandGroup
 from avatarctl.cli.infer import _row
 from avatarctl.cli.options import EXAMPLE_MODEL, ConfigCommand, Request, config_options, read_request
+from avatarctl.cli.run_file import with_absolute_paths
 from avatarctl.cli.screen import Screen
 from avatarctl.config import RunConfig, dump_run, require_supported
-from avatarctl.config.rules import FACE_WORDS
 from avatarctl.errors import NotYetSupported, PathNotFound, UsageError, printable
 from avatarctl.events import Notice
-from avatarctl.registry import COMPAT, NOT_YET, ROWS, Row
+from avatarctl.registry import COMPAT, NOT_YET, Row
 
 if TYPE_CHECKING:
     from avatarctl.training.run import TrainingResult, TrainingRun
@@ -35,8 +35,11 @@ Name = Literal["train i2v", "train v2v"]
 _DEFAULT_MODELS: Final[Mapping[Name, str]] = {"train i2v": "cartoon-i2v", "train v2v": "cartoon-v2v"}
 _CHANNELS: Final[Mapping[Name, str]] = {"train i2v": "", "train v2v": " --channels 49"}
 """What published weights, which have 33, need in the examples."""
+_PATHS: Final = ("data.path", "data.mask", "data.faces")
 _DRAWN: Final = range(8)
 """Seeds of the clips that are drawn where no data set is given."""
+_SAMPLES: Final = "samples"
+"""Their place in the folder of the run."""
 
 _EXAMPLES: Final = """\b
 Examples:
@@ -127,7 +130,9 @@ def _run(command: Name, params: Mapping[str, Any]) -> None:
         named = f"model: {row.name}{built_in}" if known else f"model: {cfg.model.name} ({row.title})"
         for notice in filter(None, (named, *request.resolved.notices, offset)):
             screen(Notice(notice))
-        cfg = _with_data(cfg, row, folder, screen, dry_run=request.dry_run)
+        draw = _drawing(cfg, row, folder, screen)
+        if draw is not None and not request.dry_run:
+            cfg = replace(cfg, data=replace(cfg.data, path=str(folder / _SAMPLES)))
         request = replace(request, resolved=replace(request.resolved, cfg=cfg))
 
         from avatarctl.training.run import TrainingRun
@@ -139,7 +144,7 @@ def _run(command: Name, params: Mapping[str, Any]) -> None:
         from avatarctl.cli.signals import stop_on_signals
 
         with stop_on_signals() as should_stop:
-            result = run.run(dump_run(_absolute(request), command), should_stop)
+            result = run.run(_run_text(request, command), should_stop, draw)
         _advise(command, result, screen)
     _show_result(command, result, request.json)
 
@@ -190,21 +195,26 @@ def _fresh(home: Path) -> Path:
     return next(folder for name in names if not (folder := home / name).exists())
 
 
-def _with_data(cfg: RunConfig, row: Row, folder: Path, screen: Screen, *, dry_run: bool) -> RunConfig:
-    """A data set where none is given: drawn clips in the folder of the run, for a model of their world."""
+def _drawing(cfg: RunConfig, row: Row, folder: Path, screen: Screen) -> Callable[[], None] | None:
+    """What draws a data set where none is given, into the folder of the run, for a model of the drawn world;
+    None where one is given. Nothing is drawn before the run has its folder for itself.
+
+    Raises UsageError for a model that only a data set teaches.
+    """
     if cfg.data.path is not None:
-        return cfg
+        return None
     if not row.world:
         raise UsageError(f"{row.name} learns from a data set", where="data.path", fix="give it by --data")
-    assert cfg.data.num_frames is not None
-    samples = folder / "samples"
     screen(Notice(f"data: {len(_DRAWN)} clips of the {row.world} world, drawn (--data for yours)"))
-    if dry_run:
-        return cfg
-    from avatarctl.demo.samples import write_samples
+    frames, audio_name = cfg.data.num_frames, cfg.data.audio_name
+    assert frames is not None
 
-    write_samples(samples, _DRAWN, cfg.data.num_frames, cfg.data.audio_name)
-    return replace(cfg, data=replace(cfg.data, path=str(samples)))
+    def draw() -> None:
+        from avatarctl.demo.samples import write_samples
+
+        write_samples(folder / _SAMPLES, _DRAWN, frames, audio_name)
+
+    return draw
 
 
 def _show_plan(command: Name, run: TrainingRun, as_json: bool, screen: Screen) -> None:
@@ -251,38 +261,14 @@ def _show_result(command: Name, result: TrainingResult, as_json: bool) -> None:
         click.echo(printable(result.folder))
 
 
-def _absolute(request: Request) -> Any:
-    """What a run file holds: absolute paths, so that it repeats the run from any folder. Where the run lies
-    is not in it: a folder may be moved, and a repetition is another run."""
-    from avatarctl.files.named_path import expanded
-
-    def absolute(path: str | None) -> str | None:
-        return str(expanded(path).absolute()) if path else None
-
+def _run_text(request: Request, command: Name) -> str:
+    """The run file. Where the run lies is not in it: it may be moved, and a repetition is another run."""
     resolved = request.resolved
-    cfg = resolved.cfg
-    data = replace(cfg.data, path=absolute(cfg.data.path), mask=absolute(cfg.data.mask))
-    if data.faces not in FACE_WORDS:
-        data = replace(data, faces=absolute(data.faces))
-    known = cfg.model.name in ROWS
-    weights = {part: str(absolute(path)) for part, path in cfg.model.weights.items()}
-    model = replace(
-        cfg.model,
-        name=cfg.model.name if known else absolute(cfg.model.name),
-        weights=weights,
-        weights_root=absolute(cfg.model.weights_root),
-    )
-    whole = replace(
-        cfg,
-        data=data,
-        model=model,
-        output=replace(cfg.output, path=None),
-        checkpoint=replace(cfg.checkpoint, resume=None),
+    cfg = replace(
+        resolved.cfg,
+        output=replace(resolved.cfg.output, path=None),
+        checkpoint=replace(resolved.cfg.checkpoint, resume=None),
     )
     of_this_start = ("checkpoint.resume", "output.path")
     asked = {name: setting for name, setting in resolved.asked.items() if name not in of_this_start}
-    for dotted, setting in asked.items():
-        section, _, name = dotted.partition(".")
-        if section in ("data", "model"):
-            asked[dotted] = replace(setting, value=getattr(getattr(whole, section), name))
-    return replace(resolved, cfg=whole, asked=asked)
+    return dump_run(with_absolute_paths(replace(resolved, asked=asked), cfg, _PATHS), command)

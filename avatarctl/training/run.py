@@ -107,9 +107,14 @@ class TrainingRun:
         return self.family.takes(self.cfg) == "image" and self.cfg.data.faces not in (None, "none")
 
     def run(
-        self, run_text: str, should_stop: Callable[[], bool], data: TrainingData | None = None
+        self,
+        run_text: str,
+        should_stop: Callable[[], bool],
+        draw: Callable[[], None] | None = None,
+        data: TrainingData | None = None,
     ) -> TrainingResult:
-        """Trains. run_text: of the run file; data: to learn from, in place of the data set of the settings.
+        """Trains. run_text: of the run file; draw: makes the data set where none was given, in a folder that
+        is this run's alone; data: to learn from, in place of the data set of the settings.
 
         Raises Interrupted (the step is saved), PartlyFailed where some samples could not be used, and what
         a start, a checkpoint or the disk raises.
@@ -119,6 +124,8 @@ class TrainingRun:
         with self.folder.held():
             for line in remove_left_behind(self.folder.path):
                 self._emit(Notice(line))
+            if draw is not None:
+                draw()
             data = data or self.open_data()
             trainer = self._trainer(data)
             self.folder.begin(run_text)  # not before everything is there: what is refused is no run
