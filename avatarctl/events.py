@@ -114,12 +114,15 @@ class PartDone:
 
 @dataclass(frozen=True)
 class TrainingStepFinished:
-    """`step` of `steps` optimizer steps are done; numbers: losses and the like of the last one, by name."""
+    """`step` of `steps` optimizer steps are done; numbers: losses and the like of the last one, by name;
+    seconds: that it took; memory: the most bytes that were in use so far, None where nobody tells."""
 
     step: int
     steps: int
     numbers: Mapping[str, float]
+    seconds: float
     seconds_left: float
+    memory: int | None = None
 
 
 Event = (

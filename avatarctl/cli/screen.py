@@ -6,6 +6,7 @@ import codecs
 import contextlib
 import io
 import sys
+from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
@@ -204,18 +205,51 @@ class Screen:
             self._end_progress()
 
     def _train(self, event: TrainingStepFinished) -> None:
-        """A bar for a terminal; in a log a line per twentieth of the steps."""
+        """A bar for a terminal, losses above it; in a log a line per twentieth of the steps."""
         numbers = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in event.numbers.items())
+        cost = f"{_pace(event.seconds)} a step"
+        if event.memory is not None:
+            cost += f", {event.memory / (1 << 30):.2f} GiB"
+        left = f"{_duration(event.seconds_left)} left" if event.step < event.steps else ""
         if self._task is None or self._progress is None:
-            self._start_bar("step", event.steps)
+            self._start_training(event.steps)
         if self._progress is not None and self._task is not None:
             with self._unread():
-                self._progress.update(self._task, completed=event.step, description=numbers)
+                self._progress.update(
+                    self._task, completed=event.step, description=cost, numbers=numbers, left=left
+                )
         elif event.step * 20 // event.steps > (event.step - 1) * 20 // event.steps:
-            left = f", {_duration(event.seconds_left)} left" if event.step < event.steps else ""
-            self.line(f"step {event.step} of {event.steps}: {numbers}{left}")
+            told = ", ".join(filter(None, (cost, left)))
+            self.line(f"step {event.step} of {event.steps}: {numbers}; {told}")
         if event.step == event.steps:
             self._end_progress()
+
+    def _start_training(self, total: int) -> None:
+        """Two lines, as losses alone fill one. Time left is the trainer's: a bar knows none while its steps
+        take half a minute."""
+        if not self._stream.isatty() or self._rank > _LEVELS.index("info"):
+            return
+        from rich.console import Console, RenderableType
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.text import Text
+
+        class WithNumbers(Progress):
+            def get_renderables(self) -> Iterator[RenderableType]:
+                yield from (Text(task.fields["numbers"]) for task in self.tasks)
+                yield self.make_tasks_table(self.tasks)
+
+        self._end_progress()
+        self._progress = WithNumbers(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=Console(file=self._stream),
+            transient=True,
+        )
+        self._task = self._progress.add_task("", total=total, numbers="", left="")
+        with self._unread():
+            self._progress.start()
 
     def _start_bar(self, what: str, total: int) -> None:
         if not self._stream.isatty() or self._rank > _LEVELS.index("info"):
@@ -301,6 +335,11 @@ def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _pace(seconds: float) -> str:
+    """Of one step, which may take milliseconds or minutes."""
+    return f"{seconds:.2g} s" if seconds < 10 else _duration(seconds)
 
 
 def _count(number: int, what: str) -> str:

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from avatarctl.errors import EnvironmentMissing
+from avatarctl.errors import EnvironmentMissing, NotYetSupported
+from avatarctl.live_bytes import process_peak_bytes
 
 if TYPE_CHECKING:
     from avatarctl.config import Runtime
 
-__all__ = ["dtype_of", "resolve_device"]
+__all__ = ["dtype_of", "peak_memory", "resolve_device"]
 
 
 def resolve_device(name: str) -> torch.device:
@@ -32,3 +33,14 @@ def dtype_of(runtime: Runtime) -> torch.dtype:
     """Of the large networks."""
     dtype: torch.dtype = getattr(torch, runtime.dtype or "float32")
     return dtype
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes that were in use so far: of tensors on a CUDA device, elsewhere of the whole process.
+    None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        return process_peak_bytes()
+    except NotYetSupported:
+        return None

@@ -15,6 +15,7 @@ from avatarctl.data.training_set import TrainingData, TrainingSample
 from avatarctl.errors import AvatarctlError, Interrupted, UnusableFile
 from avatarctl.events import Emit, Notice, TrainingStepFinished
 from avatarctl.finite import is_finite
+from avatarctl.models.device import peak_memory
 from avatarctl.training.aux_step import AuxBatch, AuxStep
 from avatarctl.training.checkpoints import Checkpoint, rotate, write_checkpoint
 from avatarctl.training.curves import draw_curves
@@ -82,9 +83,9 @@ class Trainer:
             batch = self._next(samples)
             waited = time.monotonic() - clock
             self._one_step(batch, waited, clock)
-            seconds = time.monotonic() - started
-            left = seconds / (self.step - begun) * (train.max_steps - self.step)
-            self._tell(left)
+            now = time.monotonic()
+            left = (now - started) / (self.step - begun) * (train.max_steps - self.step)
+            self._tell(now - clock, left)
             stop = should_stop()
             if stop or self.step % self.cfg.checkpoint.every == 0 or self.step == train.max_steps:
                 self.save()
@@ -212,11 +213,13 @@ class Trainer:
         sums.add("loss", total)
         return total
 
-    def _tell(self, seconds_left: float) -> None:
+    def _tell(self, seconds: float, seconds_left: float) -> None:
         numbers = {name: value for name, value in self.last.items() if isinstance(value, float)}
         numbers.pop("learning_rate", None)
         shown = {"loss": numbers.pop("loss"), **numbers} if "loss" in numbers else numbers
-        self.emit(TrainingStepFinished(self.step, self.cfg.train.max_steps, shown, seconds_left))
+        memory = peak_memory(self.network.device)
+        steps = self.cfg.train.max_steps
+        self.emit(TrainingStepFinished(self.step, steps, shown, seconds, seconds_left, memory))
 
 
 def _of_one_length(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import signal
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.numpy import save_file
 
 from avatarctl.cli.app import main
 from avatarctl.cli.screen import Screen
-from avatarctl.events import Notice, Planned, Stage, StepFinished
+from avatarctl.events import Notice, Planned, Stage, StepFinished, TrainingStepFinished
 
 
 class Terminal(io.TextIOWrapper):
@@ -48,6 +49,23 @@ def test_a_progress_display_on_a_narrow_ascii_terminal(monkeypatch: pytest.Monke
         screen(Planned(frames=5, width=64, height=64, fps=25, spans=30, unit="window", steps=20))
         screen(StepFinished(0, 0))
     assert b"..." in terminal.sent.getvalue() and b"\\u" not in terminal.sent.getvalue()
+
+
+def test_training_tells_losses_time_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal of 100 columns, whole, and in a log."""
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("TERM", "xterm")
+    losses = {"loss": 0.3456, "mse": 1.25, "flow": 1.5, "sync": 0.75, "lpips": 0.125, "gradient_norm": 7.5}
+    event = TrainingStepFinished(25, 500, losses, 1.26, 600.0, 3 << 30)
+    terminal, log = Terminal("utf-8"), io.StringIO()
+    for stream in (terminal, log):
+        with Screen("info", stream) as screen:
+            screen(event)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.sent.getvalue().decode())
+    assert "loss 0.3456, mse 1.25, flow 1.5, sync 0.75, lpips 0.125, gradient norm 7.5" in shown
+    assert re.search(r"1\.3 s a step, 3\.00 GiB .* 25/500 10 min left", shown), shown
+    losses_told = "loss 0.3456, mse 1.25, flow 1.5, sync 0.75, lpips 0.125, gradient norm 7.5"
+    assert log.getvalue() == f"step 25 of 500: {losses_told}; 1.3 s a step, 3.00 GiB, 10 min left\n"
 
 
 def test_results_reach_a_latin_1_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
