@@ -65,7 +65,7 @@ class Objective:
         pairs = list(zip(samples, draws, strict=True))
         counts = [prefix_latents(draw, frames, cfg) for draw in draws]
         encoded = Encoded(
-            reference=torch.stack([_reference(sample, draw) for sample, draw in pairs]),
+            reference=torch.stack([_reference(sample, draw, cfg) for sample, draw in pairs]),
             given=clean,
             counts=counts,
             audio=torch.stack([_audio(sample, constants, draw, frames, cfg) for sample, draw in pairs]),
@@ -175,10 +175,10 @@ def _masks_all(cfg: RunConfig) -> bool:
     return cfg.model.channels != 33 and cfg.data.mask_rule == "all"
 
 
-def _reference(sample: Mapping[str, Tensor], draw: Draw) -> Tensor:
-    """[16, 1, h, w]: one of the frames elsewhere in the source, where the sample has them; else the clip's
-    first frame, whose latent depends on no other."""
-    if "references" not in sample:
+def _reference(sample: Mapping[str, Tensor], draw: Draw, cfg: RunConfig) -> Tensor:
+    """[16, 1, h, w]: one of the frames elsewhere in the source, where the sample has them; else, and always
+    in the public step, the clip's first frame, whose latent depends on no other."""
+    if "references" not in sample or _as_fork(cfg):
         return sample["latents"][:, :1].float()
     several = sample["references"]
     place = draw.integer("reference", several.shape[1])
