@@ -114,6 +114,8 @@ def built_in(row: Row, tensors: Mapping[str, StoredTensor] | None = None) -> Wei
 def with_loras(held: WeightFile, loras: tuple[Lora, ...], emit: Emit) -> WeightFile:
     """`held` with each LoRA merged in order; one line says what each is and where its scale comes from."""
     for lora in loras:
+        for note in lora.notes:
+            emit(Notice(note, "warning"))
         part = open_model(lora.path)
         # What is said of the sum later is said of the model, not of the last LoRA.
         held = replace(_merged(held, part, lora.strength, emit), path=held.path)

@@ -11,6 +11,7 @@ from typing import Final
 from avatarctl.errors import ConfigError, PathNotFound, WeightsMissing
 from avatarctl.files.named_path import expanded
 from avatarctl.hub.locate import WEIGHT_SUFFIXES, locate_hub_name, read_hub_name
+from avatarctl.loading.trained import is_run_folder, trained_weights
 
 __all__ = ["Lora", "absolute_lora", "find_here", "find_lora", "read_lora", "split_scale"]
 
@@ -19,10 +20,12 @@ _SCALED: Final = re.compile(r"(?P<path>.+):(?P<scale>[+-]?(\d+(\.\d*)?|\.\d+)([e
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA to be merged: its file or folder, and the factor that a person gave it."""
+    """A LoRA to be merged: its file or folder, and the factor that a person gave it; notes: lines for people
+    on how it was found."""
 
     path: Path
     strength: float
+    notes: tuple[str, ...] = ()
 
 
 def split_scale(text: str) -> tuple[str, float]:
@@ -46,11 +49,16 @@ def read_lora(text: str) -> tuple[str, float, Path | None]:
 
 
 def find_lora(text: str, weights_root: str | None) -> Lora:
-    """The LoRA that `text` names; a hub name is looked up on this disk and never fetched.
+    """The LoRA that `text` names; a hub name is looked up on this disk and never fetched. Of a run of
+    `avatarctl train` it is the newest good checkpoint, as with `--model`.
 
-    Raises PathNotFound for a path, WeightsMissing with the command that fetches it for a hub name.
+    Raises PathNotFound for a path, WeightsMissing with the command that fetches it for a hub name,
+    UnusableWeights for a run without a good checkpoint.
     """
     name, strength, here = read_lora(text)
+    if here is not None and is_run_folder(here):
+        path, notes = trained_weights(here)
+        return Lora(path, strength, notes)
     if here is not None:
         return Lora(here, strength)
     hub_name = read_hub_name(name)
