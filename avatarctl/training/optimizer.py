@@ -37,11 +37,14 @@ class Optimizer:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], train: Train) -> None:
         self._train, self._parameters = train, parameters
+        each = list(parameters.values())
+        on_cpu = all(parameter.device.type == "cpu" for parameter in each)
         self._adamw = torch.optim.AdamW(
-            list(parameters.values()),
+            each,
             lr=train.learning_rate,
             betas=train.betas,
             weight_decay=train.weight_decay,
+            fused=on_cpu or None,  # there the default is a dozen operations for each tensor
         )
 
     def clip(self) -> Tensor:
