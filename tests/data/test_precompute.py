@@ -99,15 +99,15 @@ def test_features_have_a_row_for_each_frame_and_text_no_padding(prepared: Path) 
     )
 
 
-@pytest.mark.parametrize("channels", [49, 65])
 def test_infer_shows_the_network_what_training_reads(
-    channels: int, talks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    talks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A prepared clip through `infer --video`: every condition channel bit for bit."""
+    """A prepared clip through `infer --video`: every condition channel bit for bit, with 65 channels, which
+    those of 49 are the first of."""
     row = "cartoon-v2v"
-    network = {**V2V.network, "dit": {**V2V.network["dit"], "in_channels": channels}}
+    network = {**V2V.network, "dit": {**V2V.network["dit"], "in_channels": 65}}
     changed = type(V2V)(
-        **{**vars(V2V), "network": network, "defaults": {**V2V.defaults, "model.channels": channels}}
+        **{**vars(V2V), "network": network, "defaults": {**V2V.defaults, "model.channels": 65}}
     )
     monkeypatch.setitem(ROWS, row, changed)  # type: ignore[index]
     out = tmp_path / "samples"
@@ -146,10 +146,9 @@ def test_infer_shows_the_network_what_training_reads(
         channels_seen[16], 1 - keep_map(mask_tensor(mouth_mask()), (4, 4))[0].expand(3, -1, -1)
     )
     assert torch.equal(channels_seen[17:33], masked)
-    if channels == 65:
-        sequence = read_artifact(folder / "reference_sequence.safetensors", "reference_sequence")
-        assert torch.equal(channels_seen[33:], sequence)
-        assert not torch.equal(sequence, latents)
+    sequence = read_artifact(folder / "reference_sequence.safetensors", "reference_sequence")
+    assert torch.equal(channels_seen[33:], sequence)
+    assert not torch.equal(sequence, latents)
 
 
 def test_a_run_that_has_nothing_to_do_makes_nothing(

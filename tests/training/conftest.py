@@ -11,12 +11,8 @@ from click.testing import CliRunner, Result
 
 from avatarctl.cli import app
 from avatarctl.demo.samples import write_samples
-from avatarctl.events import Event
-from avatarctl.families import family_named
-from avatarctl.registry import configure, find_model
-from avatarctl.training.run import TrainingRun
 from avatarctl.training.trainer import Trainer
-from tests.training.running import SMALL
+from tests.training.running import ADAPTED, SMALL, made_trainer
 
 Train = Callable[..., Result]
 
@@ -41,6 +37,16 @@ def prepared(samples: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def adapted(samples: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two steps of a LoRA of a built-in image model, each saved, with an average, from samples that are
+    encoded on the way; nobody changes it."""
+    run = tmp_path_factory.mktemp("adapted") / "run"
+    made = CliRunner().invoke(app, [*map(str, ("train", "i2v", *ADAPTED, "--data", samples, "--out", run))])
+    assert made.exit_code == 0, made.output
+    return run
+
+
 @pytest.fixture
 def train(tmp_path: Path) -> Train:
     """`avatarctl train`, typed; `which` is i2v or v2v."""
@@ -58,21 +64,8 @@ def trainer_of(prepared: Path, tmp_path: Path) -> Callable[..., Trainer]:
     are what the run said."""
 
     def make(*words: str, model: str = "cartoon-v2v", data: Path | None = None) -> Trainer:
-        events: list[Event] = []
-        settings = {
-            "model.name": model, "data.path": str(data or prepared), "data.width": "32",
-            "data.height": "32", "data.num_frames": "9", "train.max_steps": "9",
-            **dict(word.split("=", 1) for word in words),
-        }  # fmt: skip
-        cfg = configure(*(f"{name}={value}" for name, value in settings.items()))
-        row, folder = find_model(model), tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
-        command = "train i2v" if cfg.model.channels == 33 else "train v2v"
-        run = TrainingRun(command, cfg, row, family_named(row.family), folder, events.append)  # type: ignore[arg-type]
-        folder.mkdir()
-        (folder / "run.yaml").write_text(f"command: {command}\nasked: {{}}\n", encoding="utf-8")
-        trainer = run._trainer(run.open_data())
-        trainer.events = events  # type: ignore[attr-defined]
-        return trainer
+        folder = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
+        return made_trainer(folder, data or prepared, *words, model=model)
 
     return make
 

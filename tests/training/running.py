@@ -11,17 +11,49 @@ from pathlib import Path
 from click.testing import CliRunner, Result
 
 from avatarctl.cli import app
+from avatarctl.events import Event
+from avatarctl.families import family_named
+from avatarctl.registry import configure, find_model
+from avatarctl.training.run import TrainingRun
+from avatarctl.training.trainer import Trainer
 
-__all__ = ["COMPARED", "SMALL", "bits", "forked", "typed"]
+__all__ = ["ADAPTED", "COMPARED", "QUICK", "SMALL", "bits", "forked", "made_trainer", "typed"]
 
 SMALL = ("--size", "32x32", "--frames", "9", "--max-steps", "3", "--batch-size", "2")
 """A run that costs little."""
+
+QUICK = ("-o", "memory.activation_checkpointing=none")
+"""Activations are kept, which changes no number: the runs that others are compared with make them again."""
+
+ADAPTED = (
+    *SMALL[:4], "--max-steps", "2", "--batch-size", "1", "--mode", "lora", "--lora-rank", "2", "--ema", "0.5",
+    *QUICK, "-o", "checkpoint.every=1",
+)  # fmt: skip
 
 COMPARED = ("trainable_weights.safetensors", "optimizer.safetensors")
 
 
 def typed(*words: object) -> Result:
     return CliRunner().invoke(app, list(map(str, words)), prog_name="avatarctl")
+
+
+def made_trainer(folder: Path, data: Path, *words: str, model: str = "cartoon-v2v") -> Trainer:
+    """A trainer as `train` makes it, in a new folder; words: settings. Its `events` are what the run said."""
+    events: list[Event] = []
+    settings = {
+        "model.name": model, "data.path": str(data), "data.width": "32", "data.height": "32",
+        "data.num_frames": "9", "train.max_steps": "9", "memory.activation_checkpointing": "none",
+        **dict(word.split("=", 1) for word in words),
+    }  # fmt: skip
+    cfg = configure(*(f"{name}={value}" for name, value in settings.items()))
+    row = find_model(model)
+    command = "train i2v" if cfg.model.channels == 33 else "train v2v"
+    run = TrainingRun(command, cfg, row, family_named(row.family), folder, events.append)  # type: ignore[arg-type]
+    folder.mkdir()
+    (folder / "run.yaml").write_text(f"command: {command}\nasked: {{}}\n", encoding="utf-8")
+    trainer = run._trainer(run.open_data())
+    trainer.events = events  # type: ignore[attr-defined]
+    return trainer
 
 
 def bits(run: Path, step: int) -> list[bytes]:

@@ -196,26 +196,11 @@ def step(names: tuple[LossName, ...] = NAMES, **settings: object) -> AuxStep:
     return AuxStep(AuxLosses(names, judges(), used), vae())
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_each_loss_alone_moves_the_prediction_and_nothing_that_is_frozen(name: LossName) -> None:
-    given = batch()
-    result = step((name,))(given)
-    assert set(result.losses) == {name} and result.losses[name].shape == (1,)
-    torch.testing.assert_close(result.total, WEIGHTS[name] * result.losses[name])
-    result.total.sum().backward()
-    gradient = given.velocity.grad
-    assert gradient is not None and float(gradient.abs().max()) > 0
-    found = judges()
-    for network in (found.sync, found.lpips, found.trepa, vae()):
-        assert network is not None and not network.training
-        assert all(each.grad is None and not each.requires_grad for each in network.parameters())
-
-
 def test_keeping_activations_or_making_them_again_changes_no_bit() -> None:
     found = []
     for mode in ("full", "checkpoint"):
         given = batch()
-        result = AuxStep(AuxLosses(NAMES, judges(), DETAIL[mode]), vae())(given)
+        result = AuxStep(AuxLosses(("lpips",), judges(), DETAIL[mode]), vae())(given)
         (gradient,) = torch.autograd.grad(result.total.sum(), given.velocity)
         found.append((*result.losses.values(), gradient))
     assert all(map(torch.equal, *found))
@@ -271,7 +256,7 @@ def doubled(given: AuxBatch, part: slice) -> AuxBatch:
 
 def test_a_window_has_the_frames_and_the_audio_of_its_place() -> None:
     """What the judges are given for a window is cut out of the whole, frames and samples alike."""
-    given = batch(2, 7)
+    given = batch(2, 6)
     seen: list[tuple[Tensor, Tensor, Tensor | None, list[int]]] = []
 
     class Spy(AuxLosses):
@@ -280,11 +265,12 @@ def test_a_window_has_the_frames_and_the_audio_of_its_place() -> None:
             return super().__call__(frames, real, waveform, first_frame, align)
 
     losses = Spy(("lpips",), judges(), dataclasses.replace(DETAIL["full"], frames=16))
-    AuxStep(losses, vae())(given)
-    ((frames, real, waveform, starts),) = seen
-    implied, _ = implied_latents(given.noisy, given.velocity.detach(), given.sigma)
-    whole, whole_real = vae().decode(implied), vae().decode(given.clean)
-    assert starts == [window_start(25, 16, seed, *key) for seed, key in given.keys]
+    with torch.no_grad():
+        AuxStep(losses, vae())(given)
+        ((frames, real, waveform, starts),) = seen
+        implied, _ = implied_latents(given.noisy, given.velocity, given.sigma)
+        whole, whole_real = vae().decode(torch.cat([implied, given.clean])).split(2)
+    assert starts == [window_start(21, 16, seed, *key) for seed, key in given.keys] and any(starts)
     assert waveform is not None and given.waveform is not None
     for index, start in enumerate(starts):
         torch.testing.assert_close(frames[index], whole[index, :, start : start + 16], atol=1e-5, rtol=0)
@@ -304,7 +290,7 @@ def test_windows_are_drawn_by_key_begin_with_a_latent_frame_and_reach_everywhere
 def test_a_sample_above_the_highest_sigma_is_not_decoded() -> None:
     given = batch(2)
     given = dataclasses.replace(given, sigma=torch.tensor([0.9, 0.5]))
-    result = step(max_sigma=0.8)(given)
+    result = step(("lpips",), max_sigma=0.8)(given)
     assert all(loss[0] == 0 and loss[1] > 0 for loss in result.losses.values())
     assert result.numbers["judged"] == 0.5
     (gradient,) = torch.autograd.grad(result.total.sum(), given.velocity)
@@ -334,9 +320,10 @@ def test_clean_latents_are_implied_in_float32_and_held_to_10() -> None:
 
 
 def test_autocast_around_the_step_changes_nothing() -> None:
-    plain = step()(batch()).losses
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        under = step()(batch()).losses
+    with torch.no_grad():
+        plain = step()(batch()).losses
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            under = step()(batch()).losses
     assert all(torch.equal(plain[name], under[name]) for name in NAMES)
 
 

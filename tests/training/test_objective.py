@@ -190,6 +190,10 @@ def test_reference_is_a_frame_of_the_source_where_the_sample_has_some() -> None:
         assert torch.equal(condition.channels[0, :16], drawn[:, None].expand(-1, FRAMES, -1, -1))
         seen |= {place for place in range(3) if torch.equal(drawn, several["references"][:, place])}
     assert seen == {0, 1, 2}
+    fork = no_dropout(33, "model.compat=fork")  # the public step knows no other (spec/omniavatar.md g.1)
+    for step in range(5):
+        condition = FAMILY.training_condition([several], CONSTANTS, [Draw(5, step, 0, 1)], fork)
+        assert condition.channels is not None and torch.equal(condition.channels[:, :16], first)
 
 
 def test_mouth_weight_counts_what_the_mask_erases() -> None:

@@ -24,14 +24,18 @@ from transformers import Wav2Vec2Config
 
 import avatarctl.data.training_set as training_set
 from avatarctl.conditioning.masking import keep_map, mask_tensor, mouth_mask
+from avatarctl.config import read_config
 from avatarctl.data.training_set import TrainingSample
+from avatarctl.loading.judges import LossName
 from avatarctl.media import open_video
 from avatarctl.models.encode import frames_tensor
 from avatarctl.models.vae import WanVae
 from avatarctl.models.wav2vec import FrameWav2Vec2
+from avatarctl.training.aux_losses import AuxLosses
+from avatarctl.training.aux_step import AuxBatch, AuxResult, AuxStep
 from avatarctl.training.objective import flow_step, noisy_latents
 from avatarctl.training.trainer import Trainer
-from tests.training.running import bits, typed
+from tests.training.running import ADAPTED, QUICK, bits, made_trainer, typed
 
 ROOT = Path(__file__).parents[2]
 HERE, STEPS, OBJECTIVE = "test_public_defects.py", "test_steps.py", "test_objective.py"
@@ -54,7 +58,11 @@ TESTS: dict[int, tuple[str, ...]] = {
     8: (f"{HERE}::test_rows_8_and_9_a_batch_is_its_samples",),
     9: (f"{HERE}::test_rows_8_and_9_a_batch_is_its_samples",),
     19: ("test_starts.py::test_a_plain_base_keeps_its_tensors_and_gets_small_audio_layers",),
-    26: (f"{HERE}::test_row_26_a_file_overrides_a_default",),
+    18: ("test_starts.py::test_row_18_nothing_is_drawn_that_a_file_holds",
+         "../loading/test_fill.py::test_live_bytes_stay_at_the_size_of_the_network"),
+    23: (f"{RUNS}::test_a_run_leaves_what_a_person_looks_for",),
+    25: (f"{HERE}::test_rows_25_and_26_what_was_asked_for_is_trained",),
+    26: (f"{HERE}::test_rows_25_and_26_what_was_asked_for_is_trained",),
     29: (f"{STEPS}::test_a_sample_that_goes_bad_is_replaced_by_the_next",
          f"{RUNS}::test_bad_samples_are_named_and_the_others_train"),
     30: (f"{HERE}::test_row_30_nothing_is_read_that_no_loss_needs",),
@@ -85,6 +93,7 @@ def test_every_row_has_its_test(row: int, test: str) -> None:
     assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
     page = ROOT.joinpath("docs", "spec", "omniavatar.md").read_text(encoding="utf-8")
     assert f"\n| {row} | " in page.partition("\n## j ")[2]
+    assert f"\n| {row} | " in ROOT.joinpath("docs", "training.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -106,22 +115,42 @@ def gradients(trainer: Trainer) -> dict[str, Tensor | None]:
 # --- rows 2 and 3: losses that judge frames ------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def judged(
+    samples: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Trainer, AuxStep, list[TrainingSample]]:
+    """A trainer whose loss is that of all judges alone, those, and one sample of 17 frames; no test steps."""
+    place = tmp_path_factory.mktemp("judged")
+    data = Path(shutil.copytree(samples / "000001", place / "data/000001")).parent
+    words = ("data.num_frames=17", "aux.losses=sync,lpips,trepa", "train.batch_size=1", "aux.recon_weight=0")
+    trainer = made_trainer(place / "run", data, *words)
+    assert trainer.aux is not None
+    return trainer, trainer.aux, batch_of(trainer)
+
+
+def alone(name: LossName, aux: AuxStep) -> AuxStep:
+    return AuxStep(AuxLosses((name,), aux.losses._judges, aux.losses.settings), aux._vae)
+
+
 def test_row_2_the_sync_loss_knows_right_from_shifted_and_silent_audio(
-    trainer_of: Trainers, spoken: Path
+    judged: tuple[Trainer, AuxStep, list[TrainingSample]], samples: Path
 ) -> None:
     """The trainer's own step; the public one slices a list, and all of its windows are silent."""
-    trainer = trainer_of(*SYNC, data=spoken)
-    (sample,) = batch_of(trainer)
-    wave, _ = soundfile.read(spoken / "000001/audio.wav", dtype="float32")
+    trainer, every, (sample,) = judged
+    wave, _ = soundfile.read(samples / "000001/audio.wav", dtype="float32")
     assert sample.waveform is not None
     assert torch.equal(sample.waveform, torch.from_numpy(wave[: 17 * 640]))
-    found = []
-    for audio in (
-        sample.waveform,
-        torch.roll(sample.waveform, 4 * 640),
-        torch.zeros_like(sample.waveform),
-    ):
-        found.append(trainer.accumulate([replace(sample, waveform=audio)])["sync"])
+    aux, given = alone("sync", every), list[AuxBatch]()
+
+    def noting(batch: AuxBatch) -> AuxResult:
+        given.append(batch)
+        return aux(batch)
+
+    trainer.aux = noting  # type: ignore[assignment]
+    found = [trainer.accumulate([sample])["sync"]]
+    for audio in (torch.roll(sample.waveform, 4 * 640), torch.zeros_like(sample.waveform)):
+        with torch.no_grad():
+            found.append(float(aux(replace(given[0], waveform=audio[None])).losses["sync"]))
     assert min(abs(a - b) for a in found for b in found if a is not b) > 1e-4, found
 
 
@@ -134,35 +163,40 @@ def test_row_2_silent_audio_is_refused_before_the_first_step(spoken: Path, tmp_p
 
 
 def test_row_3_a_judge_that_fails_ends_the_run(
-    trainer_of: Trainers, spoken: Path, monkeypatch: pytest.MonkeyPatch
+    judged: tuple[Trainer, AuxStep, list[TrainingSample]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = trainer_of(*SYNC, data=spoken)
+    trainer, aux, _ = judged
+    trainer.aux = alone("sync", aux)
 
     def broken(*_: Tensor) -> Tensor:
         raise RuntimeError("judge")
 
-    monkeypatch.setattr(type(trainer.aux.losses._judges.sync), "forward", broken)  # type: ignore[union-attr]
+    monkeypatch.setattr(type(aux.losses._judges.sync), "forward", broken)
     with pytest.raises(RuntimeError, match="judge"):
         trainer.train(lambda: False)
     assert not (trainer.folder.path / "log.jsonl").exists()
 
 
-@pytest.mark.parametrize("name", ["sync", "lpips", "trepa"])
 def test_each_auxiliary_loss_alone_moves_what_is_trained_and_nothing_else(
-    name: str, trainer_of: Trainers, spoken: Path
+    judged: tuple[Trainer, AuxStep, list[TrainingSample]],
 ) -> None:
-    trainer = trainer_of(*SYNC, f"aux.losses={name}", "aux.recon_weight=0", data=spoken)
-    totals = trainer.accumulate(batch_of(trainer))
-    assert {name, "flow", "mse", "loss", "clipped"} <= totals.keys()
-    weight = getattr(trainer.cfg.aux, f"{name}_weight")
-    assert totals["loss"] == pytest.approx(weight * totals[name], rel=1e-5)
-    moved = [gradient for gradient in gradients(trainer).values() if gradient is not None]
-    assert len(moved) == len(trainer.network.trainables.parameters)
-    assert sum(float(gradient.abs().sum()) for gradient in moved) > 0
-    assert trainer.aux is not None
-    judges = trainer.aux.losses._judges
-    for network in (judges.sync, judges.lpips, judges.trepa, trainer.aux._vae):
-        assert network is None or all(each.grad is None for each in network.parameters())
+    trainer, aux, batch = judged
+    judges = aux.losses._judges
+    assert not any(judge is None or judge.training for judge in (judges.sync, judges.lpips, judges.trepa))
+    frozen = (judges.sync, judges.lpips, judges.trepa, aux._vae)
+    for name in aux.losses.names:
+        trainer._optimizer.drop_gradients()
+        trainer.aux = alone(name, aux)
+        totals = trainer.accumulate(batch)
+        assert {name, "flow", "mse", "loss", "clipped"} <= totals.keys()
+        weight = getattr(trainer.cfg.aux, f"{name}_weight")
+        assert totals["loss"] == pytest.approx(weight * totals[name], rel=1e-5)
+        moved = [gradient for gradient in gradients(trainer).values() if gradient is not None]
+        assert len(moved) == len(trainer.network.trainables.parameters)
+        assert sum(float(gradient.abs().sum()) for gradient in moved) > 0
+        for network in frozen:
+            assert network is not None
+            assert all(each.grad is None and not each.requires_grad for each in network.parameters())
 
 
 def test_a_loss_without_weight_is_not_even_loaded(trainer_of: Trainers, spoken: Path) -> None:
@@ -171,7 +205,6 @@ def test_a_loss_without_weight_is_not_even_loaded(trainer_of: Trainers, spoken: 
     assert trainer.aux.losses._judges.sync is None
     (sample,) = batch_of(trainer)
     assert sample.waveform is None
-    assert "sync" not in trainer.accumulate([sample])
 
 
 # --- rows 4 to 9: the step -----------------------------------------------------------------------
@@ -232,7 +265,7 @@ def test_row_5_the_hole_is_grey(
 def test_row_6_adapters_move_at_1e_4(trainer_of: Trainers, samples: Path) -> None:
     """On a base that computes in bfloat16, whose frozen weights get no gradient."""
     lora = ("train.mode=lora", "train.lora_rank=4", "runtime.dtype=bfloat16", "train.learning_rate=1e-4")
-    trainer = trainer_of(*lora, "train.batch_size=1", "train.max_steps=8", model="cartoon-i2v", data=samples)
+    trainer = trainer_of(*lora, "train.batch_size=1", "train.max_steps=4", model="cartoon-i2v", data=samples)
     trained = trainer.network.trainables
     assert {parameter.dtype for parameter in trained.parameters.values()} == {torch.float32}
     own = {id(parameter) for parameter in trained.parameters.values()}
@@ -297,13 +330,17 @@ def test_rows_8_and_9_a_batch_is_its_samples(trainer_of: Trainers, prepared: Pat
 # --- rows 26 to 42: files, logs, turns -----------------------------------------------------------
 
 
-def test_row_26_a_file_overrides_a_default(prepared: Path, tmp_path: Path) -> None:
-    """The public trainer takes a value of its file only where it has no default of its own."""
+def test_rows_25_and_26_what_was_asked_for_is_trained(prepared: Path, tmp_path: Path) -> None:
+    """The public trainer takes a value of its file only where it has no default of its own; typed, 1e-4 is 0
+    to it, and a comma ends a value."""
     (tmp_path / "c.yaml").write_text("train:\n  learning_rate: 3.0e-5\n")
-    line = ("train", "v2v", "--config", tmp_path / "c.yaml", "--data", prepared, "--size", "32x32")
-    made = typed(*line, "--frames", "9", "--max-steps", "1", "--batch-size", "1", "--out", tmp_path / "run")
+    line = ("train", "v2v", "--config", tmp_path / "c.yaml", "--data", prepared, "--size", "32x32", *QUICK)
+    line += ("-o", "train.weight_decay=1e-4", "-o", "train.prefix_frames=1,5", "--out", tmp_path / "run")
+    made = typed(*line, "--frames", "9", "--max-steps", "1", "--batch-size", "1")
     assert made.exit_code == 0, made.output
     assert json.loads((tmp_path / "run/log.jsonl").read_text())["learning_rate"] == 3e-5
+    settings = read_config(tmp_path / "run/run.yaml").settings
+    assert settings["train.weight_decay"].value == 1e-4 and settings["train.prefix_frames"].value == (1, 5)
 
 
 def test_row_30_nothing_is_read_that_no_loss_needs(
@@ -342,16 +379,14 @@ def test_row_37_the_error_is_logged_before_any_weight(trainer_of: Trainers) -> N
     assert totals["loss"] != pytest.approx(totals["mse"], rel=1e-2)
 
 
-def test_row_38_an_image_model_resumes_to_the_bit(samples: Path, tmp_path: Path) -> None:
+def test_row_38_an_image_model_resumes_to_the_bit(adapted: Path, samples: Path, tmp_path: Path) -> None:
     """An adapter with an average, its samples encoded on the way; the public image trainer cannot resume."""
-    line = ["train", "i2v", "--data", samples, "--size", "32x32", "--frames", "9", "--mode", "lora"]
-    line += ["--lora-rank", "2", "--batch-size", "1", "--ema", "0.5", "-o", "checkpoint.every=1"]
-    for run, lengths in (("whole", (2,)), ("resumed", (1, 2))):
-        for steps in lengths:
-            made = typed(*line, "--max-steps", steps, "--out", tmp_path / run, "--resume", "auto")
-            assert made.exit_code == 0, made.output
-    assert bits(tmp_path / "whole", 2) == bits(tmp_path / "resumed", 2)
-    averages = [tmp_path / run / "checkpoint-2/ema_weights.safetensors" for run in ("whole", "resumed")]
+    resumed = Path(shutil.copytree(adapted, tmp_path / "resumed"))
+    shutil.rmtree(resumed / "checkpoint-2")
+    made = typed("train", "i2v", *ADAPTED, "--data", samples, "--out", resumed, "--resume", "auto")
+    assert made.exit_code == 0 and "resumed behind step 1" in made.output, made.output
+    assert bits(adapted, 2) == bits(resumed, 2)
+    averages = [run / "checkpoint-2/ema_weights.safetensors" for run in (adapted, resumed)]
     assert averages[0].read_bytes() == averages[1].read_bytes()
     held = load_file(averages[0])
     assert held.keys() == load_file(averages[0].parent / "trainable_weights.safetensors").keys()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 from collections.abc import Callable
@@ -22,7 +24,7 @@ from avatarctl.media.files import file_sha256
 from avatarctl.perception.face_file import Clip, FaceFileWriter
 from avatarctl.perception.smooth import TrackedFace
 from avatarctl.training import checkpoints, trainer
-from tests.training.running import COMPARED, SMALL, bits, forked, typed
+from tests.training.running import COMPARED, QUICK, SMALL, bits, forked, typed
 
 Train = Callable[..., Result]
 EVERY = ("-o", "checkpoint.every=1")
@@ -66,7 +68,7 @@ def test_a_run_that_was_resumed_twice_ends_as_one_that_was_not(
 ) -> None:
     run = tmp_path / "run"
     for steps in (1, 2, 3):
-        words = ("--data", prepared, *EVERY, "--out", run, "--resume", "auto", "--max-steps", steps)
+        words = ("--data", prepared, *EVERY, *QUICK, "--out", run, "--resume", "auto", "--max-steps", steps)
         made = typed("train", "v2v", "--size", "32x32", "--frames", "9", "--batch-size", "2", *words)
         assert made.exit_code == 0, made.output
     assert bits(run, 3) == bits(finished, 3)
@@ -107,7 +109,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bits(
     """Killed, resumed, killed again, resumed; with two reading processes, then without. Nothing is unlocked
     by hand: what a dead run had locked is free, though its reading processes may outlive it."""
     run, said = tmp_path / "run", tmp_path / "said.txt"
-    line = ["train", "v2v", *SMALL, "--data", prepared, *EVERY, "--out", run, "--resume", "auto"]
+    line = ["train", "v2v", *SMALL, "--data", prepared, *EVERY, *QUICK, "--out", run, "--resume", "auto"]
     for kill, workers in ((_killed_between_steps, 2), (_killed_while_saving, 0)):
         code = forked(kill, *line, "--workers", workers, said=said)
         assert code == -signal.SIGKILL, said.read_text()
@@ -132,10 +134,10 @@ def test_a_stopped_run_saves_its_step(finished: Path, prepared: Path, train: Tra
             return step(self, batch)
 
         patch.setattr(trainer.Trainer, "accumulate", stopping)
-        stopped = train("v2v", "--data", prepared, "--out", run)
+        stopped = train("v2v", "--data", prepared, *QUICK, "--out", run)
     assert stopped.exit_code == 6, stopped.output
     assert "stopped after step 2, which is saved" in stopped.output
-    resumed = train("v2v", "--data", prepared, "--out", run, "--resume", "auto")
+    resumed = train("v2v", "--data", prepared, *QUICK, "--out", run, "--resume", "auto")
     assert resumed.exit_code == 0 and "resumed behind step 2" in resumed.output
     assert bits(run, 3) == bits(finished, 3)
 
@@ -162,25 +164,20 @@ def test_a_damaged_newest_falls_back_and_says_so(
 def test_going_on_from_an_older_one_sets_the_newer_aside(
     finished: Path, copied: Path, prepared: Path, train: Train
 ) -> None:
-    resumed = train("v2v", "--data", prepared, *EVERY, "--resume", copied / "checkpoint-1")
+    resumed = train("v2v", "--data", prepared, *EVERY, *QUICK, "--resume", copied / "checkpoint-1")
     assert resumed.exit_code == 0, resumed.output
     assert {path.name for path in (copied / "aside-1").iterdir()} == {"checkpoint-2", "checkpoint-3"}
     assert bits(copied, 3) == bits(finished, 3)
 
 
-def test_the_newest_are_kept_by_number(prepared: Path, train: Train, tmp_path: Path) -> None:
-    words = ("--data", prepared, *EVERY, "--keep-last", "2", "--max-steps", "3")
-    run = tmp_path / "run"
-    made = typed(
-        "train", "v2v", "--size", "32x32", "--frames", "9", "--batch-size", "1", *words[:4], *words[4:],
-        "--out", run,
-    )  # fmt: skip
+def test_the_newest_are_kept_by_number(copied: Path, prepared: Path, train: Train) -> None:
+    words = ("--data", prepared, *EVERY, *QUICK, "--out", copied, "--resume", "auto", "--keep-last", "2")
+    made = train("v2v", *SMALL[:4], "--batch-size", "2", *words, "--max-steps", "4", small=False)
     assert made.exit_code == 0, made.output
-    (run / "checkpoint-3").rename(run / "checkpoint-10")  # behind "checkpoint-2" as text, and before it
-    from avatarctl.training.checkpoints import rotate
-
-    assert [path.name for path in rotate(run, 1)] == ["checkpoint-2"]
-    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-10"]
+    assert {path.name for path in copied.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-4"}
+    (copied / "checkpoint-4").rename(copied / "checkpoint-10")  # as text behind "checkpoint-3"
+    assert [path.name for path in checkpoints.rotate(copied, 1)] == ["checkpoint-3"]
+    assert [path.name for path in copied.glob("checkpoint-*")] == ["checkpoint-10"]
 
 
 @pytest.mark.parametrize(
@@ -202,19 +199,16 @@ def test_what_cannot_be_gone_on_with(
     assert "Traceback" not in made.output
 
 
-def test_a_longer_run_is_the_usual_wish_and_a_longer_cosine_is_not(
-    copied: Path, prepared: Path, train: Train, tmp_path: Path
-) -> None:
-    common = ("--data", prepared, "--size", "32x32", "--frames", "9", "--batch-size", "2", *EVERY)
-    longer = typed("train", "v2v", *common, "--out", copied, "--resume", "auto", "--max-steps", "4")
-    assert longer.exit_code == 0, longer.output
+def test_a_longer_cosine_is_no_usual_wish(prepared: Path, tmp_path: Path) -> None:
+    """A longer run at a constant rate is: `test_a_run_that_was_resumed_twice_ends_as_one_that_was_not`."""
     run = tmp_path / "cosine"
-    cosine = (*common, "--schedule", "cosine", "--out", run, "--max-steps")
-    assert typed("train", "v2v", *cosine, "2").exit_code == 0
-    refused = typed("train", "v2v", *cosine, "4", "--resume", "auto")
+    cosine = ("--data", prepared, "--size", "32x32", "--frames", "9", "--batch-size", "1", *EVERY, *QUICK,
+              "--schedule", "cosine", "--out", run, "--max-steps")  # fmt: skip
+    assert typed("train", "v2v", *cosine, "1").exit_code == 0
+    refused = typed("train", "v2v", *cosine, "2", "--resume", "auto")
     assert refused.exit_code == 2
-    assert "at step 2 the learning rate would jump from 0 to 5e-05" in refused.output
-    assert typed("train", "v2v", *cosine, "4", "--resume", "auto", "--accept-schedule").exit_code == 0
+    assert "at step 1 the learning rate would jump from 0 to 5e-05" in refused.output
+    assert typed("train", "v2v", *cosine, "2", "--resume", "auto", "--accept-schedule").exit_code == 0
 
 
 def test_another_data_set_is_not_gone_on_with(copied: Path, train: Train, tmp_path: Path) -> None:
@@ -229,23 +223,42 @@ def test_two_runs_do_not_share_a_folder(copied: Path, prepared: Path, train: Tra
 
     before = {path: path.stat().st_mtime_ns for path in copied.rglob("*")}
     with RunFolder(copied).held():
-        made = train("v2v", "--data", prepared, *EVERY, "--out", copied, "--resume", "auto")
-    assert made.exit_code == 2 and "another run is training in it" in made.output
+        for data in (("--data", prepared), ()):  # clips are not drawn either
+            made = train("v2v", *data, *EVERY, "--out", copied, "--resume", "auto")
+            assert made.exit_code == 2 and "another run is training in it" in made.output
     assert {path: path.stat().st_mtime_ns for path in copied.rglob("*")} == before
 
 
 def test_an_existing_run_is_not_begun_again(copied: Path, prepared: Path, train: Train) -> None:
-    made = train("v2v", "--data", prepared, "--out", copied)
-    assert made.exit_code == 2 and "holds a run already (add --resume auto" in made.output
+    for data in (("--data", prepared), ()):
+        made = train("v2v", *data, "--out", copied)
+        assert made.exit_code == 2 and "holds a run already (add --resume auto" in made.output
+    assert not (copied / "samples").exists()
+
+
+def test_as_typed_it_trains_on_clips_that_it_draws(train: Train, tmp_path: Path) -> None:
+    """Shorter and smaller; the command that it prints works, and the same command goes on with its clips."""
+    words = ("--aux", "sync,lpips", "--size", "32x32", "--frames", "17", "--batch-size", "1", *QUICK)
+    made = train("v2v", *words, "--max-steps", "1", "--out", tmp_path / "run", small=False)
+    assert made.exit_code == 0, made.output
+    (entry,) = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert entry["sync"] > 0 and entry["lpips"] > 0
+    assert len(list((tmp_path / "run/samples").glob("*/prompt.txt"))) == 8
+    (told,) = re.findall(r"to use it: avatarctl (.+)", made.stderr)
+    shown = typed(*shlex.split(told), "--dry-run")
+    assert shown.exit_code == 0, shown.output
+    again = train("v2v", "--resume", tmp_path / "run", small=False)
+    assert again.exit_code == 0 and "nothing to do: all 1 steps are done" in again.output, again.output
 
 
 def test_bad_samples_are_named_and_the_others_train(train: Train, samples: Path, tmp_path: Path) -> None:
     data = Path(shutil.copytree(samples, tmp_path / "data"))
     (data / "000001" / "audio.wav").write_bytes(b"no audio")
-    made = train("v2v", "--data", data, "--out", tmp_path / "run")
+    words = ("--data", data, "--batch-size", "2", "--max-steps", "1", "--out", tmp_path / "run", *QUICK)
+    made = train("v2v", *SMALL[:4], *words, small=False)
     assert made.exit_code == 7, made.output
-    assert "trained to step 3; 1 of 4 samples could not be used; the first: 000001" in made.output
-    assert (tmp_path / "run" / "checkpoint-3").is_dir()
+    assert "trained to step 1; 1 of 4 samples could not be used; the first: 000001" in made.output
+    assert (tmp_path / "run" / "checkpoint-1").is_dir()
 
 
 @pytest.mark.parametrize(
@@ -290,27 +303,36 @@ def test_a_trained_model_is_used_by_the_command_that_is_printed(finished: Path, 
     assert plan["audio_offset"] == 0
 
 
-def test_an_adapter_of_a_built_in_model_talks_and_converts(
-    samples: Path, train: Train, tmp_path: Path
-) -> None:
-    words = ("--mode", "lora", "--lora-rank", "2", "--data", samples, "--out", tmp_path / "run")
-    made = train("i2v", *words)
-    assert made.exit_code == 0, made.output
-    shown = typed("convert-ckpt", tmp_path / "run" / "checkpoint-3", "--inspect")
+def test_an_adapter_of_a_built_in_model_talks_and_converts(adapted: Path, tmp_path: Path) -> None:
+    shown = typed("convert-ckpt", adapted / "checkpoint-2", "--inspect")
     assert shown.exit_code == 0 and "adapter of OmniAvatar" in shown.output, shown.output
-    talks = typed(
-        "infer", "--model", tmp_path / "run", "--size", "32x32", "--out", tmp_path / "talks.mp4", "-o",
-        "long_video.num_frames=9", "--steps", "1",
-    )  # fmt: skip
+    words = ("infer", "--size", "32x32", "-o", "long_video.num_frames=9", "--steps", "1")
+    talks = typed(*words, "--model", adapted, "--out", tmp_path / "talks.mp4")
     assert talks.exit_code == 0, talks.output
     assert "60 targets at scale 32" in talks.output
+
+
+def test_a_run_is_a_lora_by_its_newest_good_checkpoint(adapted: Path, finished: Path, tmp_path: Path) -> None:
+    """As with --model; a run that trained every weight is none."""
+    damaged = Path(shutil.copytree(adapted, tmp_path / "damaged"))
+    (damaged / "checkpoint-2" / "optimizer.safetensors").write_bytes(b"")
+    for place, taken, scale in (
+        (adapted, "run/checkpoint-2/ema_weights.safetensors", "scale 32"),
+        (adapted / "checkpoint-1", "checkpoint-1/ema_weights.safetensors", "scale 32"),
+        (f"{damaged}:0.5", "damaged/checkpoint-1/ema_weights.safetensors", "scale 0.5 x 32"),
+    ):
+        made = typed("infer", "--lora", place, "--dry-run")
+        assert made.exit_code == 0 and f"{taken}: 60 targets at {scale}" in made.stderr, made.output
+    assert "checkpoint-2 is passed over: optimizer.safetensors is damaged" in made.stderr
+    refused = typed("infer", "--lora", finished, "--dry-run")
+    assert refused.exit_code == 3 and "is no adapter" in refused.output, refused.output
 
 
 def test_the_sync_loss_of_whole_frames_looks_at_the_face(
     train: Train, samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the judge is shown is warped by each sample's own map; without one there is exit 3."""
-    words = ("--frames", 17, "--size", "32x32", "--batch-size", 1, "--max-steps", 1, "--aux", "sync")
+    words = ("--frames", 17, "--size", "32x32", "--batch-size", 1, "--max-steps", 1, "--aux", "sync", *QUICK)
     common = ("--out", tmp_path / "run", "--faces", "auto", *words)
     refused = train("i2v", "--data", samples, *common, small=False)
     assert refused.exit_code == 3 and "has no face.safetensors" in refused.stderr, refused.output
