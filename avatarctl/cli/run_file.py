@@ -28,7 +28,8 @@ def with_absolute_paths(resolved: Resolved, cfg: RunConfig, keys: Iterable[str])
         absolute["model.name"] = _absolute(cfg.model.name)
     if cfg.data.faces in FACE_WORDS:
         absolute.pop("data.faces", None)
-    asked, sections = dict(resolved.asked), {}
+    asked = dict(resolved.asked)
+    sections: dict[str, Any] = {}
     for dotted, value in absolute.items():
         if value:
             section, _, name = dotted.partition(".")
