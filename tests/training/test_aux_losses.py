@@ -199,7 +199,7 @@ def step(names: tuple[LossName, ...] = NAMES, **settings: object) -> AuxStep:
 def test_keeping_activations_or_making_them_again_changes_no_bit() -> None:
     found = []
     for mode in ("full", "checkpoint"):
-        given = batch()
+        given = batch(latent_frames=3)
         result = AuxStep(AuxLosses(("lpips",), judges(), DETAIL[mode]), vae())(given)
         (gradient,) = torch.autograd.grad(result.total.sum(), given.velocity)
         found.append((*result.losses.values(), gradient))
@@ -288,7 +288,7 @@ def test_windows_are_drawn_by_key_begin_with_a_latent_frame_and_reach_everywhere
 
 
 def test_a_sample_above_the_highest_sigma_is_not_decoded() -> None:
-    given = batch(2)
+    given = batch(2, 3)
     given = dataclasses.replace(given, sigma=torch.tensor([0.9, 0.5]))
     result = step(("lpips",), max_sigma=0.8)(given)
     assert all(loss[0] == 0 and loss[1] > 0 for loss in result.losses.values())
