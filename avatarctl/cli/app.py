@@ -256,6 +256,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
             "avatarctl.cli.precompute:precompute_latents",
             "Cut videos into training samples; encode their video and text once.",
         ),
+        "demo": ("avatarctl.cli.demo:demo", "Let a face of the built-in cartoon world speak."),
         "separate": ("avatarctl.cli.separate:separate", "Take speech out of a mix."),
     },
     context_settings={"help_option_names": ["-h", "--help"]},

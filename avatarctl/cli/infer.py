@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import json
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +16,9 @@ import click
 from avatarctl.cli.options import EXAMPLE_MODEL, ConfigCommand, Request, config_options, read_request
 from avatarctl.cli.run_file import with_absolute_paths
 from avatarctl.cli.screen import Screen
-from avatarctl.config import RunConfig, dump_run, require_supported
-from avatarctl.errors import NotYetSupported, OutputRefused, printable
+from avatarctl.cli.video_output import fresh_path, make_video, record_path, refuse_existing, sheet_path
+from avatarctl.config import dump_run, require_supported
+from avatarctl.errors import NotYetSupported, printable
 from avatarctl.events import Notice
 from avatarctl.registry import COMPAT, NOT_YET, ROWS, Row, find_model
 
@@ -83,7 +82,7 @@ def infer(**params: Any) -> None:
     row = named(cfg.model.name)
     if row.status == NOT_YET:
         raise NotYetSupported(f"{row.name} is not yet supported", where="model.name")
-    _refuse_existing(cfg, row)
+    refuse_existing(cfg, row)
 
     from avatarctl.atomic import atomic_write_text
     from avatarctl.pipelines.job import check_job
@@ -95,17 +94,17 @@ def infer(**params: Any) -> None:
         if request.dry_run:
             _show_plan(plan, request.json, screen)
             return
-        path = Path(cfg.output.path) if cfg.output.path else _fresh_path(row)
+        path = Path(cfg.output.path) if cfg.output.path else fresh_path(row)
         sheet = _contact_sheet(plan)
-        finished = _make(plan, path, screen, sheet)
-        _show_result(plan, finished, _sheet_path(path) if sheet else None, request.json)
+        finished = make_video(plan, path, screen, sheet)
+        _show_result(plan, finished, sheet_path(path) if sheet else None, request.json)
         # After the result: what cannot be written beside it must not hide a finished video.
         record = with_absolute_paths(request.resolved, plan.cfg, _PATHS)
-        atomic_write_text(_record_path(path), dump_run(record, "infer"))
+        atomic_write_text(record_path(path), dump_run(record, "infer"))
         if sheet is not None:
             inputs = (Path(each.name).name for each in (plan.job.visual, plan.job.audio))
-            sheet.save(_sheet_path(path), f"{path.name}: {', '.join(inputs)}")
-            screen(Notice(f"frames at eight times: {_sheet_path(path)}"))
+            sheet.save(sheet_path(path), f"{path.name}: {', '.join(inputs)}")
+            screen(Notice(f"frames at eight times: {sheet_path(path)}"))
 
 
 def _introduction(request: Request, row: Row) -> list[str]:
@@ -188,22 +187,6 @@ def _contact_sheet(plan: JobPlan) -> ContactSheet | None:
     return ContactSheet(plan.video.frames, sentence(plan.video.frames).opening)
 
 
-def _make(plan: JobPlan, path: Path, screen: Screen, sheet: ContactSheet | None) -> OutputFinished:
-    from avatarctl.atomic import remove_left_behind
-    from avatarctl.cli.signals import stop_on_signals
-    from avatarctl.cli.start import importing_networks
-
-    plan.require_weights()  # before the seconds that the next import takes
-    with importing_networks():
-        from avatarctl.pipelines.infer import write_video
-
-    for line in remove_left_behind(path.parent):
-        screen(Notice(line))
-    with stop_on_signals() as should_stop, _leaving_no_empty_folder(path.parent):
-        watch = sheet.add if sheet else None
-        return write_video(plan, path, emit=screen, should_stop=should_stop, watch=watch)
-
-
 def _show_result(plan: JobPlan, finished: OutputFinished, sheet: Path | None, as_json: bool) -> None:
     if as_json:
         result = {
@@ -219,51 +202,3 @@ def _show_result(plan: JobPlan, finished: OutputFinished, sheet: Path | None, as
         # A program gets the very bytes of the name; a terminal no control characters.
         terminal = sys.stdout.isatty()
         click.echo(printable(finished.path) if terminal else os.fsencode(finished.path))
-
-
-@contextlib.contextmanager
-def _leaving_no_empty_folder(folder: Path) -> Iterator[None]:
-    """Removes the folders that a failed run made, as far as they are empty."""
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
-    try:
-        yield
-    except BaseException:
-        for each in made:
-            with contextlib.suppress(OSError):  # a part that was kept is in it, or it was never made
-                each.rmdir()
-        raise
-
-
-def _record_path(path: Path) -> Path:
-    return path.with_suffix(".run.yaml")
-
-
-def _sheet_path(path: Path) -> Path:
-    return path.with_suffix(".sheet.png")
-
-
-def _refuse_existing(cfg: RunConfig, row: Row) -> None:
-    """Before anything is read or loaded; the writer looks again when it opens the file."""
-    if cfg.output.path is None:
-        return
-    path = Path(cfg.output.path)
-    if path.is_dir():
-        raise OutputRefused("is a folder", where=path, fix="name a file in it")
-    from avatarctl.media.growing_file import check_video_name
-
-    check_video_name(path)
-    sheet = [_sheet_path(path)] if row.world else []
-    for output in (path, _record_path(path), *sheet):
-        if os.path.lexists(output) and not cfg.output.overwrite:
-            raise OutputRefused("exists", where=output, fix="add --overwrite or choose another --out")
-    for output, given in itertools.product(sheet, filter(None, (cfg.input.image, cfg.data.mask))):
-        with contextlib.suppress(OSError):  # one of the two is no file; its reader says so
-            if output.samefile(given):
-                raise OutputRefused(f"writing it would destroy the input {given}", where=output)
-
-
-def _fresh_path(row: Row) -> Path:
-    """A folder that nobody has: two runs may start in one second."""
-    stamp = Path("runs") / f"infer-{row.name}" / time.strftime("%Y%m%d-%H%M%S")
-    names = (stamp.name if attempt == 1 else f"{stamp.name}-{attempt}" for attempt in itertools.count(1))
-    return next(folder for name in names if not (folder := stamp.with_name(name)).exists()) / "video.mp4"

@@ -26,7 +26,7 @@ from avatarctl.registry import Row, configure
 from avatarctl.timeline import SAMPLE_RATE
 
 if TYPE_CHECKING:
-    from avatarctl.family import Modules
+    from avatarctl.family import Modules, VideoCodec
 
 __all__ = ["PARTS", "Part", "Score", "benchmark", "colour_change"]
 
@@ -56,7 +56,11 @@ class Score:
 
 
 def benchmark(
-    part: Part, row: Row, seeds: Sequence[int], emit: Emit = silent, should_stop: Callable[[], bool] | None = None
+    part: Part,
+    row: Row,
+    seeds: Sequence[int],
+    emit: Emit = silent,
+    should_stop: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
     """The scores of one part, on clips of these seeds. row: whose files are looked at.
 
@@ -75,7 +79,7 @@ def _vae(row: Row, seeds: Sequence[int], emit: Emit) -> dict[str, Any]:
     score = Score()
     for frames in (_SHORT, _FRAMES["vae"]):
         for each in _told(seeds, frames, emit, f"vae, {frames} frames"):
-            made = vae.decode(vae.encode(frames_tensor(each.frames)))
+            made = _coded(vae, each.frames)
             error = ((made - frames_tensor(each.frames)) / 2).square().mean((0, 1, 3, 4))
             if frames == _SHORT:
                 heights = measure_mouth(_bytes(made[0]))[0]
@@ -99,7 +103,7 @@ def _v2v(row: Row, seeds: Sequence[int], emit: Emit) -> dict[str, Any]:
     kept = keep_map(mask_tensor(mouth_mask()), (SIZE, SIZE))[0, 0].numpy() > 0
 
     def more(made: np.ndarray, each: Clip) -> dict[str, float]:
-        coded = _bytes(vae.decode(vae.encode(frames_tensor(each.frames[:97])))[0])
+        coded = _bytes(_coded(vae, each.frames[:97])[0])
         differs = np.abs(made[: len(coded)].astype(float) - coded)[:, kept]
         return {"outside_box": float(differs.mean() / 255)}
 
@@ -178,6 +182,11 @@ def _made(row: Row, each: Clip, audio: np.ndarray, modules: Modules) -> np.ndarr
     """uint8 [F, 64, 64, 3]."""
     blocks = [block.pixels for block in generate(_plan(row, each, audio), modules=modules)]
     return _bytes(torch.cat(blocks, dim=1))
+
+
+def _coded(vae: VideoCodec, frames: np.ndarray) -> torch.Tensor:
+    """Frames [F, 64, 64, 3] and what the VAE makes of them: [1, 3, F, 64, 64]."""
+    return vae.decoder().push(vae.encode(frames_tensor(frames)))
 
 
 def _bytes(pixels: torch.Tensor) -> np.ndarray:

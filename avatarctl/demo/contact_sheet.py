@@ -33,14 +33,16 @@ class ContactSheet:
     """Gathers a video as it is made, eight frames and one number per frame; `save` draws it.
 
     frames: of the whole video. opening: [frames] of the mouth that the audio calls for, 0 to 1, if that is
-    known; only then the mouth of the video is measured, as only then it is a face of the cartoon world.
+    known; loudness: [frames], 0 to 1, of audio of which nobody knows more. Only with one of them the mouth of
+    the video is measured, as only then it is a face of the cartoon world.
     """
 
-    def __init__(self, frames: int, opening: Array | None = None) -> None:
+    def __init__(self, frames: int, opening: Array | None = None, loudness: Array | None = None) -> None:
         self._frames = frames
         self._times = [round(k * (frames - 1) / (_COLUMNS - 1)) for k in range(_COLUMNS)]
         self._tiles: dict[int, Image.Image] = {}
         self._opening = opening
+        self._wanted = loudness if opening is None else opening
         self._measured: list[float] = []
         self._done = 0
 
@@ -50,25 +52,29 @@ class ContactSheet:
             if self._done <= time < self._done + len(frames):
                 tile = Image.fromarray(frames[time - self._done])
                 self._tiles[time] = ImageOps.contain(tile, (_TILE, _TILE))
-        if self._opening is not None and frames.shape[1:3] == (SIZE, SIZE):
+        if self._wanted is not None and frames.shape[1:3] == (SIZE, SIZE):
             self._measured += measure_mouth(frames)[0].tolist()
         self._done += len(frames)
 
     def agreement(self) -> float | None:
-        """r of the measured and the true opening; None where nothing was measured."""
+        """r of the measured opening and the true one, or the loudness; None where nothing was measured."""
         measured = np.array(self._measured)
-        if self._opening is None or len(measured) != len(self._opening):
+        if self._wanted is None or len(measured) != len(self._wanted):
             return None
-        return correlation(measured, self._opening)
+        return correlation(measured, self._wanted)
 
     def save(self, path: Path, title: str) -> None:
         """Write the page as PNG, whole or not at all. Raises OutputRefused and WriteFailed."""
         width = _COLUMNS * (_TILE + _GAP) + _GAP
         agreement = self.agreement()
         curves: list[tuple[str, Array]] = []
-        if agreement is not None and self._opening is not None:
+        if agreement is not None and self._wanted is not None:
+            known = self._opening is not None
             curves = [
-                ("opening of the mouth that the audio calls for", self._opening),
+                (
+                    "opening of the mouth that the audio calls for" if known else "loudness of the audio",
+                    self._wanted,
+                ),
                 (f"measured in the video (r = {agreement:.2f})", np.array(self._measured) / _FULLY_OPEN),
             ]
         height = 3 * _GAP + 2 * _LINE + _TILE + len(curves) * (_CURVE + _LINE + _GAP)

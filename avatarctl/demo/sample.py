@@ -34,9 +34,12 @@ _VOICE: Final = HELD_OUT + 5
 _CLIP: Final = HELD_OUT + 3
 
 
-def sample_image() -> StillImage:
-    """The face at rest, as an image of the size that the built-in model was trained for."""
-    return image_from_array(face_pixels(), "built-in face")
+def sample_image(seed: int | None = None) -> StillImage:
+    """The face at rest, as an image of the size that the built-in model was trained for; of another seed
+    another face."""
+    if seed is None:
+        return image_from_array(face_pixels(), "built-in face")
+    return image_from_array(face_pixels(seed=seed), f"face {seed}")
 
 
 def sample_audio(seconds: float = SECONDS) -> Audio:
@@ -46,10 +49,11 @@ def sample_audio(seconds: float = SECONDS) -> Audio:
     return audio_from_array(said.audio[:samples], SAMPLE_RATE, "built-in voice")
 
 
-def sample_video(seconds: float = SECONDS) -> Video:
+def sample_video(seconds: float = SECONDS, seed: int | None = None) -> Video:
     """A clip in which another face says something else: its mouth moves, and not to the sentence."""
-    frames = clip(_CLIP, frames_of_samples(round(seconds * SAMPLE_RATE))).frames
-    return video_from_array(frames, "built-in clip")
+    chosen = _CLIP if seed is None else seed
+    frames = clip(chosen, frames_of_samples(round(seconds * SAMPLE_RATE))).frames
+    return video_from_array(frames, "built-in clip" if seed is None else f"clip {seed}")
 
 
 def sentence(frames: int) -> Speech:
@@ -57,7 +61,7 @@ def sentence(frames: int) -> Speech:
     return speech(_VOICE, frames, closing=True)
 
 
-def face_pixels(size: int = SIZE) -> NDArray[np.uint8]:
+def face_pixels(size: int = SIZE, seed: int = _FACE) -> NDArray[np.uint8]:
     """The face with its mouth closed, uint8 [size, size, 3] RGB."""
     closed = np.zeros(1)
-    return render(draw_face(_FACE), draw_motion(_FACE, 0, 1), closed, closed, size)[0]
+    return render(draw_face(seed), draw_motion(seed, 0, 1), closed, closed, size)[0]

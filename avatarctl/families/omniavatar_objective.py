@@ -163,7 +163,7 @@ def _prefix_noise(draw: Draw, shape: Sequence[int], cfg: RunConfig) -> Tensor:
     import torch
 
     noise = torch.randn(tuple(shape), generator=generator(draw.seed, "prefix noise", draw.step, draw.slot))
-    return noise * (cfg.train.prefix_noise * draw.uniform("prefix noise level") ** 2)
+    return noise * (cfg.train.prefix_noise * draw.uniform("prefix noise deviation") ** 2)
 
 
 def _as_fork(cfg: RunConfig) -> bool:

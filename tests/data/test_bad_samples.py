@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pkgutil
-import shutil
 from fractions import Fraction
 from functools import partial
 from itertools import count
@@ -25,7 +24,6 @@ from avatarctl.errors import UnusableFile, UnusableVideo, WriteFailed
 from avatarctl.models.vae import WanVae
 from tests.data.conftest import SMALL, contents, run, talking
 from tests.media.videos import numbered, steady, write_video
-
 
 WORDS = (*SMALL, "--artifact-dtype", "float32")
 ONE = "b/talk.mp4/000000"
