@@ -128,8 +128,8 @@ def build(out: str, seed: int, part: Any, threads: int | None, short: bool) -> N
     """
     import torch
 
-    from avatarctl.demo.build.build import Build
-    from avatarctl.demo.build.recipe import FULL, SHORT
+    from avatarctl.demo.making.build import Build
+    from avatarctl.demo.making.recipe import FULL, SHORT
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -150,7 +150,7 @@ def benchmark(part: tuple[Any, ...], seed: int, clips: int, folder: str | None, 
     and the one that the audio calls for, and the same with another clip's audio.
     """
     from avatarctl.demo import benchmark as scores
-    from avatarctl.demo.build.build import built_row
+    from avatarctl.demo.making.build import built_row
 
     found: dict[str, Any] = {}
     with Screen("info") as screen:

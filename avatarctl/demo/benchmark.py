@@ -139,7 +139,7 @@ def _spoken(
 
 def _sync(row: Row, seeds: Sequence[int], emit: Emit) -> dict[str, Any]:
     """accuracy: share of pairs in which a window's own audio has the higher cosine."""
-    from avatarctl.demo.build.judge_learner import right_cosines
+    from avatarctl.demo.making.judge_learner import right_cosines
     from avatarctl.loading.judges import find_judges, load_judges
 
     cfg = configure(f"model.name={row.name}")

@@ -9,15 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from avatarctl.demo.build.audio_learner import AudioLearner
-from avatarctl.demo.build.drawn_set import UTTERANCE, draw_window
-from avatarctl.demo.build.judge_learner import JudgeLearner, right_cosines
-from avatarctl.demo.build.learning import Learner, learn
-from avatarctl.demo.build.muon import orthogonal
-from avatarctl.demo.build.recipe import FULL, PARTS, SHORT
-from avatarctl.demo.build.transformers import read_standardised
-from avatarctl.demo.build.vae_learner import VaeLearner
 from avatarctl.demo.clips import HELD_OUT
+from avatarctl.demo.making.audio_learner import AudioLearner
+from avatarctl.demo.making.drawn_set import UTTERANCE, draw_window
+from avatarctl.demo.making.judge_learner import JudgeLearner, right_cosines
+from avatarctl.demo.making.learning import Learner, learn
+from avatarctl.demo.making.muon import orthogonal
+from avatarctl.demo.making.recipe import FULL, PARTS, SHORT
+from avatarctl.demo.making.transformers import read_standardised
+from avatarctl.demo.making.vae_learner import VaeLearner
 from avatarctl.errors import Interrupted, UnusableWeights
 from avatarctl.events import silent
 from avatarctl.registry import find_model
