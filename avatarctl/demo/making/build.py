@@ -1,6 +1,7 @@
 """Makes the built-in models from an empty folder: each part goes on where it was stopped, bit for bit.
 
-FOLDER/PART holds the state of a part while it learns; FOLDER/cartoon the files that are shipped, and the card.
+FOLDER/PART holds the state of a part while it learns; FOLDER/cartoon the files that are shipped, and their
+card.
 """
 
 from __future__ import annotations
@@ -82,8 +83,8 @@ class Build:
     def run(self, should_stop: Callable[[], bool], only: Part | None = None) -> None:
         """Makes what is not there, or `only` one part.
 
-        Raises Interrupted, behind what is saved; OutputRefused while another build is in the folder; UsageError
-        for a part whose own parts are not made, or a folder of another seed or recipe.
+        Raises Interrupted, behind what is saved; OutputRefused while another build is in the folder;
+        UsageError for a part whose own parts are not made, or a folder of another seed or recipe.
         """
         with RunFolder(self.folder).held():
             self._read_facts()

@@ -1,5 +1,5 @@
-"""The judge of the sync loss in the cartoon world: StableSyncNet with small widths, from nothing. It learns to
-tell the audio of 16 frames from audio of another time and of another voice (spec/losses-and-eval.md 1).
+"""The judge of the sync loss in the cartoon world: StableSyncNet with small widths, from nothing. It learns
+to tell the audio of 16 frames from audio of another time and of another voice (spec/losses-and-eval.md 1).
 
 Frames are drawn, then blurred and darkened by chance, as those that a VAE decodes are softer than drawn ones.
 A face of the cartoon world is its own aligned face: detectors of people's faces do not know it.

@@ -1,6 +1,7 @@
 """Muon: momentum whose matrix is made orthogonal before it is applied (K. Jordan and others, 2024).
 
-At an equal number of steps it takes the VAE of the cartoon world from 15.0 to 17.2 dB (spec/cartoon-world.md 3).
+At an equal number of steps it takes the VAE of the cartoon world from 15.0 to 17.2 dB
+(spec/cartoon-world.md 3).
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 __all__ = ["Muon", "orthogonal"]
 
 _QUINTIC = (3.4445, -4.7750, 2.0315)
-"""Coefficients of the odd polynomial of a Newton-Schulz step that draws singular values to about 1; Jordan's."""
+"""Coefficients of the odd polynomial of a Newton-Schulz step that draws singular values to about 1;
+Jordan's."""
 
 
 class Muon(torch.optim.Optimizer):

@@ -57,7 +57,8 @@ FULL: Final = Recipe(
 """What is shipped; two hours and a half on two idle cores."""
 
 SHORT: Final = Recipe(
-    vae_steps=4, audio_steps=4, clips=4, frames=9, transformer_steps=4, batch_size=2, judge_steps=4, score_every=2,
-    watched=((5, 1),), statistics=2,
+    vae_steps=4, audio_steps=4, clips=4, frames=9, transformer_steps=4, batch_size=2, judge_steps=4,
+    score_every=2, watched=((5, 1),), statistics=2,
 )  # fmt: skip
-"""The same road in seconds, for whoever wants to see that it goes on where it was stopped. It teaches nothing."""
+"""The same road in seconds, for whoever wants to see that it goes on where it was stopped. It teaches
+nothing."""

@@ -1,12 +1,11 @@
-"""The two transformers of the cartoon world, trained as `avatarctl train i2v` and `train v2v` train any other:
-their trainer, its settings, its checkpoints. Here are the settings, what a run starts from, and what becomes
-of its last weights.
+"""The two transformers of the cartoon world, trained as `avatarctl train i2v` and `train v2v` train any
+other: their trainer, its settings, its checkpoints. Here are the settings, what a run starts from, and what
+becomes of its last weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -22,7 +21,7 @@ from avatarctl.events import Emit
 from avatarctl.families import family_named
 from avatarctl.loading.assemble import built_in
 from avatarctl.loading.parts import TRANSFORMERS
-from avatarctl.loading.trained import AVERAGED
+from avatarctl.loading.trained import AVERAGED, checkpoints
 from avatarctl.models.precision import is_float32_island
 from avatarctl.registry import COMPAT, ROWS, Row
 from avatarctl.training.run import TrainingRun
@@ -119,19 +118,10 @@ def train_transformer(
 ) -> Path:
     """Trains, or goes on; returns the file of the averaged weights. row: with `path`, the start."""
     command = f"train {which}"
-    run = TrainingRun(
-        command,
-        resolved.cfg,
-        row,
-        family_named(row.family),
-        folder,
-        emit,
-        resume=True,  # type: ignore[arg-type]
-    )
+    family: Any = family_named(row.family)
+    run = TrainingRun(command, resolved.cfg, row, family, folder, emit, resume=True)
     result = run.run(dump_run(resolved, command), should_stop, data=data)
-    last = result.checkpoint or max(
-        folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])
-    )
+    last = result.checkpoint or checkpoints(folder)[-1][1]
     return last / AVERAGED
 
 
@@ -139,14 +129,9 @@ def shipped_weights(path: Path, row: Row) -> dict[str, Tensor]:
     """A trained file as it is shipped: bfloat16, but what the program computes in float32 and what takes
     audio, whose folded statistics would not survive it."""
     names = built_in(row).layout.key_map
-    network = TRANSFORMERS[row.family]
+    network: Any = TRANSFORMERS[row.family]
     shipped = {}
     for name, tensor in read_trained(path).items():
-        wide = is_float32_island(network, names.to_internal(name) or name) or name.startswith("audio_")  # type: ignore[arg-type]
+        wide = is_float32_island(network, names.to_internal(name) or name) or name.startswith("audio_")
         shipped[name] = tensor.float() if wide else tensor.to(torch.bfloat16)
     return shipped
-
-
-def started(row: Row, start: Path) -> Row:
-    """The row with a start in place of weights."""
-    return replace(row, path=str(start))

@@ -50,8 +50,8 @@ _LONGER: Final[Shapes] = (
 
 
 class VaeLearner:
-    """sizes: the constructor arguments of the VAE; steps: of the whole schedule; watched: (frames, clips) that
-    it is scored on."""
+    """sizes: the constructor arguments of the VAE; steps: of the whole schedule; watched: (frames, clips)
+    that it is scored on."""
 
     title = "VAE"
 
