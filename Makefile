@@ -16,10 +16,10 @@ installed := $(VENV)/installed
 .DELETE_ON_ERROR:
 
 demo: $(installed)
-	$(bin)/avatarctl infer --chunked --out "$(OUT)" --overwrite
+	$(bin)/avatarctl demo --out "$(OUT)" --overwrite
 	@$(bin)/python -c 'import pathlib, sys; print("\nYour video:", pathlib.Path(sys.argv[1]).resolve())' "$(OUT)"
 	@echo 'Now your own voice:'
-	@echo '  $(bin)/avatarctl infer --chunked --audio VOICE.wav --out talking.mp4'
+	@echo '  $(bin)/avatarctl demo --audio VOICE.wav --out talking.mp4'
 	@echo 'Your own image needs a published model: see README.md.'
 
 test: demo
