@@ -1,0 +1,61 @@
+"""`avatarctl demo` as it is typed."""
+
+from __future__ import annotations
+
+import json
+import wave
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from avatarctl.cli import app
+from avatarctl.demo.voices import speech
+
+
+@pytest.fixture
+def voice(tmp_path: Path) -> Path:
+    samples = (speech(1_000_005, 13).audio * 32_767).astype("<i2")
+    path = tmp_path / "voice.wav"
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16_000)
+        file.writeframes(samples.tobytes())
+    return path
+
+
+def test_a_face_says_a_recording(voice: Path, tmp_path: Path) -> None:
+    out = tmp_path / "said.mp4"
+    words = ["demo", "--audio", str(voice), "--character", "1000007", "--out", str(out), "--json"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.stderr
+    told = json.loads(result.stdout)
+    assert told["frames"] == 13 and -1 <= told["r_opening"] <= 1
+    with av.open(str(out)) as file:
+        assert sum(1 for _ in file.decode(video=0)) == 13
+    assert Image.open(told["sheet"]).height > 250, "frames, and both curves below them"
+    assert "how loud the audio is" in result.stderr
+    again = CliRunner().invoke(app, words)
+    assert again.exit_code == 2 and "exists" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("demo", "--character", "-1"), "-1 is not in the range"),
+        (("demo", "--audio", "nowhere.wav"), "nowhere.wav"),
+        (("demo", "build"), "missing option '--out'"),
+        (("demo", "benchmark", "--seed", "5", "--clips", "2", "--part", "vae"), "may have been trained on"),
+    ],
+)
+def test_refused(words: tuple[str, ...], says: str, refused: Callable[..., str]) -> None:
+    assert says in refused(2, *words)
+
+
+def test_a_folder_of_another_seed_is_not_gone_on_with(tmp_path: Path, refused: Callable[..., str]) -> None:
+    (tmp_path / "build.json").write_text(json.dumps({"made_by": "another", "seed": 1, "parts": {}}))
+    assert "another seed, recipe or version" in refused(2, "demo", "build", "--out", str(tmp_path), "--short")

@@ -1,0 +1,48 @@
+"""Scores of the built-in models: what is compared with what, and what they are given."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from avatarctl.demo import benchmark as scores
+from avatarctl.demo.clips import HELD_OUT, clip
+from avatarctl.errors import UsageError
+from avatarctl.media import Waveform
+from avatarctl.registry import find_model
+
+
+def test_an_image_scores_with_its_audio_and_not_with_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two clips whose own mouths have nothing to do with each other (r -0.03)."""
+    monkeypatch.setattr(scores, "_FRAMES", {**scores._FRAMES, "i2v": 29})
+    found = scores.benchmark("i2v", find_model("cartoon-i2v"), range(HELD_OUT + 2003, HELD_OUT + 2005))
+    assert set(found) == {"r_opening", "r_shuffled", "slope", "colour_change"}
+    assert all(set(value) == {"mean", "standard_error"} for value in found.values())
+    assert found["r_opening"]["mean"] > 0.8 > 0.5 > found["r_shuffled"]["mean"]
+    assert 0.5 < found["slope"]["mean"] < 1.1 and found["colour_change"]["mean"] < 0.1
+
+
+def test_what_makes_the_frames_is_given_an_image_and_audio_alone() -> None:
+    """Nothing of what the world knows of the mouth."""
+    each = clip(HELD_OUT + 1, 9)
+    job = scores._plan(find_model("cartoon-i2v"), each, each.speech.audio).job
+    assert job.image is not None and np.array_equal(job.image.pixels, each.frames[0]) and job.video is None
+    with Waveform(job.audio) as waveform:
+        assert np.allclose(waveform.read(0, 9 * 640), each.speech.audio, atol=1e-6)
+    assert (job.prompt, job.negative_prompt) == ("a person is talking", "")
+
+
+def test_seeds_that_were_trained_on_are_refused() -> None:
+    with pytest.raises(UsageError, match="may have been trained on"):
+        scores.benchmark("vae", find_model("cartoon-i2v"), range(HELD_OUT - 1, HELD_OUT + 3))
+    with pytest.raises(UsageError, match="two at least"):
+        scores.benchmark("i2v", find_model("cartoon-i2v"), [HELD_OUT])
+
+
+def test_colours_are_compared_above_the_mouth_in_the_last_frames() -> None:
+    image = np.full((64, 64, 3), 100, np.uint8)
+    frames = np.repeat(image[None], 20, 0)
+    frames[:10], frames[:, 32:] = 0, 0
+    assert scores.colour_change(frames, image) == 0
+    frames[10:, :32] = 151
+    assert scores.colour_change(frames, image) == pytest.approx(0.2)
