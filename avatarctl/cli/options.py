@@ -44,6 +44,7 @@ SHORT_FORMS: Final[Mapping[str, tuple[str, ...]]] = {
     "long_video.strategy": ("--long-video",),
     "long_video.overlap_frames": ("--overlap", "--overlap-frames"),
     "memory.mode": ("--memory",),
+    "memory.swap_blocks": ("--swap-blocks",),
     "data.path": ("--data",),
     "data.videos": ("--from-videos",),
     "data.num_frames": ("--frames", "--num-frames"),

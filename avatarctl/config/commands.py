@@ -76,7 +76,7 @@ COMMANDS: Final[dict[str, CommandKeys]] = {
             "audio_window",
             "output": "path fps width height lead_silence length soundtrack paste crf preview save_latents "
             "overwrite",
-            "memory": "mode base_precision swap_blocks",  # the others are about training
+            "memory": "mode group_blocks base_precision swap_blocks",  # the others are about training
             "data": "width height mask mask_rule",  # what a video-to-video model learnt from
             "runtime": "seed device dtype attention compile gpus log_level",
         },

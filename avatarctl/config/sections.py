@@ -218,9 +218,12 @@ class Memory:
     """What lives where."""
 
     mode: Literal["full", "model", "group", "sequential", "auto"] = key(
-        "full", "offload: full keeps everything on the device",
-        not_yet=("model", "group", "sequential", "auto"),
-    )  # fmt: skip
+        "full",
+        "what waits on the host: full nothing; model text and image encoders leave before the transformer is "
+        "read; group its blocks come in groups as well; sequential every module comes for itself alone",
+        not_yet=("auto",),
+    )
+    group_blocks: int = key(4, "transformer blocks that come together in mode group", low=1, high=1000)
     vae_gradient: Literal["full", "checkpoint", "segment", "offload"] = key(
         "checkpoint",
         "what auxiliary losses keep of the decoder and their networks for the backward pass: full all of it, "
@@ -232,7 +235,13 @@ class Memory:
     )
     base_precision: Literal["bf16", "fp8"] = key("bf16", "storage of frozen weights", not_yet=ANY)
     optimizer_device: Literal["auto", "cpu", "cuda"] = key("auto", "where optimizer states live", not_yet=ANY)
-    swap_blocks: int = key(0, "transformer blocks kept in host memory", low=0, high=1000, not_yet=ANY)
+    swap_blocks: int = key(
+        0,
+        "transformer blocks that wait on the host, one coming at a time; the mode is then model",
+        low=0,
+        high=1000,
+        not_yet={"train i2v": ANY, "train v2v": ANY},
+    )
 
 
 @dataclass(frozen=True)

@@ -81,26 +81,28 @@ def load_parts(
     wanted: Collection[Part],
     device: torch.device,
     emit: Emit,
+    *,
+    computes: torch.device | None = None,
 ) -> Parts:
     """The wanted networks of a run, in eval mode, frozen, on `device`; without "image" where the model has
-    none.
+    none. computes: where they will compute, if that is not where they are read to.
 
     sources: with nothing missing of what is wanted; held: the transformer of its files, None where that is
     random, or not wanted: encoders are then not compared with it.
 
     Raises UnusableWeights for files that do not fit, ExtraMissing for an attention kernel that is not here.
     """
-    dtype = dtype_of(cfg.runtime)
+    dtype, there = dtype_of(cfg.runtime), computes or device
     if "dit" in wanted:  # before anything large is read
         head_width = held.sizes.width // held.heads if held else row.network["dit"]["attention_head_dim"]
-        kernel = choose_attention(cfg.runtime.attention, device, dtype, head_width)
+        kernel = choose_attention(cfg.runtime.attention, there, dtype, head_width)
     if row.source == "package":
         made = _built_in(row, sources, held, wanted, dtype, device, emit)
     else:
         made = _from_files(held, sources.encoders, wanted, dtype, device, emit)
     if "dit" in wanted:
         use_attention(made["dit"], kernel)
-        emit(Notice(f"attention: {kernel}; {str(dtype).removeprefix('torch.')} on {device}"))
+        emit(Notice(f"attention: {kernel}; {str(dtype).removeprefix('torch.')} on {there}"))
     return made
 
 

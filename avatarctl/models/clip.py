@@ -38,13 +38,15 @@ def clip_config(**sizes: Any) -> CLIPVisionConfig:
 
 
 class _Embeddings(CLIPVisionEmbeddings):
-    """Patches behind a class token, with positions straight from their table: the parent keeps an index of
-    all rows in a buffer that no file fills."""
+    """Patches behind a class token, with positions from their table: the parent keeps an index of all rows
+    in a buffer that no file fills."""
 
     def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
         patches = rearrange(self.patch_embedding(pixel_values), "b d h w -> b (h w) d")
         first = self.class_embedding.expand(len(patches), 1, -1)
-        return torch.cat([first, patches], dim=1) + self.position_embedding.weight
+        # Through its own forward: a table that waits on the host comes for that alone.
+        rows = torch.arange(self.position_embedding.num_embeddings, device=patches.device)
+        return torch.cat([first, patches], dim=1) + self.position_embedding(rows)
 
 
 class ClipImageEncoder(CLIPVisionModel):

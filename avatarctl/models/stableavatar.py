@@ -115,7 +115,9 @@ class ThreefoldAttnProcessor(AvatarAttnProcessor):
         vocals = rearrange(vocals, "(b g) s d -> b (g s) d", g=groups)
         if samples == len(query):
             return vocals
-        return torch.cat([vocals, attn.vocal_v.bias.expand(len(query) - samples, *vocals.shape[1:])])
+        # The bias, through the layer's own forward: weights that wait on the host come for that alone.
+        nothing = attn.vocal_v(vocals.new_zeros(1, attn.vocal_v.in_features))
+        return torch.cat([vocals, nothing.expand(len(query) - samples, *vocals.shape[1:])])
 
 
 class VocalBlock(AvatarBlock):

@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from avatarctl.errors import AvatarctlError, NotYetSupported, OutputRefused
 from avatarctl.events import Emit, Notice, OutputFinished, Planned, SpanFinished, Stage, silent
 from avatarctl.family import Inputs, Modules, Source
 from avatarctl.loading.modules import PARTS, Part, SomeModules, load_parts
+from avatarctl.loading.placed import PlacedModules, is_full
 from avatarctl.media import (
     BackgroundWriter,
     FittedFrames,
@@ -71,6 +72,15 @@ def load(
     emit(Stage("loading the model"))
     wanted = PARTS if parts is None else parts
     device = resolve_device(plan.cfg.runtime.device)
+    if not is_full(plan.cfg.memory):
+
+        def read(part: Part, place: torch.device) -> Any:
+            held = plan.transformer
+            return load_parts(
+                plan.row, plan.sources, held, plan.cfg, (part,), place, emit, computes=device
+            ).get(part)
+
+        return PlacedModules(wanted, read, plan.cfg.memory, device, emit)
     made = load_parts(plan.row, plan.sources, plan.transformer, plan.cfg, wanted, device, emit)
     return Modules(**made, device=device) if parts is None else SomeModules(wanted, made.get, device)
 
@@ -98,7 +108,7 @@ def generate(
     modules = modules or load(plan, emit=emit)
     denoise = Denoiser(
         family=family,
-        dit=modules.dit,
+        dit=modules.later("dit") if isinstance(modules, PlacedModules) else modules.dit,
         guidance=family.guidance(cfg),
         sigmas=family.sigmas(cfg.sampling.steps, cfg.sampling.shift).tolist(),
         noise=noise,

@@ -185,6 +185,12 @@ def check_job(cfg: RunConfig, row: Row, job: Job, emit: Emit) -> JobPlan:
     raise.
     """
     require_supported(cfg, "infer")
+    if cfg.memory.swap_blocks and cfg.memory.mode in ("group", "sequential"):
+        raise UsageError(
+            f"mode {cfg.memory.mode} already says which blocks leave",
+            where="memory.swap_blocks",
+            fix="leave one of the two out",
+        )
     family = family_named(row.family)
     takes = family.takes(cfg)
     if getattr(job, takes) is not job.visual:

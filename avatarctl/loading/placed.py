@@ -1,0 +1,98 @@
+"""The networks of a run in a memory mode: read when they are first needed, one large one at a time.
+
+full        everything on the device from the start
+model       the text and image encoders leave before the transformer is read
+group       as model, and the transformer's blocks come in groups
+sequential  every module comes for its own forward alone
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from avatarctl.config.sections import Memory
+from avatarctl.errors import UsageError
+from avatarctl.events import Emit, Notice
+from avatarctl.loading.modules import Part, SomeModules
+from avatarctl.placement.place import HOST, in_groups, leaf_by_leaf
+from avatarctl.placement.units import Moves, Visits
+
+__all__ = ["PlacedModules", "is_full"]
+
+_BEFORE_THE_TRANSFORMER: Final[tuple[Part, ...]] = ("text", "image")
+
+
+def is_full(memory: Memory) -> bool:
+    """Whether everything stays on the device."""
+    return memory.mode == "full" and not memory.swap_blocks
+
+
+class PlacedModules(SomeModules):
+    """`Modules` whose parts are read when they are touched; what the transformer does not need is forgotten
+    when that is touched.
+
+    build: (part, device) -> network, None where the model has none. moves: what went to the device, so far.
+    """
+
+    def __init__(
+        self,
+        wanted: Collection[Part],
+        build: Callable[[Part, torch.device], Any],
+        memory: Memory,
+        device: torch.device,
+        emit: Emit,
+    ) -> None:
+        super().__init__(wanted, self._placed, device)
+        self._read, self._memory, self._emit = build, memory, emit
+        self.moves = Moves()
+        self.loads: list[Part] = []
+        self._visits: list[Visits] = []
+
+    def _placed(self, part: Part) -> Any:
+        mode, swap = self._memory.mode, self._memory.swap_blocks
+        if part == "dit":
+            for name in _BEFORE_THE_TRANSFORMER:
+                if name in self.__dict__:
+                    self.drop(name)
+                    self._emit(Notice(f"memory: the {name} encoder is done and leaves"))
+        by_leaves = mode == "sequential"
+        in_blocks = part == "dit" and (mode == "group" or swap > 0)
+        network = self._read(part, HOST if by_leaves or in_blocks else self.device)
+        self.loads.append(part)
+        if network is None or not isinstance(network, nn.Module):
+            return network
+        if by_leaves:
+            self._visits.append(leaf_by_leaf(network, self.device, moves=self.moves))
+        elif in_blocks:
+            self._visits.append(self._in_blocks(network))
+        return network
+
+    def later(self, part: Part) -> Any:
+        """Stands for a part that must not be read yet: calls and attributes are the part's."""
+        return _Later(self, part)
+
+    def _in_blocks(self, network: nn.Module) -> Visits:
+        memory, count = self._memory, len(list(getattr(network, "blocks", ())))
+        if memory.swap_blocks:
+            if memory.swap_blocks > count:
+                raise UsageError(
+                    f"{memory.swap_blocks} blocks were to leave, and the transformer has {count}",
+                    where="memory.swap_blocks",
+                )
+            return in_groups(network, self.device, group=1, away=memory.swap_blocks, moves=self.moves)
+        return in_groups(network, self.device, group=memory.group_blocks, moves=self.moves)
+
+
+class _Later:
+    def __init__(self, modules: SomeModules, part: Part) -> None:
+        self._modules, self._part = modules, part
+
+    def __call__(self, *inputs: Any, **more: Any) -> Any:
+        return getattr(self._modules, self._part)(*inputs, **more)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(getattr(self._modules, self._part), name)

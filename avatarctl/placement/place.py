@@ -1,0 +1,80 @@
+"""Networks in a memory mode: which of their weights stay on the device and which wait on the host."""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+import torch
+from torch import nn
+
+from avatarctl.placement.units import Moves, Unit, Visits, leaves
+
+__all__ = ["HOST", "MemoryMode", "in_groups", "leaf_by_leaf", "moved"]
+
+HOST: Final = torch.device("cpu")
+
+MemoryMode = Literal["full", "model", "group", "sequential"]
+
+
+def in_groups(
+    network: nn.Module,
+    device: torch.device,
+    *,
+    group: int,
+    away: int | None = None,
+    host: torch.device = HOST,
+    moves: Moves | None = None,
+) -> Visits:
+    """A transformer on the host -> its blocks come `group` at a time, the next ones under way; everything
+    else is moved to the device. away: only so many blocks leave, the last ones; None is all of them.
+
+    Raises ValueError for a network without blocks, or with fewer than `away`.
+    """
+    blocks = list(getattr(network, "blocks", ()))
+    if not blocks or (away is not None and away > len(blocks)):
+        raise ValueError(f"{len(blocks)} blocks, and {away} were to leave")
+    moves = moves or Moves()
+    first = 0 if away is None else len(blocks) - away
+    leaving = blocks[first:]
+    groups = [leaving[start : start + group] for start in range(0, len(leaving), group)]
+    units = [
+        Unit(f"blocks {first + number * group}", _inside(members), device, host, moves)
+        for number, members in enumerate(groups)
+    ]
+    moved(network, device)
+    return Visits(units, [(members[0], members[-1]) for members in groups], ahead=1)
+
+
+def leaf_by_leaf(
+    network: nn.Module,
+    device: torch.device,
+    *,
+    host: torch.device = HOST,
+    moves: Moves | None = None,
+) -> Visits:
+    """A network on the host -> each module's own parameters come for its forward alone."""
+    moves = moves or Moves()
+    named = [(name, module) for name, module in leaves(network) if _frozen(module)]
+    units = [Unit(name, [module], device, host, moves) for name, module in named]
+    moved(network, device)
+    return Visits(units, [(module, module) for _, module in named], ahead=0)
+
+
+def moved(network: nn.Module, device: torch.device) -> None:
+    """Parameters and buffers that are not elsewhere, to the device; the objects are replaced."""
+    for module in network.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.device.type != "meta" and parameter.device != device:
+                there = nn.Parameter(parameter.detach().to(device), requires_grad=parameter.requires_grad)
+                module._parameters[name] = there
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device.type != "meta" and buffer.device != device:
+                module._buffers[name] = buffer.to(device)
+
+
+def _inside(blocks: list[nn.Module]) -> list[nn.Module]:
+    return [module for block in blocks for module in block.modules()]
+
+
+def _frozen(module: nn.Module) -> bool:
+    return any(each is not None and not each.requires_grad for each in module._parameters.values())

@@ -1,0 +1,205 @@
+"""Weights that wait on the host, packed, and come to the device for one forward.
+
+They are frozen, so they never travel back: a unit that leaves is forgotten on the device. Parameter objects
+are replaced, never moved (`.to` and `.data` break under fake tensors), so what autograd has saved stays what
+it was until it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Moves", "Unit", "Visits", "leaves"]
+
+_ALIGNED: Final = 64
+"""Bytes between the places of two tensors in a buffer, as an allocator would give them: kernels may sum in
+another order where a tensor begins elsewhere."""
+
+_META: Final = torch.device("meta")
+
+
+@dataclass
+class Moves:
+    """What was moved, for whoever asks. host_bytes: held there now, packed."""
+
+    copies: int = 0
+    copied_bytes: int = 0
+    host_bytes: int = 0
+    order: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a parameter lies in the buffer of its dtype: in elements."""
+
+    holder: dict[str, Any]
+    name: str
+    offset: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Unit:
+    """The frozen parameters of some modules, packed by dtype.
+
+    host: where they wait; "meta" counts, with fake tensors. device: where they compute. What is trained, and
+    buffers, are not the unit's.
+    """
+
+    def __init__(
+        self, name: str, modules: Sequence[nn.Module], device: torch.device, host: torch.device, moves: Moves
+    ) -> None:
+        self.name, self.device, self._moves = name, device, moves
+        self._places: list[tuple[_Place, ...]] = []
+        self._waiting: dict[torch.dtype, Tensor] = {}
+        self._arrived: dict[torch.dtype, Tensor] | None = None
+        self._event: Any = None
+        self._pack(modules, host)
+        self.leave()
+
+    @property
+    def nbytes(self) -> int:
+        """Of the packed buffers."""
+        return sum(flat.numel() * flat.element_size() for flat in self._waiting.values())
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is on the device, or on its way."""
+        return self._arrived is not None
+
+    def start(self, stream: Any = None) -> None:
+        """Begins the copy; on a GPU beside what computes."""
+        if self._arrived is not None:
+            return
+        if stream is None:
+            self._arrived = {dtype: _copied(flat, self.device) for dtype, flat in self._waiting.items()}
+        else:
+            with torch.cuda.stream(stream):
+                self._arrived = {dtype: _copied(flat, self.device) for dtype, flat in self._waiting.items()}
+                self._event = stream.record_event()
+        self._moves.copies += 1
+        self._moves.copied_bytes += self.nbytes
+        self._moves.order.append(self.name)
+
+    def arrive(self) -> None:
+        """Puts the weights in, whether or not the copy was begun before."""
+        self.start()
+        assert self._arrived is not None
+        if self._event is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(self._event)
+            for flat in self._arrived.values():
+                flat.record_stream(current)
+            self._event = None
+        for places in self._places:
+            views = {}
+            for place in places:
+                flat = self._arrived[place.dtype]
+                views[place.offset] = flat.as_strided(place.shape, place.stride, place.offset)
+            parameters = {offset: nn.Parameter(view, requires_grad=False) for offset, view in views.items()}
+            for place in places:
+                place.holder[place.name] = parameters[place.offset]
+
+    def leave(self) -> None:
+        """Takes the weights out; what autograd saved of them stays alive by itself."""
+        for places in self._places:
+            for place in places:
+                empty = torch.empty(place.shape, dtype=place.dtype, device=_META)
+                place.holder[place.name] = nn.Parameter(empty, requires_grad=False)
+        self._arrived = self._event = None
+
+    def _pack(self, modules: Sequence[nn.Module], host: torch.device) -> None:
+        found: dict[int, list[tuple[dict[str, Any], str]]] = {}
+        tensors: dict[int, nn.Parameter] = {}
+        for module in modules:
+            for name, parameter in module._parameters.items():
+                if parameter is not None and not parameter.requires_grad:
+                    found.setdefault(id(parameter), []).append((module._parameters, name))
+                    tensors[id(parameter)] = parameter
+        ends: dict[torch.dtype, int] = {}
+        where: dict[int, int] = {}
+        for key, parameter in tensors.items():
+            step = _ALIGNED // parameter.element_size()
+            offset = -(-ends.get(parameter.dtype, 0) // step) * step
+            where[key], ends[parameter.dtype] = offset, offset + parameter.numel()
+        for dtype, length in ends.items():
+            pin = self.device.type == "cuda" and host.type == "cpu"
+            self._waiting[dtype] = _room(length, dtype, host, pin)
+            self._moves.host_bytes += length * dtype.itemsize
+        for key, parameter in tensors.items():
+            flat, offset = self._waiting[parameter.dtype], where[key]
+            stride = parameter.stride()
+            if parameter.device.type != "meta":
+                with torch.no_grad():
+                    flat.as_strided(parameter.shape, stride, offset).copy_(parameter)
+            self._places.append(
+                tuple(
+                    _Place(holder, name, offset, parameter.shape, stride, parameter.dtype)
+                    for holder, name in found[key]
+                )
+            )
+
+
+def _room(length: int, dtype: torch.dtype, host: torch.device, pin: bool) -> Tensor:
+    """A buffer on the host, pinned where the system lets it."""
+    if pin:
+        try:
+            return torch.empty(length, dtype=dtype, device=host, pin_memory=True)
+        except RuntimeError:  # the limit of locked memory; a copy takes longer, and is the same
+            pass
+    return torch.empty(length, dtype=dtype, device=host)
+
+
+def _copied(flat: Tensor, device: torch.device) -> Tensor:
+    """A real copy, where host and device are the same as well."""
+    return flat.to(device, non_blocking=True, copy=True)
+
+
+class Visits:
+    """Units of one network that come for the forward of their modules and leave behind it, in the order in
+    which the network calls them. ahead: how many of the next ones are under way meanwhile.
+
+    doors: of each unit the first and the last module that is called.
+    """
+
+    def __init__(
+        self, units: Sequence[Unit], doors: Sequence[tuple[nn.Module, nn.Module]], ahead: int
+    ) -> None:
+        self._units, self._ahead = units, min(ahead, len(units) - 1)
+        device = units[0].device if units else torch.device("cpu")
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" and ahead else None
+        for index, (first, last) in enumerate(doors):
+            first.register_forward_pre_hook(self._opening(index))
+            last.register_forward_hook(self._closing(index), always_call=True)
+
+    def _opening(self, index: int) -> Any:
+        def come(module: nn.Module, inputs: Any) -> None:
+            self._units[index].arrive()
+            for step in range(1, self._ahead + 1):
+                self._units[(index + step) % len(self._units)].start(self._stream)
+
+        return come
+
+    def _closing(self, index: int) -> Any:
+        def go(module: nn.Module, inputs: Any, output: Any) -> None:
+            self._units[index].leave()
+
+        return go
+
+    def empty(self) -> None:
+        """Nothing of them on the device: behind a pass, or one that failed."""
+        for unit in self._units:
+            unit.leave()
+
+
+def leaves(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules with parameters of their own."""
+    for name, module in network.named_modules():
+        if any(each is not None for each in module._parameters.values()):
+            yield name, module
