@@ -26,7 +26,7 @@ from avatarctl.perception.track import FrameFaces
 __all__ = ["walk_faces"]
 
 _NAMED: Final = 3
-"""Stretches without a face that a line names."""
+"""Stretches without a face, and frames in which the person changes, that a line names."""
 _RECORDED: Final = 100
 """Those that the record of a source has."""
 
@@ -77,12 +77,15 @@ class _Walk:
         self._runs: dict[int, _Run] = {}
         self._looked = self._with_face = self._longest = 0
         self._without: list[list[int]] = []
+        self._switches: list[int] = []
+        self._person: int | None = None
 
     def take(self, pixels: np.ndarray, found: FrameFaces) -> None:
         """The next frame of the source."""
         number = found.frame
         if found.starts_scene:
             self._runs.clear()
+            self._person = None
             if number:
                 self.walked.cuts.append(number)
         if isinstance(self._show, _Whole) and self._cutting.references:
@@ -95,6 +98,11 @@ class _Walk:
                 runs[face.person] = run
                 self._go_on(run, number, shown)
         self._runs = runs
+        if self._plan.people == "largest" and found.faces:
+            person = found.faces[0].person
+            if self._person not in (None, person):
+                self._switches.append(number)
+            self._person = person
         self._count(number, bool(runs))
 
     def _go_on(self, run: _Run, number: int, shown: _Shown) -> None:
@@ -151,8 +159,16 @@ class _Walk:
             "share": round(share, 4),
             "looked_at": self._looked,
             "without": self._without[:_RECORDED],
+            "switches": self._switches[:_RECORDED],
             "detector": self._detector,
         }
+        if self._switches:
+            named = ", ".join(map(str, self._switches[:_NAMED]))
+            more = len(self._switches) - _NAMED
+            walked.notes.append(
+                f"without a cut the face jumps, or another person's is followed, at frame {named}"
+                f"{f' and {more} more' if more > 0 else ''}; there are samples of both"
+            )
         if self._without:
             named = ", ".join(f"{first} to {last - 1}" for first, last in self._without[:_NAMED])
             more = len(self._without) - _NAMED

@@ -31,7 +31,7 @@ from avatarctl.perception.smooth import TrackedFace
 __all__ = ["FACE_FILE", "VERSION", "Clip", "FaceFile", "FaceFileWriter", "read_face_file"]
 
 FACE_FILE: Final = "face.safetensors"
-VERSION: Final = 1
+VERSION: Final = 2
 """Of tracking, smoothing and alignment together; one more makes all files again."""
 
 _KEY: Final = "avatarctl.faces"

@@ -1,8 +1,8 @@
 """The faces of a video, frame by frame: found once, then followed by the mesh, whose region in a frame comes
 from the points of the frame before (spec/face-models.md 6).
 
-Frames come in pieces of any length and are not kept but for the two that tell a cut from a flash; memory does
-not depend on the video's length.
+Frames come in pieces of any length and are not kept but for the two that tell a cut from a flash and the one
+before; memory does not depend on the video's length.
 """
 
 from __future__ import annotations
@@ -110,9 +110,10 @@ def _off(region: Region, face: Face) -> float:
 class FaceTracker:
     """Follows the largest face of each scene, or everybody.
 
-    people: "largest" gives at most one face a frame, "all" everybody's. A person keeps a number until a cut,
-    also through a gap, if found again near to where the gap began. Nobody is recognised: behind a cut all are
-    new; for "largest" numbers begin with 0 again.
+    people: "largest" gives at most one face a frame: who is the largest where a scene first shows anybody,
+    and is followed until lost for longer than a gap that is filled; then the largest there is. "all" gives
+    everybody's. A person keeps a number until a cut, also through a gap, if found again near to where the gap
+    began. Nobody is recognised: behind a cut all are new; for "largest" numbers begin with 0 again.
     look: how far a search goes when a look at the whole frame finds nothing ("largest"), or always ("all").
     """
 
@@ -156,6 +157,7 @@ class FaceTracker:
         # A face that is followed was measured in this frame: lost ones are no longer among them.
         faces = {each.person: each.face for each in self._followed}
         self._measured += 1
+        self._before = frame
         return result + self._numbered(self._smoother.add(faces))
 
     def _numbered(self, frames: list[list[TrackedFace]]) -> list[FrameFaces]:
@@ -170,6 +172,7 @@ class FaceTracker:
     def _begin_scene(self) -> None:
         self._followed: list[_Followed] = []
         self._lost: list[_Followed] = []
+        self._others: list[Face] = []
         self._searched = self._searched_far = -SEARCH_EVERY + self._measured
 
     def _follow(self, frame: np.ndarray) -> None:
@@ -221,7 +224,7 @@ class FaceTracker:
     def _near(self, frame: np.ndarray) -> list[Face]:
         """Who was lost a moment ago and is back in that place: a look at it costs little, so that a face that
         was covered is found in the frame in which it shows again."""
-        lately = [each for each in self._lost if 0 < self._measured - each.checked <= MOST_MISSING]
+        lately = [each for each in self._lost if self._measured - each.checked <= MOST_MISSING]
         proposals = [Detection(1.0, each.face.box, np.zeros((6, 2))) for each in lately]
         seen = look_again(self._networks, frame, proposals)
         return mesh_twice(self._networks, frame, [each for each in seen if each is not None])
@@ -250,8 +253,7 @@ class FaceTracker:
     def _welcome(self, frame: np.ndarray, found: list[Face]) -> None:
         """Those of the found faces that nobody follows yet: who was lost near by, or somebody new."""
         if self._people == "largest":
-            again = [face for face in found if any(self._may_be(face, lost) for lost in self._lost[-1:])]
-            found = (again or found)[:1]
+            found = self._of_the_one(found)[:1]
         if self._followed and found:
             boxes = np.stack([each.face.box for each in self._followed])
             found = [face for face in found if overlap(face.box, boxes).max() < _SAME_FACE / 2]
@@ -263,15 +265,32 @@ class FaceTracker:
                 each.face = face
                 each.region = _towards(each.region, region_of_landmarks(face.landmarks), _NEW_SHARE)
         for each in new:
-            if each.face.presence >= PRESENCE:
+            if each.face.presence >= PRESENCE and _inside(each.face, frame):
                 each.person = self._person(each.face)
                 self._followed.append(each)
+
+    def _of_the_one(self, found: list[Face]) -> list[Face]:
+        """While the gap may still be filled only who was lost: whoever sits beside a face that is hidden for
+        a moment was to be seen when it was lost. Who shows in that frame where nobody was in the one before
+        has jumped there."""
+        lost = self._lost[-1] if self._lost else None
+        if lost is None or self._measured - lost.checked > MOST_MISSING:
+            return found
+        again = [face for face in found if self._may_be(face, lost)]
+        if again or not found or self._measured > lost.checked:
+            return again
+        places = [Detection(1.0, face.box, np.zeros((6, 2))) for face in found]
+        before = look_again(self._networks, self._before, places)
+        self._others = [face for face, seen in zip(found, before, strict=True) if seen is not None]
+        return [face for face, seen in zip(found, before, strict=True) if seen is None]
 
     def _person(self, face: Face) -> int:
         if self._people == "largest":
             before = self._lost[-1] if self._lost else None
+            person = 0 if before is None else before.person + (not self._may_be(face, before))
             self._lost.clear()
-            return 0 if before is None else before.person + (not self._may_be(face, before))
+            self._others.clear()
+            return person
         near = [lost for lost in self._lost if self._may_be(face, lost)]
         if near:
             chosen = min(near, key=lambda lost: _apart(face, lost.face))
@@ -281,9 +300,12 @@ class FaceTracker:
         return self._named - 1
 
     def _may_be(self, face: Face, lost: _Followed) -> bool:
-        """Whether a face that is found may be the one that was lost: near to it, and of about its size."""
+        """Whether a face that is found may be the one that was lost: near to it, and of about its size;
+        not who sat beside it then."""
         reach = min(_FARTHEST, _NEAR + _DRIFT * (self._measured - lost.checked))
-        near = _apart(face, lost.face) <= reach * lost.face.side
+        apart = _apart(face, lost.face)
+        near = apart <= reach * lost.face.side
+        near = near and all(apart < _apart(face, other) for other in self._others)
         return near and 0.5 <= face.side / max(lost.face.side, 1e-6) <= 2
 
 

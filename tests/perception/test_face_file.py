@@ -122,7 +122,7 @@ SPOILT: dict[str, tuple[Callable[[dict, dict], object], str]] = {
     "short": (lambda t, f: t.update(points=t["points"][:5]), r"points is F32 \[5, 3, 2\], F32 \[6, 3, 2\]"),
     "lacking": (lambda t, f: t.pop("found"), r"found is missing, U8 \[6\] is needed"),
     "dtype": (lambda t, f: t.update(boxes=t["boxes"].astype(np.float16)), "boxes is F16"),
-    "version": (lambda t, f: f.update(version=9), "version 9, 1 is read here"),
+    "version": (lambda t, f: f.update(version=9), "version 9, 2 is read here"),
     "facts": (lambda t, f: f.update(frames="6"), "says nothing of the clip"),
 }
 

@@ -98,16 +98,19 @@ def test_a_cut_between_two_people(networks: FaceNetworks) -> None:
 
 
 def test_another_person_has_another_number(networks: FaceNetworks) -> None:
-    """The larger of two leaves: the other one is followed at once, by another number, and no point lies
-    between them."""
-    scene = portrait("crop").put(background(640, 360), 480, 180, 100)
-    both = np.asarray(portrait("crop").put(scene, 160, 180, 150))
-    frames = np.stack([both] * 8 + [np.asarray(scene)] * 8)
-    for each in track_faces(networks, [frames]):
-        (face,) = each.faces
-        left = each.frame < 8
-        assert face.seen and face.person == (0 if left else 1)
-        assert abs(face.points.mean(0)[0] - (160 if left else 480)) <= 15, each.frame
+    """The larger of two leaves: for as long as the gap could be filled nobody is followed, then the other
+    one, by another number, and no point lies between them."""
+    scene = portrait("crop").put(background(384, 216), 288, 108, 70)
+    both = np.asarray(portrait("crop").put(scene, 96, 108, 90))
+    frames = np.stack([both] * 4 + [np.asarray(scene)] * 18)
+    found = list(track_faces(networks, [frames]))
+    assert not any(each.faces for each in found[4 : 4 + MOST_MISSING + 1])
+    assert len(found[-1].faces) == 1
+    for each in found:
+        for face in each.faces:
+            left = each.frame < 4
+            assert face.seen and face.person == (0 if left else 1)
+            assert abs(face.points.mean(0)[0] - (96 if left else 288)) <= 10, each.frame
 
 
 def test_everybody_keeps_a_number(networks: FaceNetworks) -> None:
