@@ -46,6 +46,8 @@ _FARTHEST: Final = 2.0
 """Sides of a face from where it was lost to where it may be found again as the same: at once, more with each
 frame, at most. Who sits beside a person that leaves is somebody else."""
 _SAME_FACE: Final = 0.5
+_MISSED: Final = 75
+"""Frames for which everybody who was lost is looked for: 3 s. Who comes later has a new number."""
 
 
 @dataclass(frozen=True)
@@ -230,6 +232,8 @@ class FaceTracker:
         return mesh_twice(self._networks, frame, [each for each in seen if each is not None])
 
     def _search(self, frame: np.ndarray) -> None:
+        if self._people == "all":
+            self._lost = [each for each in self._lost if self._measured - each.checked <= _MISSED]
         if self._lost:
             self._welcome(frame, self._near(frame))
         waited, waited_far = self._measured - self._searched, self._measured - self._searched_far

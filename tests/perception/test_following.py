@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from avatarctl.models.face_networks import FaceNetworks
+from avatarctl.perception import track
 from avatarctl.perception.track import FrameFaces, track_faces
 
 from .conftest import background, portrait
@@ -55,3 +57,21 @@ def test_a_face_that_jumps_is_followed_at_once_as_another(networks: FaceNetworks
         assert each.faces[0].seen and each.faces[0].person == (number >= 3)
         assert not each.starts_scene or not number
         assert abs(middle(each) - (there if number >= 3 else ONE)[0]) <= 4
+
+
+def test_who_left_for_good_is_not_looked_for_for_ever(
+    networks: FaceNetworks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole frame is searched every 5 frames while somebody may come back, then every 25, for people who
+    come in. Their number is not given again."""
+    monkeypatch.setattr(track, "_MISSED", 10)
+    searched = []
+    real = track.find_faces
+    monkeypatch.setattr(
+        track, "find_faces", lambda *words: searched.append(tracker._measured) or real(*words)
+    )
+    tracker = track.FaceTracker(networks, people="all", look="whole")
+    frames = [frame(ONE, BESIDE)] + [frame(BESIDE)] * 30 + [frame(ONE, BESIDE)] * 21
+    found = tracker.push(np.stack(frames)) + tracker.finish()
+    assert tracker._lost == [] and searched == [0, 1, 6, 11, 25, 50]
+    assert {face.person for each in found for face in each.faces} == {0, 1, 2}
