@@ -186,6 +186,13 @@ def _row(where: str, line: Mapping[str, str | None], names: tuple[str, ...]) -> 
     three = points if names == _THREE else _three_of_five(points)
     if not np.ptp(three, axis=0).max() > 0:
         raise UnusableFile("all points lie in one place", where=where)
+    left, right, nose = points[:3]
+    across, down = right - left, nose - (left + right) / 2
+    if across[0] * down[1] < across[1] * down[0]:  # the same however the head is tilted
+        raise UnusableFile(
+            "the nose lies above the line from the left to the right: left is left in the image",
+            where=where, fix=f"the columns {names[0]} and {names[1]} are swapped",
+        )  # fmt: skip
     score = _number(where, line, "score") if (line.get("score") or "").strip() else 1.0
     return _Row(box, three, min(max(score, 0.0), 1.0))
 
