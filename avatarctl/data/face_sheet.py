@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from avatarctl.atomic import atomic_write_bytes
 from avatarctl.data.samples import Sample
@@ -20,6 +22,8 @@ from avatarctl.perception.face_file import FACE_FILE, FaceFile, read_face_file
 
 __all__ = ["draw_face_sheet"]
 
+_KEY: Final = "avatarctl.faces"
+_VERSION: Final = 1  # of how a page is drawn
 _MOST: Final = 24
 """Samples on the page, from the first to the last of all."""
 _FRAMES: Final = 6
@@ -33,12 +37,20 @@ _TINT: Final = np.array([255, 40, 40], np.float32)
 _STRENGTH: Final = 0.35
 
 
-def draw_face_sheet(path: Path, samples: Sequence[Sample], mask: np.ndarray) -> None:
+def draw_face_sheet(
+    path: Path, samples: Sequence[Sample], mask: np.ndarray, making: Sequence[str] = ()
+) -> None:
     """Writes the page as PNG, whole or not at all: of each sample `_FRAMES` aligned faces; what `mask` erases
     is red. mask: uint8 [h, w], white is kept. Samples that cannot be read any more are left out.
 
+    making: what the samples depend on. A page that stands and was drawn of the same is kept.
     Raises OutputRefused and WriteFailed.
     """
+    facts = [_VERSION, mask.shape, hashlib.sha256(mask.tobytes()).hexdigest(), *making]
+    of_all = json.dumps([*facts, [each.name for each in samples]])
+    digest = hashlib.sha256(of_all.encode()).hexdigest()
+    if _drawn_of(path) == digest:
+        return
     count = min(_MOST, len(samples))
     chosen = [samples[int(place)] for place in np.linspace(0, len(samples) - 1, count).round()]
     width = _FRAMES * _TILE
@@ -66,8 +78,19 @@ def draw_face_sheet(path: Path, samples: Sequence[Sample], mask: np.ndarray) -> 
             page.paste(_image(tile + red * (_TINT - tile)), (left + column * _TILE, top))
         draw.text((left, top + _TILE + 2), printable(f"{sample.name[-50:]}   {line}"), _INK, font)
     data = io.BytesIO()
-    page.save(data, "PNG")
+    told = PngImagePlugin.PngInfo()
+    told.add_text(_KEY, digest)
+    page.save(data, "PNG", pnginfo=told)
     atomic_write_bytes(path, data.getvalue())
+
+
+def _drawn_of(path: Path) -> str | None:
+    """The digest in a page; None where there is no page that could be read."""
+    try:
+        with Image.open(path) as page:
+            return str(page.info.get(_KEY))
+    except (OSError, ValueError):  # it is drawn anew
+        return None
 
 
 def _red(mask: np.ndarray) -> np.ndarray:

@@ -107,6 +107,7 @@ class Preparation:
         of_audio = command == "precompute-audio"
         self.artifacts = tuple(each for each in family.artifacts(cfg) if (each.part == "audio") == of_audio)
         self._faces = self._face_plan()
+        self._cut_as: set[str] = set()  # fingerprints of the sources that samples are of
         needed: tuple[Part, ...] = tuple(dict.fromkeys(each.part for each in self.artifacts))
         self.encoders = Encoders(row, cfg, needed, self.known, emit, check=not dry_run)
 
@@ -219,11 +220,10 @@ class Preparation:
         return samples
 
     def _show_faces(self, samples: list[Sample]) -> None:
-        """The contact sheet; `_cut` has removed one that shows less than there is."""
+        """The contact sheet; `_cut` has removed one that shows less than there is, should this be stopped."""
         from avatarctl.data.face_sheet import draw_face_sheet
 
-        if not self._sheet.exists():
-            draw_face_sheet(self._sheet, samples, run_mask(self.cfg))
+        draw_face_sheet(self._sheet, samples, run_mask(self.cfg), sorted(self._cut_as))
         self._emit(Notice(f"faces: {self._sheet}"))
 
     @property
@@ -279,6 +279,7 @@ class Preparation:
     ) -> tuple[Done, list[Sample]]:
         for warning in record["warnings"] if state == "done" else ():
             self._emit(Notice(f"{raw.name}: {warning}", "warning"))
+        self._cut_as.add(record["fingerprint"])
         facts = {"windows": record["windows"], "cuts": record["cuts"]}
         if "faces" in record:
             facts |= {"face_share": record["faces"]["share"], "faces": record["faces"]}
