@@ -93,6 +93,8 @@ class _Walk:
         runs: dict[int, _Run] = {}
         for face in found.faces:
             run = self._runs.get(face.person) or _Run(number, Aligner(self._plan.resolution))
+            if face.jumped:
+                run.aligner.reset()
             shown = self._show.face(pixels, face, run.aligner)
             if shown is not None:
                 runs[face.person] = run

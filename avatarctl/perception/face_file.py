@@ -81,7 +81,7 @@ class FaceFileWriter:
         matrix: where it is known already, as in a clip out of the middle of a video; else it is fitted.
         """
         lost = not self._flags or not self._flags[-1][0]
-        if starts_scene or lost:
+        if starts_scene or lost or (face is not None and face.jumped):
             self._aligner.reset()
         self._flags.append((face is not None, face is not None and face.seen, starts_scene))
         points, box, presence = np.zeros((3, 2)), np.zeros(4), 0.0

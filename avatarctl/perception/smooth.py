@@ -29,7 +29,11 @@ _WEIGHTS: Final = (
 so that a head that speeds up is not held back (Savitzky and Golay 1964, quadratic, 3, 5 and 7 points)."""
 _REACH: Final = len(_WEIGHTS) - 1
 
-DELAY: Final = _REACH + MOST_MISSING
+_JUMP: Final = 0.04
+"""Of a face's side: a step from frame to frame that is so much longer than those next to it is none that a
+head makes. Jump cuts before one background are like that, and what lies behind says nothing of before."""
+
+DELAY: Final = _REACH + 1 + MOST_MISSING
 """Frames from the measurement of a frame to where nothing can change it."""
 
 
@@ -44,6 +48,7 @@ class TrackedFace:
                another detector.
     presence:  0..1 by the mesh, or as given.
     seen:      measured in this frame; False where it was filled from its neighbours.
+    jumped:    it was elsewhere in the frame before, as at a jump cut; nothing is smoothed across.
     """
 
     person: int
@@ -52,6 +57,7 @@ class TrackedFace:
     landmarks: np.ndarray | None
     presence: float
     seen: bool
+    jumped: bool = False
 
 
 class Smoother:
@@ -59,6 +65,9 @@ class Smoother:
 
     def __init__(self) -> None:
         self._people: dict[int, dict[int, Face]] = {}
+        self._jumped: dict[
+            tuple[int, int], bool
+        ] = {}  # by person and frame, of those that are asked for again
         self._added = 0
         self._given = 0
 
@@ -79,8 +88,10 @@ class Smoother:
             face = self._at(person, frame)
             if face is not None:
                 seen = frame in self._people[person]
-                points = self._points(person, frame)
-                result.append(TrackedFace(person, face.box, points, face.landmarks, face.presence, seen))
+                points, jumped = self._points(person, frame), self._jumps(person, frame)
+                result.append(
+                    TrackedFace(person, face.box, points, face.landmarks, face.presence, seen, jumped)
+                )
         self._given += 1
         self._forget()
         return result
@@ -94,10 +105,38 @@ class Smoother:
             before, after = self._at(person, frame - reach), self._at(person, frame + reach)
             if before is None or after is None:
                 break
+            if self._jumps(person, frame - reach + 1) or self._jumps(person, frame + reach):
+                break
             pairs.append(alignment_points(before.landmarks) + alignment_points(after.landmarks))
         own, *others = _WEIGHTS[len(pairs)]
         total = own * alignment_points(middle.landmarks)
         return np.asarray(total + sum(weight * pair for weight, pair in zip(others, pairs, strict=True)))
+
+    def _jumps(self, person: int, frame: int) -> bool:
+        """Whether a face is elsewhere from this frame on. What is back a frame later was measured wrong."""
+        known = self._jumped.get((person, frame))
+        if known is None:
+            known = self._jumped[person, frame] = self._measure_jump(person, frame)
+        return known
+
+    def _measure_jump(self, person: int, frame: int) -> bool:
+        step, before, after = (self._step(person, frame + at) for at in (0, -1, 1))
+        near = [each for each in (before, after) if each is not None]
+        if step is None or not near:
+            return False
+        beyond = [step - each for each in near]
+        if before is not None and after is not None:
+            beyond += [step + after - 2 * before, step + before - 2 * after]
+        face = self._at(person, frame)
+        least = min(float(np.abs(each).max()) for each in beyond)
+        return face is not None and least > _JUMP * face.side
+
+    def _step(self, person: int, frame: int) -> np.ndarray | None:
+        """[3, 2]: how far the points came from the frame before."""
+        before, face = self._at(person, frame - 1), self._at(person, frame)
+        if before is None or face is None:
+            return None
+        return alignment_points(face.landmarks) - alignment_points(before.landmarks)
 
     def _at(self, person: int, frame: int) -> Face | None:
         """As measured, or between the measured ones around a short gap."""
@@ -117,7 +156,8 @@ class Smoother:
         return Face(landmarks.astype(np.float32), min(first.presence, second.presence))
 
     def _forget(self) -> None:
-        oldest = self._given - _REACH - MOST_MISSING
+        oldest = self._given - _REACH - 1 - MOST_MISSING
+        self._jumped = {key: known for key, known in self._jumped.items() if key[1] >= oldest}
         for person in list(self._people):
             held = self._people[person]
             for frame in [frame for frame in held if frame < oldest]:

@@ -84,9 +84,12 @@ class _Followed:
         new, old = region_of_landmarks(face.landmarks), self.predicted
         off = (new.x - old.x, new.y - old.y)
         share = 1.0 if _off(old, face) > _OFF else _NEW_SHARE
-        gain = 1.0 if self.speed is None else _NEW_SPEED
-        x, y = self.speed or (0.0, 0.0)
-        self.speed = (x + gain * off[0], y + gain * off[1])
+        if self.speed is not None and max(map(abs, off)) > _OFF * old.side:
+            self.speed = None  # it jumped, and how it moves there nobody knows yet
+        else:
+            gain = 1.0 if self.speed is None else _NEW_SPEED
+            x, y = self.speed or (0.0, 0.0)
+            self.speed = (x + gain * off[0], y + gain * off[1])
         self.region = _towards(old, new, share)
         self.face = face
 
