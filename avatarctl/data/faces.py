@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from avatarctl.models.face_networks import FaceNetworks
     from avatarctl.perception.track import FrameFaces, People
 
-__all__ = ["FacePlan", "face_plan", "faces_of"]
+__all__ = ["FacePlan", "cpu_networks", "face_plan", "faces_of"]
 
 _WHOLE_FRAME: Final = 256
 """Pixels of the aligned face that a whole frame is mapped to: what judges of sync look at
@@ -96,7 +96,7 @@ def faces_of(plan: FacePlan, video: Video, name: str) -> Iterator[tuple[np.ndarr
 
     finder: FaceTracker | _Given
     if plan.table is None:
-        finder = FaceTracker(_networks(), people=plan.people)
+        finder = FaceTracker(cpu_networks(), people=plan.people)
     else:
         finder = _Given(_table(*plan.table), name, video.frames)
     waiting: deque[np.ndarray] = deque()
@@ -138,7 +138,8 @@ class _Given:
 
 
 @functools.cache
-def _networks() -> FaceNetworks:
+def cpu_networks() -> FaceNetworks:
+    """The networks that find faces, loaded once in each process."""
     import torch
 
     from avatarctl.loading.faces import face_networks

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from avatarctl.atomic import ensure_writable_folder, remove_left_behind
 from avatarctl.config import RunConfig
 from avatarctl.config.rules import FACE_WORDS
+from avatarctl.data.aligned import AlignedFaces
 from avatarctl.data.checking import Checked, Checker, Todo, run_mask
 from avatarctl.data.encoders import Encoders
 from avatarctl.data.known import Known
@@ -293,6 +294,7 @@ class Preparation:
         waiting: list[Todo] = []
         failed: set[str] = set()
         prompts: list[tuple[Sample, str]] = []
+        aligned = AlignedFaces(self.cfg, self.family, self.known, self._emit)
         for sample in self._stopping(samples, should_stop):
             checked = checker.check(sample)
             prompts.append((sample, checked.prompt))
@@ -301,9 +303,13 @@ class Preparation:
                 yield self._failed(Done(sample.name, "failed"), checked.problem)
             elif checked.todo is None:
                 yield Done(sample.name, "skipped", "", checked.frames, artifacts=checked.makings())
+            elif (problem := self._unaligned(aligned, sample)) is not None:
+                failed.add(sample.name)
+                yield self._failed(Done(sample.name, "failed"), problem)
             else:
                 waiting.append(checked.todo)
-        if not waiting and not any(True for _ in samples):
+        aligned.conclude()
+        if len(failed) == len(samples):
             return
         self._constants(checker, store)
         clock = _Clock(len(waiting), self._emit, "sample")
@@ -320,6 +326,10 @@ class Preparation:
         for sample, prompt in prompts:
             if sample.name not in failed:
                 store.show_prompt(sample, prompt)
+
+    def _unaligned(self, aligned: AlignedFaces, sample: Sample) -> AvatarctlError | None:
+        """What audio is made of needs no face."""
+        return aligned.problem(sample) if self.command == "precompute-latents" else None
 
     def _shared_prompts(self, samples: list[Sample], store: Store) -> Iterator[Done]:
         """Encodes prompts that a sample was to have encoded which then failed, for others that have them."""
