@@ -44,7 +44,7 @@ from avatarctl.perception.separation import Separator
 __all__ = ["Separated", "Separation", "conclude"]
 
 _MADE_BY: Final = "avatarctl separate"
-_VERSION: Final = 1  # of what a method computes; another makes everything anew
+_VERSION: Final = 2  # of what a method computes; another makes everything anew
 _OFTEN: Final = 0.2  # s between two words of progress
 
 

@@ -13,7 +13,7 @@ import soxr
 
 from avatarctl.media.audio_readers import BLOCK_SAMPLES, Audio, Samples
 
-__all__ = ["MODEL_RATE", "Soundtrack", "Waveform", "model_signal"]
+__all__ = ["MODEL_RATE", "Soundtrack", "Waveform", "model_signal", "to_mono"]
 
 MODEL_RATE = 16_000
 """Samples per second that the audio encoders expect (Wav2Vec2: spec/omniavatar.md b.1)."""
@@ -21,7 +21,7 @@ MODEL_RATE = 16_000
 _KEPT = 3 * MODEL_RATE  # what is kept behind a request, whatever its length
 
 
-def _to_mono(block: Samples) -> Samples:
+def to_mono(block: Samples) -> Samples:
     """float32 [n]: the mean over the channels of [n, channels].
 
     Column by column: about four times faster than `mean` for a few channels, and each sample's sum
@@ -42,11 +42,11 @@ def model_signal(blocks: Iterable[Samples], rate: int) -> Iterator[Samples]:
     """
     if rate == MODEL_RATE:
         for block in blocks:
-            yield _to_mono(block)
+            yield to_mono(block)
         return
     stream = soxr.ResampleStream(rate, MODEL_RATE, 1, dtype="float32", quality="HQ")
     for block in blocks:
-        if len(resampled := stream.resample_chunk(_to_mono(block))):
+        if len(resampled := stream.resample_chunk(to_mono(block))):
             yield resampled
     if len(resampled := stream.resample_chunk(np.zeros(0, np.float32), last=True)):
         yield resampled

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from avatarctl.errors import ExtraMissing, UnusableWeights
 from avatarctl.media.files import check_regular_file
+from avatarctl.media.waveform import to_mono
 
 __all__ = ["COMPENSATE", "RATE", "MdxNetwork", "overlapped", "stereo_signal"]
 
@@ -47,7 +48,7 @@ def stereo_signal(blocks: Iterable[Samples], rate: int) -> Iterator[Samples]:
     stream = soxr.ResampleStream(rate, RATE, 2, dtype="float32", quality="HQ") if rate != RATE else None
     for block in blocks:
         if block.shape[1] != 2:
-            block = np.repeat(block.mean(axis=1, keepdims=True), 2, axis=1)
+            block = np.repeat(to_mono(block)[:, None], 2, axis=1)
         block = block if stream is None else stream.resample_chunk(np.ascontiguousarray(block, np.float32))
         if len(block):
             yield block
@@ -161,7 +162,8 @@ def overlapped(blocks: Iterable[Samples], network: Any, peak: float) -> Iterator
     def add(chunk: Samples) -> None:
         window = np.hanning(len(chunk)).astype(np.float32)[:, None]
         whole = np.concatenate([chunk, np.zeros((CHUNK - len(chunk), 2), np.float32)])
-        summed[: len(chunk)] += network.vocals(whole)[: len(chunk)] * window
+        if whole.any():  # in silence there is no speech, whatever a network makes of it
+            summed[: len(chunk)] += network.vocals(whole)[: len(chunk)] * window
         weights[: len(chunk)] += window
 
     for block in blocks:

@@ -8,6 +8,7 @@ from typing import Final, Literal, Protocol
 
 from avatarctl.media.audio_readers import Audio, Samples
 from avatarctl.media.files import file_sha256
+from avatarctl.media.waveform import to_mono
 from avatarctl.perception.mdx_net import COMPENSATE, RATE, MdxNetwork, overlapped, stereo_signal
 from avatarctl.perception.spectral_gate import gate
 
@@ -102,4 +103,4 @@ class MdxOnnx:
 
 def _at_most_stereo(blocks: Iterable[Samples]) -> Iterator[Samples]:
     for block in blocks:
-        yield block if block.shape[1] <= 2 else block.mean(axis=1, keepdims=True)
+        yield block if block.shape[1] <= 2 else to_mono(block)[:, None]

@@ -57,13 +57,14 @@ def gate(blocks: Iterable[Samples], rate: int) -> Iterator[Samples]:
     tail: Samples | None = None
     position = hop - size  # of what comes out next; negative in the zeros that stand in front
     for spectra in _gated(_spectra(counted(), window, hop)):
-        frames = np.fft.irfft(spectra, size, axis=1) * (window / np.float32(_SQUARES))
-        joined = np.zeros(((len(frames) - 1) * hop + size, frames.shape[2]), np.float32)
-        for number, frame in enumerate(frames):
-            joined[number * hop : number * hop + size] += frame
+        joined = np.zeros(((len(spectra) - 1) * hop + size, spectra.shape[2]), np.float32)
+        if spectra.any():
+            frames = np.fft.irfft(spectra, size, axis=1) * (window / np.float32(_SQUARES))
+            for number, frame in enumerate(frames):
+                joined[number * hop : number * hop + size] += frame
         if tail is not None:
             joined[: len(tail)] += tail
-        done, tail = joined[: len(frames) * hop], joined[len(frames) * hop :]
+        done, tail = joined[: len(spectra) * hop], joined[len(spectra) * hop :]
         # A gate is late by what it looks ahead: where `length` is not yet the end, `done` is before it.
         if len(piece := done[max(0, -position) : max(0, length - position)]):
             yield piece
@@ -91,6 +92,9 @@ def _spectra(blocks: Iterable[Samples], window: Samples, hop: int) -> Iterator[S
 
 
 def _transformed(samples: Samples, window: Samples, hop: int) -> Spectra:
+    if not samples.any():  # digital silence, which may last
+        count = (len(samples) - len(window)) // hop + 1
+        return np.zeros((count, len(window) // 2 + 1, samples.shape[1]), np.complex64)
     frames = sliding_window_view(samples, len(window), axis=0)[::hop].transpose(0, 2, 1)
     return np.fft.rfft(frames * window, axis=1).astype(np.complex64, copy=False)
 
@@ -104,12 +108,19 @@ def _gated(groups: Iterable[Spectra]) -> Iterator[Spectra]:
         waiting.append(spectra)
         recent.append(_magnitudes(spectra[::_APART]))
         if len(recent) == recent.maxlen:
-            floor = _floor(recent)
-            while len(waiting) > _GROUPS:
-                yield _subtracted(waiting.popleft(), floor)
-    if waiting:
-        floor = _floor(recent)
-        yield from (_subtracted(spectra, floor) for spectra in waiting)
+            ready = [waiting.popleft() for _ in range(len(waiting) - _GROUPS)]
+            yield from _above_floor(ready, recent)
+    yield from _above_floor(waiting, recent)
+
+
+def _above_floor(groups: Iterable[Spectra], recent: Iterable[NDArray[np.float32]]) -> Iterator[Spectra]:
+    """Groups that share a floor; what is silent needs none."""
+    floor = None
+    for spectra in groups:
+        if spectra.any():
+            floor = _floor(recent) if floor is None else floor
+            spectra = _subtracted(spectra, floor)
+        yield spectra
 
 
 def _magnitudes(spectra: Spectra) -> NDArray[np.float32]:
