@@ -168,7 +168,8 @@ class Separation:
         rate = self._separator.rate(audio)
         total = found.native_samples * rate / audio.rate
         clock.separating()
-        speech = self._watched(self._separator.speech(audio, found.peak), total, clock)
+        peak = found.peak if audio.channels <= 2 else found.mono_peak  # of what `mix` gives
+        speech = self._watched(self._separator.speech(audio, peak), total, clock)
         vocal = hidden / "vocal.wav"
         made = [vocal]
         if self._stems:

@@ -10,7 +10,7 @@ import numpy as np
 
 from avatarctl.errors import UnusableAudio
 from avatarctl.media.audio_readers import Audio, Samples
-from avatarctl.media.waveform import model_signal
+from avatarctl.media.waveform import model_signal, to_mono
 
 __all__ = ["AudioSurvey", "survey"]
 
@@ -29,6 +29,7 @@ class AudioSurvey:
     native_samples: length at the audio's own rate
     mean, variance: of the 16 kHz mono signal, float64, population variance (spec/omniavatar.md b.2)
     peak:           the largest magnitude among all native samples
+    mono_peak:      the same of the mean of the channels
     warnings:       doubts that a person should read, without the file's name
     """
 
@@ -37,6 +38,7 @@ class AudioSurvey:
     mean: float
     variance: float
     peak: float
+    mono_peak: float
     warnings: tuple[str, ...]
 
 
@@ -59,6 +61,7 @@ def survey(audio: Audio) -> AudioSurvey:
         mean=moments.mean,
         variance=moments.squares / moments.count,
         peak=scan.peak,
+        mono_peak=scan.mono_peak,
         warnings=(*audio.doubts, *scan.doubts()),
     )
 
@@ -92,12 +95,13 @@ class _Scan:
     def __init__(self, audio: Audio) -> None:
         self._audio = audio
         self.count = 0
-        self.peak = 0.0
+        self.peak = self.mono_peak = 0.0
         self._clipped = 0
         self._not_finite = 0
         self._first_bad: int | None = None
 
     def blocks(self) -> Iterator[Samples]:
+        """The mean of the channels, [n, 1]."""
         for block in self._audio.blocks():
             # NaN wins every comparison of min and max, so one look at the extremes finds it.
             extreme = max(float(block.max()), -float(block.min())) if len(block) else 0.0
@@ -110,7 +114,10 @@ class _Scan:
                     self._clipped += int(np.count_nonzero(magnitudes >= _CLIPPED))
             self.count += len(block)
             if self._not_finite == 0 and self.peak <= _LOUDEST:
-                yield block
+                mono = to_mono(block)
+                if len(mono):
+                    self.mono_peak = max(self.mono_peak, float(mono.max()), -float(mono.min()))
+                yield mono[:, None]
 
     def _count_bad(self, block: Samples) -> None:
         bad = ~np.isfinite(block)

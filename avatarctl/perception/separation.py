@@ -41,7 +41,7 @@ class Separator(Protocol):
         ...
 
     def speech(self, audio: Audio, peak: float) -> Iterator[Samples]:
-        """The speech in it, as long and with as many channels. peak: the largest magnitude of `audio`."""
+        """The speech in it, as long and with as many channels. peak: the largest magnitude of the mix."""
         ...
 
 
