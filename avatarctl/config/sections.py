@@ -272,8 +272,9 @@ class Data:
     max_windows: int | None = key(None, "windows taken from one clip at most", low=1, high=1_000_000)
     faces: str | None = key(
         None,
-        "around whose face samples are cut: auto the largest one's, all everybody's, each in samples of its "
-        "own; the path of a table of faces (docs/faces.md); or none, for faces aligned already, or drawn",
+        "around whose face samples are cut: auto one in each scene, the largest in its first frame with any; "
+        "all everybody's, each in samples of its own; the path of a table of faces (docs/faces.md); or none, "
+        "for faces aligned already, or drawn",
         rule=rules.FACES,
         from_row=True,
     )

@@ -113,7 +113,7 @@ def _off(region: Region, face: Face) -> float:
 
 
 class FaceTracker:
-    """Follows the largest face of each scene, or everybody.
+    """Follows one face of each scene, or everybody.
 
     people: "largest" gives at most one face a frame: who is the largest where a scene first shows anybody,
     and is followed until lost for longer than a gap that is filled; then the largest there is. "all" gives
