@@ -31,8 +31,9 @@ _PREPARE: Final = CommandKeys(
         "model": "name channels audio_offset weights_root weights compat",
         "input": "fit prompt negative_prompt",
         "long_video": "audio_window",
-        "data": "path videos num_frames width height window stride max_windows faces audio_name mask "
-        "mask_rule reference_sequence reference_frames references artifact_dtype format shard workers force",
+        "data": "path videos num_frames width height window stride max_windows faces face_look "
+        "audio_name mask mask_rule reference_sequence reference_frames references artifact_dtype format "
+        "shard workers force",
         "runtime": "seed device dtype log_level",
     },
 )

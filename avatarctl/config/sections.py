@@ -278,6 +278,11 @@ class Data:
         rule=rules.FACES,
         from_row=True,
     )
+    face_look: Literal["whole", "near", "far"] = key(
+        "near",
+        "how small faces may be: whole finds those from about 10 % of the frame's long side on, near from "
+        "6 %, far from 4 %, which takes longer where nobody is to be seen",
+    )
     audio_name: str = key("audio.wav", "file name of the audio in a sample folder", rule=rules.PATH)
     mask: str | None = key(None, "image of the mouth mask; white is kept", rule=rules.PATH)
     mask_rule: Literal["all", "first_keep", "legacy_two_step"] = key("all", "which frames are masked")

@@ -27,6 +27,7 @@ from avatarctl.perception.given import GivenFaces, read_given_faces
 if TYPE_CHECKING:
     from avatarctl.media import Video
     from avatarctl.models.face_networks import FaceNetworks
+    from avatarctl.perception.detect import Look
     from avatarctl.perception.track import FrameFaces, People
 
 __all__ = ["FacePlan", "cpu_networks", "face_plan", "faces_of"]
@@ -41,16 +42,19 @@ _PIECE: Final = 4
 @dataclass(frozen=True)
 class FacePlan:
     """people: whose samples; aligned: they show the aligned face, `resolution` pixels square, else the frame,
-    with a map to the face. table: faces of another detector, and the SHA-256 of its bytes."""
+    with a map to the face. table: faces of another detector, and the SHA-256 of its bytes. look: how far
+    faces are searched for where there is no table."""
 
     people: People
     aligned: bool
     resolution: int
     table: tuple[Path, str] | None = None
+    look: Look = "near"
 
     def facts(self, video: str) -> list[object]:
         """What samples of a video depend on. Raises UnusableFile where the table does not name it."""
-        return ["faces", VERSION, self.people, self.aligned, self.resolution, self.detector(video)]
+        facts = ["faces", VERSION, self.people, self.aligned, self.resolution, self.detector(video)]
+        return facts if self.table is not None else [*facts, self.look]
 
     def detector(self, video: str) -> str:
         """Who found the faces of a video: the networks, or what the table says of it."""
@@ -86,7 +90,8 @@ def face_plan(cfg: RunConfig, family: TrainableFamily) -> FacePlan | None:
         table = (path, file_sha256(path)) if path.is_file() else (path, "")
         _table(*table)
     people: People = "all" if faces == "all" else "largest"
-    return FacePlan(people, aligned, data.width if aligned else _WHOLE_FRAME, table)
+    resolution = data.width if aligned else _WHOLE_FRAME
+    return FacePlan(people, aligned, resolution, table, data.face_look)
 
 
 def faces_of(plan: FacePlan, video: Video, name: str) -> Iterator[tuple[np.ndarray, FrameFaces]]:
@@ -96,7 +101,7 @@ def faces_of(plan: FacePlan, video: Video, name: str) -> Iterator[tuple[np.ndarr
 
     finder: FaceTracker | _Given
     if plan.table is None:
-        finder = FaceTracker(cpu_networks(), people=plan.people)
+        finder = FaceTracker(cpu_networks(), people=plan.people, look=plan.look)
     else:
         finder = _Given(_table(*plan.table), name, video.frames)
     waiting: deque[np.ndarray] = deque()

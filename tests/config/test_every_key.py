@@ -28,8 +28,9 @@ PROMISED = {  # the public table of sections and keys, written out again
     "long_video": "strategy num_frames overlap_frames schedule blend carry max_tokens max_size audio_window",
     "output": "path fps width height lead_silence length soundtrack paste crf preview save_latents overwrite",
     "memory": "mode group_blocks vae_gradient activation_checkpointing base_precision optimizer_device swap_blocks",
-    "data": "path videos num_frames width height fps sample_rate window stride max_windows faces audio_name "
-    "mask references artifact_dtype mask_rule reference_sequence reference_frames format shard workers force",
+    "data": "path videos num_frames width height fps sample_rate window stride max_windows faces face_look "
+    "audio_name mask references artifact_dtype mask_rule reference_sequence reference_frames format shard "
+    "workers force",
     "train": "mode init optimizer learning_rate final_learning_rate schedule hold betas weight_decay "
     "warmup_steps max_steps batch_size gradient_accumulation lora_rank lora_alpha lora_targets text_dropout "
     "audio_dropout prefix_frames prefix_dropout prefix_noise timestep_weight mouth_weight clip_norm ema",
