@@ -106,6 +106,8 @@ def separate(**params: Any) -> None:
             return
         if separator.warning:
             screen(Notice(separator.warning, "warning"))
+        if params["weights"] is not None and (doubt := _doubt(separator)):
+            screen(Notice(doubt, "warning"))
         with stop_on_signals() as should_stop:
             work = Separation(
                 separator, screen, should_stop, stems=params["stems"], overwrite=params["overwrite"]
@@ -135,6 +137,16 @@ def _separator(backend: str, weights: str | None, weights_root: str | None) -> S
         return MdxOnnx(path)
     except ExtraMissing as error:
         raise ExtraMissing(error.what, where=MDX, fix=f"{error.fix}; {OTHERS}") from error
+
+
+def _doubt(separator: Separator) -> str:
+    from avatarctl.perception.separation import PUBLISHED
+
+    if separator.identity == PUBLISHED:
+        return ""
+    return (
+        "--weights: is not the published Kim_Vocal_2.onnx by its SHA-256; it is run with that one's constants"
+    )
 
 
 def _named(weights: str) -> Path:

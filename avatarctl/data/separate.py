@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ from avatarctl.errors import (
     WriteFailed,
 )
 from avatarctl.events import Emit, Notice, PartDone
-from avatarctl.media.audio import comment_of, open_audio, write_audio
+from avatarctl.media.audio import comment_of, frames_of, open_audio, write_audio
 from avatarctl.media.audio_readers import Audio, Samples
 from avatarctl.media.audio_survey import AudioSurvey, survey
 from avatarctl.media.waveform import MODEL_RATE, model_signal
@@ -45,6 +46,7 @@ __all__ = ["Separated", "Separation", "conclude"]
 
 _MADE_BY: Final = "avatarctl separate"
 _VERSION: Final = 2  # of what a method computes; another makes everything anew
+_HARDLY_ANY: Final = 0.01  # -20 dB of the mix's energy
 _OFTEN: Final = 0.2  # s between two words of progress
 
 
@@ -112,7 +114,8 @@ class Separation:
         audio = open_audio(mix.path)
         making = self._making(audio)
         if self._stands(mix, making):
-            return Separated(mix.name, "skipped", self._files(mix))
+            seconds = frames_of(mix.vocal) / MODEL_RATE
+            return Separated(mix.name, "skipped", self._files(mix), seconds)
         found = survey(audio)
         for warning in found.warnings:
             self._emit(Notice(f"{mix.name}: {warning}", "warning"))
@@ -121,7 +124,7 @@ class Separation:
         for line in remove_left_behind(home):
             self._emit(Notice(line))
         with disk_errors(mix.vocal), held_folder(home) as hidden:
-            made = self._write(audio, found, hidden, making, clock)
+            made = self._write(mix.name, audio, found, hidden, making, clock)
             for path in made:
                 flush_file(path)
             # The one that says that all is done comes last.
@@ -161,7 +164,7 @@ class Separation:
         return all(comments.get(path) == making for path in self._files(mix))
 
     def _write(
-        self, audio: Audio, found: AudioSurvey, hidden: Path, making: str, clock: _Clock
+        self, name: str, audio: Audio, found: AudioSurvey, hidden: Path, making: str, clock: _Clock
     ) -> list[Path]:
         """`vocal`, and `speech` and `rest` where asked for. With stems, speech is separated once, into its
         file, and the others are made of that: their numbers are the same as without."""
@@ -169,7 +172,9 @@ class Separation:
         total = found.native_samples * rate / audio.rate
         clock.separating()
         peak = found.peak if audio.channels <= 2 else found.mono_peak  # of what `mix` gives
-        speech = self._watched(self._separator.speech(audio, peak), total, clock)
+        left = _Left(self._separator.compensate)
+        separated = self._separator.speech(left.of_mix(self._separator.mix(audio)), rate, peak)
+        speech = self._watched(left.of_speech(separated), total, clock)
         vocal = hidden / "vocal.wav"
         made = [vocal]
         if self._stems:
@@ -180,6 +185,8 @@ class Separation:
             made.append(hidden / "rest.wav")
             write_audio(made[2], self._rest(audio, made[1]), rate, "FLOAT", making)
         write_audio(vocal, _exactly(model_signal(speech, rate), found.samples), MODEL_RATE, comment=making)
+        if left.is_hardly_any:
+            self._emit(Notice(f"{name}: hardly any music: --backend none leaves it as it is"))
         return made
 
     def _rest(self, audio: Audio, speech: Path) -> Iterator[Samples]:
@@ -259,6 +266,50 @@ class _Clock:
         count = len(self._sizes)
         what = self._name if count == 1 else f"{self._number + 1} of {count}: {self._name}"
         self._emit(PartDone(what, (self._passed + size * share) / total, left))
+
+
+class _Left:
+    """How much of a mix is left without its speech, counted while both pass. The speech is late by no more
+    than a separator holds.
+
+    factor: `Separator.compensate`; None counts nothing.
+    """
+
+    def __init__(self, factor: float | None) -> None:
+        self._factor = factor
+        self._waiting: deque[Samples] = deque()
+        self._mix = self._rest = 0.0
+
+    def of_mix(self, blocks: Iterable[Samples]) -> Iterator[Samples]:
+        for block in blocks:
+            if self._factor is not None:
+                self._waiting.append(block)
+            yield block
+
+    def of_speech(self, blocks: Iterable[Samples]) -> Iterator[Samples]:
+        for block in blocks:
+            self._count(block)
+            yield block
+
+    def _count(self, speech: Samples) -> None:
+        while self._waiting and len(speech):
+            mix = self._waiting.popleft()
+            here = min(len(mix), len(speech))
+            if here < len(mix):
+                self._waiting.appendleft(mix[here:])
+            rest = mix[:here] - np.float32(self._factor or 0.0) * speech[:here]
+            self._mix += _energy(mix[:here])
+            self._rest += _energy(rest)
+            speech = speech[here:]
+
+    @property
+    def is_hardly_any(self) -> bool:
+        return self._rest < _HARDLY_ANY * self._mix
+
+
+def _energy(block: Samples) -> float:
+    flat = np.ascontiguousarray(block).reshape(-1)
+    return float(np.dot(flat, flat))
 
 
 def _size(path: Path) -> int:

@@ -20,7 +20,7 @@ from avatarctl.media.audio_readers import (
 )
 from avatarctl.media.files import check_regular_file
 
-__all__ = ["Audio", "audio_from_array", "comment_of", "open_audio", "write_audio"]
+__all__ = ["Audio", "audio_from_array", "comment_of", "frames_of", "open_audio", "write_audio"]
 
 _W64_MAGIC = b"riff\x2e\x91\xcf\x11"
 _OGG_MAGIC = b"OggS"
@@ -140,6 +140,14 @@ def comment_of(path: Path) -> str:
             return str(handle.comment)
     except (soundfile.LibsndfileError, OSError):
         return ""
+
+
+def frames_of(path: Path) -> int:
+    """Samples of each channel in an audio file that libsndfile reads, by its header; 0 for any other."""
+    try:
+        return int(soundfile.info(str(path)).frames)
+    except (soundfile.LibsndfileError, OSError):
+        return 0
 
 
 def _write_blocks(source: Iterable[Samples]) -> Iterator[Samples]:

@@ -12,10 +12,14 @@ from avatarctl.media.waveform import to_mono
 from avatarctl.perception.mdx_net import COMPENSATE, RATE, MdxNetwork, overlapped, stereo_signal
 from avatarctl.perception.spectral_gate import gate
 
-__all__ = ["BACKENDS", "Backend", "MdxOnnx", "Separator", "SpectralGate", "Unchanged"]
+__all__ = ["BACKENDS", "PUBLISHED", "Backend", "MdxOnnx", "Separator", "SpectralGate", "Unchanged"]
 
 Backend = Literal["mdx-onnx", "dsp", "none"]
 BACKENDS: Final[tuple[Backend, ...]] = ("mdx-onnx", "dsp", "none")
+
+PUBLISHED: Final = "ce74ef3b6a6024ce44211a07be9cf8bc6d87728cc852a68ab34eb8e58cde9c8b"
+"""SHA-256 of Kim_Vocal_2.onnx, 66,759,214 bytes, in the release `all_public_uvr_models` of TRvlvr/model_repo,
+as programs that fetch it state; it has not been fetched here."""
 
 
 class Separator(Protocol):
@@ -40,8 +44,9 @@ class Separator(Protocol):
         """The audio as it is separated: float32 [n, channels] in blocks."""
         ...
 
-    def speech(self, audio: Audio, peak: float) -> Iterator[Samples]:
-        """The speech in it, as long and with as many channels. peak: the largest magnitude of the mix."""
+    def speech(self, mix: Iterable[Samples], rate: int, peak: float) -> Iterator[Samples]:
+        """The speech in the blocks of `mix`, as long and with as many channels. peak: the mix's largest
+        magnitude."""
         ...
 
 
@@ -58,8 +63,8 @@ class Unchanged:
     def mix(self, audio: Audio) -> Iterator[Samples]:
         return audio.blocks()
 
-    def speech(self, audio: Audio, peak: float) -> Iterator[Samples]:
-        return audio.blocks()
+    def speech(self, mix: Iterable[Samples], rate: int, peak: float) -> Iterator[Samples]:
+        return iter(mix)
 
 
 class SpectralGate:
@@ -76,8 +81,8 @@ class SpectralGate:
     def mix(self, audio: Audio) -> Iterator[Samples]:
         return _at_most_stereo(audio.blocks())
 
-    def speech(self, audio: Audio, peak: float) -> Iterator[Samples]:
-        return gate(self.mix(audio), audio.rate)
+    def speech(self, mix: Iterable[Samples], rate: int, peak: float) -> Iterator[Samples]:
+        return gate(mix, rate)
 
 
 class MdxOnnx:
@@ -97,8 +102,8 @@ class MdxOnnx:
     def mix(self, audio: Audio) -> Iterator[Samples]:
         return stereo_signal(audio.blocks(), audio.rate)
 
-    def speech(self, audio: Audio, peak: float) -> Iterator[Samples]:
-        return overlapped(self.mix(audio), self._network, peak)
+    def speech(self, mix: Iterable[Samples], rate: int, peak: float) -> Iterator[Samples]:
+        return overlapped(mix, self._network, peak)
 
 
 def _at_most_stereo(blocks: Iterable[Samples]) -> Iterator[Samples]:
