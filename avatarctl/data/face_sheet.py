@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 import numpy as np
@@ -38,12 +39,18 @@ _STRENGTH: Final = 0.35
 
 
 def draw_face_sheet(
-    path: Path, samples: Sequence[Sample], mask: np.ndarray, making: Sequence[str] = ()
+    path: Path,
+    samples: Sequence[Sample],
+    mask: np.ndarray,
+    making: Sequence[str] = (),
+    doubts: Mapping[str, tuple[float, ...]] = MappingProxyType({}),
 ) -> None:
     """Writes the page as PNG, whole or not at all: of each sample `_FRAMES` aligned faces; what `mask` erases
     is red. mask: uint8 [h, w], white is kept. Samples that cannot be read any more are left out.
 
     making: what the samples depend on. A page that stands and was drawn of the same is kept.
+    doubts: of samples by name the least presence, the filled frames and the longest step from frame to frame.
+    Where there are more samples than fit, the first half of the page is of those with the worst of each.
     Raises OutputRefused and WriteFailed.
     """
     facts = [_VERSION, mask.shape, hashlib.sha256(mask.tobytes()).hexdigest(), *making]
@@ -52,7 +59,7 @@ def draw_face_sheet(
     if _drawn_of(path) == digest:
         return
     count = min(_MOST, len(samples))
-    chosen = [samples[int(place)] for place in np.linspace(0, len(samples) - 1, count).round()]
+    chosen, doubtful = _chosen(samples, doubts)
     width = _FRAMES * _TILE
     rows = -(-count // _COLUMNS)
     page = Image.new(
@@ -61,7 +68,8 @@ def draw_face_sheet(
         _PAPER,
     )
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(12)
-    title = f"{count} of {len(samples)} samples; a mouth belongs into the red, eyes and nose above it"
+    first = f", the most doubtful {doubtful} first" if doubtful else ""
+    title = f"{count} of {len(samples)} samples{first}; a mouth belongs into the red, eyes and nose above it"
     draw.text((_GAP, _GAP), title, _INK, font)
     red = _red(mask)
     for place, sample in enumerate(chosen):
@@ -82,6 +90,22 @@ def draw_face_sheet(
     told.add_text(_KEY, digest)
     page.save(data, "PNG", pnginfo=told)
     atomic_write_bytes(path, data.getvalue())
+
+
+def _chosen(samples: Sequence[Sample], doubts: Mapping[str, tuple[float, ...]]) -> tuple[list[Sample], int]:
+    """The samples of a page, and how many of them were chosen because they are doubtful, which come first."""
+    if len(samples) <= _MOST:
+        return list(samples), 0
+    known = [each for each in samples if each.name in doubts]
+    worst = [
+        sorted(known, key=lambda each: (sign * doubts[each.name][place], each.name))
+        for place, sign in enumerate((1, -1, -1))
+    ]
+    in_turn = dict.fromkeys(each for three in zip(*worst, strict=True) for each in three)
+    doubtful = list(in_turn)[: _MOST // 2]
+    others = [each for each in samples if each not in set(doubtful)]
+    places = np.linspace(0, len(others) - 1, _MOST - len(doubtful)).round()
+    return [*doubtful, *(others[int(place)] for place in places)], len(doubtful)
 
 
 def _drawn_of(path: Path) -> str | None:

@@ -33,21 +33,24 @@ _RECORDED: Final = 100
 
 @dataclass(frozen=True)
 class _Shown:
-    """A frame of a sample, uint8 [h, w, 3]; its face, in pixels of the sample; sample to crop, [2, 3]."""
+    """A frame of a sample, uint8 [h, w, 3]; its face, in pixels of the sample; sample to crop, [2, 3]; how
+    far the face came from the frame before, in the source and in its own sides."""
 
     pixels: np.ndarray
     face: TrackedFace
     matrix: np.ndarray
+    step: float = 0.0
 
 
 @dataclass
 class _Run:
     """Frames of one person, one behind the other. next: the first frame of the next window; held: the frames
-    from there on."""
+    from there on; last: the points of the frame before, in the source."""
 
     next: int
     aligner: Aligner
     length: int = 0
+    last: np.ndarray | None = None
     held: list[_Shown] = field(default_factory=list)
 
 
@@ -78,6 +81,7 @@ class _Walk:
         self._looked = self._with_face = self._longest = 0
         self._without: list[list[int]] = []
         self._switches: list[int] = []
+        self._doubts: list[list[float]] = []  # of each window: least presence, filled frames, longest step
         self._person: int | None = None
 
     def take(self, pixels: np.ndarray, found: FrameFaces) -> None:
@@ -98,7 +102,8 @@ class _Walk:
             shown = self._show.face(pixels, face, run.aligner)
             if shown is not None:
                 runs[face.person] = run
-                self._go_on(run, number, shown)
+                self._go_on(run, number, replace(shown, step=_step(run.last, face)))
+                run.last = face.points
         self._runs = runs
         if self._plan.people == "largest" and found.faces:
             person = found.faces[0].person
@@ -128,6 +133,13 @@ class _Walk:
             person = run.held[0].face.person
             self.walked.people.append(person)
         self.walked.windows.append(run.next)
+        self._doubts.append(
+            [
+                round(min(each.face.presence for each in run.held), 3),
+                sum(not each.face.seen for each in run.held),
+                round(max(each.step for each in run.held), 3),
+            ]
+        )
         self._work.write(run.next, frames, person, self._beside(run))
 
     def _beside(self, run: _Run) -> Callable[[Path], None]:
@@ -162,6 +174,7 @@ class _Walk:
             "looked_at": self._looked,
             "without": self._without[:_RECORDED],
             "switches": self._switches[:_RECORDED],
+            "doubts": self._doubts,
             "detector": self._detector,
         }
         if self._switches:
@@ -187,8 +200,8 @@ class _Walk:
                 fix = "frames count from 0 at 25 a second, boxes are in pixels of the frame"
             return UnusableVideo("shows no face", where=self._raw.video, fix=fix)
         return UnusableVideo(
-            f"a face is to be seen for {self._longest} frames at most, and a window has "
-            f"{self._cutting.window} ({self._looked} frames at 25 a second, {len(self.walked.cuts)} cuts)",
+            f"a face is to be seen for {_frames(self._longest)} at most, and a window has "
+            f"{self._cutting.window} ({_frames(self._looked)} at 25 a second, {len(self.walked.cuts)} cuts)",
             where=self._raw.video, fix="give a smaller --window",
         )  # fmt: skip
 
@@ -231,6 +244,15 @@ class _Aligned:
         made = align(image, torch.from_numpy(matrix)[None], self._resolution)[0]
         shown = (made * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
         return _Shown(shown, _moved(face, after(self._squeeze, matrix)), self._back)
+
+
+def _step(before: np.ndarray | None, face: TrackedFace) -> float:
+    side = float((face.box[2:] - face.box[:2]).max())
+    return 0.0 if before is None or side <= 0 else float(np.abs(face.points - before).max()) / side
+
+
+def _frames(count: int) -> str:
+    return f"{count} frame{'' if count == 1 else 's'}"
 
 
 def _moved(face: TrackedFace, matrix: np.ndarray) -> TrackedFace:

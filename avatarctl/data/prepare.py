@@ -109,6 +109,7 @@ class Preparation:
         self.artifacts = tuple(each for each in family.artifacts(cfg) if (each.part == "audio") == of_audio)
         self._faces = self._face_plan()
         self._cut_as: set[str] = set()  # fingerprints of the sources that samples are of
+        self._doubts: dict[str, tuple[float, ...]] = {}  # about the faces of samples, see `draw_face_sheet`
         needed: tuple[Part, ...] = tuple(dict.fromkeys(each.part for each in self.artifacts))
         self.encoders = Encoders(row, cfg, needed, self.known, emit, check=not dry_run)
 
@@ -224,7 +225,7 @@ class Preparation:
         """The contact sheet; `_cut` has removed one that shows less than there is, should this be stopped."""
         from avatarctl.data.face_sheet import draw_face_sheet
 
-        draw_face_sheet(self._sheet, samples, run_mask(self.cfg), sorted(self._cut_as))
+        draw_face_sheet(self._sheet, samples, run_mask(self.cfg), sorted(self._cut_as), self._doubts)
         self._emit(Notice(f"faces: {self._sheet}"))
 
     @property
@@ -285,7 +286,10 @@ class Preparation:
         if "faces" in record:
             facts |= {"face_share": record["faces"]["share"], "faces": record["faces"]}
         done = Done(raw.name, state, "", record["frames"], seconds, "source", facts=facts)
-        return done, list(samples_of(self.path, raw, record, self.cfg.data.audio_name))
+        samples = list(samples_of(self.path, raw, record, self.cfg.data.audio_name))
+        doubts = record.get("faces", {}).get("doubts", [])
+        self._doubts |= {each.name: tuple(doubt) for each, doubt in zip(samples, doubts, strict=False)}
+        return done, samples
 
     def _prepare(self, samples: list[Sample], should_stop: Callable[[], bool]) -> Iterator[Done]:
         checker = self._checker()
@@ -415,17 +419,19 @@ def _summary(results: list[Done], report: Path, seconds: float) -> Summary:
     count = {
         state: sum(each.state == state for each in results if each.kind == "sample") for state in _STATES
     }
-    failed_sources = [each for each in results if each.kind == "source" and each.state == "failed"]
-    failed = count["failed"] + len(failed_sources)
+    sources = sum(each.kind == "source" for each in results)
+    failed_sources = sum(each.kind == "source" and each.state == "failed" for each in results)
+    failed = count["failed"] + failed_sources
     good = count["done"] + count["skipped"]
     if failed:
         first = next(each for each in results if each.state == "failed")
-        what = f"{failed} of {failed + good} samples failed"
-        where = f"the first: {first.name}: {first.reason}"
+        named = first.name in first.reason.partition(": ")[0]  # a path that ends so
+        where = f"the first: {first.reason if named else f'{first.name}: {first.reason}'}"
         if not good:
             raise UnusableFile(f"no samples could be used: {where}", fix=f"all are in {report}")
-        raise PartlyFailed(f"{what}; {where}", fix=f"all are in {report}")
-    sources = sum(each.kind == "source" for each in results)
+        numbers = (failed_sources, sources, "video"), (count["failed"], count["failed"] + good, "sample")
+        parts = [f"{bad} of {of} {what}{'' if of == 1 else 's'}" for bad, of, what in numbers if bad]
+        raise PartlyFailed(f"{' and '.join(parts)} failed; {where}", fix=f"all are in {report}")
     return Summary(count["done"], count["skipped"], failed, sources, report, seconds)
 
 

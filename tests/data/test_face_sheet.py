@@ -49,3 +49,20 @@ def test_another_mask_or_other_samples_draw_the_page_anew(tmp_path: Path, drawn:
     assert draw() == 2 and draw(making=("y",)) == 2, "the same samples, cut otherwise"
     page.write_bytes(page.read_bytes()[:40])
     assert draw(making=("y",)) == 2, "what is no page is drawn over"
+
+
+def test_half_of_a_page_is_of_doubtful_samples(tmp_path: Path, drawn: list[str]) -> None:
+    """With the worst of each of three: presence, filled frames, steps."""
+    samples = [sample(f"{number:03d}") for number in range(200)]
+    doubts = {each.name: (0.999, 0.0, 0.01) for each in samples}
+    doubts |= {f"{n:03d}": (0.5 + n / 100, 0.0, 0.01) for n in range(11, 15)}
+    doubts |= {f"{n:03d}": (0.999, 40.0 - n, 0.01) for n in range(21, 25)}
+    doubts |= {f"{n:03d}": (0.999, 0.0, n / 100) for n in range(31, 35)}
+    mask = np.full((64, 64), 255, np.uint8)
+    draw_face_sheet(tmp_path / "faces.png", samples, mask, (), doubts)
+    assert drawn[:3] == ["011", "021", "034"], "the worst of each"
+    assert set(drawn[:12]) == {f"{n:03d}" for first in (11, 21, 31) for n in range(first, first + 4)}
+    assert len(set(drawn)) == 24 and drawn[12] == "000" and drawn[-1] == "199"
+    drawn.clear()
+    draw_face_sheet(tmp_path / "few.png", samples[:24], mask, (), doubts)
+    assert drawn == [each.name for each in samples[:24]]
