@@ -38,7 +38,12 @@ def first_cut(frames: np.ndarray, length: int) -> int | None:
 
 
 class CutFinder:
-    """The same rule for a video that is read as it comes: what is usual is known from the frames before."""
+    """Cuts of a video that is read as it comes: a jump that stays, as for `first_cut`.
+
+    What is usual is told by the last `_REMEMBERED` jumps, where `first_cut` knows a whole stretch, and
+    thumbnails of large frames are made of every few pixels. So the two may differ where a jump is close to
+    the limit.
+    """
 
     def __init__(self) -> None:
         self._small: deque[np.ndarray] = deque(maxlen=2 * LOOKAHEAD + 2)
