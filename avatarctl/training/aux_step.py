@@ -27,16 +27,26 @@ LATENT_LIMIT: Final = 10.0
 """Clean latents are held to this, either side of 0 (spec/omniavatar.md g.5)."""
 
 
-def implied_latents(noisy: Tensor, velocity: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+def implied_latents(
+    noisy: Tensor, velocity: Tensor, sigma: Tensor, given: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The clean latents x0 = x - sigma v of a prediction, [B, C, T, h, w] in [-10, 10], and the share of
     them that was clipped, which has no gradient, [B].
 
     sigma: [B], or [B, T]. All in float32: sigma rounded to bfloat16 moves x0 by the noise it leaves in.
+    given: bool [B, 1, T, 1, 1], latents that are in `noisy` as they are. They have no noise to be taken off,
+    and v was never taught there: x0 is `noisy` itself, without a gradient, and they are no part of the share.
     """
     wide = torch.promote_types(velocity.dtype, torch.float32)
-    implied = clean_estimate(noisy.to(wide), velocity.to(wide), sigma)
-    clipped = (implied.detach().abs() > LATENT_LIMIT).flatten(1).float().mean(1)
-    return implied.clamp(-LATENT_LIMIT, LATENT_LIMIT), clipped
+    noisy = noisy.to(wide)
+    implied = clean_estimate(noisy, velocity.to(wide), sigma)
+    clipped = implied.detach().abs() > LATENT_LIMIT
+    held = implied.clamp(-LATENT_LIMIT, LATENT_LIMIT)
+    if given is None:
+        return held, clipped.flatten(1).float().mean(1)
+    free = (~given).expand_as(clipped)
+    share = (clipped & free).flatten(1).sum(1) / free.flatten(1).sum(1).clamp(min=1)
+    return torch.where(given, noisy, held), share
 
 
 def window_start(clip_frames: int, frames: int, seed: int, *key: Key) -> int:
@@ -56,11 +66,15 @@ def window_start(clip_frames: int, frames: int, seed: int, *key: Key) -> int:
 class AuxBatch:
     """What the auxiliary losses need of a micro-batch.
 
-    noisy, velocity, clean: [B, C, T, h, w], normalised latents; velocity with a gradient.
+    noisy, velocity, clean: [B, C, T, h, w], normalised latents; velocity with a gradient. Where latents are
+              given, both `clean` and `noisy` are what the network was given, noise of `train.prefix_noise`
+              included: both clips are decoded behind the same frames, so they differ by the prediction alone.
+              Latents of the file beside them would hold that noise against a network that did not make it.
     sigma:    [B] or [B, T], float32; a sample above `aux.max_sigma` is not decoded.
     waveform: [B, 640 (4 T - 3)] float32 at 16 kHz, the audio of the whole clips; None without.
     keys:     of each sample the seed and the key of its draws (step, slot), which decide its window alone.
     align:    of each sample, how its frames become aligned faces; None where they are.
+    given:    bool [B, 1, T, 1, 1], true for latents that are given; None where none are.
     """
 
     noisy: Tensor
@@ -70,6 +84,7 @@ class AuxBatch:
     waveform: Tensor | None
     keys: Sequence[tuple[int, tuple[Key, ...]]]
     align: Sequence[Align] | None = None
+    given: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +109,7 @@ class AuxStep:
             return self._step(batch)
 
     def _step(self, batch: AuxBatch) -> AuxResult:
-        implied, clipped = implied_latents(batch.noisy, batch.velocity, batch.sigma)
+        implied, clipped = implied_latents(batch.noisy, batch.velocity, batch.sigma, batch.given)
         highest = batch.sigma.reshape(len(implied), -1).amax(1)
         judged = (highest <= self.losses.settings.max_sigma).nonzero().flatten()
         numbers = {"clipped": float(clipped.mean()), "judged": len(judged) / len(implied)}

@@ -252,6 +252,7 @@ def _aux_batch(
         waveform=torch.stack(waveforms).to(device) if len(waveforms) == len(samples) else None,
         keys=[(draw.seed, (draw.step, draw.slot)) for draw in draws],
         align=align if len(align) == len(samples) else None,
+        given=condition.fixed_mask,
     )
 
 
