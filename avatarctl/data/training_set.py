@@ -30,7 +30,7 @@ from avatarctl.files.safetensors_file import read_header
 from avatarctl.files.tensors import read_whole, to_float32
 from avatarctl.media import Waveform, fitted_matrix, open_audio
 from avatarctl.registry import Row
-from avatarctl.timeline import SAMPLES_PER_FRAME
+from avatarctl.timeline import SAMPLES_PER_FRAME, frames_of_samples
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,9 +105,9 @@ class _Turn:
 class TrainingSet:
     """A data set as `check` found it; samples that cannot be used are named in `bad`.
 
-    with_audio: samples are read with their audio, and one that is silent is bad; with_faces: with what aligns
-    their faces, and one without it is bad; shortest: pixel frames that a clip needs. constants: artifacts of
-    the whole set, float32, and "mask" where the run has one.
+    with_audio: samples are read with their audio, and one whose clip has none, or ends before it, is bad;
+    with_faces: with what aligns their faces, and one without it is bad; shortest: pixel frames that a clip
+    needs. constants: artifacts of the whole set, float32, and "mask" where the run has one.
     """
 
     cfg: RunConfig
@@ -148,8 +148,8 @@ class TrainingSet:
             checked = self._checker.check(sample)
             if checked.problem is None:
                 try:
-                    self._require_audio(sample)
                     self._require_length(checked.frames)
+                    self._require_audio(checked)
                     if self.with_faces:
                         self._to_face(checked)
                 except AvatarctlError as unfit:
@@ -162,8 +162,7 @@ class TrainingSet:
             else:
                 self.names.append(sample.name)
                 self._checked.append(checked)
-                (start, stop), *_ = self.family.frames_read(checked.frames, (), self.cfg)
-                self.lengths.append(stop - start)
+                self.lengths.append(self._length(checked.frames))
         if not self._checked:
             first, problem = next(iter(self.bad.items()))
             raise UnusableFile(
@@ -305,16 +304,40 @@ class TrainingSet:
     def _prompt(self, sample: Sample) -> str:
         return prompt_of(sample, self.cfg.input.prompt or "")[0]
 
-    def _require_audio(self, sample: Sample) -> None:
-        """Silence is no audio to be in time with. Raises UnusableAudio."""
-        if self.with_audio and not self._known_audio(sample)["variance"]:
-            raise UnusableAudio("is silent, and the sync loss needs speech", where=audio_of(sample))
+    def _require_audio(self, checked: Checked) -> None:
+        """Silence is no audio to be in time with, nor are the zeros behind the end of a file: the judge would
+        be asked for a mouth that fits nothing. Raises UnusableAudio."""
+        if not self.with_audio:
+            return
+        place = audio_of(checked.sample)
+        known, frames = self._known_audio(checked.sample), self._length(checked.frames)
+        heard = frames_of_samples(known["samples"])
+        if heard < frames:
+            raise UnusableAudio(
+                f"is too short for the sync loss: {heard} of the {frames} frames of the clip", where=place
+            )
+        if not known["variance"]:
+            raise UnusableAudio("is silent, and the sync loss needs speech", where=place)
+        whole = frames * SAMPLES_PER_FRAME
+        if known["samples"] > whole:  # else what is known of the file is known of the clip
+            with Waveform(open_audio(place)) as waveform:
+                constant = np.ptp(waveform.read(0, whole)) == 0
+            if constant:
+                raise UnusableAudio(
+                    f"is silent in the {frames} frames of the clip, and the sync loss needs speech",
+                    where=place,
+                )
 
     def _require_length(self, frames: int) -> None:
         """Raises UnusableVideo for a clip that the auxiliary losses have no window in."""
+        length = self._length(frames)
+        if length < self.shortest:
+            raise UnusableVideo(f"too short: its clip has {length} of {self.shortest} frames")
+
+    def _length(self, frames: int) -> int:
+        """Pixel frames of the clip of a video of `frames`."""
         (start, stop), *_ = self.family.frames_read(frames, (), self.cfg)
-        if stop - start < self.shortest:
-            raise UnusableVideo(f"too short: its clip has {stop - start} of {self.shortest} frames")
+        return stop - start
 
     def _to_face(self, checked: Checked) -> ToFace:
         """Of the frames that training sees of a sample, which may be smaller than its video.
