@@ -117,8 +117,8 @@ class AuxLosses:
         waveform: Tensor | None,
         first_frame: Sequence[int],
         align: Sequence[Align] | None = None,
-    ) -> tuple[dict[LossName, Tensor], dict[str, float]]:
-        """The losses by name, unweighted, each [B], and further numbers for people.
+    ) -> tuple[dict[LossName, Tensor], dict[str, Tensor]]:
+        """The losses by name, unweighted, each [B], and further numbers for people, [B] as well.
 
         frames:   [B, 3, n, H, W] in [-1, 1], with a gradient; real: the same of the clips themselves.
         waveform: [B, 640 n] float32 at 16 kHz, of exactly these frames; needed for sync alone.
@@ -145,17 +145,17 @@ class AuxLosses:
 
     def _judge(
         self, frames: Tensor, real: Tensor, waveform: Tensor | None
-    ) -> tuple[dict[LossName, Tensor], dict[str, float]]:
+    ) -> tuple[dict[LossName, Tensor], dict[str, Tensor]]:
         judges, settings, remember = self._judges, self.settings, self._remember
         losses: dict[LossName, Tensor] = {}
-        numbers: dict[str, float] = {}
+        numbers: dict[str, Tensor] = {}
         if "sync" in self.names:
             assert judges.sync is not None
             if waveform is None:
                 raise UnusableAudio("the sample has no audio, and the sync loss needs it", where="aux.losses")
             cosines = sync_cosines(judges.sync, frames, waveform, settings.stride, remember)
             losses["sync"] = sync_loss(cosines, settings.sync_mode).mean(1)
-            numbers["sync_cosine"] = float(cosines.detach().mean())
+            numbers["sync_cosine"] = cosines.detach().mean(1)
         if "lpips" in self.names:
             assert judges.lpips is not None
             losses["lpips"] = lpips_loss(judges.lpips, frames, real, remember)

@@ -90,11 +90,14 @@ class AuxBatch:
 @dataclass(frozen=True)
 class AuxResult:
     """losses: by name, unweighted, [B], 0 for a sample that was not judged; total: their weighted sum, [B].
-    numbers: mean cosine, share of clipped latents, share of the samples that were judged."""
+    seen: of the J samples that were judged, losses and mean cosine, [J] each, nothing for J = 0: zeros of the
+    others would be no losses; numbers: of all, the share of clipped latents and whether they were judged, [B].
+    """
 
     losses: dict[LossName, Tensor]
     total: Tensor
-    numbers: dict[str, float]
+    seen: dict[str, Tensor]
+    numbers: dict[str, Tensor]
 
 
 class AuxStep:
@@ -112,20 +115,21 @@ class AuxStep:
         implied, clipped = implied_latents(batch.noisy, batch.velocity, batch.sigma, batch.given)
         highest = batch.sigma.reshape(len(implied), -1).amax(1)
         judged = (highest <= self.losses.settings.max_sigma).nonzero().flatten()
-        numbers = {"clipped": float(clipped.mean()), "judged": len(judged) / len(implied)}
+        decoded = torch.zeros_like(clipped).index_fill(0, judged, 1.0)
+        numbers, seen = {"clipped": clipped, "judged": decoded}, {}
         nothing = implied.sum() * 0  # of the graph, so that a step without a judged sample has a gradient
         losses = {name: nothing + implied.new_zeros(len(implied)) for name in self.losses.names}
         if len(judged):
-            found, more = self._judge(batch, implied, judged)
+            found, cosines = self._judge(batch, implied, judged)
             losses = {
                 name: losses[name].index_put((judged,), loss.to(implied)) for name, loss in found.items()
             }
-            numbers |= more
-        return AuxResult(losses, self.losses.total(losses), numbers)
+            seen = {name: loss.detach() for name, loss in found.items()} | cosines
+        return AuxResult(losses, self.losses.total(losses), seen, numbers)
 
     def _judge(
         self, batch: AuxBatch, implied: Tensor, judged: Tensor
-    ) -> tuple[dict[LossName, Tensor], dict[str, float]]:
+    ) -> tuple[dict[LossName, Tensor], dict[str, Tensor]]:
         """Of the samples with these numbers."""
         clip, asked = pixel_frames(implied.shape[2]), self.losses.settings.frames
         count, chosen = asked or clip, judged.tolist()

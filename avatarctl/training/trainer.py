@@ -37,13 +37,18 @@ _PATIENCE: Final = 5
 
 @dataclass
 class _Sums:
-    """Numbers of a step, averaged over its samples."""
+    """Numbers of a step, each averaged over the samples that have it: however the step is cut into passes."""
 
-    slots: int
-    totals: dict[str, float] = field(default_factory=dict)
+    _sums: dict[str, float] = field(default_factory=dict)
+    _counts: dict[str, int] = field(default_factory=dict)
 
     def add(self, name: str, values: Tensor) -> None:
-        self.totals[name] = self.totals.get(name, 0.0) + float(values.detach().sum()) / self.slots
+        """values: one for each sample that has it."""
+        self._sums[name] = self._sums.get(name, 0.0) + float(values.detach().double().sum())
+        self._counts[name] = self._counts.get(name, 0) + len(values)
+
+    def means(self) -> dict[str, float]:
+        return {name: total / self._counts[name] for name, total in self._sums.items()}
 
 
 @dataclass
@@ -130,15 +135,15 @@ class Trainer:
 
     def accumulate(self, batch: list[TrainingSample]) -> dict[str, float]:
         """Gradients of one optimizer step, in as many forward passes as the run asks for; the numbers of the
-        step, averaged over its samples."""
-        sums = _Sums(self._slots)
+        step, each averaged over the samples that have it."""
+        sums = _Sums()
         draws = self._order.draws(self.step)
         size = self.cfg.train.batch_size
         for first in range(0, self._slots, size):
             group = list(zip(batch[first : first + size], draws[first : first + size], strict=True))
             for part in _of_one_length(group):
                 self._backward([sample for sample, _ in part], [draw for _, draw in part], sums)
-        return sums.totals
+        return sums.means()
 
     def _one_step(self, batch: list[TrainingSample], waited: float, clock: float) -> None:
         totals = self.accumulate(batch)
@@ -205,10 +210,8 @@ class Trainer:
         if self.aux is not None:
             sums.add("flow", step.loss)
             result = self.aux(_aux_batch(step, samples, draws, condition, timesteps, self.network.device))
-            for name, values in result.losses.items():
+            for name, values in (result.seen | result.numbers).items():
                 sums.add(name, values)
-            for name, value in result.numbers.items():
-                sums.add(name, torch.full((len(samples),), value))
             total = total + result.total
         sums.add("loss", total)
         return total
