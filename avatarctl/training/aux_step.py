@@ -53,11 +53,13 @@ def window_start(clip_frames: int, frames: int, seed: int, *key: Key) -> int:
     """First pixel frame of a window of `frames` in a clip, drawn by the key alone; 0 where the window is the
     clip, or `frames` is 0.
 
-    A window begins where a latent frame does, at 0 or 4 k + 1, so that none is decoded for a part of it.
+    A window begins where a latent frame does, at 0 or 4 k + 1, so that none is decoded for a part of it. One
+    more ends with the clip, wherever it begins: else its last frames would never be judged.
     """
     if not frames:
         return 0
-    starts = [start for start in (0, *range(1, clip_frames, 4)) if start + frames <= clip_frames]
+    last = clip_frames - frames
+    starts = sorted({0, *range(1, last + 1, 4), last})
     drawn = torch.randint(len(starts), (), generator=generator(seed, "auxiliary window", *key))
     return starts[int(drawn)]
 
@@ -91,7 +93,7 @@ class AuxBatch:
 class AuxResult:
     """losses: by name, unweighted, [B], 0 for a sample that was not judged; total: their weighted sum, [B].
     seen: of the J samples that were judged, losses and mean cosine, [J] each, nothing for J = 0: zeros of the
-    others would be no losses; numbers: of all, the share of clipped latents and whether they were judged, [B].
+    others are no losses; numbers: of all, the share of clipped latents and whether each was judged, [B].
     """
 
     losses: dict[LossName, Tensor]
