@@ -1,7 +1,8 @@
 """Samples as training reads them: artifacts from their files, what is missing made on the way.
 
 Everything is looked at before the first step. What a sample lacks is encoded when its turn comes, by the
-function that preparation calls, and rounded as files are: a set trains alike, prepared or not.
+function that preparation calls, and rounded as files are: a set trains alike, prepared or not. As much of it
+as has room in memory is kept for the next turns.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from avatarctl.loading.modules import Part
 
 __all__ = ["ToFace", "TrainingData", "TrainingSample", "TrainingSet"]
+
+_KEPT_BYTES: Final = 256 << 20
+"""Of what was encoded while training, in memory: all of a small set, and of a large one its first samples."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,8 @@ class TrainingSet:
         )
         self._checked: list[Checked] = []
         self._prompts: dict[str, Tensor] = {}
+        self._kept: dict[int, dict[str, Tensor]] = {}
+        self._kept_bytes = 0
 
     @property
     def base(self) -> Path:
@@ -228,9 +234,12 @@ class TrainingSet:
         arrays, live, audio = outcome.value
         checked = self._checked[place]
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        todo = checked.todo
-        if todo is not None and live is not None:
-            tensors |= self._encoded(todo, live)
+        todo, made = checked.todo, self._kept.get(place)
+        if made is None and todo is not None and live is not None:
+            made = self._encoded(todo, live)
+            self._keep(place, made)
+        if made is not None:
+            tensors |= {name: tensor.float() for name, tensor in made.items()}
         for artifact in (each for each in self._artifacts if each.of == "prompt"):
             tensors[artifact.name] = self._prompts[self._prompt(checked.sample)]
         waveform = None if audio is None else torch.from_numpy(audio)
@@ -241,7 +250,15 @@ class TrainingSet:
         names = [name for name in todo.names if self._of(name).of == "sample"]
         with encoding_threads(), self._checker.clip(todo, *read) as clip:
             made = self.family.encode_clip(self.modules, clip, names, self.cfg)
-        return {name: rounded(made[name], self.cfg).float().cpu() for name in names}
+        return {name: rounded(made[name], self.cfg).cpu() for name in names}
+
+    def _keep(self, place: int, made: dict[str, Tensor]) -> None:
+        """Keeps what was encoded of a sample, as it is rounded, where there is room for it."""
+        size = sum(tensor.nbytes for tensor in made.values())
+        if self._kept_bytes + size <= _KEPT_BYTES:
+            # Cloned, as a part of a larger tensor would keep all of it.
+            self._kept[place] = {name: tensor.clone() for name, tensor in made.items()}
+            self._kept_bytes += size
 
     def exact_vae(self) -> Any:
         """The VAE in float32, for losses on its frames."""
@@ -269,7 +286,8 @@ class TrainingSet:
             else:
                 files[artifact.name] = (sample.folder / artifact.older[0], artifact.older[1])
         live = None
-        if todo is not None and lacks - {each.name for each in self._artifacts if each.of == "prompt"}:
+        prompts = {each.name for each in self._artifacts if each.of == "prompt"}
+        if todo is not None and lacks - prompts and place not in self._kept:
             data = self.cfg.data
             assert data.height is not None and data.width is not None
             size = (data.height, data.width)
