@@ -18,7 +18,7 @@ from avatarctl.data.encoders import Encoders
 from avatarctl.data.known import Known
 from avatarctl.data.media import ReadFrames, audio_facts, bytes_facts, video_facts
 from avatarctl.data.samples import VIDEO, Sample, prompt_of
-from avatarctl.data.windows import others_of, sample_source
+from avatarctl.data.windows import others_of, rows_outside, sample_source
 from avatarctl.errors import (
     AvatarctlError,
     PathNotFound,
@@ -318,7 +318,18 @@ class Checker:
         ours = (sample.folder / f"{each.name}.safetensors" for each in artifacts)
         return self._cfg.data.format != "pt" and all(path.is_file() for path in ours)
 
+    def require_others(self, todo: Todo) -> None:
+        """Raises UnusableVideo where frames elsewhere are wanted of a sample that has none."""
+        if (cut := self._cut(todo)) is not None:
+            rows_outside(self._own.parent, *cut)
+
     def _others(self, todo: Todo) -> np.ndarray | None:
+        cut = self._cut(todo)
+        seed, count = self._cfg.runtime.seed, self._cfg.data.references
+        return None if cut is None else others_of(self._own.parent, *cut, count, seed)
+
+    def _cut(self, todo: Todo) -> tuple[str, int, int] | None:
+        """Where a sample was cut out, if frames elsewhere are wanted of it."""
         if not any("others" in each.reads and each.name in todo.names for each in self._artifacts):
             return None
         cut = sample_source(todo.sample.folder)
@@ -326,9 +337,9 @@ class Checker:
             raise UnusableVideo(
                 "was not cut from a longer video, so there are no other frames for data.references",
                 where=todo.sample.name,
+                fix="--references 0",
             )
-        seed, count = self._cfg.runtime.seed, self._cfg.data.references
-        return others_of(self._own.parent, *cut, count, seed)
+        return cut
 
     def _keep(self) -> Tensor:
         from avatarctl.conditioning.masking import mask_tensor

@@ -156,6 +156,8 @@ class TrainingSet:
                 try:
                     self._require_length(checked.frames)
                     self._require_audio(checked)
+                    if checked.todo is not None:
+                        self._checker.require_others(checked.todo)
                     if self.with_faces:
                         self._to_face(checked)
                 except AvatarctlError as unfit:

@@ -42,6 +42,7 @@ __all__ = [
     "make_samples",
     "others_of",
     "recorded",
+    "rows_outside",
     "sample_source",
     "samples_of",
 ]
@@ -319,21 +320,28 @@ class Work:
                 flush_folder(self._home)
 
 
-def others_of(out: Path, raw_name: str, start: int, length: int, count: int, seed: int) -> np.ndarray:
-    """`count` frames of a sample's source that are outside the sample, drawn by its name alone:
-    uint8 [count, H, W, 3]. Raises UnusableVideo where there are none."""
+def rows_outside(out: Path, raw_name: str, start: int, length: int) -> list[int]:
+    """Rows, in the frames that were kept of a sample's source, of those outside the sample. Raises
+    UnusableVideo where there are none."""
     raw = RawVideo(raw_name, Path(), None, "")
     numbers = read_object(_record(out, raw), _LARGEST_RECORD).get("others", [])
     outside = [row for row, number in enumerate(numbers) if not start <= number < start + length]
     if not outside:
         raise UnusableVideo(
             "has no frames outside this sample to draw data.references from", where=raw_name,
-            fix="give --references when the samples are cut, or longer videos",
+            fix="give --references when the samples are cut, or longer videos; --references 0 does without",
         )  # fmt: skip
+    return outside
+
+
+def others_of(out: Path, raw_name: str, start: int, length: int, count: int, seed: int) -> np.ndarray:
+    """`count` frames of a sample's source that are outside the sample, drawn by its name alone:
+    uint8 [count, H, W, 3]. Raises UnusableVideo where there are none."""
+    outside = rows_outside(out, raw_name, start, length)
     import torch
 
     drawn = torch.randint(len(outside), (count,), generator=generator(seed, "references", raw_name, start))
-    with open_video(_pool_file(out, raw)) as reader:
+    with open_video(_pool_file(out, RawVideo(raw_name, Path(), None, ""))) as reader:
         return np.concatenate([reader.read(outside[row], outside[row] + 1) for row in drawn.tolist()])
 
 
