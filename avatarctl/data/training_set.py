@@ -331,10 +331,10 @@ class TrainingSet:
             return
         place = audio_of(checked.sample)
         known, frames = self._known_audio(checked.sample), self._length(checked.frames)
-        heard = frames_of_samples(known["samples"])
-        if heard < frames:
+        there = frames_of_samples(known["samples"])
+        if there < frames:
             raise UnusableAudio(
-                f"is too short for the sync loss: {heard} of the {frames} frames of the clip", where=place
+                f"is too short for the sync loss: {there} of the {frames} frames of the clip", where=place
             )
         if not known["variance"]:
             raise UnusableAudio("is silent, and the sync loss needs speech", where=place)
