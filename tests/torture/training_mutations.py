@@ -40,11 +40,12 @@ MUTATIONS = (
         "test_steps.py::test_micro_batches_are_one_batch",
     ),
     Mutation(
-        "audio sliced as a list: fewer than 100 items, so silence",
+        "audio sliced as a list of clips: fewer than 100 items, taken for silence as in the public trainer",
         "training/sync_loss.py",
         "        samples = waveform[:, start * SAMPLES_PER_FRAME : stop * SAMPLES_PER_FRAME]\n",
-        "        samples = [*waveform][start * SAMPLES_PER_FRAME : stop * SAMPLES_PER_FRAME]\n"
-        "        samples = waveform.new_zeros(len(frames), judge.frames * SAMPLES_PER_FRAME)\n",
+        "        clips = [*waveform][start * SAMPLES_PER_FRAME : stop * SAMPLES_PER_FRAME]\n"
+        "        silence = waveform.new_zeros(len(frames), judge.frames * SAMPLES_PER_FRAME)\n"
+        "        samples = silence if len(clips) < 100 else torch.stack(clips)\n",
         "test_public_defects.py::test_row_2_the_sync_loss_knows_right_from_shifted_and_silent_audio",
     ),
     Mutation(
