@@ -171,8 +171,8 @@ def _as_fork(cfg: RunConfig) -> bool:
 
 
 def _masks_all(cfg: RunConfig) -> bool:
-    """Whether the first frame of a clip is masked as every other."""
-    return cfg.model.channels != 33 and cfg.data.mask_rule == "all"
+    """Whether the first frame of a clip is masked as every other: of the rules one alone leaves it whole."""
+    return cfg.model.channels != 33 and cfg.data.mask_rule != "first_keep"
 
 
 def _reference(sample: Mapping[str, Tensor], draw: Draw, cfg: RunConfig) -> Tensor:
@@ -195,12 +195,15 @@ def _audio(
     """[L, A]. Dropped audio is the features of silence (spec/omniavatar.md g.1), zeros in the public step.
 
     With an audio offset of 1 inference puts a frame of zeros in front of the features, and frame j is shown
-    while its own audio is played: so nothing moves in training, and frame 0 has none.
+    while its own audio is played: so nothing moves in training, and frame 0 has none. The frame of zeros is
+    there whatever is said, so also in front of silence.
     """
+    import torch
+
     length = pixel_frames(frames)
     features = sample["audio_features"][:length].float()
     if draw.uniform("audio dropout") < cfg.train.audio_dropout:
-        return features.new_zeros(features.shape) if _as_fork(cfg) else constants["silence"][:length].float()
+        features = torch.zeros_like(features) if _as_fork(cfg) else constants["silence"][:length].float()
     if cfg.model.audio_offset:
         features = features.clone()
         features[0] = 0

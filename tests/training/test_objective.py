@@ -129,9 +129,9 @@ def test_a_masked_first_frame_makes_nothing_given_a_choice() -> None:
             )
             for step in range(400)
         ]
-        for rule in ("all", "first_keep")
+        for rule in ("all", "legacy_two_step", "first_keep")
     }
-    assert set(rule["all"]) == {0, 2} and set(rule["first_keep"]) == {2}
+    assert set(rule["all"]) == set(rule["legacy_two_step"]) == {0, 2} and set(rule["first_keep"]) == {2}
     assert abs(rule["all"].count(0) / 400 - 0.5) < 0.1
 
 
