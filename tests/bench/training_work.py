@@ -6,8 +6,9 @@ CPU seconds of one process of one thread, which another program on the same core
 
 1. Optimizer steps of the trainer against the bare modules: the same network, two blocks of the width of the
    1.3B model on 1000 tokens, forward, backward, clipping and AdamW in a loop on tensors that are there.
-   Target: at most 5 % more. Of the trainer's own steps the share that it waits for samples whose artifacts
-   exist; target: at most 2 %.
+   Of both the fastest step, and their ratio; target: at most 5 % more. Of the trainer's own steps the share
+   of their seconds that it waits for samples whose artifacts exist, as `timing.jsonl` states both: a process
+   that waits takes no CPU seconds, so this one wants an idle machine. Target: at most 2 %.
 2. Parts of a step in the order of the public trainer (spec/omniavatar.md g.3, g.5, j 30, j 42), as a plain
    loop over the same networks and without its defects, against ours: what is read of a sample, and the
    auxiliary losses. The network's own pass is the same work in both.
@@ -47,6 +48,7 @@ from avatarctl.training.aux_step import implied_latents
 from avatarctl.training.frame_losses import lpips_loss
 from avatarctl.training.objective import flow_step
 from avatarctl.training.run import TrainingRun
+from avatarctl.training.run_folder import TIMING
 from avatarctl.training.sync_loss import sync_cosines, sync_loss
 from avatarctl.training.trainer import Trainer, _aux_batch
 from avatarctl.weights.layout import Sizes
@@ -92,13 +94,21 @@ def trainer_on(data: Path, run: Path, side: int, frames: int, *words: str) -> Tr
 def wide_network() -> Any:
     """The cartoon model's encoders, and a transformer as wide as the 1.3B's."""
 
-    def make(row: Any, sources: Any, cfg: Any, dtype: torch.dtype, *_: Any) -> start.Start:
+    row = find_model(MODEL)
+
+    def plan(*_: Any) -> start.StartPlan:
+        return start.StartPlan(row, OMNIAVATAR, {"model": row.name}, {})
+
+    def make(_: start.StartPlan, cfg: Any, *__: Any) -> start.Start:
         small = {name: list(v) if isinstance(v, tuple) else v for name, v in row.network["dit"].items()}
         dit = OmniAvatarTransformer(**{**small, **WIDE, "in_channels": cfg.model.channels}).eval()
         del dit.blocks[2:]  # fewer than four have no audio layer
         return start.Start(dit, OMNIAVATAR, {"model": row.name}, {})
 
-    with mock.patch.object(start, "start_network", make):
+    with (
+        mock.patch.object(start, "plan_start", plan),
+        mock.patch.object(start, "start_network", make),
+    ):
         yield
 
 
@@ -116,7 +126,7 @@ def overhead(base: Path) -> list[tuple[str, ...]]:
     data = prepared(base / "wide", 2, side, frames)
     words = (
         "train.mode=lora",
-        "train.init=zero_channels",
+        "train.init=random",
         "train.lora_rank=32",
         "train.batch_size=1",
         *PLAIN,
@@ -132,21 +142,22 @@ def overhead(base: Path) -> list[tuple[str, ...]]:
         condition.audio["features"], noise,
     )  # fmt: skip
     optimizer = torch.optim.AdamW(trainer.network.trainables.parameters.values(), lr=1e-4)
-    bare, ours, waited = [], [], []
+    bare, ours = [], []
     samples = trainer.data.read(trainer._order.from_step(0, STEPS + 1))
     for _ in range(STEPS + 1):  # the first one warms up
         bare.append(cpu(lambda: bare_step(trainer, inputs, optimizer)))
-        started = time.process_time()
+        started, clock = time.process_time(), time.monotonic()
         batch = trainer._next(samples)
-        waited.append(time.process_time() - started)
-        trainer._one_step(batch, 0.0, time.monotonic())
+        trainer._one_step(batch, time.monotonic() - clock, clock)
         ours.append(time.process_time() - started)
-    more = sorted(a / b - 1 for a, b in zip(ours[1:], bare[1:], strict=True))[STEPS // 2]
-    share = sum(waited[1:]) / sum(ours[1:])
+    fastest, alone = min(ours[1:]), min(bare[1:])
+    timing = [json.loads(line) for line in (trainer.folder.path / TIMING).read_text().splitlines()][1:]
+    waited, seconds = (sum(line[name] for line in timing) for name in ("waited", "seconds"))
+    more, share = fastest / alone - 1, waited / seconds
     return [
         (f"a step of {tokens} tokens, CPU s, trainer / bare modules",
-         f"{min(ours[1:]):.2f} / {min(bare[1:]):.2f}", f"{more:+.1%}", "≤ 5 %", verdict(more, 0.05)),
-        ("of these the share that waits for samples", f"{sum(waited[1:]):.3f} s", f"{share:.2%}", "≤ 2 %",
+         f"{fastest:.2f} / {alone:.2f}", f"{more:+.1%}", "≤ 5 %", verdict(more, 0.05)),
+        ("waiting for samples of these steps, s", f"{waited:.3f} / {seconds:.2f}", f"{share:.2%}", "≤ 2 %",
          verdict(share, 0.02)),
     ]  # fmt: skip
 
@@ -199,9 +210,8 @@ def public_order(base: Path) -> list[tuple[str, ...]]:
         ("sync and LPIPS of 33 frames / of a window of 16, CPU ms", judged_public, judged_ours),
     ):
         pairs = [(cpu(theirs), cpu(own)) for _ in range(4)][1:]
-        ratio = sorted(a / b for a, b in pairs)[1]
         a, b = (min(each) * 1000 for each in zip(*pairs, strict=True))
-        rows.append((what, f"{a:.0f} / {b:.0f}", f"{ratio:.2f} x", "", ""))
+        rows.append((what, f"{a:.1f} / {b:.1f}", f"{a / b:.2f} x", "", ""))
     return rows
 
 
