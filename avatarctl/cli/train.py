@@ -124,6 +124,8 @@ def _run(command: Name, params: Mapping[str, Any]) -> None:
     asked = not request.resolved.is_of_the_row("model.audio_offset")
     cfg, offset = settled_offset(cfg, row, of_video=command == "train v2v", asked=asked)
     folder, resume, step = _place(command, cfg, row)
+    cfg = _pinned(command, cfg, row, folder)
+    row = row_named(cfg.model.name or row.name)
     with Screen(cfg.runtime.log_level) as screen:
         built_in = "" if "model.name" in request.resolved.asked else " (built in; --model names another)"
         known = row.name == cfg.model.name
@@ -159,7 +161,7 @@ def _place(command: Name, cfg: RunConfig, row: Row) -> tuple[Path, bool, int | N
     if asked is None:
         return out or _fresh(home), False, None
     if asked == "auto":
-        return out or _newest(home, cfg, command) or _fresh(home), True, None
+        return out or _newest(home, cfg, row, command) or _fresh(home), True, None
     path, step = _run_of(asked)
     if out is not None and out.absolute() != path.absolute():
         raise UsageError(f"a run goes on in its own folder, {path}", where="--out", fix="leave it out")
@@ -181,12 +183,32 @@ def _run_of(asked: str) -> tuple[Path, int | None]:
     return path, step
 
 
-def _newest(home: Path, cfg: RunConfig, command: Name) -> Path | None:
+def _newest(home: Path, cfg: RunConfig, row: Row, command: Name) -> Path | None:
     """The newest run of this configuration in the usual place."""
     from avatarctl.training.run_folder import changed
 
     runs = [path for path in home.iterdir() if (path / "run.yaml").is_file()] if home.is_dir() else []
-    return next((path for path in sorted(runs, reverse=True) if not changed(path, cfg, command)), None)
+    for path in sorted(runs, reverse=True):
+        if not changed(path, _pinned(command, cfg, row, path), command):
+            return path
+    return None
+
+
+def _pinned(command: Name, cfg: RunConfig, row: Row, folder: Path) -> RunConfig:
+    """`cfg` with the checkpoint to start from where it names a run: that run's newest one today, or the one
+    that the run in `folder` began with, since the newest may be another one by now."""
+    from avatarctl.config import read_config
+    from avatarctl.files.named_path import expanded
+
+    name = cfg.model.name
+    if name is None or name in ROWS or Path(row.path).parent.parent != (run := expanded(name).absolute()):
+        return cfg
+    chosen = Path(row.path).parent
+    if (folder / "run.yaml").is_file():
+        begun = read_config(folder / "run.yaml", command=command).settings.get("model.name")
+        if begun is not None and Path(str(begun.value)).parent == run:
+            chosen = Path(str(begun.value))
+    return replace(cfg, model=replace(cfg.model, name=str(chosen)))
 
 
 def _fresh(home: Path) -> Path:

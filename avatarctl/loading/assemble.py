@@ -13,11 +13,11 @@ import numpy as np
 
 from avatarctl.config import Model, RunConfig
 from avatarctl.errors import ConfigError, UnusableWeights
-from avatarctl.events import Emit, Notice
+from avatarctl.events import Emit, Notice, silent
 from avatarctl.files.source import open_weights
 from avatarctl.files.tensors import ArrayTensor, StoredTensor
 from avatarctl.loading.loras import Lora
-from avatarctl.loading.sources import Sources, asked_size, check_packaged
+from avatarctl.loading.sources import Sources, asked_size, check_base, check_packaged
 from avatarctl.registry import ROWS, Row
 from avatarctl.weights.layout import Sizes
 from avatarctl.weights.layouts import LAYOUTS
@@ -43,6 +43,7 @@ def check_transformer(row: Row, sources: Sources, cfg: RunConfig, emit: Emit) ->
     if row.source == "package":
         check_packaged(row, sources)
         _check_channels_of(row, cfg.model)
+    check_base(row, sources)
     if sources.dit and not sources.missing:
         held = assemble(row, sources, cfg.model, emit)
         if (size := asked_size(cfg)) and (line := made_for_others(held, size)):
@@ -72,7 +73,8 @@ def assemble(row: Row, sources: Sources, model: Model, emit: Emit) -> WeightFile
         held = told
     for path in adapters:
         part = open_model(path)
-        held = _merged(held, part, 1.0, emit)
+        # That a full model lies below it is then as it should be.
+        held = _merged(held, part, 1.0, silent if row.base_path else emit)
         emit(Notice(f"adapter {_line(Lora(path, 1.0), part)}"))
     if not adapters and not row.path and any(ROWS[name].kind == "adapter" for name in row.needs):
         emit(Notice(f"{base} is {held.variant}, complete: the adapter of {row.name} is not added to it"))

@@ -10,7 +10,7 @@ from avatarctl.config import read_config
 from avatarctl.errors import PathNotFound, UnusableWeights
 from avatarctl.hub.locate import WEIGHT_SUFFIXES
 from avatarctl.loading.loras import find_here
-from avatarctl.loading.trained import base_of, is_run_folder, trained_weights
+from avatarctl.loading.trained import base_of, full_model_below, is_run_folder, trained_weights
 from avatarctl.registry import NEEDS_WEIGHTS, ROWS, Row, encoder_part, find_model
 from avatarctl.weights.loaders import avatars_on
 from avatarctl.weights.made_for import trained_shape
@@ -83,6 +83,7 @@ def _row_of_run(folder: Path) -> Row:
         **({"data.mask_rule": data["mask_rule"]} if "mask_rule" in data else {}),
     }
     network = {**base.network, "dit": {**base.network["dit"], "in_channels": held.sizes.in_channels}}
+    below, digests = full_model_below(path) if held.kind == "adapter" else ("", {})
     return replace(
         base,
         name=folder.name,
@@ -94,6 +95,8 @@ def _row_of_run(folder: Path) -> Row:
         trained=True,
         trained_for=replace(base.trained_for, sizes=sizes),
         path=str(path),
+        base_path=below,
+        base_sha256=digests,
     )
 
 
@@ -121,6 +124,8 @@ def _row_of(path: Path, held: WeightFile) -> Row:
         if base is not None:
             encoders = {"hub_id": base.hub_id, "files": tuple(filter(encoder_part, base.files))}
     kinds = ("base", "encoder") if adapter else ("encoder",)
+    own = adapter and path.suffix == ".safetensors"
+    below, digests = full_model_below(path) if own else ("", {})
     heads = held.heads or held.sizes.width // _UNKNOWN_HEAD_WIDTH or 1
     return Row(
         name=path.name,
@@ -137,6 +142,8 @@ def _row_of(path: Path, held: WeightFile) -> Row:
         compat=published.compat,
         needs=tuple(name for name in published.needs if ROWS[name].kind in kinds),
         path=str(path),
+        base_path=below,
+        base_sha256=digests,
         **encoders,
     )
 

@@ -14,6 +14,7 @@ from avatarctl.errors import ConfigError, PathNotFound, UnusableWeights, Weights
 from avatarctl.files.named_path import expanded
 from avatarctl.hub.locate import Located, locate, with_needs
 from avatarctl.loading.loras import Lora, find_lora
+from avatarctl.media.files import file_sha256
 from avatarctl.registry import (
     ENCODER_FILES,
     JUDGES,
@@ -23,11 +24,12 @@ from avatarctl.registry import (
     encoder_part,
     fitting,
 )
-from avatarctl.weights.recognise import read_weight_file
+from avatarctl.weights.recognise import open_model, read_weight_file
 
 __all__ = [
     "Sources",
     "asked_size",
+    "check_base",
     "check_packaged",
     "find_sources",
     "missing_line",
@@ -72,6 +74,7 @@ def find_sources(row: Row, model: Model, size: tuple[int, int] | None = None) ->
         dit = packaged.dit
         if row.path and read_weight_file(Path(row.path)).kind == "adapter":
             loras = (Lora(Path(row.path), 1.0), *loras)
+            dit = (_stated_base(row, named.get("dit")),) if row.base_path else dit
         elif row.path:
             dit = (Path(row.path),)
         return Sources(dit, packaged.encoders, loras, packaged.missing, row.name)
@@ -103,12 +106,41 @@ def _packaged(row: Row) -> Sources:
 def check_packaged(row: Row, sources: Sources) -> None:
     """Raises WeightsMissing (exit 4) for a file of the package whose bytes are not those of the release."""
     for path in (*sources.dit, *sources.encoders.values()):
-        if path == Path(row.path):
-            continue  # trained since; its own header says what it is
+        if path == Path(row.path) or (row.base_path and path in sources.dit):
+            continue  # trained since; its own header says what it is, see `check_base` for the other
         stated = row.sha256[path.relative_to(row.assets).as_posix()]
         if hashlib.sha256(path.read_bytes()).hexdigest() != stated:
             fix = "install avatarctl again"
             raise WeightsMissing(f"is damaged: its SHA-256 is not {stated}", where=path, fix=fix)
+
+
+def check_base(row: Row, sources: Sources) -> None:
+    """Raises UnusableWeights where the full model below an adapter is not the one that it was trained on: the
+    sum would look like a model, and be none."""
+    if not row.base_path:
+        return
+    files = open_model(sources.dit[0]).files
+    if sorted(map(file_sha256, files)) != sorted(row.base_sha256.values()):
+        raise UnusableWeights(
+            f"is not the model that {row.path} was trained on: its SHA-256 is another one",
+            where=sources.dit[0],
+            fix="name that model by --weights dit=PATH",
+        )
+
+
+def _stated_base(row: Row, named: Path | None) -> Path:
+    """Where the full model below an adapter is: as its header says, or as somebody named it since.
+
+    Raises PathNotFound.
+    """
+    path = named or Path(row.base_path)
+    if not path.exists():
+        raise PathNotFound(
+            f"was trained on {row.base_path}, which is not there",
+            where=row.path,
+            fix="bring it back, or name it by --weights dit=PATH",
+        )
+    return path
 
 
 def asked_size(cfg: RunConfig) -> tuple[int, int] | None:
@@ -135,7 +167,7 @@ def _named(row: Row, model: Model) -> dict[str, Path]:
     """`model.weights` as existing paths."""
     # Judges of auxiliary losses are found by loading/judges.py, for training alone.
     paths = {part: expanded(text) for part, text in model.weights.items() if part not in JUDGES}
-    if paths and row.source == "package":
+    if paths and row.source == "package" and not (row.base_path and paths.keys() == {"dit"}):
         raise ConfigError(f"{row.name} is built in; its parts come from no file", where="model.weights")
     for part, path in paths.items():
         if not path.exists():
@@ -208,6 +240,8 @@ def _transformer(
     A row that needs a base is one, or an adapter's; any other is a full model, at `row.path` or published as
     one file.
     """
+    if row.base_path:
+        return (_stated_base(row, named), Path(row.path)), ()
     if not any(place.row.kind == "base" for place in places):
         if row.path and named is not None:
             raise ConfigError(f"{row.path} is a full model and has no base", where="model.weights.dit")

@@ -21,12 +21,14 @@ __all__ = [
     "base_of",
     "checkpoints",
     "damage",
+    "full_model_below",
     "is_run_folder",
     "trained_weights",
 ]
 
 BASE_KEY: Final = "avatarctl.base"
-"""Metadata key: JSON of the model that was trained, {"model": registry name, ...}."""
+"""Metadata key: JSON of the model that was trained, {"model": registry name, ...}; of an adapter on a full
+model in a file also {"path": of that, "sha256": {name of a file: digest}}."""
 
 TRAINED: Final = "trainable_weights.safetensors"
 AVERAGED: Final = "ema_weights.safetensors"
@@ -97,6 +99,21 @@ def base_of(path: Path) -> Mapping[str, Any]:
     """What the header of a trained file says of its base; empty where it says nothing."""
     text = read_header(path).metadata.get(BASE_KEY)
     return {} if text is None else parse_object(text, None, f"the metadata {BASE_KEY} is")
+
+
+def full_model_below(path: Path) -> tuple[str, dict[str, str]]:
+    """The full model that an adapter's header says it was trained on: its path, and the SHA-256 of its files
+    by name; empty where it is an adapter of a published model.
+
+    Raises UnusableWeights for a statement that nobody could check.
+    """
+    stated = base_of(path)
+    if "path" not in stated:
+        return "", {}
+    place, digests = stated["path"], stated.get("sha256")
+    if not isinstance(digests, dict) or not digests:
+        raise UnusableWeights(f"{BASE_KEY} names a model without its SHA-256", where=path)
+    return str(place), {str(name): str(digest) for name, digest in digests.items()}
 
 
 def dump_state(state: Mapping[str, Any]) -> str:

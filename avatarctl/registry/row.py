@@ -87,6 +87,8 @@ class Row:
              where they are here and it is not.
     copies:  (repository, folder in it) that hold the same files.
     path:    of the transformer's file, absolute, where the source is "path".
+    base_path, base_sha256: the full model that the adapter at `path` was trained on, absolute, and digests of
+             its files by name, where the adapter states them.
     home:    folder that the files of a row of the package lie in, absolute, where it is not `ASSETS`: while
              they are made.
     """
@@ -117,6 +119,8 @@ class Row:
     instead: tuple[str, ...] = ()
     copies: tuple[tuple[str, str], ...] = ()
     path: str = ""
+    base_path: str = ""
+    base_sha256: Mapping[str, str] = field(default_factory=dict)
     home: str = ""
 
     @property

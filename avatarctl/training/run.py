@@ -13,7 +13,7 @@ from avatarctl.conditioning.masking import mask_name
 from avatarctl.config import RunConfig
 from avatarctl.data.checking import run_mask
 from avatarctl.data.training_set import TrainingData, TrainingSet
-from avatarctl.errors import ConfigError, PartlyFailed, UnusableFile, UsageError
+from avatarctl.errors import ConfigError, PartlyFailed, UnusableFile, UnusableWeights, UsageError
 from avatarctl.events import Emit, Notice
 from avatarctl.family import TrainableFamily
 from avatarctl.loading.judges import find_judges, judges_missing, load_judges
@@ -184,7 +184,7 @@ class TrainingRun:
         self._emit(Notice(f"{cfg.train.mode}: {trainables.count:,} numbers are trained"))
         network = Network(start.dit, start.layout, trainables, cfg, start.base, self._mask_facts(), device)
         aux = self._aux(data, device)
-        trainer = Trainer(self.folder, cfg, self.family, network, data, self._emit, aux)
+        trainer = Trainer(self.folder, cfg, self.family, network, data, self._emit, aux, start.sha256)
         self._go_on(trainer, data)
         return trainer
 
@@ -221,12 +221,22 @@ class TrainingRun:
             self._emit(Notice(note, "warning"))
         if found is not None:
             require_same(found.path, self.cfg, self.command)  # it may have been put there from another run
+            self._require_start(found, trainer.start)
             self._require_samples(found, data)
             trainer.resume(found)
             self._emit(Notice(f"resumed behind step {found.step}"))
         for path in set_aside(self.folder.path, trainer.step):
             self._emit(Notice(f"set aside: {path}"))
         self.folder.cut_log(trainer.step)
+
+    def _require_start(self, checkpoint: Checkpoint, start: Mapping[str, str]) -> None:
+        """Raises UnusableWeights where the file that the run started from has other bytes now."""
+        if checkpoint.state.get("start", start) != start:
+            raise UnusableWeights(
+                "is not what this run started from: its SHA-256 is another one",
+                where=self.row.path or self.row.name,
+                fix="bring that file back, or start anew in another --out",
+            )
 
     def _require_samples(self, checkpoint: Checkpoint, data: TrainingData) -> None:
         """Which sample has which turn depends on all of them. Raises UnusableFile for another data set."""

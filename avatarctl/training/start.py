@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,8 +18,9 @@ from avatarctl.files.source import open_weights
 from avatarctl.files.tensors import ArrayTensor, StoredTensor, read_whole, to_float32
 from avatarctl.loading.assemble import SUM_DTYPE, built_in
 from avatarctl.loading.parts import TRANSFORMERS, transformer
-from avatarctl.loading.sources import Sources, check_packaged
+from avatarctl.loading.sources import Sources, check_base, check_packaged
 from avatarctl.loading.trained import base_of
+from avatarctl.media.files import file_sha256
 from avatarctl.models.precision import cast
 from avatarctl.registry import Row
 from avatarctl.rng import generator, stable_hash
@@ -46,12 +47,14 @@ _GAIN: Final = 0.05
 @dataclass(frozen=True)
 class Start:
     """A network before its first step. base: what files of it say of the model that they change; pairs: LoRA
-    matrices to begin with, by the names of `Trainables`, where an adapter is trained on."""
+    matrices to begin with, by the names of `Trainables`, where an adapter is trained on; sha256: of the files
+    of the model that a person named by its path, by name."""
 
     dit: nn.Module
     layout: WeightLayout
     base: Mapping[str, Any]
     pairs: Mapping[str, Tensor]
+    sha256: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ class StartPlan:
     """What a run starts from, by the headers of its files: nothing of weight was read.
 
     held: every tensor of the network, None where all are drawn; shapes: of all, by original name; adapter:
-    the one that is trained on.
+    the one that is trained on; files: of a model that has no published name; on_full: they are a full model,
+    and the run trains an adapter on it.
     """
 
     row: Row
@@ -68,6 +72,8 @@ class StartPlan:
     shapes: Mapping[str, tuple[int, ...]]
     held: WeightFile | None = None
     adapter: WeightFile | None = None
+    files: tuple[Path, ...] = ()
+    on_full: bool = False
 
     def trained(self, train: Train) -> int:
         """How many numbers the run will train."""
@@ -99,6 +105,7 @@ def plan_start(row: Row, sources: Sources, cfg: RunConfig, emit: Emit) -> StartP
         return StartPlan(row, layout, _base(row), layout.shapes(sizes))
     if row.source == "package":
         check_packaged(row, sources)
+    check_base(row, sources)
     # The adapter of a built-in model that was trained here stands where `infer` has LoRAs.
     first, *others = (*sources.dit, *(lora.path for lora in sources.loras))
     held, adapters = _opened(row, sources, first), [open_model(path) for path in others]
@@ -109,16 +116,20 @@ def plan_start(row: Row, sources: Sources, cfg: RunConfig, emit: Emit) -> StartP
         for part in adapters:
             emit(Notice(f"start: {part.path} is merged in"))
         complete = _complete(row, layout, whole, cfg, emit)
-        return StartPlan(row, layout, _base(row, held.files), complete[1], complete[0])
+        files = (adapters[-1] if adapters else held).files if row.path else ()
+        return StartPlan(
+            row, layout, _base(row, held.files, full=True), complete[1], complete[0], None, files
+        )
     tensors = dict(held.tensors)
     for part in adapters:
         _require_trained_on(part, cfg.train)
         tensors |= part.tensors
         emit(Notice(f"start: {part.path}, its {len(part.lora_pairs)} LoRA targets are trained on"))
     complete = _complete(row, layout, replace(whole, tensors=tensors), cfg, emit)
-    return StartPlan(
-        row, layout, _base(row, held.files), complete[1], complete[0], adapters[-1] if adapters else None
-    )
+    base, last = _base(row, held.files), adapters[-1] if adapters else None
+    on_full = last is None and _is_of_nobody(row, held, layout)
+    files = held.files if on_full else last.files if last is not None and row.path else ()
+    return StartPlan(row, layout, base, complete[1], complete[0], last, files, on_full)
 
 
 def start_network(
@@ -128,21 +139,33 @@ def start_network(
     emit(Stage("loading the transformer"))
     if plan.held is None:
         return Start(_random(plan.row, cfg, dtype, device, emit), plan.layout, plan.base, {})
+    sha256 = {path.name: file_sha256(path) for path in plan.files}
+    base = dict(plan.base)
+    if plan.on_full:
+        assert plan.held is not None
+        base |= {"path": str(plan.held.path.absolute()), "sha256": sha256}
     pairs = {} if plan.adapter is None else _pairs(plan.adapter, cfg.train)
     # What an adapter carries whole is trained: rounded to bfloat16 first, it would lose what a run learnt.
     dit = transformer(plan.held, dtype, device, plan.layout.is_replaced)
-    return Start(dit, plan.layout, plan.base, pairs)
+    return Start(dit, plan.layout, base, pairs, sha256)
 
 
 def _ends(train: Train) -> tuple[str, ...]:
     return tuple(f".{target}" for target in train.lora_targets)
 
 
-def _base(row: Row, files: Sequence[Path] = ()) -> dict[str, Any]:
-    """What the file of a run says of its base: for weights of another run what that one said."""
+def _base(row: Row, files: Sequence[Path] = (), *, full: bool = False) -> dict[str, Any]:
+    """What the file of a run says of its base: for weights of another run what that one said. full: the run
+    trains a full model, which lies on no other."""
     if row.path and row.path.endswith(".safetensors") and (stated := base_of(Path(row.path))):
-        return dict(stated)
+        return {key: value for key, value in stated.items() if not (full and key in ("path", "sha256"))}
     return {"model": row.name, **({"files": [path.name for path in files]} if files else {})}
+
+
+def _is_of_nobody(row: Row, held: WeightFile, layout: WeightLayout) -> bool:
+    """Whether `held` is a complete model that no registry name stands for: an adapter on it has to say which
+    it is, since `infer` would take the published one of its size."""
+    return any(map(layout.owns, held.tensors)) and (row.source != "package" or bool(row.path))
 
 
 def _random(row: Row, cfg: RunConfig, dtype: torch.dtype, device: torch.device, emit: Emit) -> nn.Module:

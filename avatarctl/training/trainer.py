@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -53,7 +53,8 @@ class _Sums:
 
 @dataclass
 class Trainer:
-    """One run. `network` holds what is trained; `step` counts the optimizer steps that are done."""
+    """One run. `network` holds what is trained; `start` the SHA-256 of the files that it began with, by name;
+    `step` counts the optimizer steps that are done."""
 
     folder: RunFolder
     cfg: RunConfig
@@ -62,6 +63,7 @@ class Trainer:
     data: TrainingData
     emit: Emit
     aux: AuxStep | None = None
+    start: Mapping[str, str] = field(default_factory=dict)
     step: int = 0
     failed: dict[str, AvatarctlError] = field(default_factory=dict)
 
@@ -107,6 +109,7 @@ class Trainer:
             "seed": self.cfg.runtime.seed,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
+            "start": dict(self.start),
         }
         optimizer = self._optimizer.state()
         path = write_checkpoint(self.folder.path, self.step, weights, averaged, optimizer, state)

@@ -1,0 +1,128 @@
+"""Runs that go on: from other runs, longer than they were, after a sample broke, after a power cut."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from avatarctl.events import silent
+from avatarctl.files.tensors import read_whole
+from avatarctl.loading.assemble import assemble
+from avatarctl.loading.model_row import row_named
+from avatarctl.loading.sources import find_sources
+from avatarctl.media.files import file_sha256
+from avatarctl.registry import configure
+from tests.training.running import COMPARED, typed
+
+WEIGHTS = COMPARED[0]
+SHORT = ("--size", "32x32", "--frames", "9", "--batch-size", "1")
+LORA = ("--mode", "lora", "--lora-rank", "2", "--learning-rate", "1e-6", "--max-steps", "1")
+
+
+@pytest.fixture(scope="module")
+def full(samples: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A full model that is far from the built-in one after two steps; nobody changes it."""
+    run = tmp_path_factory.mktemp("full") / "full"
+    words = ("--data", samples, "--learning-rate", "1e-2", "--max-steps", "2", "--out", run)
+    made = typed("train", "i2v", *SHORT, *words)
+    assert made.exit_code == 0, made.output
+    return run
+
+
+@pytest.fixture(scope="module")
+def adapter(full: Path, samples: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter on it that has hardly moved; nobody changes it."""
+    run = tmp_path_factory.mktemp("adapter") / "adapter"
+    made = typed("train", "i2v", *SHORT, *LORA, "--data", samples, "--model", full, "--out", run)
+    assert made.exit_code == 0, made.output
+    return run
+
+
+def header(file: Path) -> dict[str, str]:
+    with safe_open(file, "pt") as opened:
+        return dict(opened.metadata())
+
+
+def rewritten(file: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> None:
+    save_file(tensors, file, {**header(file), **metadata})
+
+
+def resealed(checkpoint: Path, **changes: object) -> None:
+    """What somebody changed in a checkpoint becomes what its state file says, with `changes`."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["files"] = {name: file_sha256(checkpoint / name) for name in state["files"]}
+    (checkpoint / "state.json").write_text(json.dumps({**state, **changes}))
+
+
+# --- runs that start from runs -------------------------------------------------------------------
+
+
+def test_an_adapter_on_a_full_run_is_used_on_that_run(full: Path, adapter: Path) -> None:
+    """Not on the model that the full run began with, which it has left far behind."""
+    row = row_named(str(adapter))
+    cfg = configure(f"model.name={adapter}", row_named=lambda name: row)
+    sources = find_sources(row, cfg.model)
+    held = assemble(row, sources, cfg.model, silent)
+    trained = load_file(full / "checkpoint-2" / WEIGHTS)
+    assert held.tensors.keys() == trained.keys()
+    for name, tensor in trained.items():
+        ours = torch.from_numpy(read_whole(held.tensors[name]).copy())
+        torch.testing.assert_close(ours, tensor, atol=1e-4, rtol=0)
+    packaged = row_named("cartoon-i2v")
+    began = load_file(find_sources(packaged, cfg.model).dit[0])
+    assert max(float((began[name].float() - trained[name]).abs().max()) for name in trained) > 1e-2
+
+
+def test_the_full_model_below_an_adapter_is_the_one_it_was_trained_on(
+    full: Path, adapter: Path, samples: Path, tmp_path: Path
+) -> None:
+    """Moved it is named; other bytes are refused, by who uses the adapter and who trains it on."""
+    mine = Path(shutil.copytree(adapter, tmp_path / "mine"))
+    file = mine / "checkpoint-1" / WEIGHTS
+    base = json.loads(header(file)["avatarctl.base"])
+    there = full / "checkpoint-2" / WEIGHTS
+    assert (base["model"], base["path"]) == ("cartoon-i2v", str(there))
+    assert base["sha256"] == {WEIGHTS: file_sha256(there)}
+
+    elsewhere = json.dumps({**base, "path": str(tmp_path / "gone.safetensors")})
+    rewritten(file, load_file(file), **{"avatarctl.base": elsewhere})
+    resealed(mine / "checkpoint-1")
+    gone = typed("infer", "--model", mine, "--dry-run")
+    assert gone.exit_code == 2 and "gone.safetensors, which is not there" in gone.output, gone.output
+    named = typed("infer", "--model", mine, "--weights", f"dit={there}", "--dry-run")
+    assert named.exit_code == 0, named.output
+
+    other = tmp_path / "gone.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(there).items()}, other)
+    for words in (("infer", "--dry-run"), ("train", "i2v", *SHORT, *LORA, "--data", samples, "--dry-run")):
+        refused = typed(*words, "--model", mine)
+        assert refused.exit_code == 3, refused.output
+        assert "is not the model that" in refused.output and "its SHA-256 is another one" in refused.output
+
+
+def test_a_run_keeps_the_checkpoint_that_it_started_from(full: Path, samples: Path, tmp_path: Path) -> None:
+    """Whatever the other run has made since; and no other bytes at its place."""
+    start, run = Path(shutil.copytree(full, tmp_path / "start")), tmp_path / "run"
+    words = ("train", "i2v", *SHORT, *LORA[:-2], "--data", samples, "--model", start, "--out", run)
+    made = typed(*words, "--max-steps", 1)
+    assert made.exit_code == 0, made.output
+    assert f'name: "{start}/checkpoint-2"' in (run / "run.yaml").read_text()
+
+    newer = Path(shutil.copytree(start / "checkpoint-2", start / "checkpoint-3"))
+    rewritten(newer / WEIGHTS, {name: tensor * 2 for name, tensor in load_file(newer / WEIGHTS).items()})
+    resealed(newer, step=3)
+    for again in ((*words, "--resume", "auto"), ("train", "i2v", "--resume", run)):
+        resumed = typed(*again, "--max-steps", 2)
+        assert resumed.exit_code == 0, resumed.output
+
+    shutil.copyfile(newer / WEIGHTS, start / "checkpoint-2" / WEIGHTS)
+    resealed(start / "checkpoint-2")
+    refused = typed("train", "i2v", "--resume", run, "--max-steps", 3)
+    assert refused.exit_code == 3, refused.output
+    assert "is not what this run started from: its SHA-256 is another one" in refused.output
