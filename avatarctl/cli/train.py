@@ -120,8 +120,12 @@ def _run(command: Name, params: Mapping[str, Any]) -> None:
     if row.status == NOT_YET or not hasattr(family := family_named(row.family), "training_condition"):
         raise NotYetSupported(f"{row.name} is not trained yet", where="model.name")
     from avatarctl.training.audio_offset import settled_offset
+    from avatarctl.training.run import WITH_SEQUENCE
 
-    asked = not request.resolved.is_of_the_row("model.audio_offset")
+    of_the_row = request.resolved.is_of_the_row
+    if command == "train v2v" and cfg.data.reference_sequence and of_the_row("model.channels"):
+        cfg = replace(cfg, model=replace(cfg.model, channels=WITH_SEQUENCE))
+    asked = not of_the_row("model.audio_offset")
     cfg, offset = settled_offset(cfg, row, of_video=command == "train v2v", asked=asked)
     folder, resume, step = _place(command, cfg, row)
     cfg = _pinned(command, cfg, row, folder)

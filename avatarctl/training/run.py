@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from avatarctl.atomic import remove_left_behind
 from avatarctl.conditioning.masking import mask_name
@@ -31,7 +31,10 @@ if TYPE_CHECKING:
     from avatarctl.training.start import StartPlan
     from avatarctl.training.trainer import Trainer
 
-__all__ = ["TrainingResult", "TrainingRun"]
+__all__ = ["WITH_SEQUENCE", "TrainingResult", "TrainingRun"]
+
+WITH_SEQUENCE: Final = 65
+"""Input channels of a model that is given a video and a reference sequence."""
 
 
 @dataclass(frozen=True)
@@ -348,6 +351,13 @@ def _check(command: str, cfg: RunConfig, family: TrainableFamily) -> None:
             f"{'a video' if wants == 'image' else 'an image'}",
             where=command,
             fix=f"--channels {fitting}, or `avatarctl {other}`",
+        )
+    if cfg.data.reference_sequence and cfg.model.channels != WITH_SEQUENCE:
+        alone = "leave it out: a model that starts from an image is given none"
+        raise UsageError(
+            f"a reference sequence needs {WITH_SEQUENCE} input channels, and there are {cfg.model.channels}",
+            where="data.reference_sequence",
+            fix=alone if wants == "image" else f"--channels {WITH_SEQUENCE}, or leave it out",
         )
     if wants == "image" and cfg.train.mouth_weight != 1 and cfg.data.mask is None:
         raise UsageError("says where the mouth is only with a mask", where="train.mouth_weight", fix="--mask")

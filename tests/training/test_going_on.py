@@ -126,3 +126,18 @@ def test_a_run_keeps_the_checkpoint_that_it_started_from(full: Path, samples: Pa
     refused = typed("train", "i2v", "--resume", run, "--max-steps", 3)
     assert refused.exit_code == 3, refused.output
     assert "is not what this run started from: its SHA-256 is another one" in refused.output
+
+
+# --- settings that say more than one thing -------------------------------------------------------
+
+
+def test_a_reference_sequence_brings_its_channels(samples: Path, tmp_path: Path) -> None:
+    line = ("train", "v2v", *SHORT, "--data", samples, "--reference-sequence", "--dry-run", "--json")
+    made = typed(*line)
+    assert made.exit_code == 0, made.output
+    plan = json.loads(made.stdout)
+    assert plan["channels"] == 65 and "reference_sequence" in plan["encoded_while_training"]
+    for words in (("v2v", *line[2:], "--channels", "49"), ("i2v", *line[2:])):
+        refused = typed("train", *words)
+        assert refused.exit_code == 2, refused.output
+        assert "data.reference_sequence: a reference sequence needs 65 input channels" in refused.output
