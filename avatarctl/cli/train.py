@@ -252,7 +252,7 @@ def _show_plan(command: Name, run: TrainingRun, as_json: bool, screen: Screen) -
         summary = run.summary(len(_DRAWN), 0, {})
     else:
         data = run.open_data()
-        summary = run.summary(len(data.names), len(data.bad), data.lacking)
+        summary = run.summary(len(data.names) - len(data.bad), len(data.bad), data.lacking)
     if as_json:
         click.echo(json.dumps({"command": command, "dry_run": True, **summary}))
         return

@@ -76,8 +76,9 @@ class ToFace:
 
 
 class TrainingData(Protocol):
-    """What a run learns from. names: of its samples, in order; bad: those that cannot be used; constants:
-    what all samples share, float32, there after `prepare`; base: what messages call the whole."""
+    """What a run learns from. names: of all samples, in order, whether they can be used or not: which has
+    which turn must not depend on its health; bad: why some cannot; constants: what all samples share, float32,
+    there after `prepare`; base: what messages call the whole."""
 
     names: list[str]
     bad: dict[str, AvatarctlError]
@@ -162,16 +163,17 @@ class TrainingSet:
                         self._to_face(checked)
                 except AvatarctlError as unfit:
                     checked = Checked(sample, problem=unfit)
+            self.names.append(sample.name)
+            self._checked.append(checked)
             if checked.problem is not None:
+                self.lengths.append(0)
                 self.bad[sample.name] = checked.problem
                 self.emit(
                     Notice(f"{sample.name}: {checked.problem}; other samples take its turns", "warning")
                 )
             else:
-                self.names.append(sample.name)
-                self._checked.append(checked)
                 self.lengths.append(self._length(checked.frames))
-        if not self._checked:
+        if len(self.bad) == len(self.names):
             first, problem = next(iter(self.bad.items()))
             raise UnusableFile(
                 f"no sample could be used; the first: {first}: {problem}", where=self._set.base
@@ -213,13 +215,15 @@ class TrainingSet:
     def read(self, places: Iterable[int]) -> Iterator[TrainingSample | AvatarctlError]:
         """The samples at `places`, in that order, or why one cannot be used after all. `data.workers`
         processes read ahead; encoders run here."""
-        turns = ((place, self._turn(place)) for place in places)
         waiting: list[int] = []
 
         def jobs() -> Iterator[tuple[Any, tuple[Any, ...]]]:
-            for place, turn in turns:
+            for place in places:
                 waiting.append(place)
-                yield _read_turn, (turn, self.lengths[place])
+                if self._checked[place].problem is None:
+                    yield _read_turn, (self._turn(place), self.lengths[place])
+                else:
+                    yield _nothing, ()
 
         for outcome in run_jobs(jobs(), self.cfg.data.workers):
             place = waiting.pop(0)
@@ -231,10 +235,10 @@ class TrainingSet:
     def _finished(self, place: int, outcome: Outcome) -> TrainingSample:
         import torch
 
-        if outcome.problem is not None:
-            raise outcome.problem
-        arrays, live, audio = outcome.value
         checked = self._checked[place]
+        if (problem := checked.problem or outcome.problem) is not None:
+            raise problem
+        arrays, live, audio = outcome.value
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         todo, made = checked.todo, self._kept.get(place)
         if made is None and todo is not None and live is not None:
@@ -304,7 +308,7 @@ class TrainingSet:
         if artifact is None:
             return
         missing: dict[str, Checked] = {}
-        for checked in self._checked:
+        for checked in (each for each in self._checked if each.problem is None):
             prompt = self._prompt(checked.sample)
             if prompt in self._prompts or prompt in missing:
                 continue
@@ -390,6 +394,10 @@ class TrainingSet:
         from avatarctl.data.media import audio_facts
 
         return self._known.facts(audio_of(sample), "audio", audio_facts)
+
+
+def _nothing() -> None:
+    """What is read of a sample that cannot be used."""
 
 
 def _read_turn(turn: _Turn, frames: int) -> tuple[dict[str, np.ndarray], Any, np.ndarray | None]:

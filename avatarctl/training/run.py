@@ -96,9 +96,11 @@ class TrainingRun:
         )
         data.check()
         slots = self.cfg.train.batch_size * self.cfg.train.gradient_accumulation
-        if slots > len(data.names):
+        # A run goes on whatever became of its samples: others take their turns.
+        usable = len(data.names) - (0 if self.folder.is_begun else len(data.bad))
+        if slots > usable:
             raise UsageError(
-                f"a step takes {slots} samples, and the data set has {len(data.names)}",
+                f"a step takes {slots} samples, and the data set has {usable}",
                 where="train.batch_size",
                 fix="a smaller --batch-size, or more samples",
             )
@@ -292,10 +294,9 @@ class TrainingRun:
         failed = {**data.bad, **trainer.failed}
         if failed:
             first, problem = next(iter(failed.items()))
-            total = len(data.names) + len(data.bad)
             raise PartlyFailed(
-                f"trained to step {trainer.step}; {len(failed)} of {total} samples could not be used; the "
-                f"first: {first}: {problem}"
+                f"trained to step {trainer.step}; {len(failed)} of {len(data.names)} samples could not be used; "
+                f"the first: {first}: {problem}"
             )
 
 

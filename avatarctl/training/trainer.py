@@ -73,6 +73,7 @@ class Trainer:
         self._order = Order(self.cfg.runtime.seed, len(self.data.names), self._slots)
         self._optimizer = Optimizer(self.network.trainables.parameters, train)
         self._in_a_row = 0
+        self.failed.update(self.data.bad)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Goes on behind a checkpoint. Raises UnusableWeights for one of another model."""

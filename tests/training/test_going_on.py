@@ -18,7 +18,7 @@ from avatarctl.loading.model_row import row_named
 from avatarctl.loading.sources import find_sources
 from avatarctl.media.files import file_sha256
 from avatarctl.registry import configure
-from tests.training.running import COMPARED, typed
+from tests.training.running import COMPARED, bits, typed
 
 WEIGHTS = COMPARED[0]
 SHORT = ("--size", "32x32", "--frames", "9", "--batch-size", "1")
@@ -141,3 +141,36 @@ def test_a_reference_sequence_brings_its_channels(samples: Path, tmp_path: Path)
         refused = typed("train", *words)
         assert refused.exit_code == 2, refused.output
         assert "data.reference_sequence: a reference sequence needs 65 input channels" in refused.output
+
+
+# --- samples that go bad, and come back ----------------------------------------------------------
+
+
+def test_a_run_goes_on_though_a_sample_broke_and_though_it_was_mended(samples: Path, tmp_path: Path) -> None:
+    """Which sample has which turn does not depend on who is well: a folder that is gone is another set."""
+    data, run = Path(shutil.copytree(samples, tmp_path / "data")), tmp_path / "run"
+    audio = data / "000001" / "audio.wav"
+    whole = audio.read_bytes()
+    line = ("train", "v2v", *SHORT, "--data", data, "--out", run, "--resume", "auto", "--max-steps")
+    for steps, held, code in ((1, whole, 0), (2, b"no audio", 7), (3, whole, 0)):
+        audio.write_bytes(held)
+        made = typed(*line, steps)
+        assert made.exit_code == code, made.output
+        state = json.loads((run / f"checkpoint-{steps}" / "state.json").read_text())
+        assert state["samples"] == ["000000", "000001", "000002", "000003"]
+    shutil.rmtree(data / "000001")
+    gone = typed(*line, 4)
+    assert gone.exit_code == 3 and "000001 is gone" in gone.output, gone.output
+
+
+def test_the_turns_of_a_bad_sample_go_to_the_next(samples: Path, tmp_path: Path) -> None:
+    """Found bad before the first step or at its turn: the steps are the same, and so are resumed ones."""
+    data = Path(shutil.copytree(samples, tmp_path / "data"))
+    (data / "000001" / "audio.wav").write_bytes(b"no audio")
+    line = ("train", "v2v", *SHORT, "--data", data, "--resume", "auto")
+    for run, lengths in (("whole", (3,)), ("resumed", (1, 3))):
+        for steps in lengths:
+            made = typed(*line, "--out", tmp_path / run, "--max-steps", steps)
+            assert made.exit_code == 7, made.output
+            assert made.output.count("000001: ") == 2  # when it is looked at, and at the end
+    assert bits(tmp_path / "whole", 3) == bits(tmp_path / "resumed", 3)
