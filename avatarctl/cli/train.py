@@ -129,6 +129,8 @@ def _run(command: Name, params: Mapping[str, Any]) -> None:
     cfg, offset = settled_offset(cfg, row, of_video=command == "train v2v", asked=asked)
     folder, resume, step = _place(command, cfg, row)
     cfg = _pinned(command, cfg, row, folder)
+    if resume and not _says_length(params):
+        cfg = _as_long(cfg, folder, step)
     row = row_named(cfg.model.name or row.name)
     with Screen(cfg.runtime.log_level) as screen:
         built_in = "" if "model.name" in request.resolved.asked else " (built in; --model names another)"
@@ -213,6 +215,21 @@ def _pinned(command: Name, cfg: RunConfig, row: Row, folder: Path) -> RunConfig:
         if begun is not None and Path(str(begun.value)).parent == run:
             chosen = Path(str(begun.value))
     return replace(cfg, model=replace(cfg.model, name=str(chosen)))
+
+
+def _says_length(params: Mapping[str, Any]) -> bool:
+    """Whether the command line says how long the run is to be."""
+    assigned = {text.partition("=")[0].strip() for text in params["assignments"]}
+    return bool(params["config"] or params.get("train__max_steps") or "train.max_steps" in assigned)
+
+
+def _as_long(cfg: RunConfig, folder: Path, step: int | None) -> RunConfig:
+    """`cfg` with the length that the run in `folder`, if there is one, was given last."""
+    from avatarctl.training.run_folder import length_so_far
+
+    if not (folder / "run.yaml").is_file():
+        return cfg
+    return replace(cfg, train=replace(cfg.train, max_steps=length_so_far(folder, step)))
 
 
 def _fresh(home: Path) -> Path:

@@ -77,8 +77,8 @@ class ToFace:
 
 class TrainingData(Protocol):
     """What a run learns from. names: of all samples, in order, whether they can be used or not: which has
-    which turn must not depend on its health; bad: why some cannot; constants: what all samples share, float32,
-    there after `prepare`; base: what messages call the whole."""
+    which turn must not depend on its health; bad: why some cannot; constants: what all share, float32, there
+    after `prepare`; base: what messages call the whole."""
 
     names: list[str]
     bad: dict[str, AvatarctlError]

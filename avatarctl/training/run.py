@@ -20,7 +20,7 @@ from avatarctl.loading.judges import find_judges, judges_missing, load_judges
 from avatarctl.loading.sources import Sources, find_sources, weights_missing
 from avatarctl.loading.trained import checkpoints
 from avatarctl.registry import Row
-from avatarctl.training.run_folder import RunFolder, require_same
+from avatarctl.training.run_folder import RunFolder, length_so_far, require_same
 from avatarctl.weights.layouts import LAYOUTS
 
 if TYPE_CHECKING:
@@ -264,9 +264,7 @@ class TrainingRun:
 
     def _check_length(self, folder: Path) -> None:
         """Of a run that goes on: never shorter than it is, and a cosine only as long as it was."""
-        from avatarctl.config import read_config
         from avatarctl.training.optimizer import learning_rate
-        from avatarctl.training.run_folder import RUN
 
         train = self.cfg.train
         step = self._from_step
@@ -276,7 +274,7 @@ class TrainingRun:
             raise UsageError(
                 f"{train.max_steps} steps were asked for, and {step} are done", where="train.max_steps"
             )
-        before = read_config(folder / RUN, command=self.command).settings["train.max_steps"].value
+        before = length_so_far(folder, self._from_step)
         if (
             train.max_steps != before
             and train.schedule == "cosine"
@@ -294,9 +292,10 @@ class TrainingRun:
         failed = {**data.bad, **trainer.failed}
         if failed:
             first, problem = next(iter(failed.items()))
+            total = len(data.names)
             raise PartlyFailed(
-                f"trained to step {trainer.step}; {len(failed)} of {len(data.names)} samples could not be used; "
-                f"the first: {first}: {problem}"
+                f"trained to step {trainer.step}; {len(failed)} of {total} samples could not be used; the "
+                f"first: {first}: {problem}"
             )
 
 

@@ -12,19 +12,22 @@ from typing import Any, Final
 from avatarctl.atomic import atomic_write_text, disk_errors, ensure_writable_folder
 from avatarctl.config import RunConfig, read_config, value_of
 from avatarctl.config.commands import keys_of
-from avatarctl.errors import ConfigError, OutputRefused
+from avatarctl.errors import ConfigError, OutputRefused, UnusableWeights
+from avatarctl.files.strict_json import read_object
+from avatarctl.loading.trained import STATE, checkpoints
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["LOG", "RUN", "TIMING", "RunFolder", "changed", "require_same"]
+__all__ = ["LOG", "RUN", "TIMING", "RunFolder", "changed", "length_so_far", "require_same"]
 
 RUN: Final = "run.yaml"
 LOG: Final = "log.jsonl"
 TIMING: Final = "timing.jsonl"
 _LOCK: Final = "lock"
+_LONGEST_STATE: Final = 1 << 20
 
 _FREE: Final = (
     "output.path", "checkpoint.", "runtime.log_level", "runtime.device", "data.workers", "data.path",
@@ -108,6 +111,21 @@ def changed(run: Path, cfg: RunConfig, command: str) -> dict[str, tuple[Any, Any
         if now != was and not (was is None and now in ({}, ())) and not dotted.startswith(_FREE):
             found[dotted] = (was, now)
     return found
+
+
+def length_so_far(run: Path, step: int | None = None) -> int:
+    """`train.max_steps` with which the newest checkpoint was made, or that of `step`: a run may have been
+    lengthened. Without a checkpoint that says it, what was asked for at the first start."""
+    for number, path in reversed(checkpoints(run)):
+        if step in (None, number) and (path / STATE).is_file():
+            try:
+                stated = read_object(path / STATE, _LONGEST_STATE).get("max_steps")
+            except UnusableWeights:
+                continue  # it is passed over, and named, when weights are looked for
+            if isinstance(stated, int):
+                return stated
+    first: int = read_config(run / RUN).settings["train.max_steps"].value
+    return first
 
 
 def require_same(run: Path, cfg: RunConfig, command: str) -> None:

@@ -111,6 +111,7 @@ class Trainer:
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "start": dict(self.start),
+            "max_steps": self.cfg.train.max_steps,
         }
         optimizer = self._optimizer.state()
         path = write_checkpoint(self.folder.path, self.step, weights, averaged, optimizer, state)

@@ -174,3 +174,25 @@ def test_the_turns_of_a_bad_sample_go_to_the_next(samples: Path, tmp_path: Path)
             assert made.exit_code == 7, made.output
             assert made.output.count("000001: ") == 2  # when it is looked at, and at the end
     assert bits(tmp_path / "whole", 3) == bits(tmp_path / "resumed", 3)
+
+
+# --- runs that were lengthened -------------------------------------------------------------------
+
+
+def test_a_lengthened_run_goes_on_as_long_as_it_was_made(samples: Path, tmp_path: Path) -> None:
+    """By its name alone, and under `auto` without the option; also a cosine that was accepted once."""
+    run = tmp_path / "run"
+    line = ("train", "v2v", *SHORT, "--data", samples, "--schedule", "cosine", "--out", run)
+    assert typed(*line, "--max-steps", 1).exit_code == 0
+    longer = (*line, "--resume", "auto", "--max-steps", 3)
+    assert "would jump" in typed(*longer).output
+    assert typed(*longer, "--accept-schedule").exit_code == 0
+    for words in (("train", "v2v", "--resume", run), longer, longer[:-2]):
+        again = typed(*words)
+        assert again.exit_code == 0, again.output
+        assert "nothing to do: all 3 steps are done" in again.output
+    shutil.rmtree(run / "checkpoint-3")
+    back = typed("train", "v2v", "--resume", run)  # behind step 1, which was made for 1 step
+    assert back.exit_code == 0 and "all 1 steps are done" in back.output, back.output
+    shorter = typed("train", "v2v", "--resume", run, "--max-steps", 3)
+    assert shorter.exit_code == 2 and "the cosine was made for 1 steps" in shorter.output
