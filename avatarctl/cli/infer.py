@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from avatarctl.media import Video
     from avatarctl.pipelines.job import Job, JobPlan
 
-__all__ = ["DEFAULT_MODEL", "infer"]
+__all__ = ["DEFAULT_MODEL", "infer", "tell_checkpoint"]
 
 DEFAULT_MODEL = "cartoon-i2v"
 
@@ -90,6 +90,7 @@ def infer(**params: Any) -> None:
     with Screen(cfg.runtime.log_level) as screen, contextlib.ExitStack() as opened:
         for notice in _introduction(request, row):
             screen(Notice(notice))
+        tell_checkpoint(row, screen)
         plan = check_job(cfg, row, _job(request, row, screen, opened), screen)
         if request.dry_run:
             _show_plan(plan, request.json, screen)
@@ -118,6 +119,14 @@ def _introduction(request: Request, row: Row) -> list[str]:
             f"{row.name} knows only the drawn faces of the {row.world} world; others will look wrong"
         )
     return lines
+
+
+def tell_checkpoint(row: Row, screen: Screen) -> None:
+    """What of a folder that `avatarctl train` made is used, and what is not."""
+    for line in row.passed_over:
+        screen(Notice(line, "warning"))
+    if row.chosen:
+        screen(Notice(f"of this run: {row.chosen}"))
 
 
 def _job(request: Request, row: Row, screen: Screen, opened: contextlib.ExitStack) -> Job:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from avatarctl.cli.infer import _row
+from avatarctl.cli.infer import _row, tell_checkpoint
 from avatarctl.cli.options import EXAMPLE_MODEL, ConfigCommand, Request, config_options, read_request
 from avatarctl.cli.run_file import with_absolute_paths
 from avatarctl.cli.screen import Screen
@@ -96,6 +96,7 @@ def _run(command: Name, params: Mapping[str, Any]) -> None:
         built_in = "" if "model.name" in request.resolved.asked else " (built in; --model names another)"
         for notice in (f"model: {row.name}{built_in}", *request.resolved.notices):
             screen(Notice(notice))
+        tell_checkpoint(row, screen)
         preparation = Preparation(command, cfg, row, family, screen, dry_run=request.dry_run)  # type: ignore[arg-type]
         if request.dry_run:
             _show_plan(command, preparation, request.json, screen)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import click
 
 from avatarctl.cli.app import CommandGroup
-from avatarctl.cli.infer import _row
+from avatarctl.cli.infer import _row, tell_checkpoint
 from avatarctl.cli.options import EXAMPLE_MODEL, ConfigCommand, Request, config_options, read_request
 from avatarctl.cli.run_file import with_absolute_paths
 from avatarctl.cli.screen import Screen
@@ -114,7 +114,7 @@ def _run(command: Name, params: Mapping[str, Any]) -> None:
     cfg = request.resolved.cfg
     require_supported(cfg, command, request.resolved.origins)
     assert cfg.model.name is not None
-    row = row_named(cfg.model.name)
+    row = asked = row_named(cfg.model.name)
     from avatarctl.families import family_named
 
     if row.status == NOT_YET or not hasattr(family := family_named(row.family), "training_condition"):
@@ -125,8 +125,8 @@ def _run(command: Name, params: Mapping[str, Any]) -> None:
     of_the_row = request.resolved.is_of_the_row
     if command == "train v2v" and cfg.data.reference_sequence and of_the_row("model.channels"):
         cfg = replace(cfg, model=replace(cfg.model, channels=WITH_SEQUENCE))
-    asked = not of_the_row("model.audio_offset")
-    cfg, offset = settled_offset(cfg, row, of_video=command == "train v2v", asked=asked)
+    set_offset = not of_the_row("model.audio_offset")
+    cfg, offset = settled_offset(cfg, row, of_video=command == "train v2v", asked=set_offset)
     folder, resume, step = _place(command, cfg, row)
     cfg = _pinned(command, cfg, row, folder)
     if resume and not _says_length(params):
@@ -138,6 +138,7 @@ def _run(command: Name, params: Mapping[str, Any]) -> None:
         named = f"model: {row.name}{built_in}" if known else f"model: {cfg.model.name} ({row.title})"
         for notice in filter(None, (named, *request.resolved.notices, offset)):
             screen(Notice(notice))
+        tell_checkpoint(asked, screen)
         draw = _drawing(cfg, row, folder, screen)
         if draw is not None and not request.dry_run:
             cfg = replace(cfg, data=replace(cfg.data, path=str(folder / _SAMPLES)))

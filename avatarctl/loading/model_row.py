@@ -61,7 +61,8 @@ def _row_of_run(folder: Path) -> Row:
 
     A model that comes with the program needs no file beside them.
     """
-    path, _ = trained_weights(folder)
+    path, passed_over = trained_weights(folder)
+    told: dict[str, Any] = {"passed_over": passed_over, "chosen": f"{path.parent.name}/{path.name}"}
     held = open_model(path)
     base = ROWS.get(str(base_of(path).get("model")))
     size = _trained_size(path)
@@ -69,7 +70,7 @@ def _row_of_run(folder: Path) -> Row:
     if base is None or base.source != "package":
         row = replace(_row_of(path, held), name=folder.name)
         seen = replace(row.trained_for, sizes=sizes)
-        return replace(row, defaults={**row.defaults, **size}, trained_for=seen)
+        return replace(row, defaults={**row.defaults, **size}, trained_for=seen, **told)
     data = data_of(held)
     video = {key: value for key, value in base.defaults.items() if key.startswith("output.")}
     shown = {f"output.{side}": size[f"data.{side}"] for side in ("width", "height") if size and video}
@@ -97,6 +98,7 @@ def _row_of_run(folder: Path) -> Row:
         path=str(path),
         base_path=below,
         base_sha256=digests,
+        **told,
     )
 
 

@@ -33,6 +33,7 @@ model in a file also {"path": of that, "sha256": {name of a file: digest}}."""
 TRAINED: Final = "trainable_weights.safetensors"
 AVERAGED: Final = "ema_weights.safetensors"
 STATE: Final = "state.json"
+RUN: Final = "run.yaml"
 _NAME: Final = re.compile(r"checkpoint-(\d{1,9})")
 _LONGEST_STATE: Final = 1 << 20
 
@@ -41,7 +42,7 @@ def is_run_folder(path: Path) -> bool:
     """Whether a folder is one that `avatarctl train` made: a run or one of its checkpoints."""
     if not path.is_dir():
         return False
-    return (path / "run.yaml").is_file() and (bool(checkpoints(path)) or (path / STATE).is_file())
+    return (path / RUN).is_file() and (bool(checkpoints(path)) or (path / STATE).is_file())
 
 
 def checkpoints(run: Path) -> list[tuple[int, Path]]:
@@ -57,9 +58,10 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def damage(checkpoint: Path) -> str:
+def damage(checkpoint: Path, *, weights_only: bool = False) -> str:
     """What is wrong with a checkpoint, empty for nothing: its files are compared with the hashes in its
-    state file, which is written last."""
+    state file, which is written last. weights_only: those that whoever uses the weights reads; moments are
+    twice as large."""
     state = checkpoint / STATE
     if not state.is_file():
         return f"{STATE} is missing"
@@ -68,12 +70,19 @@ def damage(checkpoint: Path) -> str:
     except UnusableWeights as problem:
         return str(problem)
     for name, digest in stated.items():
+        if weights_only and name not in (_used(stated), RUN):
+            continue
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
         if file_sha256(path) != digest:
             return f"{name} is damaged: its SHA-256 is another one"
     return "" if stated else f"{STATE} names no files"
+
+
+def _used(files: Mapping[str, Any]) -> str:
+    """Of the files of a checkpoint the one that is used: averaged weights, where it has them."""
+    return AVERAGED if AVERAGED in files else TRAINED
 
 
 def trained_weights(path: Path) -> tuple[Path, tuple[str, ...]]:
@@ -85,11 +94,11 @@ def trained_weights(path: Path) -> tuple[Path, tuple[str, ...]]:
     notes = []
     found = [path] if (path / STATE).is_file() else [each for _, each in reversed(checkpoints(path))]
     for checkpoint in found:
-        if wrong := damage(checkpoint):
+        if wrong := damage(checkpoint, weights_only=True):
             notes.append(f"{checkpoint} is passed over: {wrong}")
             continue
-        averaged = checkpoint / AVERAGED
-        return (averaged if averaged.is_file() else checkpoint / TRAINED), tuple(notes)
+        files = read_object(checkpoint / STATE, _LONGEST_STATE)["files"]
+        return checkpoint / _used(files), tuple(notes)
     if notes:
         raise UnusableWeights(notes[0].replace(" is passed over", ""), where=path)
     raise PathNotFound("holds no checkpoint yet", where=path)

@@ -89,6 +89,8 @@ class Row:
     path:    of the transformer's file, absolute, where the source is "path".
     base_path, base_sha256: the full model that the adapter at `path` was trained on, absolute, and digests of
              its files by name, where the adapter states them.
+    passed_over, chosen: of a folder that `avatarctl train` made, a line for each checkpoint that is damaged,
+             and the file of it that is used.
     home:    folder that the files of a row of the package lie in, absolute, where it is not `ASSETS`: while
              they are made.
     """
@@ -121,6 +123,8 @@ class Row:
     path: str = ""
     base_path: str = ""
     base_sha256: Mapping[str, str] = field(default_factory=dict)
+    passed_over: tuple[str, ...] = ()
+    chosen: str = ""
     home: str = ""
 
     @property

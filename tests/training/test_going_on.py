@@ -196,3 +196,28 @@ def test_a_lengthened_run_goes_on_as_long_as_it_was_made(samples: Path, tmp_path
     assert back.exit_code == 0 and "all 1 steps are done" in back.output, back.output
     shorter = typed("train", "v2v", "--resume", run, "--max-steps", 3)
     assert shorter.exit_code == 2 and "the cosine was made for 1 steps" in shorter.output
+
+
+# --- damaged checkpoints, cut logs ---------------------------------------------------------------
+
+
+def test_infer_says_which_checkpoint_it_takes(
+    full: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And which it passes over. Moments are twice as large as the weights and are not read for it."""
+    run = Path(shutil.copytree(full, tmp_path / "run"))
+    newer = Path(shutil.copytree(run / "checkpoint-2", run / "checkpoint-3"))
+    (newer / WEIGHTS).write_bytes((newer / WEIGHTS).read_bytes()[:-1] + b"?")
+    hashed: list[str] = []
+
+    def watched(path: Path) -> str:
+        hashed.append(path.name)
+        return file_sha256(path)
+
+    monkeypatch.setattr("avatarctl.loading.trained.file_sha256", watched)
+    for words in (("infer",), ("train", "i2v", *SHORT)):
+        made = typed(*words, "--model", run, "--dry-run", "--quiet")
+        assert made.exit_code == 0, made.output
+        assert f"checkpoint-3 is passed over: {WEIGHTS} is damaged" in made.output, made.output
+        assert f"of this run: checkpoint-2/{WEIGHTS}" in typed(*words, "--model", run, "--dry-run").output
+    assert set(hashed) == {WEIGHTS, "run.yaml"}
