@@ -156,6 +156,8 @@ def _run(command: Name, params: Mapping[str, Any]) -> None:
             result = run.run(_run_text(request, command), should_stop, draw)
         _advise(command, result, screen)
     _show_result(command, result, request.json)
+    if result.partly is not None:  # not before: what was trained can be used
+        raise result.partly
 
 
 def _place(command: Name, cfg: RunConfig, row: Row) -> tuple[Path, bool, int | None]:

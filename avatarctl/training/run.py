@@ -39,11 +39,13 @@ WITH_SEQUENCE: Final = 65
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """steps: done in all; checkpoint: the last one, None where there was nothing to do."""
+    """steps: done in all; checkpoint: the last one, None where there was nothing to do; partly: what there is
+    to say where samples could not be used, to be raised when the result was told."""
 
     folder: Path
     steps: int
     checkpoint: Path | None
+    partly: PartlyFailed | None = None
 
 
 class TrainingRun:
@@ -121,8 +123,7 @@ class TrainingRun:
         """Trains. run_text: of the run file; draw: makes the data set where none was given, in a folder that
         is this run's alone; data: to learn from, in place of the data set of the settings.
 
-        Raises Interrupted (the step is saved), PartlyFailed where some samples could not be used, and what
-        a start, a checkpoint or the disk raises.
+        Raises Interrupted (the step is saved), and what a start, a checkpoint or the disk raises.
         """
         if self._start is None:  # before a folder is made
             raise weights_missing(self.row, self.sources)
@@ -139,8 +140,7 @@ class TrainingRun:
                 self._emit(Notice(f"nothing to do: all {begun} steps are done (--max-steps for more)"))
             trainer.train(should_stop)
             last = checkpoints(self.folder.path)[-1][1] if trainer.step > begun else None
-            self._report(data, trainer)
-            return TrainingResult(self.folder.path, trainer.step, last)
+            return TrainingResult(self.folder.path, trainer.step, last, _partly(data, trainer))
 
     def summary(self, samples: int, bad: int, lacking: Mapping[str, int]) -> dict[str, Any]:
         """What `--dry-run` shows, of a data set with that many samples, unusable ones beside them, and what
@@ -288,16 +288,6 @@ class TrainingRun:
                 fix="--accept-schedule goes on all the same",
             )
 
-    def _report(self, data: TrainingData, trainer: Trainer) -> None:
-        failed = {**data.bad, **trainer.failed}
-        if failed:
-            first, problem = next(iter(failed.items()))
-            total = len(data.names)
-            raise PartlyFailed(
-                f"trained to step {trainer.step}; {len(failed)} of {total} samples could not be used; the "
-                f"first: {first}: {problem}"
-            )
-
 
 @dataclass(frozen=True)
 class _Judged:
@@ -315,6 +305,17 @@ def _judged(cfg: RunConfig) -> _Judged:
     if set(names) - {"lpips"}:
         needed = max(needed, SHORTEST, cfg.aux.window if "sync" in names else 0)
     return _Judged(names, needed)
+
+
+def _partly(data: TrainingData, trainer: Trainer) -> PartlyFailed | None:
+    failed = {**data.bad, **trainer.failed}
+    if not failed:
+        return None
+    first, problem = next(iter(failed.items()))
+    return PartlyFailed(
+        f"trained to step {trainer.step}; {len(failed)} of {len(data.names)} samples could not be used; the "
+        f"first: {first}: {problem}"
+    )
 
 
 def _channels(cfg: RunConfig, family: TrainableFamily, wants: str) -> list[int]:

@@ -167,12 +167,14 @@ def test_the_turns_of_a_bad_sample_go_to_the_next(samples: Path, tmp_path: Path)
     """Found bad before the first step or at its turn: the steps are the same, and so are resumed ones."""
     data = Path(shutil.copytree(samples, tmp_path / "data"))
     (data / "000001" / "audio.wav").write_bytes(b"no audio")
-    line = ("train", "v2v", *SHORT, "--data", data, "--resume", "auto")
+    line = ("train", "v2v", *SHORT, "--data", data, "--resume", "auto", "--json")
     for run, lengths in (("whole", (3,)), ("resumed", (1, 3))):
         for steps in lengths:
             made = typed(*line, "--out", tmp_path / run, "--max-steps", steps)
             assert made.exit_code == 7, made.output
             assert made.output.count("000001: ") == 2  # when it is looked at, and at the end
+            assert f"to use it: avatarctl infer --model {tmp_path / run}" in made.stderr
+            assert json.loads(made.stdout)["steps"] == steps
     assert bits(tmp_path / "whole", 3) == bits(tmp_path / "resumed", 3)
 
 
