@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from avatarctl.atomic import atomic_write_text, disk_errors, ensure_writable_folder
+from avatarctl.atomic import atomic_write_text, disk_errors, ensure_writable_folder, flush_file
 from avatarctl.config import RunConfig, read_config, value_of
 from avatarctl.config.commands import keys_of
 from avatarctl.errors import ConfigError, OutputRefused, UnusableWeights
@@ -74,14 +74,14 @@ class RunFolder:
             atomic_write_text(self.path / RUN, run_text)
 
     def cut_log(self, step: int) -> None:
-        """Forgets log lines behind `step`, and what a kill left of a line, so that logs of equal runs are
-        equal."""
+        """Forgets log lines behind `step`, and what a kill or a power cut left of a line, so that logs of
+        equal runs are equal."""
         for name in (LOG, TIMING):
             path = self.path / name
             if not path.is_file():
                 continue
-            kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
-            atomic_write_text(path, "".join(f"{line}\n" for line in kept))
+            kept = [entry for entry in _entries(path) if entry["step"] <= step]
+            atomic_write_text(path, "".join(f"{json.dumps(entry)}\n" for entry in kept))
 
     def write(self, name: str, entry: Mapping[str, Any]) -> None:
         """One more line of a log."""
@@ -89,16 +89,29 @@ class RunFolder:
         with disk_errors(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
+    def flush(self) -> None:
+        """Waits until the logs are on the disk: a checkpoint is not to be there without its lines."""
+        for path in (self.path / LOG, self.path / TIMING):
+            if path.is_file():
+                with disk_errors(path):
+                    flush_file(path)
+
     def entries(self) -> list[dict[str, Any]]:
         """What the log says so far."""
         path = self.path / LOG
-        return [json.loads(line) for line in _whole_lines(path)] if path.is_file() else []
+        return list(_entries(path)) if path.is_file() else []
 
 
-def _whole_lines(path: Path) -> Iterator[str]:
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n") and line.strip():
-            yield line.rstrip("\n")
+def _entries(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a log up to the first that is none: half of one, or after a power cut zeros."""
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            entry = json.loads(line.decode())
+        except ValueError:
+            return
+        if not line.endswith(b"\n") or not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+            return
+        yield entry
 
 
 def changed(run: Path, cfg: RunConfig, command: str) -> dict[str, tuple[Any, Any]]:

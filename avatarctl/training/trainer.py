@@ -114,6 +114,7 @@ class Trainer:
             "max_steps": self.cfg.train.max_steps,
         }
         optimizer = self._optimizer.state()
+        self.folder.flush()
         path = write_checkpoint(self.folder.path, self.step, weights, averaged, optimizer, state)
         for gone in rotate(self.folder.path, self.cfg.checkpoint.keep_last):
             self.emit(Notice(f"removed {gone.name}", "info"))

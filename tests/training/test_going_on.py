@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from avatarctl.atomic import flush_file
 from avatarctl.events import silent
 from avatarctl.files.tensors import read_whole
 from avatarctl.loading.assemble import assemble
@@ -18,6 +19,7 @@ from avatarctl.loading.model_row import row_named
 from avatarctl.loading.sources import find_sources
 from avatarctl.media.files import file_sha256
 from avatarctl.registry import configure
+from avatarctl.training.run_folder import RunFolder
 from tests.training.running import COMPARED, bits, typed
 
 WEIGHTS = COMPARED[0]
@@ -223,3 +225,36 @@ def test_infer_says_which_checkpoint_it_takes(
         assert f"checkpoint-3 is passed over: {WEIGHTS} is damaged" in made.output, made.output
         assert f"of this run: checkpoint-2/{WEIGHTS}" in typed(*words, "--model", run, "--dry-run").output
     assert set(hashed) == {WEIGHTS, "run.yaml"}
+
+
+@pytest.mark.parametrize("tail", [b"\0" * 700 + b"\n", b"\0" * 700, b'{"step": 4, "lo', b"\xff\xfe\n[1]\n"])
+def test_what_a_power_cut_left_of_a_log_is_cut(tail: bytes, tmp_path: Path) -> None:
+    """Lines that were written are there as bytes of zero where only the length had reached the disk."""
+    folder = RunFolder(tmp_path)
+    whole = b"".join(b'{"step": %d, "loss": 0.1234567890123456}\n' % step for step in (1, 2, 3))
+    for name in ("log.jsonl", "timing.jsonl"):
+        (tmp_path / name).write_bytes(whole + tail)
+    assert [entry["step"] for entry in folder.entries()] == [1, 2, 3]
+    folder.cut_log(3)
+    assert (tmp_path / "log.jsonl").read_bytes() == (tmp_path / "timing.jsonl").read_bytes() == whole
+
+
+def test_logs_are_on_the_disk_before_their_checkpoint(
+    samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    flush, rename = flush_file, Path.rename
+
+    def flushed(path: Path) -> None:
+        order.append(path.name)
+        flush(path)
+
+    def renamed(self: Path, target: Path) -> Path:
+        order.append(Path(target).name)
+        return rename(self, target)
+
+    monkeypatch.setattr("avatarctl.training.run_folder.flush_file", flushed)
+    monkeypatch.setattr(Path, "rename", renamed)
+    made = typed("train", "v2v", *SHORT, "--data", samples, "--max-steps", 1, "--out", tmp_path / "run")
+    assert made.exit_code == 0, made.output
+    assert order[order.index("log.jsonl") :] == ["log.jsonl", "timing.jsonl", "checkpoint-1"]
