@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
 import re
 import shlex
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -20,6 +21,7 @@ from avatarctl.cli.infer import _row, tell_checkpoint
 from avatarctl.cli.options import EXAMPLE_MODEL, ConfigCommand, Request, config_options, read_request
 from avatarctl.cli.run_file import with_absolute_paths
 from avatarctl.cli.screen import Screen
+from avatarctl.cli.video_output import leaving_no_empty_folder
 from avatarctl.config import RunConfig, dump_run, require_supported
 from avatarctl.errors import NotYetSupported, PathNotFound, UsageError, printable
 from avatarctl.events import Notice
@@ -38,8 +40,6 @@ _CHANNELS: Final[Mapping[Name, str]] = {"train i2v": "", "train v2v": " --channe
 _PATHS: Final = ("data.path", "data.mask", "data.faces")
 _DRAWN: Final = range(8)
 """Seeds of the clips that are drawn where no data set is given."""
-_SAMPLES: Final = "samples"
-"""Their place in the folder of the run."""
 
 _EXAMPLES: Final = """\b
 Examples:
@@ -132,7 +132,7 @@ def _run(command: Name, params: Mapping[str, Any]) -> None:
     if resume and not _says_length(params):
         cfg = _as_long(cfg, folder, step)
     row = row_named(cfg.model.name or row.name)
-    with Screen(cfg.runtime.log_level) as screen:
+    with Screen(cfg.runtime.log_level) as screen, _leaving_nothing_refused(folder):
         built_in = "" if "model.name" in request.resolved.asked else " (built in; --model names another)"
         known = row.name == cfg.model.name
         named = f"model: {row.name}{built_in}" if known else f"model: {cfg.model.name} ({row.title})"
@@ -141,7 +141,9 @@ def _run(command: Name, params: Mapping[str, Any]) -> None:
         tell_checkpoint(asked, screen)
         draw = _drawing(cfg, row, folder, screen)
         if draw is not None and not request.dry_run:
-            cfg = replace(cfg, data=replace(cfg.data, path=str(folder / _SAMPLES)))
+            from avatarctl.training.run_folder import DRAWN
+
+            cfg = replace(cfg, data=replace(cfg.data, path=str(folder / DRAWN)))
         request = replace(request, resolved=replace(request.resolved, cfg=cfg))
 
         from avatarctl.training.run import TrainingRun
@@ -158,6 +160,21 @@ def _run(command: Name, params: Mapping[str, Any]) -> None:
     _show_result(command, result, request.json)
     if result.partly is not None:  # not before: what was trained can be used
         raise result.partly
+
+
+@contextlib.contextmanager
+def _leaving_nothing_refused(folder: Path) -> Iterator[None]:
+    """Removes a folder that was made for a run which was refused before it began."""
+    is_new = not folder.exists()
+    with leaving_no_empty_folder(folder):
+        try:
+            yield
+        except BaseException:
+            if is_new:
+                from avatarctl.training.run_folder import RunFolder
+
+                RunFolder(folder).remove_unbegun()
+            raise
 
 
 def _place(command: Name, cfg: RunConfig, row: Row) -> tuple[Path, bool, int | None]:
@@ -257,8 +274,9 @@ def _drawing(cfg: RunConfig, row: Row, folder: Path, screen: Screen) -> Callable
 
     def draw() -> None:
         from avatarctl.demo.samples import write_samples
+        from avatarctl.training.run_folder import DRAWN
 
-        write_samples(folder / _SAMPLES, _DRAWN, frames, audio_name)
+        write_samples(folder / DRAWN, _DRAWN, frames, audio_name)
 
     return draw
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from avatarctl.events import OutputFinished
     from avatarctl.pipelines.job import JobPlan
 
-__all__ = ["fresh_path", "make_video", "record_path", "refuse_existing", "sheet_path"]
+__all__ = ["fresh_path", "leaving_no_empty_folder", "make_video", "record_path", "refuse_existing", "sheet_path"]
 
 
 def make_video(plan: JobPlan, path: Path, screen: Screen, sheet: ContactSheet | None) -> OutputFinished:
@@ -37,13 +37,13 @@ def make_video(plan: JobPlan, path: Path, screen: Screen, sheet: ContactSheet | 
 
     for line in remove_left_behind(path.parent):
         screen(Notice(line))
-    with stop_on_signals() as should_stop, _leaving_no_empty_folder(path.parent):
+    with stop_on_signals() as should_stop, leaving_no_empty_folder(path.parent):
         watch = sheet.add if sheet else None
         return write_video(plan, path, emit=screen, should_stop=should_stop, watch=watch)
 
 
 @contextlib.contextmanager
-def _leaving_no_empty_folder(folder: Path) -> Iterator[None]:
+def leaving_no_empty_folder(folder: Path) -> Iterator[None]:
     """Removes the folders that a failed run made, as far as they are empty."""
     made = [each for each in (folder, *folder.parents) if not each.exists()]
     try:

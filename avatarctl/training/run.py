@@ -82,6 +82,9 @@ class TrainingRun:
         _check_aux(cfg, row)
         assert cfg.data.width is not None and cfg.data.height is not None
         self.sources: Sources = find_sources(row, cfg.model, (cfg.data.width, cfg.data.height))
+        if cfg.train.init != "random" and not self.sources.dit and not self.sources.missing:
+            fix = "--init random --mode full, or --model RUN of one that was trained"
+            raise UsageError("has no weights that training could start from", where=row.name, fix=fix)
         self._start: StartPlan | None = None
         if cfg.train.init == "random" or (self.sources.dit and not self.sources.missing):
             from avatarctl.training.start import plan_start

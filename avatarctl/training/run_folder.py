@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,11 +22,13 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["LOG", "RUN", "TIMING", "RunFolder", "changed", "length_so_far", "require_same"]
+__all__ = ["DRAWN", "LOG", "RUN", "TIMING", "RunFolder", "changed", "length_so_far", "require_same"]
 
 RUN: Final = "run.yaml"
 LOG: Final = "log.jsonl"
 TIMING: Final = "timing.jsonl"
+DRAWN: Final = "samples"
+"""Folder of the clips that are drawn where no data set is given."""
 _LOCK: Final = "lock"
 _LONGEST_STATE: Final = 1 << 20
 
@@ -67,6 +70,19 @@ class RunFolder:
             yield
         finally:
             os.close(descriptor)
+
+    def remove_unbegun(self) -> None:
+        """Removes what a command had made before it was refused: the lock, and samples that were drawn. A run
+        that began, here or meanwhile by another command, stays as it is."""
+        if not self.path.is_dir() or self.is_begun:
+            return
+        try:
+            with self.held():
+                if (self.path / DRAWN).is_dir():
+                    shutil.rmtree(self.path / DRAWN)
+                (self.path / _LOCK).unlink()
+        except OutputRefused:
+            return
 
     def begin(self, run_text: str) -> None:
         """Writes the run file, unless one is there: it is of the first start."""

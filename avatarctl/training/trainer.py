@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from avatarctl.data.training_set import TrainingData, TrainingSample
 from avatarctl.errors import AvatarctlError, Interrupted, UnusableFile
 from avatarctl.events import Emit, Notice, TrainingStepFinished
 from avatarctl.finite import is_finite
+from avatarctl.loading.trained import checkpoints
 from avatarctl.models.device import peak_memory
 from avatarctl.training.aux_step import AuxBatch, AuxStep
 from avatarctl.training.checkpoints import Checkpoint, rotate, write_checkpoint
@@ -73,6 +75,7 @@ class Trainer:
         self._order = Order(self.cfg.runtime.seed, len(self.data.names), self._slots)
         self._optimizer = Optimizer(self.network.trainables.parameters, train)
         self._in_a_row = 0
+        self._odd: list[str] = []
         self.failed.update(self.data.bad)
 
     def resume(self, checkpoint: Checkpoint) -> None:
@@ -142,7 +145,7 @@ class Trainer:
     def accumulate(self, batch: list[TrainingSample]) -> dict[str, float]:
         """Gradients of one optimizer step, in as many forward passes as the run asks for; the numbers of the
         step, each averaged over the samples that have it."""
-        sums = _Sums()
+        sums, self._odd = _Sums(), []
         draws = self._order.draws(self.step)
         size = self.cfg.train.batch_size
         for first in range(0, self._slots, size):
@@ -169,16 +172,25 @@ class Trainer:
         self.folder.write(TIMING, {"step": self.step, "seconds": seconds, "waited": waited})
 
     def _skip(self, batch: Sequence[TrainingSample], entry: dict[str, Any]) -> None:
-        """A step without finite numbers moves nothing. Raises UnusableFile after five in a row."""
-        names = ", ".join(dict.fromkeys(sample.name for sample in batch))
+        """A step without finite numbers moves nothing. Named are samples whose own loss is not finite, all
+        where it is the gradient. Raises UnusableFile after five in a row."""
+        names = ", ".join(dict.fromkeys(self._odd or [sample.name for sample in batch]))
         self._in_a_row += 1
         line = f"step {entry['step']} is skipped: its numbers are not finite ({names})"
         self.emit(Notice(line, "warning"))
         entry.update({name: None for name, value in entry.items() if isinstance(value, float)})
         entry["skipped"] = names
         if self._in_a_row == _PATIENCE:
-            fix = "a smaller train.learning_rate, or look at these samples"
-            raise UnusableFile(f"{_PATIENCE} steps in a row were not finite; the last: {names}", fix=fix)
+            raise UnusableFile(
+                f"{_PATIENCE} steps in a row were not finite; the last: {names}",
+                fix=f"look at these samples, or begin anew with {self._slower()}",
+            )
+
+    def _slower(self) -> str:
+        """A command that goes on at a smaller learning rate, as another run: this one keeps its own."""
+        held = checkpoints(self.folder.path)
+        start = f"--model {shlex.quote(str(held[-1][1]))} " if held else ""
+        return f"{start}--learning-rate {self.cfg.train.learning_rate / 10:g} and another --out"
 
     def _backward(self, samples: list[TrainingSample], draws: list[Draw], sums: _Sums) -> None:
         """Gradients of some samples of a step, all of one length."""
@@ -220,6 +232,10 @@ class Trainer:
                 sums.add(name, values)
             total = total + result.total
         sums.add("loss", total)
+        if not is_finite(total):
+            self._odd += [
+                sample.name for sample, own in zip(samples, total, strict=True) if not is_finite(own)
+            ]
         return total
 
     def _tell(self, seconds: float, seconds_left: float) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from avatarctl.atomic import flush_file
-from avatarctl.events import silent
+from avatarctl.data.training_set import TrainingSample
+from avatarctl.errors import UnusableFile
+from avatarctl.events import Notice, silent
 from avatarctl.files.tensors import read_whole
 from avatarctl.loading.assemble import assemble
 from avatarctl.loading.model_row import row_named
@@ -20,6 +25,7 @@ from avatarctl.loading.sources import find_sources
 from avatarctl.media.files import file_sha256
 from avatarctl.registry import configure
 from avatarctl.training.run_folder import RunFolder
+from avatarctl.training.trainer import Trainer
 from tests.training.running import COMPARED, bits, typed
 
 WEIGHTS = COMPARED[0]
@@ -180,6 +186,35 @@ def test_the_turns_of_a_bad_sample_go_to_the_next(samples: Path, tmp_path: Path)
     assert bits(tmp_path / "whole", 3) == bits(tmp_path / "resumed", 3)
 
 
+def test_samples_whose_own_loss_is_not_finite_are_named_and_the_way_on(
+    trainer_of: Callable[..., Trainer],
+) -> None:
+    """One of a batch of three; a resumed run would refuse another learning rate."""
+    trainer = trainer_of("train.batch_size=3", "checkpoint.every=1")
+    good, spoilt = trainer.data.read, [False]
+
+    def read(places: Iterable[int]) -> Iterator[TrainingSample]:
+        for sample in good(places):
+            assert isinstance(sample, TrainingSample)
+            latents = sample.tensors["latents"]
+            if spoilt[0] and sample.name == "000002":
+                latents = latents * torch.nan
+            yield replace(sample, tensors={**sample.tensors, "latents": latents})
+
+    trainer.accumulate(list(read([2, 0, 1])))
+    assert trainer._odd == []
+    spoilt[0] = True
+    trainer._one_step(list(read([2, 0, 1])), 0.0, 0.0)
+    events: list[Any] = trainer.events  # type: ignore[attr-defined]
+    told = [event.text for event in events if isinstance(event, Notice)]
+    assert "step 1 is skipped: its numbers are not finite (000002)" in told
+    checkpoint = trainer.save()
+    with pytest.raises(UnusableFile, match="5 steps in a row were not finite; the last: 000002") as raised:
+        for _ in range(4):
+            trainer._one_step(list(read([2, 0, 1])), 0.0, 0.0)
+    assert f"--model {checkpoint} --learning-rate 1e-05 and another --out" in str(raised.value.fix)
+
+
 # --- runs that were lengthened -------------------------------------------------------------------
 
 
@@ -200,6 +235,28 @@ def test_a_lengthened_run_goes_on_as_long_as_it_was_made(samples: Path, tmp_path
     assert back.exit_code == 0 and "all 1 steps are done" in back.output, back.output
     shorter = typed("train", "v2v", "--resume", run, "--max-steps", 3)
     assert shorter.exit_code == 2 and "the cosine was made for 1 steps" in shorter.output
+
+
+def test_weights_that_nobody_has_are_no_start(samples: Path, tmp_path: Path) -> None:
+    words = ("--mode", "lora", "--init", "zero_channels", "--data", samples, "--out", tmp_path / "run")
+    made = typed("train", "v2v", *SHORT, *words)
+    assert made.exit_code == 2, made.output
+    assert "cartoon-v2v: has no weights that training could start from" in made.output
+    assert "--init random --mode full, or --model RUN" in made.output
+
+
+@pytest.mark.parametrize("given", ["drawn", "empty", "short"])
+def test_what_is_refused_leaves_nothing(given: str, samples: Path, tmp_path: Path) -> None:
+    """Whether clips had been drawn for it or not; what was there before stays."""
+    (tmp_path / "empty").mkdir()
+    data = {"drawn": (), "empty": ("--data", tmp_path / "empty"), "short": ("--data", samples)}[given]
+    for out in (tmp_path / "new" / "run", tmp_path / "kept"):
+        (tmp_path / "kept").mkdir(exist_ok=True)
+        (tmp_path / "kept" / "notes.txt").write_text("mine")
+        words = (*SHORT[:4], "--batch-size", 9, "--max-steps", 1, *data, "--out", out)
+        made = typed("train", "v2v", *words)
+        assert made.exit_code in (2, 3) and "Traceback" not in made.output, made.output
+    assert not (tmp_path / "new").exists() and (tmp_path / "kept" / "notes.txt").read_text() == "mine"
 
 
 # --- damaged checkpoints, cut logs ---------------------------------------------------------------
