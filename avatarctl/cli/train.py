@@ -23,7 +23,7 @@ from avatarctl.cli.run_file import with_absolute_paths
 from avatarctl.cli.screen import Screen
 from avatarctl.cli.video_output import leaving_no_empty_folder
 from avatarctl.config import RunConfig, dump_run, require_supported
-from avatarctl.errors import NotYetSupported, PathNotFound, UsageError, printable
+from avatarctl.errors import AvatarctlError, NotYetSupported, PathNotFound, UsageError, printable
 from avatarctl.events import Notice
 from avatarctl.registry import COMPAT, NOT_YET, Row
 
@@ -127,7 +127,7 @@ def _run(command: Name, params: Mapping[str, Any]) -> None:
         cfg = replace(cfg, model=replace(cfg.model, channels=WITH_SEQUENCE))
     set_offset = not of_the_row("model.audio_offset")
     cfg, offset = settled_offset(cfg, row, of_video=command == "train v2v", asked=set_offset)
-    folder, resume, step = _place(command, cfg, row)
+    folder, resume, step, found = _place(command, cfg, row)
     cfg = _pinned(command, cfg, row, folder)
     if resume and not _says_length(params):
         cfg = _as_long(cfg, folder, step)
@@ -139,6 +139,8 @@ def _run(command: Name, params: Mapping[str, Any]) -> None:
         for notice in filter(None, (named, *request.resolved.notices, offset)):
             screen(Notice(notice))
         tell_checkpoint(asked, screen)
+        for each in found:
+            screen(each)
         draw = _drawing(cfg, row, folder, screen)
         if draw is not None and not request.dry_run:
             from avatarctl.training.run_folder import DRAWN
@@ -177,21 +179,23 @@ def _leaving_nothing_refused(folder: Path) -> Iterator[None]:
             raise
 
 
-def _place(command: Name, cfg: RunConfig, row: Row) -> tuple[Path, bool, int | None]:
-    """The folder of the run, whether it is gone on with, and behind which step, None for the newest."""
+def _place(command: Name, cfg: RunConfig, row: Row) -> tuple[Path, bool, int | None, list[Notice]]:
+    """The folder of the run, whether it is gone on with, behind which step, None for the newest, and what was
+    found on the way."""
     from avatarctl.files.named_path import expanded
 
     out = expanded(cfg.output.path) if cfg.output.path else None
     asked = cfg.checkpoint.resume
     home = Path("runs") / f"{command.replace(' ', '-')}-{row.name}"
     if asked is None:
-        return out or _fresh(home), False, None
+        return out or _fresh(home), False, None, []
     if asked == "auto":
-        return out or _newest(home, cfg, row, command) or _fresh(home), True, None
+        found: list[Notice] = []
+        return out or _newest(home, cfg, row, command, found) or _fresh(home), True, None, found
     path, step = _run_of(asked)
     if out is not None and out.absolute() != path.absolute():
         raise UsageError(f"a run goes on in its own folder, {path}", where="--out", fix="leave it out")
-    return path, True, step
+    return path, True, step, []
 
 
 def _run_of(asked: str) -> tuple[Path, int | None]:
@@ -209,14 +213,23 @@ def _run_of(asked: str) -> tuple[Path, int | None]:
     return path, step
 
 
-def _newest(home: Path, cfg: RunConfig, row: Row, command: Name) -> Path | None:
-    """The newest run of this configuration in the usual place."""
+def _newest(home: Path, cfg: RunConfig, row: Row, command: Name, found: list[Notice]) -> Path | None:
+    """The newest run of this configuration in the usual place; `found` gets why others are not taken."""
     from avatarctl.training.run_folder import changed
 
     runs = [path for path in home.iterdir() if (path / "run.yaml").is_file()] if home.is_dir() else []
+    others: list[str] = []
     for path in sorted(runs, reverse=True):
-        if not changed(path, _pinned(command, cfg, row, path), command):
+        try:
+            differs = changed(path, _pinned(command, cfg, row, path), command)
+        except AvatarctlError as broken:
+            found.append(Notice(f"{path} is passed over: {broken}", "warning"))
+            continue
+        if not differs:
             return path
+        others.append(f"{path}, differs in {', '.join(differs)}")
+    if others:
+        found.append(Notice(f"no run of this configuration; the newest, {others[0]}"))
     return None
 
 

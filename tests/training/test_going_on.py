@@ -136,6 +136,27 @@ def test_a_run_keeps_the_checkpoint_that_it_started_from(full: Path, samples: Pa
     assert "is not what this run started from: its SHA-256 is another one" in refused.output
 
 
+def test_auto_says_why_it_begins_anew_and_passes_over_a_broken_run(
+    samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = ("train", "v2v", *SHORT, "--data", samples, "--max-steps", 1, "--resume", "auto")
+    assert typed(*line).exit_code == 0
+    (first,) = (tmp_path / "runs" / "train-v2v-cartoon-v2v").iterdir()
+    broken = first.with_name("99999999-000000")
+    broken.mkdir()
+    (broken / "run.yaml").write_text("command: [")
+    again = typed(*line)
+    assert again.exit_code == 0 and "nothing to do" in again.output, again.output
+    assert f"{broken.relative_to(tmp_path)} is passed over: " in again.output
+    other = typed(*line, "--learning-rate", "1e-5", "--dry-run")
+    assert other.exit_code == 0, other.output
+    newest = first.relative_to(tmp_path)
+    assert (
+        f"no run of this configuration; the newest, {newest}, differs in train.learning_rate" in other.output
+    )
+
+
 # --- settings that say more than one thing -------------------------------------------------------
 
 
