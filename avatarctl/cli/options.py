@@ -251,7 +251,9 @@ def _help(spec: KeySpec) -> str:
         return f"{text} [default: the model's]"
     if spec.default is None or spec.default == () or spec.default == {} or isinstance(spec.default, bool):
         return text
-    return f"{text} [default: {spec.default}]"
+    # As it would be typed.
+    shown = ",".join(map(str, spec.default)) if isinstance(spec.default, tuple) else spec.default
+    return f"{text} [default: {shown}]"
 
 
 def read_request(

@@ -364,7 +364,8 @@ def _check(command: str, cfg: RunConfig, family: TrainableFamily) -> None:
             fix=alone if wants == "image" else f"--channels {WITH_SEQUENCE}, or leave it out",
         )
     if wants == "image" and cfg.train.mouth_weight != 1 and cfg.data.mask is None:
-        raise UsageError("says where the mouth is only with a mask", where="train.mouth_weight", fix="--mask")
+        what = "where the mouth is, is known only with a mask"
+        raise UsageError(what, where="train.mouth_weight", fix="--mask")
     if wants == "video" and cfg.model.audio_offset != 0:
         raise UsageError("a video's frames and audio belong together: 0", where="model.audio_offset")
     if cfg.model.compat == "reference":

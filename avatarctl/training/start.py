@@ -109,6 +109,9 @@ def plan_start(row: Row, sources: Sources, cfg: RunConfig, emit: Emit) -> StartP
     # The adapter of a built-in model that was trained here stands where `infer` has LoRAs.
     first, *others = (*sources.dit, *(lora.path for lora in sources.loras))
     held, adapters = _opened(row, sources, first), [open_model(path) for path in others]
+    if not adapters:
+        beside = "" if cfg.train.mode == "full" else ", which stay as they are, and a new adapter"
+        emit(Notice(f"start: the weights of {held.path if row.path else row.name}{beside}"))
     whole = held
     for part in adapters:
         whole = merge_adapter(whole, part, 1.0, SUM_DTYPE)  # refuses what does not fit

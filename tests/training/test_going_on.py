@@ -15,6 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from avatarctl.atomic import flush_file
+from avatarctl.cli.options import KeyOption, config_options
+from avatarctl.config import read_text
 from avatarctl.data.training_set import TrainingSample
 from avatarctl.errors import UnusableFile
 from avatarctl.events import Notice, silent
@@ -158,6 +160,33 @@ def test_auto_says_why_it_begins_anew_and_passes_over_a_broken_run(
 
 
 # --- settings that say more than one thing -------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["train i2v", "train v2v", "precompute-latents", "infer"])
+def test_defaults_are_shown_as_they_are_typed(command: str) -> None:
+    shown = 0
+    for option in config_options(command):
+        if isinstance(option, KeyOption) and option.help and isinstance(option.spec.default, tuple):
+            text = option.help.partition("[default: ")[2].removesuffix("]")
+            if text and not option.spec.key.from_row:
+                shown += 1
+                assert read_text(option.spec, text, "--it").value == option.spec.default
+    assert shown >= 3 or not command.startswith("train")
+
+
+def test_what_a_run_starts_from_is_said(full: Path, samples: Path) -> None:
+    line = ("train", "i2v", *SHORT, "--data", samples, "--dry-run")
+    there = full / "checkpoint-2" / WEIGHTS
+    for words, said in (
+        ((), "start: the weights of cartoon-i2v\n"),
+        (("--model", full), f"start: the weights of {there}\n"),
+        (
+            ("--model", full, *LORA),
+            f"start: the weights of {there}, which stay as they are, and a new adapter\n",
+        ),
+    ):
+        made = typed(*line, *words)
+        assert made.exit_code == 0 and said in made.stderr, made.output
 
 
 def test_a_reference_sequence_brings_its_channels(samples: Path, tmp_path: Path) -> None:
