@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -25,6 +26,7 @@ from avatarctl.loading.assemble import assemble
 from avatarctl.loading.model_row import row_named
 from avatarctl.loading.sources import find_sources
 from avatarctl.media.files import file_sha256
+from avatarctl.media.video_reader import open_video
 from avatarctl.registry import configure
 from avatarctl.training.run_folder import RunFolder
 from avatarctl.training.trainer import Trainer
@@ -365,3 +367,28 @@ def test_logs_are_on_the_disk_before_their_checkpoint(
     made = typed("train", "v2v", *SHORT, "--data", samples, "--max-steps", 1, "--out", tmp_path / "run")
     assert made.exit_code == 0, made.output
     assert order[order.index("log.jsonl") :] == ["log.jsonl", "timing.jsonl", "checkpoint-1"]
+
+
+# --- the whole way -------------------------------------------------------------------------------
+
+
+def test_the_command_of_the_documentation_prints_one_that_makes_a_video(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """docs/training.md, its first line, with fewer and smaller clips; then what it says, to the letter, and a
+    voice that is shorter than the built-in one."""
+    monkeypatch.chdir(tmp_path)
+    small = ("--size", "32x32", "--frames", 17, "--batch-size", 1, "--max-steps", 3)
+    made = typed("train", "v2v", "--aux", "sync,lpips", *small)
+    assert made.exit_code == 0, made.output
+    (run,) = (tmp_path / "runs" / "train-v2v-cartoon-v2v").iterdir()
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log] == [1, 2, 3]
+    assert all(entry["sync"] > 0 and entry["lpips"] > 0 for entry in log)
+    (line,) = (line for line in made.stderr.splitlines() if "to use it: " in line)
+    program, *words = shlex.split(line.partition("to use it: ")[2])
+    assert program == "avatarctl"
+    used = typed(*words, "--audio", run / "samples" / "000000" / "audio.wav")
+    assert used.exit_code == 0, used.output
+    with open_video(Path(used.stdout.strip())) as reader:
+        assert (reader.width, reader.height) == (32, 32) and reader.frames == 17
