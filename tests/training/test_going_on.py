@@ -30,6 +30,7 @@ from avatarctl.media.video_reader import open_video
 from avatarctl.registry import configure
 from avatarctl.training.run_folder import RunFolder, length_so_far
 from avatarctl.training.trainer import Trainer
+from tests.pipelines import tiny_release as tiny
 from tests.training.running import COMPARED, bits, typed
 
 WEIGHTS = COMPARED[0]
@@ -117,6 +118,34 @@ def test_the_full_model_below_an_adapter_is_the_one_it_was_trained_on(
         refused = typed(*words, "--model", mine)
         assert refused.exit_code == 3, refused.output
         assert "is not the model that" in refused.output and "its SHA-256 is another one" in refused.output
+
+
+def test_an_adapter_on_a_full_model_in_the_published_layout(samples: Path, tmp_path: Path) -> None:
+    """That model in place of the published base, which is here as well; told by its header alone, also where
+    the file is named without its run."""
+    root, run, last = tmp_path / "weights", tmp_path / "run", tmp_path / "last"
+    tiny.tiny_release().write(root, "1.3B")
+    line = ("train", "v2v", *SHORT, "--data", samples, "--weights-root", root, "--max-steps", 1)
+    made = typed(*line, "--model", "omniavatar-1.3b", "--channels", 49, "--mode", "full", "--out", run)
+    assert made.exit_code == 0, made.output
+    made = typed(*line, *LORA[:4], "--model", run, "--out", last)
+    assert made.exit_code == 0, made.output
+    below = run / "checkpoint-1" / WEIGHTS
+    for model in (last, last / "checkpoint-1" / WEIGHTS):
+        row = row_named(str(model))
+        cfg = configure(
+            f"model.name={model}", f"model.weights_root={root}", row_named=lambda name, row=row: row
+        )
+        sources = find_sources(row, cfg.model)
+        assert sources.dit == (below, last / "checkpoint-1" / WEIGHTS) and not sources.missing
+        used = typed("infer", "--model", model, "--weights-root", root, "--dry-run")
+        assert used.exit_code == 0 and "already" not in used.output, used.output
+    (below.parent / "moved.safetensors").write_bytes(below.read_bytes())
+    below.write_bytes(below.read_bytes()[:-1] + b"?")
+    words = ("infer", "--model", last, "--weights-root", root, "--dry-run")
+    refused = typed(*words)
+    assert refused.exit_code == 3 and "its SHA-256 is another one" in refused.output, refused.output
+    assert typed(*words, "--weights", f"dit={below.parent / 'moved.safetensors'}").exit_code == 0
 
 
 def test_a_run_keeps_the_checkpoint_that_it_started_from(full: Path, prepared: Path, tmp_path: Path) -> None:
