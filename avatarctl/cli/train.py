@@ -25,7 +25,7 @@ from avatarctl.cli.video_output import leaving_no_empty_folder
 from avatarctl.config import RunConfig, dump_run, require_supported
 from avatarctl.errors import AvatarctlError, NotYetSupported, PathNotFound, UsageError, printable
 from avatarctl.events import Notice
-from avatarctl.registry import COMPAT, NOT_YET, Row
+from avatarctl.registry import COMPAT, NOT_YET, ROWS, Row
 
 if TYPE_CHECKING:
     from avatarctl.training.run import TrainingResult, TrainingRun

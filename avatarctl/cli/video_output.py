@@ -22,7 +22,14 @@ if TYPE_CHECKING:
     from avatarctl.events import OutputFinished
     from avatarctl.pipelines.job import JobPlan
 
-__all__ = ["fresh_path", "leaving_no_empty_folder", "make_video", "record_path", "refuse_existing", "sheet_path"]
+__all__ = [
+    "fresh_path",
+    "leaving_no_empty_folder",
+    "make_video",
+    "record_path",
+    "refuse_existing",
+    "sheet_path",
+]
 
 
 def make_video(plan: JobPlan, path: Path, screen: Screen, sheet: ContactSheet | None) -> OutputFinished:
