@@ -35,7 +35,8 @@ class PlacedModules(SomeModules):
     """`Modules` whose parts are read when they are touched; what the transformer does not need is forgotten
     when that is touched.
 
-    build: (part, device) -> network, None where the model has none. moves: what went to the device, so far.
+    build: (part, device) -> network, None where the model has none; host: where weights wait, "meta" where
+    they are only counted. moves: what went to the device so far; loads: parts that were read, in order.
     """
 
     def __init__(
@@ -45,9 +46,10 @@ class PlacedModules(SomeModules):
         memory: Memory,
         device: torch.device,
         emit: Emit,
+        host: torch.device = HOST,
     ) -> None:
         super().__init__(wanted, self._placed, device)
-        self._read, self._memory, self._emit = build, memory, emit
+        self._read, self._memory, self._emit, self._host = build, memory, emit, host
         self.moves = Moves()
         self.loads: list[Part] = []
         self._visits: list[Visits] = []
@@ -61,12 +63,12 @@ class PlacedModules(SomeModules):
                     self._emit(Notice(f"memory: the {name} encoder is done and leaves"))
         by_leaves = mode == "sequential"
         in_blocks = part == "dit" and (mode == "group" or swap > 0)
-        network = self._read(part, HOST if by_leaves or in_blocks else self.device)
+        network = self._read(part, self._host if by_leaves or in_blocks else self.device)
         self.loads.append(part)
         if network is None or not isinstance(network, nn.Module):
             return network
         if by_leaves:
-            self._visits.append(leaf_by_leaf(network, self.device, moves=self.moves))
+            self._visits.append(leaf_by_leaf(network, self.device, host=self._host, moves=self.moves))
         elif in_blocks:
             self._visits.append(self._in_blocks(network))
         return network
@@ -83,8 +85,10 @@ class PlacedModules(SomeModules):
                     f"{memory.swap_blocks} blocks were to leave, and the transformer has {count}",
                     where="memory.swap_blocks",
                 )
-            return in_groups(network, self.device, group=1, away=memory.swap_blocks, moves=self.moves)
-        return in_groups(network, self.device, group=memory.group_blocks, moves=self.moves)
+            away = memory.swap_blocks
+            return in_groups(network, self.device, group=1, away=away, host=self._host, moves=self.moves)
+        group = memory.group_blocks
+        return in_groups(network, self.device, group=group, host=self._host, moves=self.moves)
 
 
 class _Later:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final, Literal
 
 import torch
@@ -41,7 +42,7 @@ def in_groups(
         Unit(f"blocks {first + number * group}", _inside(members), device, host, moves)
         for number, members in enumerate(groups)
     ]
-    moved(network, device)
+    moved(network, device, _inside(leaving))
     return Visits(units, [(members[0], members[-1]) for members in groups], ahead=1)
 
 
@@ -56,23 +57,25 @@ def leaf_by_leaf(
     moves = moves or Moves()
     named = [(name, module) for name, module in leaves(network) if _frozen(module)]
     units = [Unit(name, [module], device, host, moves) for name, module in named]
-    moved(network, device)
+    moved(network, device, [module for _, module in named])
     return Visits(units, [(module, module) for _, module in named], ahead=0)
 
 
-def moved(network: nn.Module, device: torch.device) -> None:
-    """Parameters and buffers that are not elsewhere, to the device; the objects are replaced."""
+def moved(network: nn.Module, device: torch.device, but: Sequence[nn.Module]) -> None:
+    """Everything to the device, the frozen parameters of some modules excepted; the objects are replaced."""
+    stay = set(map(id, but))
     for module in network.modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.device.type != "meta" and parameter.device != device:
+            leaves_here = id(module) in stay and parameter is not None and not parameter.requires_grad
+            if parameter is not None and not leaves_here and parameter.device != device:
                 there = nn.Parameter(parameter.detach().to(device), requires_grad=parameter.requires_grad)
                 module._parameters[name] = there
         for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.device.type != "meta" and buffer.device != device:
+            if buffer is not None and buffer.device != device:
                 module._buffers[name] = buffer.to(device)
 
 
-def _inside(blocks: list[nn.Module]) -> list[nn.Module]:
+def _inside(blocks: Sequence[nn.Module]) -> list[nn.Module]:
     return [module for block in blocks for module in block.modules()]
 
 

@@ -39,8 +39,11 @@ def outside(mode: Mode) -> AbstractContextManager[Any]:
     return nullcontext() if mode == "real" else unset_fake_temporarily()
 
 
-def fill(network: nn.Module, inside: AbstractContextManager[Any], dtype_of: DtypeOf) -> None:
-    """Replaces every parameter and buffer on meta by zeros, fake or real as `inside` makes them.
+def fill(
+    network: nn.Module, inside: AbstractContextManager[Any], dtype_of: DtypeOf, device: str = "cpu"
+) -> None:
+    """Replaces every parameter and buffer on meta by zeros, fake or real as `inside` makes them; device:
+    "meta" gives them their dtype and leaves them without numbers.
 
     The objects are replaced, as a parameter on meta cannot be moved under a fake mode. One that is held in
     two places stays one.
@@ -51,7 +54,7 @@ def fill(network: nn.Module, inside: AbstractContextManager[Any], dtype_of: Dtyp
         if id(old) not in made:
             dtype = dtype_of(name, old) if old.is_floating_point() else old.dtype
             with inside:
-                empty = torch.zeros(old.shape, dtype=dtype, device="cpu")
+                empty = torch.zeros(old.shape, dtype=dtype, device=device)
             is_parameter = isinstance(old, nn.Parameter)
             made[id(old)] = nn.Parameter(empty, requires_grad=old.requires_grad) if is_parameter else empty
         held[key] = made[id(old)]

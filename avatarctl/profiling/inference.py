@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -18,6 +18,8 @@ from avatarctl.families import family_named
 from avatarctl.family import Inputs, Modules, Source, VideoPlan
 from avatarctl.live_bytes import LiveBytes
 from avatarctl.loading.built_in import build_on_meta, build_random_modules
+from avatarctl.loading.modules import PARTS
+from avatarctl.loading.placed import PlacedModules, is_full
 from avatarctl.models.device import dtype_of
 from avatarctl.models.precision import is_float32_island
 from avatarctl.profiling.account import Account
@@ -59,23 +61,23 @@ class _Black:
 def counted_modules(row: Row, cfg: RunConfig, inside: AbstractContextManager[Any]) -> Modules:
     """The networks of a run as it loads them: the transformer and the text encoder in its dtype, what stays
     float32 in float32; the others as `loading.modules` has them on a card."""
-    wanted = dtype_of(cfg.runtime)
     parts = build_on_meta(row, cfg.model.channels)
-    dtypes = {"dit": wanted, "text": wanted, "vae": wanted}
     for part, network in parts.items():
-        dtype = dtypes.get(part, torch.float32)
-
-        def own(
-            name: str, _: Tensor, network: nn.Module = network, dtype: torch.dtype = dtype
-        ) -> torch.dtype:
-            return torch.float32 if is_float32_island(network, name) else dtype
-
-        fill(network, inside, own)
+        fill(network, inside, _dtypes(network, part, cfg))
     return Modules(**parts, device=torch.device("cpu"))  # type: ignore[arg-type]
 
 
+def _dtypes(network: nn.Module, part: str, cfg: RunConfig) -> Callable[[str, Tensor], torch.dtype]:
+    wanted = dtype_of(cfg.runtime) if part in ("dit", "text", "vae") else torch.float32
+
+    def own(name: str, _: Tensor) -> torch.dtype:
+        return torch.float32 if is_float32_island(network, name) else wanted
+
+    return own
+
+
 def profile_inference(row: Row, cfg: RunConfig, mode: Mode = "fake") -> Account:
-    """Counts a run of two spans and two steps, all networks on the device.
+    """Counts a run of two spans and two steps, networks where `memory.mode` has them.
 
     What is longer needs no more: nothing that is kept grows with the length of a video, and every step is
     like the second.
@@ -83,6 +85,8 @@ def profile_inference(row: Row, cfg: RunConfig, mode: Mode = "fake") -> Account:
     cfg = _sized(cfg)
     family = family_named(row.family)
     inside = tensors(mode)
+    if not is_full(cfg.memory):
+        return _placed(row, cfg, family, inside, mode)
     modules = build_random_modules(row) if mode == "real" else counted_modules(row, cfg, inside)
     weights = {part: tensor_bytes(getattr(modules, part)) for part in ("dit", "text", "vae", "audio")}
     if isinstance(modules.image, nn.Module):
@@ -98,13 +102,54 @@ def profile_inference(row: Row, cfg: RunConfig, mode: Mode = "fake") -> Account:
         phases = Phases(live)
         with phases("load"):
             pass
-        _watch(modules, phases)
+        for part in PARTS:
+            _watch(part, getattr(modules, part), phases)
         denoise = Denoiser(family, modules.dit, family.guidance(cfg), sigmas)
         inputs = _inputs(family.takes(cfg), cfg, samples)
         for block in _LOOPS[plan.kind](denoise, modules, inputs, plan, cfg):
             del block
         phases.end()
     return Account(phases.peaks, weights, {}, 0)
+
+
+def _placed(row: Row, cfg: RunConfig, family: Any, inside: Any, mode: Mode) -> Account:
+    """The same with weights that wait on the host: on meta where they are only counted."""
+    device = torch.device("cpu")
+    host = device if mode == "real" else torch.device("meta")
+    bare: Any = vars(build_random_modules(row)) if mode == "real" else build_on_meta(row, cfg.model.channels)
+    weights: dict[str, int] = {}
+    plan, samples = _plan(family, cfg)
+    with outside(mode):
+        assert cfg.sampling.shift is not None
+        sigmas = family.sigmas(_STEPS, cfg.sampling.shift).tolist()
+    with inside, torch.no_grad(), LiveBytes() as live:
+        phases = Phases(live)
+        with phases("load"):
+            pass
+
+        def build(part: Any, place: torch.device) -> Any:
+            network = bare.get(part)
+            if network is None:
+                return None
+            if mode == "real":
+                live.track(network)
+                bare.pop(part)
+            else:
+                with outside(mode):
+                    fill(network, nullcontext(), _dtypes(network, part, cfg), "meta")
+                weights[part] = tensor_bytes(network)
+                if place == device:
+                    fill(network, nullcontext(), lambda _, old: old.dtype)
+            _watch(part, network, phases)
+            return network
+
+        modules = PlacedModules(PARTS, build, cfg.memory, device, silent, host)
+        denoise = Denoiser(family, modules.later("dit"), family.guidance(cfg), sigmas)
+        inputs = _inputs(family.takes(cfg), cfg, samples)
+        for block in _LOOPS[plan.kind](denoise, modules, inputs, plan, cfg):
+            del block
+        phases.end()
+    return Account(phases.peaks, weights, {"host": modules.moves.host_bytes}, 0)
 
 
 def _sized(cfg: RunConfig) -> RunConfig:
@@ -136,28 +181,31 @@ def _inputs(takes: str, cfg: RunConfig, samples: int) -> Inputs:
     return Inputs(image, _Silence(), samples, 0.0, 1.0, prompt, negative, 0, silent, source)
 
 
-def _watch(modules: Modules, phases: Phases) -> None:
+_ENTRANCES: Final = {
+    "text": ("encode",),
+    "vae": ("encode",),
+    "audio": ("features", "tokens"),
+    "image": ("encode",),
+}
+
+
+def _watch(part: str, network: Any, phases: Phases) -> None:
     """Every entrance of a network is a phase."""
 
     def of_dit(*_: Any, mode: str = "raw", **__: Any) -> str:
         return _DIT_PHASES[mode]
 
-    modules.dit.forward = phases.wrapped(modules.dit.forward, of_dit)
-    named = (
-        ("text", "encode"),
-        ("vae", "encode"),
-        ("audio", "features"),
-        ("audio", "tokens"),
-        ("image", "encode"),
-    )
-    for part, method in named:
-        network: Any = getattr(modules, part)
-        if network is not None:
-            phase = "image" if part in ("vae", "image") else part
-            setattr(network, method, phases.wrapped(getattr(network, method), phase))
-    vae: Any = modules.vae
-    fresh = vae.decoder
-    vae.decoder = lambda: _WatchedDecoder(fresh(), phases)
+    if network is None:
+        return
+    if part == "dit":
+        network.forward = phases.wrapped(network.forward, of_dit)
+        return
+    phase = "image" if part in ("vae", "image") else part
+    for method in _ENTRANCES[part]:
+        setattr(network, method, phases.wrapped(getattr(network, method), phase))
+    if part == "vae":
+        fresh = network.decoder
+        network.decoder = lambda: _WatchedDecoder(fresh(), phases)
 
 
 @dataclass

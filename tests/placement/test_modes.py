@@ -1,0 +1,133 @@
+"""Memory modes: every one makes the same video to the bit, and holds what it says it holds."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+
+from avatarctl.demo.sample import sample_audio, sample_image
+from avatarctl.errors import UsageError
+from avatarctl.events import silent
+from avatarctl.pipelines.infer import generate, load
+from avatarctl.pipelines.job import Job, JobPlan, check_job
+from avatarctl.placement.units import Unit
+from avatarctl.profiling.inference import profile_inference
+from avatarctl.registry import configure, find_model
+
+CHUNKS = (
+    "model.name=cartoon-i2v",
+    "sampling.steps=2",
+    "long_video.strategy=chunks",
+    "long_video.num_frames=9",
+)
+WINDOWS = ("model.name=stableavatar-tiny", "sampling.steps=2")
+BLOCKS = {CHUNKS: 6, WINDOWS: 2}
+PASSES = 1 + 2 * 2
+"""Over the blocks of the chunked job: keys and values of the text, then two steps of two chunks."""
+
+
+def plan_of(*settings: str) -> JobPlan:
+    cfg = configure(*settings)
+    assert cfg.model.name is not None
+    seconds = 0.6 if cfg.long_video.strategy == "chunks" else 0.9
+    job = Job(sample_image(), sample_audio(seconds), "a person is talking", "")
+    return check_job(cfg, find_model(cfg.model.name), job, silent)
+
+
+def made(plan: JobPlan, modules: Any = None) -> torch.Tensor:
+    return torch.cat([block.pixels for block in generate(plan, modules=modules)], dim=1)
+
+
+@pytest.fixture(scope="module", params=[CHUNKS, WINDOWS], ids=["chunks", "windows"])
+def whole(request: pytest.FixtureRequest) -> tuple[tuple[str, ...], torch.Tensor]:
+    """The settings of a job, and its frames with everything on the device."""
+    return request.param, made(plan_of(*request.param))
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [
+        ("memory.mode=model",),
+        ("memory.mode=group", "memory.group_blocks=2"),
+        ("memory.swap_blocks=1",),
+        ("memory.mode=sequential",),
+    ],
+    ids=lambda words: words[0].partition(".")[2],
+)
+def test_a_mode_changes_no_bit(whole: tuple[tuple[str, ...], torch.Tensor], memory: tuple[str, ...]) -> None:
+    settings, expected = whole
+    assert torch.equal(made(plan_of(*settings, *memory)), expected)
+
+
+def test_the_text_encoder_is_gone_before_the_transformer_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of(*CHUNKS, "memory.mode=model")
+    modules: Any = load(plan)
+    read, text = modules._read, []
+
+    def watched(part: str, place: torch.device) -> Any:
+        if part == "dit":
+            assert text and text[0]() is None, "both are here"
+        network = read(part, place)
+        if part == "text":
+            text.append(weakref.ref(network))
+        return network
+
+    monkeypatch.setattr(modules, "_read", watched)
+    made(plan, modules)
+    assert modules.loads == ["text", "vae", "audio", "dit"], "each once, none before it is needed"
+
+
+def test_each_pass_moves_what_is_away_once_and_two_groups_are_here_at_most(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = plan_of(*CHUNKS, "memory.mode=group", "memory.group_blocks=2")
+    units: list[Unit] = []
+    start, most = Unit.start, [0]
+
+    def counted(self: Unit, stream: Any = None) -> None:
+        start(self, stream)
+        if self not in units:
+            units.append(self)
+        most[0] = max(most[0], sum(unit.is_here for unit in units))
+
+    monkeypatch.setattr(Unit, "start", counted)
+    modules: Any = load(plan)
+    made(plan, modules)
+    moves, groups = modules.moves, BLOCKS[CHUNKS] // 2
+    # The next group is under way when the last pass ends.
+    assert moves.copies == PASSES * groups + 1
+    assert moves.copied_bytes == sum(unit.nbytes for unit in units) * PASSES + units[0].nbytes
+    assert moves.order[:4] == ["blocks 0", "blocks 2", "blocks 4", "blocks 0"]
+    assert most[0] == 2
+
+
+def test_swapped_blocks_are_the_last_ones() -> None:
+    plan = plan_of(*CHUNKS, "memory.swap_blocks=2")
+    modules: Any = load(plan)
+    made(plan, modules)
+    assert set(modules.moves.order) == {"blocks 4", "blocks 5"}
+    there = [next(block.parameters()).device.type for block in modules.dit.blocks]
+    assert there == ["cpu"] * 4 + ["meta"] * 2
+
+
+@pytest.mark.parametrize("mode", ["group", "sequential"])
+def test_a_mode_that_moves_blocks_takes_no_number_of_swapped_ones(mode: str) -> None:
+    with pytest.raises(UsageError, match="already says which blocks leave"):
+        plan_of(*CHUNKS, f"memory.mode={mode}", "memory.swap_blocks=1")
+
+
+def test_more_blocks_than_there_are() -> None:
+    plan = plan_of(*CHUNKS, "memory.swap_blocks=7")
+    with pytest.raises(UsageError, match="7 blocks were to leave, and the transformer has 6"):
+        made(plan)
+
+
+def test_counted_bytes_are_those_of_real_tensors() -> None:
+    """Where host and device are one, what waits there counts as well."""
+    row = find_model("cartoon-i2v")
+    cfg = configure(*CHUNKS, "memory.mode=group", "memory.group_blocks=2")
+    counted, real = (profile_inference(row, cfg, mode) for mode in ("fake", "real"))
+    assert real.live_bytes == counted.live_bytes + counted.components["host"]
