@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import click
@@ -26,10 +26,12 @@ __all__ = ["vram_profile"]
 Job = Literal["infer", "train i2v", "train v2v"]
 
 _BAR: Final = 32
+_SLOWER: Final = ("model", "group", "sequential")
+"""Memory modes, from the fastest to the smallest."""
 
 _ASSUMED: Final = (
     "counted on fake tensors by the code of the run; no card was asked",
-    "infer: all networks on the device; two chunks or windows of two steps, which longer runs repeat",
+    "infer: networks where memory.mode has them; two chunks or windows of two steps, as longer runs repeat them",
     "train: prepared samples, so only the transformer is loaded; two optimizer steps, as moments come later",
     "the allowance for workspaces and rounding is a guess until it was measured on a card",
 )
@@ -116,6 +118,8 @@ def _profile(name: Job, params: dict[str, Any]) -> None:
         click.echo(json.dumps(_document(counted)))
     else:
         click.echo("\n".join(_table(counted)))
+        if limit is not None and counted.account.peak_bytes > limit and name == "infer":
+            counted = _smaller(counted, limit, request, screen)
     if limit is not None:
         _require(counted, limit)
 
@@ -139,6 +143,25 @@ def _count(name: Job, row: Row, cfg: RunConfig, screen: Screen) -> _Counted:
     return _Counted(name, row, cfg, account, time.monotonic() - started)
 
 
+def _smaller(counted: _Counted, limit: int, request: Request, screen: Screen) -> _Counted:
+    """The first memory mode that fits, from the fastest on; the last one where none does. A mode that was
+    asked for stays."""
+    from avatarctl.profiling.sizes import shown
+
+    if "memory.mode" in request.resolved.asked or "memory.swap_blocks" in request.resolved.asked:
+        return counted
+    model = counted.cfg.model.name
+    for mode in _SLOWER:
+        memory = replace(counted.cfg.memory, mode=mode)
+        counted = _count("infer", counted.row, replace(counted.cfg, memory=memory), screen)
+        need = counted.account.peak_bytes
+        click.echo(f"--memory {mode}: {shown(need)}, {shown(counted.account.host)} on the host")
+        if need <= limit:
+            click.echo(f"avatarctl infer --model {model} --memory {mode}")
+            break
+    return counted
+
+
 def _require(counted: _Counted, limit: int) -> None:
     from avatarctl.profiling.sizes import shown
 
@@ -147,7 +170,7 @@ def _require(counted: _Counted, limit: int) -> None:
         raise DoesNotFit(
             f"{counted.job} of {counted.row.name} needs {shown(need)}, and {shown(limit)} were asked for",
             where="--fit",
-            fix="a smaller --size or fewer frames; memory modes come later",
+            fix="a smaller --size or fewer frames",
         )
     click.echo(f"fits: {shown(need)} of {shown(limit)}", err=True)
 
@@ -200,6 +223,8 @@ def _table(counted: _Counted) -> list[str]:
         lines.append(f"  weights of {part:6} {shown(size):>12}")
     for part, size in account.components.items():
         lines.append(f"  {part:17} {shown(size):>12}")
+    if account.host:
+        lines.append(f"  waits on the host {shown(account.host):>12}")
     if account.trained:
         lines.append(f"  trained numbers   {account.trained:>12,}")
     lines += ["", f"live at most {shown(largest)}; with the allowance {shown(account.peak_bytes)}", ""]
@@ -212,7 +237,6 @@ def _document(counted: _Counted) -> dict[str, Any]:
         "model": counted.row.name,
         "frame": _frame(counted),
         **counted.account.summary(),
-        "host_bytes": 0,
         "seconds": round(counted.seconds, 3),
         "assumptions": list(_ASSUMED),
     }

@@ -16,12 +16,13 @@ until it was measured on a card; it is stated apart from what is counted."""
 @dataclass(frozen=True)
 class Account:
     """stages: the largest number of live bytes in each phase; weights: bytes of each network; components:
-    other bytes by what they are; trained: numbers that are trained."""
+    other bytes by what they are; trained: numbers that are trained; host: bytes that wait on the host."""
 
     stages: Mapping[str, int]
     weights: Mapping[str, int]
     components: Mapping[str, int]
     trained: int
+    host: int = 0
 
     @property
     def live_bytes(self) -> int:
@@ -44,4 +45,5 @@ class Account:
                 **self.components,
             },
             "trained": self.trained,
+            "host_bytes": self.host,
         }

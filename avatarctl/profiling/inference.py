@@ -149,7 +149,7 @@ def _placed(row: Row, cfg: RunConfig, family: Any, inside: Any, mode: Mode) -> A
         for block in _LOOPS[plan.kind](denoise, modules, inputs, plan, cfg):
             del block
         phases.end()
-    return Account(phases.peaks, weights, {"host": modules.moves.host_bytes}, 0)
+    return Account(phases.peaks, weights, {}, 0, modules.moves.host_bytes)
 
 
 def _sized(cfg: RunConfig) -> RunConfig:

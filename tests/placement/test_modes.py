@@ -130,4 +130,4 @@ def test_counted_bytes_are_those_of_real_tensors() -> None:
     row = find_model("cartoon-i2v")
     cfg = configure(*CHUNKS, "memory.mode=group", "memory.group_blocks=2")
     counted, real = (profile_inference(row, cfg, mode) for mode in ("fake", "real"))
-    assert real.live_bytes == counted.live_bytes + counted.components["host"]
+    assert real.live_bytes == counted.live_bytes + counted.host
