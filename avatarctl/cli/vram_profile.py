@@ -31,7 +31,7 @@ _SLOWER: Final = ("model", "group", "sequential")
 
 _ASSUMED: Final = (
     "counted on fake tensors by the code of the run; no card was asked",
-    "infer: networks where memory.mode has them; two chunks or windows of two steps, as longer runs repeat them",
+    "infer: networks where memory.mode has them; two chunks or windows of two steps, which others repeat",
     "train: prepared samples, so only the transformer is loaded; two optimizer steps, as moments come later",
     "the allowance for workspaces and rounding is a guess until it was measured on a card",
 )
