@@ -128,12 +128,11 @@ def _placed(row: Row, cfg: RunConfig, family: Any, inside: Any, mode: Mode) -> A
             pass
 
         def build(part: Any, place: torch.device) -> Any:
-            network = bare.get(part)
+            network = bare.pop(part, None)  # nobody else holds it
             if network is None:
                 return None
             if mode == "real":
                 live.track(network)
-                bare.pop(part)
             else:
                 with outside(mode):
                     fill(network, nullcontext(), _dtypes(network, part, cfg), "meta")

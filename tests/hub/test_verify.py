@@ -129,7 +129,7 @@ def test_a_stop_in_the_middle(hub: HubServer, client: Path) -> None:
 def test_files_of_the_package_are_not_to_be_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = tmp_path / "assets"
     shutil.copytree(ASSETS, copy)
-    monkeypatch.setattr("avatarctl.hub.locate.ASSETS", copy)
+    monkeypatch.setattr("avatarctl.registry.row.ASSETS", copy)
     vae = copy / "cartoon/vae.safetensors"
     vae.write_bytes(vae.read_bytes()[:-1] + b"x")
     found = error_of(models("verify", "cartoon-i2v", code=4))

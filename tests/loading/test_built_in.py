@@ -13,12 +13,11 @@ from avatarctl.demo.sample import sample_audio, sample_image
 from avatarctl.errors import AvatarctlError, WeightsMissing
 from avatarctl.events import silent
 from avatarctl.files.strict_json import read_object
-from avatarctl.hub import locate
-from avatarctl.loading import sources
 from avatarctl.loading.built_in import build_random_modules
+from avatarctl.loading.sources import check_packaged
 from avatarctl.pipelines.infer import load
 from avatarctl.pipelines.job import Job, check_job
-from avatarctl.registry import ASSETS, configure, find_model
+from avatarctl.registry import ASSETS, configure, find_model, row
 
 ROW = find_model("cartoon-i2v")
 CONFIG = configure("model.name=cartoon-i2v")
@@ -30,8 +29,7 @@ def assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the files that may be spoilt."""
     copy = tmp_path / "assets"
     shutil.copytree(ASSETS, copy)
-    monkeypatch.setattr(locate, "ASSETS", copy)
-    monkeypatch.setattr(sources, "ASSETS", copy)
+    monkeypatch.setattr(row, "ASSETS", copy)
     return copy
 
 
@@ -40,7 +38,7 @@ def plan():
 
 
 def test_the_files_are_there_small_and_of_the_stated_bytes() -> None:
-    sources.check_packaged(ROW, plan().sources)
+    check_packaged(ROW, plan().sources)
     assert sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()) <= 12e6
     assert {str(path.relative_to(ASSETS)) for path in ASSETS.glob("cartoon/*.*")} == {
         *ROW.files,

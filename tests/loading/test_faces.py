@@ -13,10 +13,8 @@ from safetensors.torch import load_file
 
 from avatarctl.cli.models import models
 from avatarctl.errors import WeightsMissing
-from avatarctl.hub import locate
-from avatarctl.loading import sources
 from avatarctl.loading.faces import face_networks
-from avatarctl.registry import ASSETS, find
+from avatarctl.registry import ASSETS, find, row
 
 FILES = ("faces/blazeface_short.safetensors", "faces/face_mesh_468.safetensors")
 
@@ -36,8 +34,7 @@ def test_what_is_loaded_is_what_the_files_hold() -> None:
 def test_damage_is_said(file: str, damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = tmp_path / "assets"
     shutil.copytree(ASSETS / "faces", copy / "faces")
-    monkeypatch.setattr(locate, "ASSETS", copy)
-    monkeypatch.setattr(sources, "ASSETS", copy)
+    monkeypatch.setattr(row, "ASSETS", copy)
     if damage == "missing":
         (copy / file).unlink()
     else:
