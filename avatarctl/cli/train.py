@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import json
+import os
 import re
 import shlex
 import time
@@ -18,6 +19,7 @@ import click
 
 from avatarctl.cli.app import CommandGroup
 from avatarctl.cli.infer import _row, tell_checkpoint
+from avatarctl.cli.launch import Place, found_place, ignored_precision, joined, listening, start_processes
 from avatarctl.cli.options import EXAMPLE_MODEL, ConfigCommand, Request, config_options, read_request
 from avatarctl.cli.run_file import with_absolute_paths
 from avatarctl.cli.screen import Screen
@@ -28,6 +30,7 @@ from avatarctl.events import Notice
 from avatarctl.registry import COMPAT, NOT_YET, ROWS, Row
 
 if TYPE_CHECKING:
+    from avatarctl.parallel.world import World
     from avatarctl.training.run import TrainingResult, TrainingRun
 
 __all__ = ["train"]
@@ -108,13 +111,43 @@ def v2v(**params: Any) -> None:
     _run("train v2v", params)
 
 
-def _run(command: Name, params: Mapping[str, Any]) -> None:
+def _run(command: Name, params: Mapping[str, Any], place: Place | None = None) -> None:
+    """place: of this process among others, where a process of ours started it."""
     row_named = functools.cache(_trained_row)
     request = _reader(command)(params, row_named)
     cfg = request.resolved.cfg
     require_supported(cfg, command, request.resolved.origins)
     assert cfg.model.name is not None
-    row = asked = row_named(cfg.model.name)
+    row = row_named(cfg.model.name)
+    place = place or found_place(os.environ)
+    if place is None and cfg.runtime.gpus > 1 and not request.dry_run:
+        raise click.exceptions.Exit(start_processes(cfg.runtime.gpus, _run, (command, params)))
+    with joined(place, cfg) as world:
+        run = functools.partial(_run_here, command, _of_this_process(request, world), row, world, place)
+        run(row_named, says_length=_says_length(params))
+
+
+def _of_this_process(request: Request, world: World) -> Request:
+    """The request with as many processes as there are, whoever started them."""
+    resolved = request.resolved
+    if world.size == 1:
+        return request
+    runtime = replace(resolved.cfg.runtime, gpus=world.size)
+    return replace(request, resolved=replace(resolved, cfg=replace(resolved.cfg, runtime=runtime)))
+
+
+def _run_here(
+    command: Name,
+    request: Request,
+    row: Row,
+    world: World,
+    place: Place | None,
+    row_named: Callable[[str], Row],
+    *,
+    says_length: bool,
+) -> None:
+    """What one process does. says_length: whether the command says how many steps the run has."""
+    cfg, asked = request.resolved.cfg, row
     from avatarctl.families import family_named
 
     if row.status == NOT_YET or not hasattr(family := family_named(row.family), "training_condition"):
@@ -127,12 +160,18 @@ def _run(command: Name, params: Mapping[str, Any]) -> None:
         cfg = replace(cfg, model=replace(cfg.model, channels=WITH_SEQUENCE))
     set_offset = not of_the_row("model.audio_offset")
     cfg, offset = settled_offset(cfg, row, of_video=command == "train v2v", asked=set_offset)
-    folder, resume, step, found = _place(command, cfg, row)
+    with world.together():
+        where = _place(command, cfg, row)
+    folder, resume, step, found = world.from_main(where)
     cfg = _pinned(command, cfg, row, folder)
-    if resume and not _says_length(params):
+    if resume and not says_length:
         cfg = _as_long(cfg, folder, step)
-    row = row_named(cfg.model.name or row.name)
-    with Screen(cfg.runtime.log_level) as screen, _leaving_nothing_refused(folder):
+    assert cfg.model.name is not None
+    row = row_named(cfg.model.name)
+    with (
+        Screen(cfg.runtime.log_level if world.is_main else "error") as screen,
+        _leaving_nothing_refused(folder, world),
+    ):
         built_in = "" if "model.name" in request.resolved.asked else " (built in; --model names another)"
         known = row.name == cfg.model.name
         named = f"model: {row.name}{built_in}" if known else f"model: {cfg.model.name} ({row.title})"
@@ -141,6 +180,8 @@ def _run(command: Name, params: Mapping[str, Any]) -> None:
         tell_checkpoint(asked, screen)
         for each in found:
             screen(each)
+        if ignored := ignored_precision(os.environ, place, cfg):
+            screen(Notice(ignored, "warning"))
         draw = _drawing(cfg, row, folder, screen)
         if draw is not None and not request.dry_run:
             from avatarctl.training.run_folder import DRAWN
@@ -150,14 +191,26 @@ def _run(command: Name, params: Mapping[str, Any]) -> None:
 
         from avatarctl.training.run import TrainingRun
 
-        run = TrainingRun(command, cfg, row, family, folder, screen, resume=resume, from_step=step)  # type: ignore[arg-type]
+        own = replace(cfg, runtime=replace(cfg.runtime, device=world.device(cfg.runtime.device)))
+        with world.together():
+            run = TrainingRun(
+                command,
+                own,
+                row,
+                family,  # type: ignore[arg-type]
+                folder,
+                screen,
+                resume=resume,
+                from_step=step,
+                world=world,
+            )
         if request.dry_run:
             _show_plan(command, run, request.json, screen)
             return
-        from avatarctl.cli.signals import stop_on_signals
-
-        with stop_on_signals() as should_stop:
+        with listening(place) as should_stop:
             result = run.run(_run_text(request, command), should_stop, draw)
+        if not world.is_main:
+            return
         _advise(command, result, screen)
     _show_result(command, result, request.json)
     if result.partly is not None:  # not before: what was trained can be used
@@ -165,9 +218,9 @@ def _run(command: Name, params: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _leaving_nothing_refused(folder: Path) -> Iterator[None]:
+def _leaving_nothing_refused(folder: Path, world: World) -> Iterator[None]:
     """Removes a folder that was made for a run which was refused before it began."""
-    is_new = not folder.exists()
+    is_new = world.is_main and not folder.exists()
     with leaving_no_empty_folder(folder):
         try:
             yield

@@ -422,7 +422,14 @@ class Runtime:
     dtype: Literal["float32", "bfloat16"] | None = key(None, "arithmetic of the transformer", from_row=True)
     attention: Literal["auto", "native", "flash", "flash3", "sage"] = key("auto", "attention kernel")
     compile: bool = key(False, "compile the transformer", not_yet=ANY)
-    gpus: int = key(1, "processes, one device each", low=1, high=1024, not_yet=ANY)
+    gpus: int = key(
+        1,
+        "processes, one card each; each takes a batch of its own, so a step has gpus times as many samples. "
+        "On a CPU they share its cores. torchrun and accelerate launch decide it themselves",
+        low=1,
+        high=1024,
+        not_yet={"infer": ANY},
+    )
     trackers: tuple[Literal["jsonl", "tensorboard", "wandb", "trackio"], ...] = key(
         ("jsonl",), "where training curves go", not_yet=ANY
     )

@@ -7,9 +7,11 @@ Results come in the order of the jobs, whoever made them; with no processes the 
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import pickle
 import signal
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -97,6 +99,7 @@ class _Worker:
             self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
             self._process.start()
             theirs.close()
+            _started.add(self)
         with suppress(OSError):  # it died; `take` says so
             self._pipe.send(job)
 
@@ -115,11 +118,24 @@ class _Worker:
             self._pipe.close()
             self._process.join(0 if self._process.is_alive() else _PATIENCE)
             if self._process.is_alive():
-                self._process.terminate()
+                self._process.kill()  # it ignores SIGTERM; it only reads
                 self._process.join(_PATIENCE)
             code = self._process.exitcode
         self._process = self._pipe = None
+        _started.discard(self)
         return code
+
+
+_started: Final[weakref.WeakSet[_Worker]] = weakref.WeakSet()
+
+
+def _stop_all() -> None:
+    """Before multiprocessing ends what is left by SIGTERM, which nobody obeys here, and waits for it."""
+    for worker in list(_started):
+        worker.stop()
+
+
+atexit.register(_stop_all)
 
 
 def _outcome(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Outcome:
@@ -131,8 +147,9 @@ def _outcome(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Outcom
 
 def _serve(pipe: Connection) -> None:
     """The process: jobs in, outcomes out, until the other end is closed or gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run that started it decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # the run decides, and closes the pipe
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     with suppress(EOFError, OSError):
         while True:
             function, arguments = pipe.recv()

@@ -4,13 +4,14 @@ or the checkpoint to go on from, the loop, and what a person is told at the end.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from avatarctl.atomic import remove_left_behind
 from avatarctl.conditioning.masking import mask_name
-from avatarctl.config import RunConfig
+from avatarctl.config import RunConfig, value_of
 from avatarctl.data.checking import run_mask
 from avatarctl.data.training_set import TrainingData, TrainingSet
 from avatarctl.errors import ConfigError, PartlyFailed, UnusableFile, UnusableWeights, UsageError
@@ -19,8 +20,9 @@ from avatarctl.family import TrainableFamily
 from avatarctl.loading.judges import find_judges, judges_missing, load_judges
 from avatarctl.loading.sources import Sources, find_sources, weights_missing
 from avatarctl.loading.trained import checkpoints
+from avatarctl.parallel.world import World
 from avatarctl.registry import Row
-from avatarctl.training.run_folder import RunFolder, length_so_far, require_same
+from avatarctl.training.run_folder import CUT, RunFolder, length_so_far, require_same
 from avatarctl.weights.layouts import LAYOUTS
 
 if TYPE_CHECKING:
@@ -50,7 +52,7 @@ class TrainingResult:
 
 class TrainingRun:
     """One command. folder: of the run, made when it begins; from_step: of the checkpoint to go on from, None
-    for the newest.
+    for the newest; world: the processes that train together, of which `runtime.gpus` is the number.
 
     Raises UsageError and ConfigError for settings that make no sense together or are not those of the run
     that is resumed, PathNotFound and UnusableFile for the data set.
@@ -67,10 +69,12 @@ class TrainingRun:
         *,
         resume: bool = False,
         from_step: int | None = None,
+        world: World | None = None,
     ) -> None:
         self.command, self.cfg, self.row, self.family, self._emit = command, cfg, row, family, emit
         self.folder = RunFolder(folder)
         self._from_step = from_step
+        self._world = world or World()
         _check(command, cfg, family)
         if self.folder.is_begun and not resume:
             raise UsageError(
@@ -100,14 +104,17 @@ class TrainingRun:
             self.cfg, self.row, self.family, self._emit, with_audio, with_faces, needs.shortest
         )
         data.check()
-        slots = self.cfg.train.batch_size * self.cfg.train.gradient_accumulation
+        from avatarctl.training.order import samples_per_step
+
+        slots, gpus = samples_per_step(self.cfg), self.cfg.runtime.gpus
         # A run goes on whatever became of its samples: others take their turns.
         usable = len(data.names) - (0 if self.folder.is_begun else len(data.bad))
         if slots > usable:
+            whose = f", {slots // gpus} in each of {gpus} processes" if gpus > 1 else ""
             raise UsageError(
-                f"a step takes {slots} samples, and the data set has {usable}",
-                where="train.batch_size",
-                fix="a smaller --batch-size, or more samples",
+                f"a step takes {slots} samples{whose}, and the data set has {usable}",
+                where="runtime.gpus" if slots == gpus else "train.batch_size",
+                fix=f"{'fewer processes' if slots == gpus else 'a smaller --batch-size'}, or more samples",
             )
         return data
 
@@ -130,14 +137,22 @@ class TrainingRun:
         """
         if self._start is None:  # before a folder is made
             raise weights_missing(self.row, self.sources)
-        with self.folder.held():
-            for line in remove_left_behind(self.folder.path):
-                self._emit(Notice(line))
-            if draw is not None:
-                draw()
-            data = data or self.open_data()
+        world = self._world
+        with ExitStack() as held:
+            with world.together():
+                if world.is_main:
+                    held.enter_context(self.folder.held())
+                    for line in remove_left_behind(self.folder.path):
+                        self._emit(Notice(line))
+                    if draw is not None:
+                        draw()
+            with world.together():
+                data = data or self.open_data()
+            self._require_one_data_set(data)
             trainer = self._trainer(data)
-            self.folder.begin(run_text)  # not before everything is there: what is refused is no run
+            with world.together():
+                if world.is_main:
+                    self.folder.begin(run_text)  # not before everything is there: what is refused is no run
             begun = trainer.step
             if begun == self.cfg.train.max_steps:
                 self._emit(Notice(f"nothing to do: all {begun} steps are done (--max-steps for more)"))
@@ -148,8 +163,10 @@ class TrainingRun:
     def summary(self, samples: int, bad: int, lacking: Mapping[str, int]) -> dict[str, Any]:
         """What `--dry-run` shows, of a data set with that many samples, unusable ones beside them, and what
         it lacks (`TrainingSet.lacking`)."""
+        from avatarctl.training.order import samples_per_step
+
         train = self.cfg.train
-        slots = train.batch_size * train.gradient_accumulation
+        slots = samples_per_step(self.cfg)
         return {
             "model": self.row.name,
             "channels": self.cfg.model.channels,
@@ -168,7 +185,19 @@ class TrainingRun:
             "missing_weights": [f"{item.folder}/{item.file}" for item in self.sources.missing],
         }
 
+    def _require_one_data_set(self, data: TrainingData) -> None:
+        """Raises UnusableFile where processes, perhaps of two machines, see different samples."""
+        with self._world.together():
+            if self._world.from_main(data.names) != data.names:
+                raise UnusableFile("is not the same for all processes of this run", where=data.base)
+
     def _trainer(self, data: TrainingData) -> Trainer:
+        with self._world.together():
+            trainer = self._made(data)
+        self._go_on(trainer, data)
+        return trainer
+
+    def _made(self, data: TrainingData) -> Trainer:
         import torch
 
         from avatarctl.models.attention import choose_attention, use_attention
@@ -192,9 +221,8 @@ class TrainingRun:
         self._emit(Notice(f"{cfg.train.mode}: {trainables.count:,} numbers are trained"))
         network = Network(start.dit, start.layout, trainables, cfg, start.base, self._mask_facts(), device)
         aux = self._aux(data, device)
-        trainer = Trainer(self.folder, cfg, self.family, network, data, self._emit, aux, start.sha256)
-        self._go_on(trainer, data)
-        return trainer
+        begun = start.sha256
+        return Trainer(self.folder, cfg, self.family, network, data, self._emit, aux, begun, self._world)
 
     def _aux(self, data: TrainingData, device: torch.device) -> AuxStep | None:
         """The auxiliary losses; None where none is asked for, or all have no weight."""
@@ -224,18 +252,26 @@ class TrainingRun:
         """The checkpoint to go on from; what lies behind it is set aside, and forgotten by the log."""
         from avatarctl.training.checkpoints import find_checkpoint, set_aside
 
-        found, notes = find_checkpoint(self.folder.path, self._from_step)
-        for note in notes:
-            self._emit(Notice(note, "warning"))
-        if found is not None:
-            require_same(found.path, self.cfg, self.command)  # it may have been put there from another run
-            self._require_start(found, trainer.start)
-            self._require_samples(found, data)
-            trainer.resume(found)
-            self._emit(Notice(f"resumed behind step {found.step}"))
-        for path in set_aside(self.folder.path, trainer.step):
-            self._emit(Notice(f"set aside: {path}"))
-        self.folder.cut_log(trainer.step)
+        world, found = self._world, None
+        with world.together():
+            if world.is_main:
+                found, notes = find_checkpoint(self.folder.path, self._from_step)
+                for note in notes:
+                    self._emit(Notice(note, "warning"))
+        found = world.from_main(found)
+        with world.together():
+            if found is not None:
+                # It may have been put there from another run.
+                require_same(found.path, self.cfg, self.command)
+                self._require_start(found, trainer.start)
+                self._require_samples(found, data)
+                trainer.resume(found)
+                self._emit(Notice(f"resumed behind step {found.step}"))
+        with world.together():
+            if world.is_main:
+                for path in set_aside(self.folder.path, trainer.step):
+                    self._emit(Notice(f"set aside: {path}"))
+                self.folder.cut_log(trainer.step)
 
     def _require_start(self, checkpoint: Checkpoint, start: Mapping[str, str]) -> None:
         """Raises UnusableWeights where the file that the run started from has other bytes now."""
@@ -263,6 +299,11 @@ class TrainingRun:
         threads = checkpoint.state.get("threads")
         if threads != torch.get_num_threads():
             line = f"this run had {threads} threads and has {torch.get_num_threads()}: last digits differ"
+            self._emit(Notice(line, "warning"))
+        cut, cut_before = [value_of(self.cfg, dotted) for dotted in CUT], checkpoint.state.get("cut")
+        if cut_before not in (None, cut):
+            is_now, was = (" x ".join(map(str, each)) for each in (cut, cut_before))
+            line = f"a step was {was} (batch, passes, processes) and is {is_now}: last digits may differ"
             self._emit(Notice(line, "warning"))
 
     def _check_length(self, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -38,6 +39,10 @@ _FREE: Final = (
 )  # fmt: skip
 """What may differ when a run goes on: no number depends on it. Of the length of a run only a cosine does, and
 of the path of the data its samples, which are compared by name."""
+
+
+CUT: Final = ("train.batch_size", "train.gradient_accumulation", "runtime.gpus")
+"""Their product is what counts: the samples of a step."""
 
 
 class RunFolder:
@@ -137,9 +142,18 @@ def changed(run: Path, cfg: RunConfig, command: str) -> dict[str, tuple[Any, Any
     for dotted in keys_of(command):
         was = before[dotted].value if dotted in before else None
         now = value_of(cfg, dotted)
-        if now != was and not (was is None and now in ({}, ())) and not dotted.startswith(_FREE):
+        if now != was and not (was is None and now in ({}, ())) and not dotted.startswith((*_FREE, *CUT)):
             found[dotted] = (was, now)
-    return found
+    return found | _cut(before, cfg)
+
+
+def _cut(before: Mapping[str, Any], cfg: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """How a step is cut into processes, forward passes and batches, where it has fewer or more samples."""
+    was = {dotted: before[dotted].value if dotted in before else 1 for dotted in CUT}
+    now = {dotted: value_of(cfg, dotted) for dotted in CUT}
+    if math.prod(was.values()) == math.prod(now.values()):
+        return {}  # the same samples, and the same step
+    return {dotted: (was[dotted], now[dotted]) for dotted in CUT if was[dotted] != now[dotted]}
 
 
 def length_so_far(run: Path, step: int | None = None) -> int:

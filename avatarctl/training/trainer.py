@@ -12,20 +12,22 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
+from avatarctl.config import value_of
 from avatarctl.data.training_set import TrainingData, TrainingSample
 from avatarctl.errors import AvatarctlError, Interrupted, UnusableFile
 from avatarctl.events import Emit, Notice, TrainingStepFinished
 from avatarctl.finite import is_finite
 from avatarctl.loading.trained import checkpoints
 from avatarctl.models.device import peak_memory
+from avatarctl.parallel.world import World
 from avatarctl.training.aux_step import AuxBatch, AuxStep
 from avatarctl.training.checkpoints import Checkpoint, rotate, write_checkpoint
 from avatarctl.training.curves import draw_curves
 from avatarctl.training.network import Network
 from avatarctl.training.objective import FlowStep, flow_step, training_noise
 from avatarctl.training.optimizer import Optimizer
-from avatarctl.training.order import Order
-from avatarctl.training.run_folder import LOG, TIMING, RunFolder
+from avatarctl.training.order import Order, own_slots, samples_per_step
+from avatarctl.training.run_folder import CUT, LOG, TIMING, RunFolder
 
 if TYPE_CHECKING:
     from avatarctl.config import RunConfig
@@ -39,24 +41,31 @@ _PATIENCE: Final = 5
 
 @dataclass
 class _Sums:
-    """Numbers of a step, each averaged over the samples that have it: however the step is cut into passes."""
+    """Numbers of a step, each averaged over the samples that have it: however the step is cut into passes and
+    processes. parts: for each pass the sum and the number of samples, in their order."""
 
-    _sums: dict[str, float] = field(default_factory=dict)
-    _counts: dict[str, int] = field(default_factory=dict)
+    parts: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
 
     def add(self, name: str, values: Tensor) -> None:
         """values: one for each sample that has it."""
-        self._sums[name] = self._sums.get(name, 0.0) + float(values.detach().double().sum())
-        self._counts[name] = self._counts.get(name, 0) + len(values)
+        self.parts.setdefault(name, []).append((float(values.detach().double().sum()), len(values)))
 
-    def means(self) -> dict[str, float]:
-        return {name: total / self._counts[name] for name, total in self._sums.items()}
+    @staticmethod
+    def means(of_processes: Sequence[Mapping[str, list[tuple[float, int]]]]) -> dict[str, float]:
+        sums: dict[str, float] = {}
+        counts: dict[str, int] = {}
+        for parts in of_processes:
+            for name, values in parts.items():
+                for value, count in values:  # in order: how `sum` adds depends on the version of Python
+                    sums[name] = sums.get(name, 0.0) + value
+                    counts[name] = counts.get(name, 0) + count
+        return {name: total / counts[name] for name, total in sums.items()}
 
 
 @dataclass
 class Trainer:
     """One run. `network` holds what is trained; `start` the SHA-256 of the files that it began with, by name;
-    `step` counts the optimizer steps that are done."""
+    `step` counts the optimizer steps that are done; `world` the processes that share its samples."""
 
     folder: RunFolder
     cfg: RunConfig
@@ -66,16 +75,20 @@ class Trainer:
     emit: Emit
     aux: AuxStep | None = None
     start: Mapping[str, str] = field(default_factory=dict)
+    world: World = field(default_factory=World)
     step: int = 0
     failed: dict[str, AvatarctlError] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         train = self.cfg.train
-        self._slots = train.batch_size * train.gradient_accumulation
-        self._order = Order(self.cfg.runtime.seed, len(self.data.names), self._slots)
+        assert self.cfg.runtime.gpus == self.world.size
+        self._slots = samples_per_step(self.cfg)
+        own = own_slots(self.cfg, self.world.rank)
+        self._order = Order(self.cfg.runtime.seed, len(self.data.names), self._slots, own)
         self._optimizer = Optimizer(self.network.trainables.parameters, train)
         self._in_a_row = 0
         self._odd: list[str] = []
+        self._news: dict[str, AvatarctlError] = {}
         self.failed.update(self.data.bad)
 
     def resume(self, checkpoint: Checkpoint) -> None:
@@ -91,18 +104,21 @@ class Trainer:
         samples = self.data.read(self._order.from_step(self.step, train.max_steps))
         while self.step < train.max_steps:
             clock = time.monotonic()
-            batch = self._next(samples)
+            with self.world.together():
+                batch = self._next(samples)
             waited = time.monotonic() - clock
             self._one_step(batch, waited, clock)
             now = time.monotonic()
             left = (now - started) / (self.step - begun) * (train.max_steps - self.step)
             self._tell(now - clock, left)
-            stop = should_stop()
-            if stop or self.step % self.cfg.checkpoint.every == 0 or self.step == train.max_steps:
-                self.save()
-            if stop and self.step < train.max_steps:
-                fix = "the same command with --resume auto goes on"
-                raise Interrupted(f"stopped after step {self.step}, which is saved", fix=fix)
+            stop = self.world.any(should_stop())
+            with self.world.together():
+                saves = stop or self.step % self.cfg.checkpoint.every == 0 or self.step == train.max_steps
+                if saves and self.world.is_main:
+                    self.save()
+                if stop and self.step < train.max_steps:
+                    fix = "the same command with --resume auto goes on"
+                    raise Interrupted(f"stopped after step {self.step}, which is saved", fix=fix)
 
     def save(self) -> Path:
         """A checkpoint of the step that was last made; older ones are removed when it is whole."""
@@ -112,6 +128,7 @@ class Trainer:
             "slots": self._slots,
             "seed": self.cfg.runtime.seed,
             "threads": torch.get_num_threads(),
+            "cut": [value_of(self.cfg, dotted) for dotted in CUT],
             "torch": torch.__version__,
             "start": dict(self.start),
             "max_steps": self.cfg.train.max_steps,
@@ -133,7 +150,8 @@ class Trainer:
             while not isinstance(found, TrainingSample):
                 name = self.data.names[tried]
                 if name not in self.failed:
-                    self.emit(Notice(f"{name}: {found}; another sample takes its turns", "warning"))
+                    self._tell_failed(name, found)
+                    self._news[name] = found
                 self.failed[name] = found
                 if len(self.failed) == len(self.data.names):
                     raise UnusableFile(f"no sample can be used any more; the last: {name}: {found}")
@@ -142,17 +160,38 @@ class Trainer:
             batch.append(found)
         return batch
 
+    def _tell_failed(self, name: str, problem: AvatarctlError) -> None:
+        self.emit(Notice(f"{name}: {problem}; another sample takes its turns", "warning"))
+
     def accumulate(self, batch: list[TrainingSample]) -> dict[str, float]:
         """Gradients of one optimizer step, in as many forward passes as the run asks for; the numbers of the
-        step, each averaged over the samples that have it."""
+        step, each averaged over the samples that have it. batch: what this process takes of it.
+
+        Gradients are added when all passes are done, not by a wrapper of the network as they come: no pass
+        has to be told that it is not the last, no parameter is searched for that had no part, and what
+        waits for the network is small beside the step.
+        """
         sums, self._odd = _Sums(), []
         draws = self._order.draws(self.step)
         size = self.cfg.train.batch_size
-        for first in range(0, self._slots, size):
-            group = list(zip(batch[first : first + size], draws[first : first + size], strict=True))
-            for part in _of_one_length(group):
-                self._backward([sample for sample, _ in part], [draw for _, draw in part], sums)
-        return sums.means()
+        with self.world.together():
+            for first in range(0, len(draws), size):
+                group = list(zip(batch[first : first + size], draws[first : first + size], strict=True))
+                for part in _of_one_length(group):
+                    self._backward([sample for sample, _ in part], [draw for _, draw in part], sums)
+        self.world.add_gradients(list(self.network.trainables.parameters.values()))
+        told = self.world.gather((sums.parts, self._news))
+        for _, failed in told:
+            self._learnt_of(failed)
+        self._news = {}
+        return _Sums.means([parts for parts, _ in told])
+
+    def _learnt_of(self, failed: Mapping[str, AvatarctlError]) -> None:
+        """What other processes could not use."""
+        for name, problem in failed.items():
+            if name not in self.failed:
+                self._tell_failed(name, problem)
+                self.failed[name] = problem
 
     def _one_step(self, batch: list[TrainingSample], waited: float, clock: float) -> None:
         totals = self.accumulate(batch)
@@ -167,6 +206,8 @@ class Trainer:
             self._skip(batch, entry)
         self.step += 1
         self.last = entry
+        if not self.world.is_main:
+            return
         self.folder.write(LOG, entry)
         seconds = time.monotonic() - clock
         self.folder.write(TIMING, {"step": self.step, "seconds": seconds, "waited": waited})
@@ -174,17 +215,20 @@ class Trainer:
     def _skip(self, batch: Sequence[TrainingSample], entry: dict[str, Any]) -> None:
         """A step without finite numbers moves nothing. Named are samples whose own loss is not finite, all
         where it is the gradient. Raises UnusableFile after five in a row."""
-        names = ", ".join(dict.fromkeys(self._odd or [sample.name for sample in batch]))
+        told = self.world.gather((self._odd, [sample.name for sample in batch]))
+        odd, all_names = ([name for each in told for name in each[place]] for place in (0, 1))
+        names = ", ".join(dict.fromkeys(odd or all_names))
         self._in_a_row += 1
         line = f"step {entry['step']} is skipped: its numbers are not finite ({names})"
         self.emit(Notice(line, "warning"))
         entry.update({name: None for name, value in entry.items() if isinstance(value, float)})
         entry["skipped"] = names
         if self._in_a_row == _PATIENCE:
-            raise UnusableFile(
-                f"{_PATIENCE} steps in a row were not finite; the last: {names}",
-                fix=f"look at these samples, or begin anew with {self._slower()}",
-            )
+            with self.world.together():
+                raise UnusableFile(
+                    f"{_PATIENCE} steps in a row were not finite; the last: {names}",
+                    fix=f"look at these samples, or begin anew with {self._slower()}",
+                )
 
     def _slower(self) -> str:
         """A command that goes on at a smaller learning rate, as another run: this one keeps its own."""

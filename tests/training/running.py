@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from avatarctl.cli import app
 from avatarctl.events import Event
 from avatarctl.families import family_named
+from avatarctl.parallel.world import World
 from avatarctl.registry import configure, find_model
 from avatarctl.training.run import TrainingRun
 from avatarctl.training.trainer import Trainer
@@ -37,7 +38,9 @@ def typed(*words: object) -> Result:
     return CliRunner().invoke(app, list(map(str, words)), prog_name="avatarctl")
 
 
-def made_trainer(folder: Path, data: Path, *words: str, model: str = "cartoon-v2v") -> Trainer:
+def made_trainer(
+    folder: Path, data: Path, *words: str, model: str = "cartoon-v2v", world: World | None = None
+) -> Trainer:
     """A trainer as `train` makes it, in a new folder; words: settings. Its `events` are what the run said."""
     events: list[Event] = []
     settings = {
@@ -48,7 +51,7 @@ def made_trainer(folder: Path, data: Path, *words: str, model: str = "cartoon-v2
     cfg = configure(*(f"{name}={value}" for name, value in settings.items()))
     row = find_model(model)
     command = "train i2v" if cfg.model.channels == 33 else "train v2v"
-    run = TrainingRun(command, cfg, row, family_named(row.family), folder, events.append)  # type: ignore[arg-type]
+    run = TrainingRun(command, cfg, row, family_named(row.family), folder, events.append, world=world)  # type: ignore[arg-type]
     folder.mkdir()
     (folder / "run.yaml").write_text(f"command: {command}\nasked: {{}}\n", encoding="utf-8")
     trainer = run._trainer(run.open_data())

@@ -1,0 +1,1 @@
+"""The processes of one run, and what they tell each other."""

@@ -1,0 +1,280 @@
+"""Several processes that train together: they make what one makes, end alike, and leave one run."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from avatarctl.cli import launch
+from avatarctl.cli import train as train_command
+from avatarctl.cli.launch import Place, found_place, listening, start_processes
+from avatarctl.errors import Interrupted, NotYetSupported, UnusableFile, UsageError
+from avatarctl.events import Notice
+from avatarctl.parallel import world as world_module
+from avatarctl.parallel.world import World
+from avatarctl.training import trainer
+from avatarctl.training.order import Order, own_slots
+from tests.training.running import QUICK, bits, forked, made_trainer, typed
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+
+LINE = (
+    "train", "v2v", "--size", "32x32", "--frames", "9", "--max-steps", "3", "--batch-size", "1", *QUICK,
+    "-o", "checkpoint.every=1",
+)  # fmt: skip
+ONE = ("--gpus", "1", "--gradient-accumulation", "2")
+TWO = ("--gpus", "2")
+
+
+def _forking() -> None:
+    """Processes are forks: new ones would import for five seconds each. None waits long for nothing."""
+    world_module._PATIENCE = timedelta(seconds=60)  # type: ignore[misc]
+    train_command.start_processes = functools.partial(start_processes, method="fork")  # type: ignore[attr-defined]
+
+
+def _second_dies() -> None:
+    """Rank 1, before the second step."""
+    _forking()
+    step = trainer.Trainer._one_step
+
+    def killed(self: trainer.Trainer, *rest: Any) -> None:
+        if self.step == 1 and self.world.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        step(self, *rest)
+
+    trainer.Trainer._one_step = killed  # type: ignore[method-assign]
+
+
+def _second_is_asked_to_stop() -> None:
+    """Rank 1, in the middle of the second step, twice, as a starter does that passes on what it got."""
+    _forking()
+    step = trainer.Trainer.accumulate
+
+    def asked(self: trainer.Trainer, batch: list[trainer.TrainingSample]) -> dict[str, float]:
+        if self.step == 1 and self.world.rank == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch)
+
+    trainer.Trainer.accumulate = asked  # type: ignore[method-assign]
+
+
+@pytest.fixture(scope="module")
+def of_one(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three steps of one process, two forward passes each; nobody changes it."""
+    run = tmp_path_factory.mktemp("of-one") / "run"
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    made = typed(*LINE, *ONE, "--data", prepared, "--out", run)
+    torch.set_num_threads(before)
+    assert made.exit_code == 0, made.output
+    return run
+
+
+def test_a_killed_process_ends_all_and_one_goes_on_to_the_bits_of_one(
+    of_one: Path, prepared: Path, tmp_path: Path
+) -> None:
+    """The first step was made by two. A rank in the key of a random number would show here."""
+    run, said = tmp_path / "run", tmp_path / "said.txt"
+    line = (*LINE, "--data", prepared, "--out", run, "--resume", "auto")
+    began = time.monotonic()
+    assert forked(_second_dies, *line, *TWO, said=said) == 6, said.read_text()
+    assert time.monotonic() - began < 60
+    told = [text for text in said.read_text().splitlines() if text.startswith("error")]
+    assert len(told) == 1 and "process 1 of 2" in told[0] and "SIGKILL" in told[0], told
+    assert "Traceback" not in said.read_text()
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-1"]
+    resumed = typed(*line, *ONE)
+    assert resumed.exit_code == 0 and "resumed behind step 1" in resumed.output, resumed.output
+    assert "a step was 1 x 1 x 2 (batch, passes, processes) and is 1 x 2 x 1" in resumed.output
+    assert bits(run, 3) == bits(of_one, 3)
+
+
+def test_one_that_is_asked_to_stop_stops_all_and_two_go_on_to_the_bits_of_one(
+    of_one: Path, prepared: Path, tmp_path: Path
+) -> None:
+    run, said = tmp_path / "run", tmp_path / "said.txt"
+    line = (*LINE[:-1], "checkpoint.every=9", *TWO, "--data", prepared, "--out", run, "--resume", "auto")
+    assert forked(_second_is_asked_to_stop, *line, said=said) == 6, said.read_text()
+    assert said.read_text().count("error") == 1, said.read_text()
+    assert "stopped after step 2, which is saved" in said.read_text()
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert forked(_forking, *line, said=said) == 0, said.read_text()
+    assert said.read_text().count("resumed behind step 2") == 1
+    assert bits(run, 3) == bits(of_one, 3)
+    words = (*LINE, "--gpus", "1", "--data", prepared, "--out", run, "--resume", "auto")
+    refused = typed(*words)  # half of the step
+    assert refused.exit_code == 2 and "runtime.gpus was 2 and is 1" in refused.output
+
+
+# --- a step of two processes, seen from inside ----------------------------------------------------
+
+
+def _gradients(made: trainer.Trainer) -> torch.Tensor:
+    for parameter in made.network.trainables.parameters.values():
+        parameter.data = parameter.data.double()
+    own = made.data.read(made._order.places(0))
+    made.accumulate([sample for sample in own if isinstance(sample, trainer.TrainingSample)])
+    return torch.cat([p.grad.flatten() for p in made.network.trainables.parameters.values()])  # type: ignore[union-attr]
+
+
+def _inside(folder: Path, prepared: Path, place: Place) -> None:
+    """What each of two processes sees; written down, as nobody would see an assertion fail here."""
+    world_module._PATIENCE = timedelta(seconds=60)  # type: ignore[misc]
+    world = World(place.rank, place.size, place.local)
+    world.join(place.meeting, "cpu")
+    words = ("train.batch_size=1", "train.gradient_accumulation=2", "runtime.gpus=2")
+    made = made_trainer(folder / f"run-{place.rank}", prepared, *words, world=world)
+    found: dict[str, Any] = {"gradient": _gradients(made)}
+    made._optimizer.drop_gradients()
+    read = made.data.read
+
+    def broken(places: Any) -> Any:
+        for at in places:
+            (sample,) = read([at])
+            assert isinstance(sample, trainer.TrainingSample)
+            if world.rank == 1:
+                sample.tensors["latents"].mul_(torch.nan)
+                made.data.read = read  # type: ignore[method-assign]
+            yield sample
+
+    made.data.read = broken  # type: ignore[method-assign]
+    before = [tensor.clone() for tensor in made.network.trainables.state().values()]
+    made._one_step(made._next(made.data.read(made._order.places(0))), 0.0, 0.0)
+    after = made.network.trainables.state().values()
+    found["moved"] = any(not torch.equal(*pair) for pair in zip(before, after, strict=True))
+    found["skipped"] = made.last["skipped"]
+    if world.rank == 1:
+        made._news = made.failed = {"b": UnusableFile("is gone")}
+    made.accumulate(made._next(made.data.read(made._order.places(1))))
+    found["failed"] = list(made.failed)
+    found["told"] = [event.text for event in made.events if isinstance(event, Notice)]  # type: ignore[attr-defined]
+    try:
+        with world.together():
+            if world.rank == 1:
+                raise UnusableFile("one cannot go on", where="here", fix="do")
+    except UnusableFile as error:
+        found["error"] = (str(error), error is world.agreed)
+    found["wrote"] = (folder / f"run-{place.rank}" / "log.jsonl").is_file()
+    world.leave()
+    torch.save(found, folder / f"found-{place.rank}.pt")
+
+
+def test_a_step_of_two_processes_is_that_of_one(prepared: Path, tmp_path: Path) -> None:
+    """In each two forward passes, in float64; a sample whose numbers are not finite, a bad one, an error."""
+    assert start_processes(2, _inside, (tmp_path, prepared), method="fork") == 0
+    both = [torch.load(tmp_path / f"found-{rank}.pt") for rank in range(2)]
+    alone = made_trainer(tmp_path / "alone", prepared, "train.batch_size=1", "train.gradient_accumulation=4")
+    whole = _gradients(alone)
+    for found in both:
+        assert float((found["gradient"] - whole).norm() / whole.norm()) < 1e-6
+        assert not found["moved"]
+        assert sorted(found["skipped"].split(", ")) == sorted(alone.data.names)
+        assert found["failed"] == ["b"]
+        assert found["error"] == ("here: one cannot go on (do)", True)
+    assert torch.equal(both[0]["gradient"], both[1]["gradient"])
+    assert "b: is gone; another sample takes its turns" in both[0]["told"]
+    assert [found["wrote"] for found in both] == [True, False]
+
+
+def test_slots_of_a_step_are_dealt_whole_and_once() -> None:
+    from avatarctl.registry import configure
+
+    cfg = configure(
+        "model.name=cartoon-v2v", "train.batch_size=2", "train.gradient_accumulation=3", "runtime.gpus=4"
+    )
+    whole = Order(3, 50, 24)
+    parts = [Order(3, 50, 24, own_slots(cfg, rank)) for rank in range(4)]
+    assert [draw for part in parts for draw in part.draws(5)] == whole.draws(5)
+    assert [at for part in parts for at in part.places(5)] == whole.places(5)
+
+
+def test_more_processes_than_samples(prepared: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"runtime.gpus: a step takes 5 samples, 1 in each of 5 processes"):
+        made_trainer(tmp_path / "run", prepared, "train.batch_size=1", "runtime.gpus=5")
+
+
+# --- who starts them ------------------------------------------------------------------------------
+
+TORCHRUN = {
+    "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node", "MASTER_PORT": "29500",
+}  # fmt: skip
+
+
+def test_the_environment_of_torchrun_is_taken() -> None:
+    assert found_place({}) is None and found_place({"WORLD_SIZE": "1", "RANK": "0"}) is None
+    assert found_place(TORCHRUN) == Place(3, 4, 1, "env://")
+    assert found_place({**TORCHRUN, "ACCELERATE_USE_DEEPSPEED": "false"}) is not None
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "MASTER_ADDR"])
+def test_half_an_environment_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=f"{name} is not set"):
+        found_place({key: value for key, value in TORCHRUN.items() if key != name})
+
+
+@pytest.mark.parametrize(("name", "title"), [("DEEPSPEED", "DeepSpeed"), ("FSDP", "FSDP")])
+def test_what_spreads_weights_is_refused(name: str, title: str) -> None:
+    with pytest.raises(NotYetSupported, match=rf"{title} is not used .* --gpus N"):
+        found_place({**TORCHRUN, f"ACCELERATE_USE_{name}": "true"})
+
+
+def test_a_precision_of_accelerate_is_told_of() -> None:
+    from avatarctl.registry import configure
+
+    cfg = configure("model.name=cartoon-v2v")
+    place = found_place(TORCHRUN)
+    told = launch.ignored_precision({"ACCELERATE_MIXED_PRECISION": "bf16"}, place, cfg)
+    assert told is not None and "--dtype decides, and it is float32" in told
+    assert launch.ignored_precision({"ACCELERATE_MIXED_PRECISION": "no"}, place, cfg) is None
+
+
+def test_each_process_has_a_card_of_its_own() -> None:
+    world = World(3, 4, 1)
+    assert world.device("cuda") == "cuda:1" and world.device("cpu") == "cpu"
+    assert World().device("cuda:2") == "cuda:2"
+    with pytest.raises(UsageError, match="cuda:0 is one card, and 4 processes take one each"):
+        world.device("cuda:0")
+
+
+def _waits(folder: Path, place: Place) -> None:
+    with listening(place) as should_stop:
+        (folder / f"here-{place.rank}").touch()
+        while not should_stop():
+            time.sleep(0.01)
+    raise Interrupted("stopped")
+
+
+def _asks_the_starter(folder: Path, place: Place) -> None:
+    if place.rank == 1:
+        while not (folder / "here-0").is_file():
+            time.sleep(0.01)
+        os.kill(os.getppid(), signal.SIGTERM)
+    _waits(folder, place)
+
+
+def test_a_signal_to_the_starter_reaches_all(tmp_path: Path) -> None:
+    assert start_processes(2, _asks_the_starter, (tmp_path,), method="fork") == 6
+
+
+def _fails_or_goes_on(place: Place) -> None:
+    if place.rank == 1:
+        raise UnusableFile("cannot be read")
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(300)
+
+
+def test_the_exit_code_is_that_of_the_first_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one ignores what it is told, as one that waits in a kernel does."""
+    monkeypatch.setattr(launch, "_GRACE", 0.1)
+    began = time.monotonic()
+    assert start_processes(2, _fails_or_goes_on, (), method="fork") == 3
+    assert time.monotonic() - began < 30
