@@ -14,13 +14,15 @@ __all__ = ["with_absolute_paths"]
 
 
 def with_absolute_paths(resolved: Resolved, cfg: RunConfig, keys: Iterable[str]) -> Resolved:
-    """`resolved` with `cfg`, whose paths are absolute: those of `keys`, of the model, of its files and LoRAs.
+    """`resolved` with `cfg`, whose paths are absolute: those of `keys`, of sets to
+    validate on, of the model, of its files and LoRAs.
 
     A model's registry name, a LoRA's hub name and the words of `data.faces` are no paths and stay.
     """
     from avatarctl.loading.loras import absolute_lora
 
     absolute: dict[str, Any] = {dotted: _absolute(value_of(cfg, dotted)) for dotted in keys}
+    absolute["validation.sets"] = tuple(str(_absolute(path)) for path in cfg.validation.sets)
     absolute["model.lora"] = tuple(absolute_lora(text) for text in cfg.model.lora)
     absolute["model.weights"] = {part: _absolute(path) for part, path in cfg.model.weights.items()}
     absolute["model.weights_root"] = _absolute(cfg.model.weights_root)

@@ -261,6 +261,9 @@ def _run_of(asked: str) -> tuple[Path, int | None]:
     path, step = expanded(asked), None
     if match := re.fullmatch(r"checkpoint-(\d{1,9})", path.name):
         path, step = path.parent, int(match[1])
+    if re.fullmatch(r"best-[a-z]+-\d{1,9}", path.name) and (path / "run.yaml").is_file():
+        fix = f"--resume {path.parent}, or start anew from these weights by --model {path}"
+        raise UsageError("holds the best weights and no state of training", where=asked, fix=fix)
     if not (path / "run.yaml").is_file():
         raise PathNotFound("is no run, nor a checkpoint of one", where=asked, fix="name the folder of --out")
     return path, step

@@ -57,6 +57,7 @@ _TRAIN: Final = CommandKeys(
         "aux": "losses sync_weight lpips_weight trepa_weight recon_weight sync_mode lpips_backend window "
         "stride frames trepa_mode mouth_crop max_sigma",
         "checkpoint": "every keep_last resume accept_schedule",
+        "validation": "every sets samples steps metrics holdout",
         "runtime": "seed device dtype attention compile gpus trackers log_level",
     },
 )

@@ -406,11 +406,20 @@ class Validation:
     """Looking at a model while it trains."""
 
     every: int = key(0, "optimizer steps between validations; 0 for never", low=0, high=100_000_000)
-    sets: tuple[str, ...] = key((), "folders of samples to validate on", split=None)
-    samples: int = key(4, "samples per set", low=1, high=1_000_000)
+    sets: tuple[str, ...] = key(
+        (),
+        "what to validate on, in place of what is held out: folders or lists of samples, or lists of "
+        "video@@audio (image@@audio) lines",
+        split=None,
+    )
+    samples: int = key(4, "samples per set; each is made twice, with its own and another's audio", low=1,
+                       high=1_000_000)  # fmt: skip
     steps: int | None = key(None, "sampling steps; the model's own unless given", low=1, high=1000)
-    metrics: tuple[str, ...] = key((), "scores to compute")
-    holdout: float = key(0.0, "share of the training set kept for validation", low=0, high=0.9)
+    metrics: tuple[Literal["flow", "sync", "lpips", "psnr"], ...] = key(
+        ("flow", "sync", "lpips", "psnr"),
+        "scores: loss at fixed noise, cosine of the sync judge, LPIPS of the mouth, PSNR",
+    )
+    holdout: float = key(0.0, "share of the clips that is never trained on and validated", low=0, high=0.9)
 
 
 @dataclass(frozen=True)
@@ -431,7 +440,9 @@ class Runtime:
         not_yet={"infer": ANY},
     )
     trackers: tuple[Literal["jsonl", "tensorboard", "wandb", "trackio"], ...] = key(
-        ("jsonl",), "where training curves go", not_yet=ANY
+        ("jsonl",),
+        "where training curves go: log.jsonl is always written; the others need the extra `track` and are "
+        "unverified",
     )
     log_level: Literal["debug", "info", "warning", "error"] = key("info", "how much is said on the screen")
 

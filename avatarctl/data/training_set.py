@@ -7,8 +7,8 @@ as has room in memory is kept for the next turns.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -113,6 +113,8 @@ class TrainingSet:
     with_audio: samples are read with their audio, and one whose clip has none, or ends before it, is bad;
     with_faces: with what aligns their faces, and one without it is bad; shortest: pixel frames that a clip
     needs. constants: artifacts of the whole set, float32, and "mask" where the run has one.
+    choose: which samples of the set are meant, all unless given; encoders: those of another set, to be
+    shared; instead: what is said of a bad sample.
     """
 
     cfg: RunConfig
@@ -126,14 +128,20 @@ class TrainingSet:
     bad: dict[str, AvatarctlError] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
     lengths: list[int] = field(default_factory=list)
+    choose: Callable[[Sequence[Sample]], tuple[Sample, ...]] | None = None
+    encoders: Encoders | None = None
+    instead: str = "other samples take its turns"
 
     def __post_init__(self) -> None:
         assert self.cfg.data.path is not None
         self._set = find_samples(expanded(self.cfg.data.path), self.cfg.data.audio_name, self.emit)
+        if self.choose is not None:
+            self._set = replace(self._set, samples=self.choose(self._set.samples))
         self._known = Known(self._set.own / "known", self._set.base, "training", keep=False)
         self._artifacts = self.family.artifacts(self.cfg)
         parts: tuple[Part, ...] = tuple(dict.fromkeys(each.part for each in self._artifacts))
-        self._encoders = Encoders(self.row, self.cfg, parts, self._known, self.emit, check=False)
+        own = self.encoders or Encoders(self.row, self.cfg, parts, self._known, self.emit, check=False)
+        self.encoders = self._encoders = own
         self._checker = Checker(
             self.cfg, self.family, self._artifacts, self._encoders, self._known, self._set.own, self.emit
         )
@@ -146,6 +154,11 @@ class TrainingSet:
     def base(self) -> Path:
         """What names of samples are relative to."""
         return self._set.base
+
+    @property
+    def samples(self) -> list[Sample]:
+        """Those of `names`, in their order."""
+        return [checked.sample for checked in self._checked]
 
     def check(self) -> None:
         """Looks at every sample. Raises UnusableFile where none can be used, WeightsMissing where something
@@ -168,9 +181,7 @@ class TrainingSet:
             if checked.problem is not None:
                 self.lengths.append(0)
                 self.bad[sample.name] = checked.problem
-                self.emit(
-                    Notice(f"{sample.name}: {checked.problem}; other samples take its turns", "warning")
-                )
+                self.emit(Notice(f"{sample.name}: {checked.problem}; {self.instead}", "warning"))
             else:
                 self.lengths.append(self._length(checked.frames))
         if len(self.bad) == len(self.names):

@@ -94,8 +94,15 @@ class StableSyncNet(nn.Module):
 
         lower_faces: [B, 3, frames, S / 2, S]; mel: [B, 1, 80, 52] for 16 frames.
         """
-        stacked = rearrange(lower_faces, "b c n h w -> b (n c) h w")
-        return _unit(self.visual_encoder(stacked)), _unit(self.audio_encoder(mel))
+        return self.embed_faces(lower_faces), self.embed_audio(mel)
+
+    def embed_faces(self, lower_faces: Tensor) -> Tensor:
+        """Unit vectors [B, D] of the frames alone."""
+        return _unit(self.visual_encoder(rearrange(lower_faces, "b c n h w -> b (n c) h w")))
+
+    def embed_audio(self, mel: Tensor) -> Tensor:
+        """Unit vectors [B, D] of the audio alone."""
+        return _unit(self.audio_encoder(mel))
 
 
 class _Tower(nn.Module):

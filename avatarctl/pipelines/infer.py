@@ -172,10 +172,11 @@ def write_video(
     emit: Emit = silent,
     should_stop: Callable[[], bool] = _never,
     watch: Callable[[np.ndarray], None] | None = None,
+    modules: Modules | None = None,
 ) -> OutputFinished:
     """Make the video of a plan at `path`, by way of `NAME.partial.mp4`.
 
-    watch: is given the frames as they are written, uint8 [n, H, W, 3].
+    modules: loaded unless they are given. watch: is given the frames as they are written, uint8 [n, H, W, 3].
 
     A run that ends early with finished chunks leaves the playable part and names it in the error; without
     any it leaves nothing. Raises what `generate` raises, OutputRefused (also where the output is an
@@ -205,7 +206,7 @@ def write_video(
     try:
         for notice in told:
             emit(Notice(notice, "warning"))
-        modules = load(plan, emit=emit)
+        modules = modules or load(plan, emit=emit)
         loaded = first_frame = time.monotonic()
         frames = 0
         for block in generate(plan, modules=modules, emit=emit, should_stop=stop_asked):

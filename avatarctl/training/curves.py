@@ -35,7 +35,12 @@ Points = list[tuple[int, float]]
 def draw_curves(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
     """One panel for every number of the log: thin each step, thick its running mean; red marks below are
     steps that were skipped."""
-    seen = dict.fromkeys(name for entry in entries for name in entry if name not in _NO_CURVES)
+    seen = dict.fromkeys(
+        name
+        for entry in entries
+        for name, value in entry.items()
+        if name not in _NO_CURVES and (value is None or isinstance(value, (int, float)))
+    )
     names = [*(name for name in _FIRST if name in seen), *(name for name in seen if name not in _FIRST)]
     width, height = _SIZE
     rows = max(1, -(-len(names) // _COLUMNS))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,24 @@ class Network:
         """One more step of the moving average, mean += (1 - decay) (weight - mean)."""
         for name, mean in self._mean.items():
             mean.lerp_(self.trainables.parameters[name].detach(), 1 - self.cfg.train.ema)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averaged weights in the network while the block lasts, where the run keeps some. Both are then
+        what they were, to the bit; one weight at a time is held twice."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for name, mean in self._mean.items():
+            weight = self.trainables.parameters[name]
+            held = weight.detach().clone()
+            weight.copy_(mean)
+            mean.copy_(held)
 
     def load(self, trained: Mapping[str, Tensor], averaged: Mapping[str, Tensor] | None) -> None:
         """Raises UnusableWeights for the weights of another model, or without the average of a run that

@@ -3,6 +3,7 @@ or the checkpoint to go on from, the loop, and what a person is told at the end.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from avatarctl.atomic import remove_left_behind
 from avatarctl.conditioning.masking import mask_name
 from avatarctl.config import RunConfig, value_of
 from avatarctl.data.checking import run_mask
+from avatarctl.data.holdout import trained_on
 from avatarctl.data.training_set import TrainingData, TrainingSet
 from avatarctl.errors import ConfigError, PartlyFailed, UnusableFile, UnusableWeights, UsageError
 from avatarctl.events import Emit, Notice
@@ -30,8 +32,11 @@ if TYPE_CHECKING:
 
     from avatarctl.training.aux_step import AuxStep
     from avatarctl.training.checkpoints import Checkpoint
+    from avatarctl.training.network import Network
     from avatarctl.training.start import StartPlan
     from avatarctl.training.trainer import Trainer
+    from avatarctl.training.validation import Validation
+    from avatarctl.training.validation_sets import ValidationSets
 
 __all__ = ["WITH_SEQUENCE", "TrainingResult", "TrainingRun"]
 
@@ -84,12 +89,20 @@ class TrainingRun:
             require_same(folder, cfg, command)
             self._check_length(folder)
         _check_aux(cfg, row)
+        _check_trackers(cfg)
+        if self._world.size > 1 and cfg.validation.every:
+            raise UsageError(
+                "validation runs in one process so far",
+                where="validation.every",
+                fix="leave it out, and validate the checkpoints in a run of one process",
+            )
         assert cfg.data.width is not None and cfg.data.height is not None
         self.sources: Sources = find_sources(row, cfg.model, (cfg.data.width, cfg.data.height))
         if cfg.train.init != "random" and not self.sources.dit and not self.sources.missing:
             fix = "--init random --mode full, or --model RUN of one that was trained"
             raise UsageError("has no weights that training could start from", where=row.name, fix=fix)
         self._start: StartPlan | None = None
+        self._validation: ValidationSets | None = None
         if cfg.train.init == "random" or (self.sources.dit and not self.sources.missing):
             from avatarctl.training.start import plan_start
 
@@ -101,8 +114,9 @@ class TrainingRun:
         with_audio = "sync" in needs.names
         with_faces = with_audio and self._whole_frames
         data = TrainingSet(
-            self.cfg, self.row, self.family, self._emit, with_audio, with_faces, needs.shortest
-        )
+            self.cfg, self.row, self.family, self._emit, with_audio, with_faces, needs.shortest,
+            choose=functools.partial(trained_on, share=self.cfg.validation.holdout),
+        )  # fmt: skip
         data.check()
         from avatarctl.training.order import samples_per_step
 
@@ -116,7 +130,18 @@ class TrainingRun:
                 where="runtime.gpus" if slots == gpus else "train.batch_size",
                 fix=f"{'fewer processes' if slots == gpus else 'a smaller --batch-size'}, or more samples",
             )
+        if self.cfg.validation.every:
+            self._validation = self._open_validation(data)
         return data
+
+    def _open_validation(self, data: TrainingSet) -> ValidationSets:
+        """What validations look at. Raises UsageError, PathNotFound, UnusableFile, WeightsMissing."""
+        from avatarctl.training.validation_sets import open_sets
+
+        with_faces = self._whole_frames and "sync" in self.cfg.validation.metrics
+        assert data.encoders is not None
+        data.encoders.require()  # clips are made with them
+        return open_sets(self.cfg, self.row, self.family, data.encoders, self._emit, with_faces=with_faces)
 
     @property
     def _whole_frames(self) -> bool:
@@ -156,9 +181,20 @@ class TrainingRun:
             begun = trainer.step
             if begun == self.cfg.train.max_steps:
                 self._emit(Notice(f"nothing to do: all {begun} steps are done (--max-steps for more)"))
-            trainer.train(should_stop)
+            self._train(trainer, should_stop)
             last = checkpoints(self.folder.path)[-1][1] if trainer.step > begun else None
             return TrainingResult(self.folder.path, trainer.step, last, _partly(data, trainer))
+
+    def _train(self, trainer: Trainer, should_stop: Callable[[], bool]) -> None:
+        """With trackers at the run's logs while it lasts."""
+        from avatarctl.training.trackers import Trackers
+
+        names = self.cfg.runtime.trackers if self._world.is_main else ()
+        trackers = Trackers(names, self.folder, trainer.step, self._emit)
+        try:
+            trainer.train(should_stop)
+        finally:
+            trackers.finish()
 
     def summary(self, samples: int, bad: int, lacking: Mapping[str, int]) -> dict[str, Any]:
         """What `--dry-run` shows, of a data set with that many samples, unusable ones beside them, and what
@@ -209,6 +245,7 @@ class TrainingRun:
 
         cfg = self.cfg
         device = resolve_device(cfg.runtime.device)
+        validation = self._validates(data, device)
         data.prepare()
         dtype = torch.float32 if cfg.train.mode == "full" else dtype_of(cfg.runtime)
         assert self._start is not None
@@ -221,8 +258,20 @@ class TrainingRun:
         self._emit(Notice(f"{cfg.train.mode}: {trainables.count:,} numbers are trained"))
         network = Network(start.dit, start.layout, trainables, cfg, start.base, self._mask_facts(), device)
         aux = self._aux(data, device)
-        begun = start.sha256
-        return Trainer(self.folder, cfg, self.family, network, data, self._emit, aux, begun, self._world)
+        begun, world = start.sha256, self._world
+        trainer = Trainer(self.folder, cfg, self.family, network, data, self._emit, aux, begun, world)
+        trainer.validation = None if validation is None else validation(network)
+        return trainer
+
+    def _validates(self, data: TrainingData, device: torch.device) -> Callable[[Network], Validation] | None:
+        """What makes validations of a network; None where none is asked for."""
+        if self._validation is None:
+            return None
+        from avatarctl.training.validation import make_validation
+
+        assert isinstance(data, TrainingSet)
+        made = (self.row, self.family, self.sources, data.modules, device, self._emit)
+        return make_validation(self.folder, self._validation, *made)
 
     def _aux(self, data: TrainingData, device: torch.device) -> AuxStep | None:
         """The auxiliary losses; None where none is asked for, or all have no weight."""
@@ -371,6 +420,14 @@ def _channels(cfg: RunConfig, family: TrainableFamily, wants: str) -> list[int]:
 
 def _with_steps(train: Any, steps: int) -> Any:
     return replace(train, max_steps=steps)
+
+
+def _check_trackers(cfg: RunConfig) -> None:
+    """Raises ExtraMissing for one whose package is not here."""
+    if set(cfg.runtime.trackers) - {"jsonl"}:
+        from avatarctl.training.trackers import require_trackers
+
+        require_trackers(cfg.runtime.trackers)
 
 
 def _check_aux(cfg: RunConfig, row: Row) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -23,11 +23,14 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["DRAWN", "LOG", "RUN", "TIMING", "RunFolder", "changed", "length_so_far", "require_same"]
+__all__ = [
+    "DRAWN", "LOG", "RUN", "TIMING", "VALIDATION", "RunFolder", "changed", "length_so_far", "require_same",
+]  # fmt: skip
 
 RUN: Final = "run.yaml"
 LOG: Final = "log.jsonl"
 TIMING: Final = "timing.jsonl"
+VALIDATION: Final = "validation.jsonl"
 DRAWN: Final = "samples"
 """Folder of the clips that are drawn where no data set is given."""
 _LOCK: Final = "lock"
@@ -36,6 +39,7 @@ _LONGEST_STATE: Final = 1 << 20
 _FREE: Final = (
     "output.path", "checkpoint.", "runtime.log_level", "runtime.device", "data.workers", "data.path",
     "data.force", "data.videos", "data.shard", "memory.", "train.max_steps", "model.weights_root",
+    "validation.", "runtime.trackers",
 )  # fmt: skip
 """What may differ when a run goes on: no number depends on it. Of the length of a run only a cosine does, and
 of the path of the data its samples, which are compared by name."""
@@ -46,10 +50,12 @@ CUT: Final = ("train.batch_size", "train.gradient_accumulation", "runtime.gpus")
 
 
 class RunFolder:
-    """One folder; `log` and `timing` are lines of JSON, one for each optimizer step."""
+    """One folder; `log` and `timing` are lines of JSON, one for each optimizer step, and `validation` one for
+    each validation. watchers: are told of each line that is written, by the name of its log."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.watchers: list[Callable[[str, Mapping[str, Any]], None]] = []
 
     @property
     def is_begun(self) -> bool:
@@ -97,7 +103,7 @@ class RunFolder:
     def cut_log(self, step: int) -> None:
         """Forgets log lines behind `step`, and what a kill or a power cut left of a line, so that logs of
         equal runs are equal."""
-        for name in (LOG, TIMING):
+        for name in (LOG, TIMING, VALIDATION):
             path = self.path / name
             if not path.is_file():
                 continue
@@ -109,6 +115,8 @@ class RunFolder:
         path = self.path / name
         with disk_errors(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
+        for watcher in self.watchers:
+            watcher(name, entry)
 
     def flush(self) -> None:
         """Waits until the logs are on the disk: a checkpoint is not to be there without its lines."""
@@ -118,8 +126,16 @@ class RunFolder:
                     flush_file(path)
 
     def entries(self) -> list[dict[str, Any]]:
-        """What the log says so far."""
-        path = self.path / LOG
+        """What the log says so far, and validations, whose numbers have `validation` in front."""
+        seen = [
+            {"step": entry["step"], **{f"validation_{name}": entry[name] for name in entry if name != "step"}}
+            for entry in self.entries_of(VALIDATION)
+        ]
+        return sorted([*self.entries_of(LOG), *seen], key=lambda entry: int(entry["step"]))
+
+    def entries_of(self, name: str) -> list[dict[str, Any]]:
+        """What one of the logs says so far."""
+        path = self.path / name
         return list(_entries(path)) if path.is_file() else []
 
 

@@ -32,6 +32,7 @@ from avatarctl.training.run_folder import CUT, LOG, TIMING, RunFolder
 if TYPE_CHECKING:
     from avatarctl.config import RunConfig
     from avatarctl.family import Condition, Draw, Timesteps, TrainableFamily
+    from avatarctl.training.validation import Validation
 
 __all__ = ["Trainer"]
 
@@ -76,6 +77,7 @@ class Trainer:
     aux: AuxStep | None = None
     start: Mapping[str, str] = field(default_factory=dict)
     world: World = field(default_factory=World)
+    validation: Validation | None = None
     step: int = 0
     failed: dict[str, AvatarctlError] = field(default_factory=dict)
 
@@ -100,6 +102,8 @@ class Trainer:
     def train(self, should_stop: Callable[[], bool]) -> None:
         """Trains up to `train.max_steps`. Saves before it raises Interrupted; raises UnusableFile where
         losses stay without a finite value, the last checkpoint untouched."""
+        if not self._validate(should_stop):  # the one that was due when the run stopped
+            raise self._stopped()
         train, started, begun = self.cfg.train, time.monotonic(), self.step
         samples = self.data.read(self._order.from_step(self.step, train.max_steps))
         while self.step < train.max_steps:
@@ -112,13 +116,32 @@ class Trainer:
             left = (now - started) / (self.step - begun) * (train.max_steps - self.step)
             self._tell(now - clock, left)
             stop = self.world.any(should_stop())
+            save = self.step % self.cfg.checkpoint.every == 0 or self.step == train.max_steps
             with self.world.together():
-                saves = stop or self.step % self.cfg.checkpoint.every == 0 or self.step == train.max_steps
-                if saves and self.world.is_main:
+                if (stop or save) and self.world.is_main:
                     self.save()
-                if stop and self.step < train.max_steps:
-                    fix = "the same command with --resume auto goes on"
-                    raise Interrupted(f"stopped after step {self.step}, which is saved", fix=fix)
+            if not stop and not self._validate(should_stop):
+                stop = True
+                if not save:
+                    self.save()
+            if stop and self.step < train.max_steps:
+                with self.world.together():
+                    raise self._stopped()
+
+    def _validate(self, should_stop: Callable[[], bool]) -> bool:
+        """Validates where that is due; whether it came to its end."""
+        if self.validation is None or not self.validation.is_due(self.step):
+            return True
+        try:
+            self.validation.run(self.step, should_stop)
+        except Interrupted:
+            self.emit(Notice(f"the validation of step {self.step} was stopped; resuming makes it"))
+            return False
+        return True
+
+    def _stopped(self) -> Interrupted:
+        fix = "the same command with --resume auto goes on"
+        return Interrupted(f"stopped after step {self.step}, which is saved", fix=fix)
 
     def save(self) -> Path:
         """A checkpoint of the step that was last made; older ones are removed when it is whole."""

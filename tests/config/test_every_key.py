@@ -71,7 +71,7 @@ LISTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "train.prefix_frames": (("0", "1,5,13"), ("2", "1,-3", "1,100003", "a", "1.0")),
     "aux.losses": (("sync", "sync,lpips,trepa"), ("sync,sync", "lips", "sync;lpips")),
     "validation.sets": (("some,folder",), ()),
-    "validation.metrics": (("a,b",), ()),
+    "validation.metrics": (("flow", "sync,lpips,psnr"), ("flow,flow", "fid")),
     "runtime.trackers": (("jsonl", "jsonl,wandb"), ("jsonl,jsonl", "csv")),
 }
 
