@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -197,14 +198,21 @@ def _watch(part: str, network: Any, phases: Phases) -> None:
     if network is None:
         return
     if part == "dit":
-        network.forward = phases.wrapped(network.forward, of_dit)
+        network.forward = phases.wrapped(_weakly(network, "forward"), of_dit)
         return
     phase = "image" if part in ("vae", "image") else part
     for method in _ENTRANCES[part]:
-        setattr(network, method, phases.wrapped(getattr(network, method), phase))
+        setattr(network, method, phases.wrapped(_weakly(network, method), phase))
     if part == "vae":
-        fresh = network.decoder
+        fresh = _weakly(network, "decoder")
         network.decoder = lambda: _WatchedDecoder(fresh(), phases)
+
+
+def _weakly(network: nn.Module, method: str) -> Callable[..., Any]:
+    """A method that does not keep its network alive: it is hung on the network itself, and what holds itself
+    lives until it is collected."""
+    kind, held = type(network), weakref.ref(network)
+    return lambda *inputs, **more: getattr(kind, method)(held(), *inputs, **more)
 
 
 @dataclass
