@@ -150,17 +150,17 @@ def _run_here(
     cfg, asked = request.resolved.cfg, row
     from avatarctl.families import family_named
 
-    if row.status == NOT_YET or not hasattr(family := family_named(row.family), "training_condition"):
-        raise NotYetSupported(f"{row.name} is not trained yet", where="model.name")
-    from avatarctl.training.audio_offset import settled_offset
-    from avatarctl.training.run import WITH_SEQUENCE
-
     of_the_row = request.resolved.is_of_the_row
-    if command == "train v2v" and cfg.data.reference_sequence and of_the_row("model.channels"):
-        cfg = replace(cfg, model=replace(cfg.model, channels=WITH_SEQUENCE))
-    set_offset = not of_the_row("model.audio_offset")
-    cfg, offset = settled_offset(cfg, row, of_video=command == "train v2v", asked=set_offset)
     with world.together():
+        if row.status == NOT_YET or not hasattr(family := family_named(row.family), "training_condition"):
+            raise NotYetSupported(f"{row.name} is not trained yet", where="model.name")
+        from avatarctl.training.audio_offset import settled_offset
+        from avatarctl.training.run import WITH_SEQUENCE
+
+        if command == "train v2v" and cfg.data.reference_sequence and of_the_row("model.channels"):
+            cfg = replace(cfg, model=replace(cfg.model, channels=WITH_SEQUENCE))
+        set_offset = not of_the_row("model.audio_offset")
+        cfg, offset = settled_offset(cfg, row, of_video=command == "train v2v", asked=set_offset)
         where = _place(command, cfg, row)
     folder, resume, step, found = world.from_main(where)
     cfg = _pinned(command, cfg, row, folder)
@@ -182,7 +182,8 @@ def _run_here(
             screen(each)
         if ignored := ignored_precision(os.environ, place, cfg):
             screen(Notice(ignored, "warning"))
-        draw = _drawing(cfg, row, folder, screen)
+        with world.together():
+            draw = _drawing(cfg, row, folder, screen)
         if draw is not None and not request.dry_run:
             from avatarctl.training.run_folder import DRAWN
 
@@ -205,7 +206,9 @@ def _run_here(
                 world=world,
             )
         if request.dry_run:
-            _show_plan(command, run, request.json, screen)
+            with world.together():
+                if world.is_main:
+                    _show_plan(command, run, request.json, screen)
             return
         with listening(place) as should_stop:
             result = run.run(_run_text(request, command), should_stop, draw)

@@ -193,4 +193,6 @@ def require_same(run: Path, cfg: RunConfig, command: str) -> None:
     if found:
         lines = "; ".join(f"{dotted} was {was} and is {now}" for dotted, (was, now) in found.items())
         fix = "ask for what it was, or start anew in another --out"
+        if found.keys() <= set(CUT):
+            fix = "batch size x accumulation x processes has to stay what it was: the samples of a step"
         raise ConfigError(f"this run was started otherwise: {lines}", where=run / RUN, fix=fix)
