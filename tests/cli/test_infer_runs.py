@@ -60,7 +60,7 @@ def test_without_a_name_every_run_gets_a_fresh_folder(
     run: Run, voice: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stamps = iter(["20260101-000000", "20260101-000001"])
-    monkeypatch.setattr("avatarctl.cli.infer.time.strftime", lambda form: next(stamps))
+    monkeypatch.setattr("avatarctl.cli.video_output.time.strftime", lambda form: next(stamps))
     first = run("infer", *TINY, "--audio", str(voice))
     assert first.exit_code == 0, first.stderr
     folder = Path("runs/infer-cartoon-i2v/20260101-000000")

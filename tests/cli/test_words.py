@@ -59,7 +59,7 @@ def test_infer_help_groups_the_options_that_do_something(run: Run) -> None:
         "--overwrite",
     ):
         assert f"  {flag}" in text, flag
-    for flag in ("--jobs", "--compile", "--paste", "--swap-blocks"):  # without code
+    for flag in ("--jobs", "--compile", "--paste"):  # without code
         assert f"  {flag}" not in text, flag
 
 

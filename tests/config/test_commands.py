@@ -100,4 +100,4 @@ def test_a_mark_does_not_stop_a_command_that_does_not_read_the_key(monkeypatch: 
     assert refuses("other", "memory", vae_gradient="segment") and not refuses(
         "infer", "memory", vae_gradient="segment"
     )
-    assert refuses("infer", "memory", swap_blocks=3) and not refuses("other", "memory", swap_blocks=3)
+    assert refuses("infer", "memory", mode="auto") and not refuses("other", "memory", mode="auto")

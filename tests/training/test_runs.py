@@ -315,7 +315,7 @@ def test_an_adapter_of_a_built_in_model_talks_and_converts(adapted: Path, tmp_pa
 def test_a_run_is_a_lora_by_its_newest_good_checkpoint(adapted: Path, finished: Path, tmp_path: Path) -> None:
     """As with --model; a run that trained every weight is none."""
     damaged = Path(shutil.copytree(adapted, tmp_path / "damaged"))
-    (damaged / "checkpoint-2" / "optimizer.safetensors").write_bytes(b"")
+    (damaged / "checkpoint-2" / "ema_weights.safetensors").write_bytes(b"")
     for place, taken, scale in (
         (adapted, "run/checkpoint-2/ema_weights.safetensors", "scale 32"),
         (adapted / "checkpoint-1", "checkpoint-1/ema_weights.safetensors", "scale 32"),
@@ -323,7 +323,7 @@ def test_a_run_is_a_lora_by_its_newest_good_checkpoint(adapted: Path, finished: 
     ):
         made = typed("infer", "--lora", place, "--dry-run")
         assert made.exit_code == 0 and f"{taken}: 60 targets at {scale}" in made.stderr, made.output
-    assert "checkpoint-2 is passed over: optimizer.safetensors is damaged" in made.stderr
+    assert "checkpoint-2 is passed over: ema_weights.safetensors is damaged" in made.stderr
     refused = typed("infer", "--lora", finished, "--dry-run")
     assert refused.exit_code == 3 and "is no adapter" in refused.output, refused.output
 
