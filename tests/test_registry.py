@@ -103,3 +103,14 @@ def test_find_model() -> None:
         find_model("wan2.1-t2v-14b")
     with pytest.raises(ConfigError, match="no model"):
         find_model("absent")
+
+
+def test_what_a_named_transformer_states_counts_below_what_is_asked() -> None:
+    def stated(model: str, transformer: str) -> dict[str, str]:
+        assert (model, transformer) == ("omniavatar-14b", "mine.safetensors")
+        return {"data.mask_rule": "first_keep"}
+
+    named = ("model.name=omniavatar-14b", "model.channels=49", "model.weights.dit=mine.safetensors")
+    assert configure(*named).data.mask_rule == "all"
+    assert configure(*named, stated_by=stated).data.mask_rule == "first_keep"
+    assert configure(*named, "data.mask_rule=all", stated_by=stated).data.mask_rule == "all"

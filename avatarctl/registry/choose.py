@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from avatarctl.config import RunConfig, Setting, nearest, read_assignment, resolve
 from avatarctl.errors import ConfigError
@@ -66,11 +67,16 @@ def fitting(row: Row, width: int, height: int) -> Row:
 
 
 def configure(
-    *assignments: str, origin: str = "configure", row_named: Callable[[str], Row] = find_model
+    *assignments: str,
+    origin: str = "configure",
+    row_named: Callable[[str], Row] = find_model,
+    stated_by: Callable[[str, str], Mapping[str, Any]] | None = None,
 ) -> RunConfig:
     """The resolved configuration of a run from `section.key=value` texts; the library's short way.
 
     row_named: finds the row of `model.name`; `loading.model_row.row_named` takes files and folders as well.
+    stated_by: what a transformer that `model.weights` names says of how it is to be used, the mask rule for
+    one; `loading.model_row.stated_by`, as the command line has it. Both read files, which this room may not.
     Raises ConfigError for unknown keys, wrong types and impossible values.
     """
     asked: dict[str, Setting] = {}
@@ -78,7 +84,8 @@ def configure(
         if isinstance(setting.value, Mapping) and dotted in asked:  # one part of `model.weights` at a time
             setting = Setting({**asked[dotted].value, **setting.value}, origin)
         asked[dotted] = setting
-    return resolve(lambda name: row_named(name).for_config, COMPAT, None, asked).cfg
+    found = resolve(lambda name: row_named(name).for_config, COMPAT, None, asked, stated_by=stated_by)
+    return found.cfg
 
 
 def outside_training(
