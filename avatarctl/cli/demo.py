@@ -13,7 +13,7 @@ from avatarctl.cli.app import CommandGroup
 from avatarctl.cli.screen import Screen
 from avatarctl.cli.signals import stop_on_signals
 from avatarctl.cli.video_output import fresh_path, make_video, refuse_existing, sheet_path
-from avatarctl.errors import printable
+from avatarctl.errors import PathNotFound, printable
 from avatarctl.events import Notice
 from avatarctl.files.named_path import expanded
 from avatarctl.registry import configure, find_model
@@ -27,6 +27,14 @@ __all__ = ["demo"]
 
 _HELP: Final[Mapping[str, Any]] = {"help_option_names": ["-h", "--help"]}
 _SEED: Final = click.IntRange(0, 2**31 - 1)
+_ENCODERS: Final = frozenset(f"cartoon/{each}.safetensors" for each in ("vae", "audio", "text"))
+_FILES: Final = {
+    "vae": _ENCODERS,
+    "i2v": _ENCODERS | {"cartoon/dit_i2v.safetensors"},
+    "v2v": _ENCODERS | {"cartoon/dit_v2v.safetensors"},
+    "sync": frozenset({"cartoon/syncnet.safetensors"}),
+}
+"""What a score needs of a build."""
 _MADE: Final = ("vae", "audio", "clips", "i2v", "v2v", "judge")
 _ROWS: Final = {"vae": "cartoon-i2v", "i2v": "cartoon-i2v", "v2v": "cartoon-v2v", "sync": "cartoon-v2v"}
 
@@ -157,6 +165,10 @@ def benchmark(part: tuple[Any, ...], seed: int, clips: int, folder: str | None, 
         for each in part or scores.PARTS:
             name = _ROWS[each]
             row = find_model(name) if folder is None else built_row(name, expanded(folder))
+            if folder is not None and (lacking := _FILES[each] - set(row.files)):
+                raise PathNotFound(
+                    f"has no {min(lacking)}", where=folder, fix="`avatarctl demo build` makes it"
+                )
             if not row.trained or (each == "sync" and "cartoon/syncnet.safetensors" not in row.files):
                 screen(Notice(f"{each}: {row.name} is untrained; it has no score"))
                 continue

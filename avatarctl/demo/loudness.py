@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from avatarctl.media import Audio, Waveform
 from avatarctl.timeline import FPS, SAMPLES_PER_FRAME
 
-__all__ = ["log_energy", "loudness"]
+__all__ = ["loudness"]
 
 _RANGE: Final = 40.0  # dB below the loudest frame that count as silence
 _SMOOTH: Final = 5  # frames
@@ -18,21 +18,14 @@ _BLOCK: Final = 60 * FPS  # frames that are read at a time
 
 
 def loudness(audio: Audio, frames: int) -> NDArray[np.float64]:
-    """[frames], from 0 for silence to 1 for the loudest."""
+    """[frames], from 0 for silence to 1 for the loudest: dB over -40 of the loudest frame, the mean of five
+    frames (spec/cartoon-world.md 6)."""
     level = []
     with Waveform(audio) as waveform:
         for start in range(0, frames, _BLOCK):
             stop = min(start + _BLOCK, frames)
             level.append(_levels(waveform.read(start * SAMPLES_PER_FRAME, stop * SAMPLES_PER_FRAME)))
     return _smoothed(np.concatenate(level)) / _RANGE
-
-
-def log_energy(audio: NDArray[np.float32], frames: int) -> NDArray[np.float64]:
-    """Of samples at 16 kHz: dB over -40 of the loudest frame, the mean of five frames, [frames]
-    (spec/cartoon-world.md 6)."""
-    padded = np.zeros(frames * SAMPLES_PER_FRAME)
-    padded[: len(audio)] = audio[: len(padded)]
-    return _smoothed(_levels(padded))
 
 
 def _levels(samples: NDArray[np.floating]) -> NDArray[np.float64]:

@@ -19,7 +19,7 @@ from avatarctl.errors import UsageError
 from avatarctl.events import Emit, Notice
 from avatarctl.loading.modules import Part, SomeModules
 from avatarctl.placement.place import HOST, in_groups, leaf_by_leaf
-from avatarctl.placement.units import Moves, Visits
+from avatarctl.placement.units import Moves
 
 __all__ = ["PlacedModules", "is_full"]
 
@@ -52,7 +52,6 @@ class PlacedModules(SomeModules):
         self._read, self._memory, self._emit, self._host = build, memory, emit, host
         self.moves = Moves()
         self.loads: list[Part] = []
-        self._visits: list[Visits] = []
 
     def _placed(self, part: Part) -> Any:
         mode, swap = self._memory.mode, self._memory.swap_blocks
@@ -68,16 +67,20 @@ class PlacedModules(SomeModules):
         if network is None or not isinstance(network, nn.Module):
             return network
         if by_leaves:
-            self._visits.append(leaf_by_leaf(network, self.device, host=self._host, moves=self.moves))
+            leaf_by_leaf(network, self.device, host=self._host, moves=self.moves)
         elif in_blocks:
-            self._visits.append(self._in_blocks(network))
+            self._in_blocks(network)
+        if unpinned := self.moves.unpinned_bytes:
+            self.moves.unpinned_bytes = 0
+            line = f"memory: {unpinned / 2**30:.1f} GiB on the host could not be pinned; copies take longer"
+            self._emit(Notice(line, "warning"))
         return network
 
     def later(self, part: Part) -> Any:
         """Stands for a part that must not be read yet: calls and attributes are the part's."""
         return _Later(self, part)
 
-    def _in_blocks(self, network: nn.Module) -> Visits:
+    def _in_blocks(self, network: nn.Module) -> None:
         memory, count = self._memory, len(list(getattr(network, "blocks", ())))
         if memory.swap_blocks:
             if memory.swap_blocks > count:
@@ -86,9 +89,10 @@ class PlacedModules(SomeModules):
                     where="memory.swap_blocks",
                 )
             away = memory.swap_blocks
-            return in_groups(network, self.device, group=1, away=away, host=self._host, moves=self.moves)
+            in_groups(network, self.device, group=1, away=away, host=self._host, moves=self.moves)
+            return
         group = memory.group_blocks
-        return in_groups(network, self.device, group=group, host=self._host, moves=self.moves)
+        in_groups(network, self.device, group=group, host=self._host, moves=self.moves)
 
 
 class _Later:

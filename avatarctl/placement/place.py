@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, Literal
+from typing import Final
 
 import torch
 from torch import nn
 
 from avatarctl.placement.units import Moves, Unit, Visits, leaves
 
-__all__ = ["HOST", "MemoryMode", "in_groups", "leaf_by_leaf", "moved"]
+__all__ = ["HOST", "in_groups", "leaf_by_leaf", "moved"]
 
 HOST: Final = torch.device("cpu")
-
-MemoryMode = Literal["full", "model", "group", "sequential"]
 
 
 def in_groups(

@@ -25,11 +25,13 @@ _META: Final = torch.device("meta")
 
 @dataclass
 class Moves:
-    """What was moved, for whoever asks. host_bytes: held there now, packed."""
+    """What was moved, for whoever asks. host_bytes: held there, packed; unpinned_bytes: of these what the
+    system would not lock for a GPU."""
 
     copies: int = 0
     copied_bytes: int = 0
     host_bytes: int = 0
+    unpinned_bytes: int = 0
     order: list[str] = field(default_factory=list)
 
 
@@ -130,7 +132,9 @@ class Unit:
             where[key], ends[parameter.dtype] = offset, offset + parameter.numel()
         for dtype, length in ends.items():
             pin = self.device.type == "cuda" and host.type == "cpu"
-            self._waiting[dtype] = _room(length, dtype, host, pin)
+            self._waiting[dtype] = flat = _room(length, dtype, host, pin)
+            if pin and not flat.is_pinned():
+                self._moves.unpinned_bytes += length * dtype.itemsize
             self._moves.host_bytes += length * dtype.itemsize
         for key, parameter in tensors.items():
             flat, offset = self._waiting[parameter.dtype], where[key]
@@ -191,11 +195,6 @@ class Visits:
             self._units[index].leave()
 
         return go
-
-    def empty(self) -> None:
-        """Nothing of them on the device: behind a pass, or one that failed."""
-        for unit in self._units:
-            unit.leave()
 
 
 def leaves(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -49,6 +49,7 @@ def test_a_face_says_a_recording(voice: Path, tmp_path: Path) -> None:
         (("demo", "--character", "-1"), "-1 is not in the range"),
         (("demo", "--audio", "nowhere.wav"), "nowhere.wav"),
         (("demo", "build"), "missing option '--out'"),
+        (("demo", "benchmark", "--build", "nowhere", "--part", "i2v"), "has no cartoon/"),
         (("demo", "benchmark", "--seed", "5", "--clips", "2", "--part", "vae"), "may have been trained on"),
     ],
 )
@@ -59,3 +60,13 @@ def test_refused(words: tuple[str, ...], says: str, refused: Callable[..., str])
 def test_a_folder_of_another_seed_is_not_gone_on_with(tmp_path: Path, refused: Callable[..., str]) -> None:
     (tmp_path / "build.json").write_text(json.dumps({"made_by": "another", "seed": 1, "parts": {}}))
     assert "another seed, recipe or version" in refused(2, "demo", "build", "--out", str(tmp_path), "--short")
+
+
+def test_a_part_is_not_made_before_its_own_parts(tmp_path: Path, refused: Callable[..., str]) -> None:
+    words = ("demo", "build", "--out", str(tmp_path), "--short", "--part", "clips")
+    assert "clips: is made out of vae, audio" in refused(2, *words)
+
+
+def test_a_damaged_record_of_a_build_is_one_line(tmp_path: Path, refused: Callable[..., str]) -> None:
+    (tmp_path / "build.json").write_text("{", encoding="utf-8")
+    assert "build.json" in refused(3, "demo", "build", "--out", str(tmp_path), "--short")

@@ -25,7 +25,7 @@ from avatarctl.demo.making.card import card_text
 from avatarctl.demo.making.drawn_set import DrawnSet
 from avatarctl.demo.making.judge_learner import JudgeLearner
 from avatarctl.demo.making.learning import learn
-from avatarctl.demo.making.recipe import PARTS, Part, Recipe
+from avatarctl.demo.making.recipe import NEEDS, PARTS, Part, Recipe
 from avatarctl.demo.making.transformers import (
     Which,
     encoding_settings,
@@ -38,6 +38,7 @@ from avatarctl.demo.making.vae_learner import VaeLearner, latent_statistics
 from avatarctl.errors import UsageError
 from avatarctl.events import Emit, Notice, Stage
 from avatarctl.families import family_named
+from avatarctl.files.strict_json import read_object
 from avatarctl.loading.built_in import build_random_modules
 from avatarctl.loading.modules import SomeModules, load_parts
 from avatarctl.loading.sources import find_sources
@@ -55,6 +56,7 @@ _HOME: Final = "cartoon"
 _FIRST_SEED: Final = 100_000  # of the clips that the transformers learn from
 _ENCODERS: Final = ("vae.safetensors", "config.json", "audio.safetensors", "text.safetensors")
 CARD: Final = "build.json"
+_LONGEST_CARD: Final = 1 << 20
 
 
 def built_row(name: str, folder: Path) -> Row:
@@ -91,11 +93,17 @@ class Build:
             for part in PARTS if only is None else (only,):
                 if part in self.facts:
                     continue
+                if lacking := [each for each in NEEDS[part] if each not in self.facts]:
+                    fix = f"--part {lacking[0]} first, or leave --part out"
+                    raise UsageError(f"is made out of {', '.join(lacking)}", where=part, fix=fix)
                 self.emit(Stage(f"{part}"))
                 self.facts[part] = _MAKERS[part](self, should_stop)
                 self._write_facts()
             if all(part in self.facts for part in PARTS):
                 self._finish()
+
+    def _whole(self) -> str:
+        return " ".join(self._made_by(part) for part in PARTS)
 
     def _made_by(self, part: Part) -> str:
         return f"{self.recipe.made_by(part, self.seed)} torch {torch.__version__}"
@@ -205,8 +213,8 @@ class Build:
         path = self.folder / CARD
         if not path.is_file():
             return
-        held = json.loads(path.read_text(encoding="utf-8"))
-        if held["made_by"] != self._made_by("v2v"):
+        held = read_object(path, _LONGEST_CARD)
+        if held.get("made_by") != self._whole() or not isinstance(held.get("parts"), dict):
             raise UsageError(
                 "holds a build of another seed, recipe or version of torch",
                 where=self.folder,
@@ -215,7 +223,7 @@ class Build:
         self.facts = held["parts"]
 
     def _write_facts(self) -> None:
-        held = {"made_by": self._made_by("v2v"), "seed": self.seed, "parts": self.facts}
+        held = {"made_by": self._whole(), "seed": self.seed, "parts": self.facts}
         atomic_write_text(self.folder / CARD, json.dumps(held, indent=1) + "\n")
 
     def _finish(self) -> None:

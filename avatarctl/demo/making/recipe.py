@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Final, Literal
 
-__all__ = ["FULL", "PARTS", "SHORT", "Part", "Recipe"]
+__all__ = ["FULL", "NEEDS", "PARTS", "SHORT", "Part", "Recipe"]
 
 Part = Literal["vae", "audio", "clips", "i2v", "v2v", "judge"]
 PARTS: Final[tuple[Part, ...]] = ("vae", "audio", "clips", "i2v", "v2v", "judge")
 """In the order in which they are made."""
 
-_NEEDS: Final[Mapping[Part, tuple[Part, ...]]] = {
+NEEDS: Final[Mapping[Part, tuple[Part, ...]]] = {
     "vae": (), "audio": (), "clips": ("vae", "audio"), "i2v": ("clips",), "v2v": ("clips",), "judge": (),
 }  # fmt: skip
 _VERSION: Final = 1
@@ -45,7 +45,7 @@ class Recipe:
             own = {name: values[name] for name in ("transformer_steps", "batch_size")}
         elif part == "clips":
             own["frames"] = self.frames
-        needed = [self.made_by(each, seed) for each in _NEEDS[part]]
+        needed = [self.made_by(each, seed) for each in NEEDS[part]]
         text = json.dumps([_VERSION, part, seed, own, needed], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -17,6 +17,7 @@ from avatarctl.atomic import atomic_write_bytes
 from avatarctl.config import dump_run, resolve
 from avatarctl.config.reader import Setting
 from avatarctl.demo.making.learning import seeded
+from avatarctl.errors import Interrupted
 from avatarctl.events import Emit
 from avatarctl.families import family_named
 from avatarctl.loading.assemble import built_in
@@ -120,7 +121,10 @@ def train_transformer(
     command = f"train {which}"
     family: Any = family_named(row.family)
     run = TrainingRun(command, resolved.cfg, row, family, folder, emit, resume=True)
-    result = run.run(dump_run(resolved, command), should_stop, data=data)
+    try:
+        result = run.run(dump_run(resolved, command), should_stop, data=data)
+    except Interrupted as stopped:  # a build is gone on with by its own command
+        raise Interrupted(f"{which}: {stopped.what}", fix="the same command goes on") from stopped
     last = result.checkpoint or checkpoints(folder)[-1][1]
     return last / AVERAGED
 
