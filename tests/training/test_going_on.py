@@ -31,7 +31,7 @@ from avatarctl.registry import configure
 from avatarctl.training.run_folder import RunFolder, length_so_far
 from avatarctl.training.trainer import Trainer
 from tests.pipelines import tiny_release as tiny
-from tests.training.running import COMPARED, bits, typed
+from tests.training.running import COMPARED, QUICK, bits, typed
 
 WEIGHTS = COMPARED[0]
 SHORT = ("--size", "32x32", "--frames", "9", "--batch-size", "1")
@@ -401,16 +401,17 @@ def test_logs_are_on_the_disk_before_their_checkpoint(
 def test_the_command_of_the_documentation_prints_one_that_makes_a_video(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """docs/training.md, its first line, with fewer and smaller clips; then what it says, to the letter, and a
-    voice that is shorter than the built-in one."""
+    """docs/training.md, its first line, on the clips that it draws, fewer and smaller; then what it says, to
+    the letter, and a voice that is shorter than the built-in one. Resumed, it has its clips."""
     monkeypatch.chdir(tmp_path)
-    small = ("--size", "32x32", "--frames", 17, "--batch-size", 1, "--max-steps", 3)
+    small = ("--size", "32x32", "--frames", 17, "--batch-size", 1, "--max-steps", 2, *QUICK)
     made = typed("train", "v2v", "--aux", "sync,lpips", *small)
     assert made.exit_code == 0, made.output
     (run,) = (tmp_path / "runs" / "train-v2v-cartoon-v2v").iterdir()
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert [entry["step"] for entry in log] == [1, 2, 3]
+    assert [entry["step"] for entry in log] == [1, 2]
     assert all(entry["sync"] > 0 and entry["lpips"] > 0 for entry in log)
+    assert len(list((run / "samples").glob("*/prompt.txt"))) == 8
     (line,) = (line for line in made.stderr.splitlines() if "to use it: " in line)
     program, *words = shlex.split(line.partition("to use it: ")[2])
     assert program == "avatarctl"
@@ -418,3 +419,5 @@ def test_the_command_of_the_documentation_prints_one_that_makes_a_video(
     assert used.exit_code == 0, used.output
     with open_video(Path(used.stdout.strip())) as reader:
         assert (reader.width, reader.height) == (32, 32) and reader.frames == 17
+    again = typed("train", "v2v", "--resume", run)
+    assert again.exit_code == 0 and "nothing to do: all 2 steps are done" in again.output, again.output

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import shlex
 import shutil
 import signal
 from collections.abc import Callable
@@ -236,21 +234,6 @@ def test_an_existing_run_is_not_begun_again(copied: Path, prepared: Path, train:
     assert not (copied / "samples").exists()
 
 
-def test_as_typed_it_trains_on_clips_that_it_draws(train: Train, tmp_path: Path) -> None:
-    """Shorter and smaller; the command that it prints works, and the same command goes on with its clips."""
-    words = ("--aux", "sync,lpips", "--size", "32x32", "--frames", "17", "--batch-size", "1", *QUICK)
-    made = train("v2v", *words, "--max-steps", "1", "--out", tmp_path / "run", small=False)
-    assert made.exit_code == 0, made.output
-    (entry,) = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert entry["sync"] > 0 and entry["lpips"] > 0
-    assert len(list((tmp_path / "run/samples").glob("*/prompt.txt"))) == 8
-    (told,) = re.findall(r"to use it: avatarctl (.+)", made.stderr)
-    shown = typed(*shlex.split(told), "--dry-run")
-    assert shown.exit_code == 0, shown.output
-    again = train("v2v", "--resume", tmp_path / "run", small=False)
-    assert again.exit_code == 0 and "nothing to do: all 1 steps are done" in again.output, again.output
-
-
 def test_bad_samples_are_named_and_the_others_train(train: Train, samples: Path, tmp_path: Path) -> None:
     data = Path(shutil.copytree(samples, tmp_path / "data"))
     (data / "000001" / "audio.wav").write_bytes(b"no audio")
@@ -303,10 +286,13 @@ def test_a_trained_model_is_used_by_the_command_that_is_printed(finished: Path, 
     assert plan["audio_offset"] == 0
 
 
-def test_an_adapter_of_a_built_in_model_talks_and_converts(adapted: Path, tmp_path: Path) -> None:
+def test_an_adapter_of_a_built_in_model_talks_and_converts(
+    adapted: Path, samples: Path, tmp_path: Path
+) -> None:
     shown = typed("convert-ckpt", adapted / "checkpoint-2", "--inspect")
     assert shown.exit_code == 0 and "adapter of OmniAvatar" in shown.output, shown.output
-    words = ("infer", "--size", "32x32", "-o", "long_video.num_frames=9", "--steps", "1")
+    words = ("infer", "--size", "32x32", "-o", "long_video.num_frames=9", "--steps", "1", "--audio",
+             samples / "000000" / "audio.wav")  # fmt: skip
     talks = typed(*words, "--model", adapted, "--out", tmp_path / "talks.mp4")
     assert talks.exit_code == 0, talks.output
     assert "60 targets at scale 32" in talks.output
