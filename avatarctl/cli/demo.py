@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from avatarctl.config import RunConfig
     from avatarctl.demo.contact_sheet import ContactSheet
     from avatarctl.pipelines.job import Job, JobPlan
+    from avatarctl.registry import Row
 
 __all__ = ["demo"]
 
@@ -151,31 +152,45 @@ def build(out: str, seed: int, part: Any, threads: int | None, short: bool) -> N
 @click.option("--part", type=click.Choice(tuple(_ROWS)), multiple=True, help="[default: all of them]")
 @click.option("--seed", type=_SEED, default=1_000_000, help="First of the clips. [default: 1000000]")
 @click.option("--clips", type=click.IntRange(1, 10_000), default=64, help="[default: 64]")
+@click.option("--speech", metavar="FILE", multiple=True, help="Recordings of people, said by four faces.")
 @click.option("--build", "folder", metavar="DIR", help="Of a build, in place of the models of the package.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def benchmark(part: tuple[Any, ...], seed: int, clips: int, folder: str | None, as_json: bool) -> None:
+def benchmark(
+    part: tuple[Any, ...], seed: int, clips: int, speech: tuple[str, ...], folder: str | None, as_json: bool
+) -> None:
     """Score the built-in models on faces and voices that nothing was trained on: r of the mouth that was made
     and the one that the audio calls for, and the same with another clip's audio.
+
+    With --speech: r of the mouth and how loud a recording is, at no lag, and the lag in frames that fits
+    best; parts only if they are named.
     """
     from avatarctl.demo import benchmark as scores
     from avatarctl.demo.making.build import built_row
+    from avatarctl.media import open_audio
 
+    chosen = part or (() if speech else scores.PARTS)
+    recordings = [open_audio(expanded(name)) for name in speech]
     found: dict[str, Any] = {}
+
+    def row_of(each: str) -> Row:
+        row = find_model(_ROWS[each]) if folder is None else built_row(_ROWS[each], expanded(folder))
+        if folder is not None and (lacking := _FILES[each] - set(row.files)):
+            raise PathNotFound(f"has no {min(lacking)}", where=folder, fix="`avatarctl demo build` makes it")
+        return row
+
     with Screen("info") as screen:
-        for each in part or scores.PARTS:
-            name = _ROWS[each]
-            row = find_model(name) if folder is None else built_row(name, expanded(folder))
-            if folder is not None and (lacking := _FILES[each] - set(row.files)):
-                raise PathNotFound(
-                    f"has no {min(lacking)}", where=folder, fix="`avatarctl demo build` makes it"
-                )
+        for each in chosen:
+            row = row_of(each)
             if not row.trained or (each == "sync" and "cartoon/syncnet.safetensors" not in row.files):
                 screen(Notice(f"{each}: {row.name} is untrained; it has no score"))
                 continue
             found[each] = scores.benchmark(each, row, range(seed, seed + clips), screen)
+        for audio in recordings:
+            found[f"speech {audio.name}"] = scores.spoken(row_of("i2v"), audio, range(seed, seed + 4), screen)
     if as_json:
         click.echo(json.dumps({"command": "demo benchmark", "seed": seed, "clips": clips, **found}))
         return
     for each, numbers in found.items():
         for name, value in numbers.items():
-            click.echo(f"{each} {name}: {value['mean']:.3f} ± {value['standard_error']:.3f}")
+            told = value if isinstance(value, int) else f"{value['mean']:.3f} ± {value['standard_error']:.3f}"
+            click.echo(printable(f"{each} {name}: {told}"))

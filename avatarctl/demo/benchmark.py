@@ -6,6 +6,7 @@ is compared with the result, and with nothing before it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -15,10 +16,12 @@ import torch
 
 from avatarctl.demo.clips import HELD_OUT, Clip, clip
 from avatarctl.demo.faces import SIZE
+from avatarctl.demo.loudness import loudness
 from avatarctl.demo.mouth_meter import correlation, measure_mouth
-from avatarctl.errors import UsageError
+from avatarctl.demo.sample import face_pixels
+from avatarctl.errors import UsageError, printable
 from avatarctl.events import Emit, PartDone, silent
-from avatarctl.media import audio_from_array, image_from_array, video_from_array
+from avatarctl.media import Audio, StillImage, Video, audio_from_array, image_from_array, video_from_array
 from avatarctl.models.encode import frames_tensor
 from avatarctl.pipelines.infer import generate, load
 from avatarctl.pipelines.job import Job, JobPlan, check_job
@@ -28,7 +31,7 @@ from avatarctl.timeline import SAMPLE_RATE
 if TYPE_CHECKING:
     from avatarctl.family import Modules, VideoCodec
 
-__all__ = ["PARTS", "Part", "Score", "benchmark", "colour_change"]
+__all__ = ["PARTS", "Part", "Score", "benchmark", "best_lag", "colour_change", "spoken"]
 
 Part = Literal["vae", "i2v", "v2v", "sync"]
 PARTS: Final[tuple[Part, ...]] = ("vae", "i2v", "v2v", "sync")
@@ -151,6 +154,34 @@ def _sync(row: Row, seeds: Sequence[int], emit: Emit) -> dict[str, Any]:
     return score.told()
 
 
+def spoken(row: Row, audio: Audio, seeds: Sequence[int], emit: Emit) -> dict[str, Any]:
+    """A recording, of which nothing is known but how loud it is, said by these faces at rest.
+
+    r_loudness: of the mouth that was made and `loudness`, behind the first frame, over the faces; best_lag:
+    frames that the mouth of all of them together is late where it fits best. Raises what loading raises, and
+    UnusableAudio.
+    """
+    score, all_heights, modules = Score(), [], None
+    for seed in _timed(seeds, emit, printable(audio.name)):
+        plan = _said(row, image_from_array(face_pixels(seed=seed), "face"), audio)
+        modules = modules or load(plan)
+        heights = measure_mouth(_generated(plan, modules))[0]
+        level = loudness(audio, len(heights))
+        score.add(r_loudness=correlation(heights[1:], level[1:]))
+        all_heights.append(heights[1:])
+    return {**score.told(), "best_lag": best_lag(np.mean(all_heights, 0), level[1:])}
+
+
+def best_lag(late: np.ndarray, early: np.ndarray, most: int = 5) -> int:
+    """Frames by which `late` [F] follows `early` [F] where they fit best, of -most to most."""
+
+    def fit(lag: int) -> float:
+        first, second = (late[lag:], early[: len(early) - lag]) if lag >= 0 else (late[:lag], early[-lag:])
+        return correlation(first, second)
+
+    return max(range(-most, most + 1), key=fit)
+
+
 _PARTS: Final[Mapping[Part, Callable[[Row, Sequence[int], Emit], dict[str, Any]]]] = {
     "vae": _vae, "i2v": _i2v, "v2v": _v2v, "sync": _sync,
 }  # fmt: skip
@@ -165,13 +196,16 @@ def colour_change(frames: np.ndarray, image: np.ndarray) -> float:
 
 def _plan(row: Row, each: Clip, audio: np.ndarray) -> JobPlan:
     """What `infer` would make of an image or video and this audio: it is told nothing else."""
-    cfg = configure(f"model.name={row.name}", "long_video.strategy=chunks", row_named=lambda name: row)
     voice = audio_from_array(audio, SAMPLE_RATE, "voice")
-    if cfg.model.channels == 33:
-        job = Job(image_from_array(each.frames[0], "face"), voice, _PROMPT, "")
-    else:
-        job = Job(None, voice, _PROMPT, "", video_from_array(each.frames, "clip"))
-    return check_job(cfg, row, job, silent)
+    if configure(f"model.name={row.name}", row_named=lambda name: row).model.channels == 33:
+        return _said(row, image_from_array(each.frames[0], "face"), voice)
+    return _said(row, video_from_array(each.frames, "clip"), voice)
+
+
+def _said(row: Row, seen: StillImage | Video, audio: Audio) -> JobPlan:
+    cfg = configure(f"model.name={row.name}", "long_video.strategy=chunks", row_named=lambda name: row)
+    image, video = (seen, None) if isinstance(seen, StillImage) else (None, seen)
+    return check_job(cfg, row, Job(image, audio, _PROMPT, "", video), silent)
 
 
 def _modules(row: Row, each: Clip) -> Modules:
@@ -180,8 +214,11 @@ def _modules(row: Row, each: Clip) -> Modules:
 
 def _made(row: Row, each: Clip, audio: np.ndarray, modules: Modules) -> np.ndarray:
     """uint8 [F, 64, 64, 3]."""
-    blocks = [block.pixels for block in generate(_plan(row, each, audio), modules=modules)]
-    return _bytes(torch.cat(blocks, dim=1))
+    return _generated(_plan(row, each, audio), modules)
+
+
+def _generated(plan: JobPlan, modules: Modules) -> np.ndarray:
+    return _bytes(torch.cat([block.pixels for block in generate(plan, modules=modules)], dim=1))
 
 
 def _coded(vae: VideoCodec, frames: np.ndarray) -> torch.Tensor:
@@ -196,11 +233,13 @@ def _bytes(pixels: torch.Tensor) -> np.ndarray:
 
 
 def _told(seeds: Sequence[int], frames: int, emit: Emit, what: str) -> Iterator[Clip]:
-    import time
+    return (clip(seed, frames) for seed in _timed(seeds, emit, what))
 
+
+def _timed(seeds: Sequence[int], emit: Emit, what: str) -> Iterator[int]:
     started = time.monotonic()
     for done, seed in enumerate(seeds, 1):
-        yield clip(seed, frames)
+        yield seed
         left = (time.monotonic() - started) / done * (len(seeds) - done)
         emit(PartDone(what, done / len(seeds), left))
 

@@ -8,7 +8,8 @@ import pytest
 from avatarctl.demo import benchmark as scores
 from avatarctl.demo.clips import HELD_OUT, clip
 from avatarctl.errors import UsageError
-from avatarctl.media import Waveform
+from avatarctl.events import silent
+from avatarctl.media import Waveform, audio_from_array
 from avatarctl.registry import find_model
 
 
@@ -46,3 +47,20 @@ def test_colours_are_compared_above_the_mouth_in_the_last_frames() -> None:
     assert scores.colour_change(frames, image) == 0
     frames[10:, :32] = 151
     assert scores.colour_change(frames, image) == pytest.approx(0.2)
+
+
+def test_a_recording_is_said_in_time_with_its_loudness() -> None:
+    """A voice of the world, of which nothing is known here but how loud it is."""
+    audio = audio_from_array(clip(HELD_OUT + 11, 75).speech.audio, 16_000, "voice")
+    found = scores.spoken(find_model("cartoon-i2v"), audio, range(HELD_OUT, HELD_OUT + 2), silent)
+    assert found["r_loudness"]["mean"] > 0.3 and abs(found["best_lag"]) <= 1, found
+
+
+def test_the_lag_is_that_of_the_mouth() -> None:
+    level = np.random.default_rng(1).random(60)
+    late = np.concatenate([np.zeros(3), level[:-3]])
+    assert (scores.best_lag(late, level), scores.best_lag(level, late), scores.best_lag(level, level)) == (
+        3,
+        -3,
+        0,
+    )
