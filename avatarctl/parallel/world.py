@@ -7,7 +7,7 @@ between these exchanges, inside `together`, so that all end alike where one cann
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -104,6 +104,24 @@ class World:
     def any(self, flag: bool) -> bool:
         """Whether one process says yes."""
         return any(self.gather(flag))
+
+    def stops(self, should_stop: Callable[[], bool]) -> Callable[[], bool]:
+        """Whether this process or another was asked to stop, without waiting for any: for long work that each
+        does alone. What one was told stays said."""
+        if self.size == 1:
+            return should_stop
+        from torch.distributed.distributed_c10d import _get_default_store
+
+        store = _get_default_store()
+
+        def told() -> bool:
+            with _connected():
+                if should_stop():
+                    store.set("stop", "")
+                    return True
+                return bool(store.check(["stop"]))
+
+        return told
 
     def from_main(self, value: Value) -> Value:
         """What the main process has; what others have is ignored."""

@@ -90,12 +90,6 @@ class TrainingRun:
             self._check_length(folder)
         _check_aux(cfg, row)
         _check_trackers(cfg)
-        if self._world.size > 1 and cfg.validation.every:
-            raise UsageError(
-                "validation runs in one process so far",
-                where="validation.every",
-                fix="leave it out, and validate the checkpoints in a run of one process",
-            )
         assert cfg.data.width is not None and cfg.data.height is not None
         self.sources: Sources = find_sources(row, cfg.model, (cfg.data.width, cfg.data.height))
         if cfg.train.init != "random" and not self.sources.dit and not self.sources.missing:
@@ -270,7 +264,7 @@ class TrainingRun:
         from avatarctl.training.validation import make_validation
 
         assert isinstance(data, TrainingSet)
-        made = (self.row, self.family, self.sources, data.modules, device, self._emit)
+        made = (self.row, self.family, self.sources, data.modules, device, self._emit, self._world)
         return make_validation(self.folder, self._validation, *made)
 
     def _aux(self, data: TrainingData, device: torch.device) -> AuxStep | None:

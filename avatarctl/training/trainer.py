@@ -122,8 +122,9 @@ class Trainer:
                     self.save()
             if not stop and not self._validate(should_stop):
                 stop = True
-                if not save:
-                    self.save()
+                with self.world.together():
+                    if not save and self.world.is_main:
+                        self.save()
             if stop and self.step < train.max_steps:
                 with self.world.together():
                     raise self._stopped()

@@ -32,6 +32,7 @@ from avatarctl.media import FittedFrames, Waveform, image_from_array, load_image
 from avatarctl.media.image import StillImage
 from avatarctl.media.video_reader import VideoReader, open_video
 from avatarctl.models.text import clean_prompt
+from avatarctl.parallel.world import World
 from avatarctl.pipelines.infer import write_video
 from avatarctl.pipelines.job import Job, JobPlan
 from avatarctl.rng import stable_hash
@@ -73,7 +74,7 @@ class Scored:
 @dataclass
 class Validation:
     """items: the clips; constants: artifacts that they share; modules: encoders, each loaded when it is
-    touched; judges: whose networks are here."""
+    touched; judges: whose networks are here; world: the processes that share the clips."""
 
     folder: RunFolder
     cfg: RunConfig
@@ -87,40 +88,63 @@ class Validation:
     texts: TextEncoder
     judges: Sequence[LossName]
     emit: Emit
+    world: World = field(default_factory=World)
 
     def is_due(self, step: int) -> bool:
         """After every `validation.every` steps and the last one, unless the run has it already."""
         every, last = self.cfg.validation.every, self.cfg.train.max_steps
         if not step or (step % every and step != last):
             return False
-        return all(entry["step"] != step for entry in self.folder.entries_of(VALIDATION))
+        lacking = None
+        if self.world.is_main:
+            lacking = all(entry["step"] != step for entry in self.folder.entries_of(VALIDATION))
+        return bool(self.world.from_main(lacking))
 
-    def run(self, step: int, should_stop: Callable[[], bool]) -> dict[str, Any]:
-        """One validation, its line in the log, its folder, the best weights.
+    def run(self, step: int, should_stop: Callable[[], bool]) -> None:
+        """One validation, its line in the log, its folder, the best weights. Each process makes some of the
+        clips; all have to call it.
 
-        Raises Interrupted within one sampling step once `should_stop` says so; then it left nothing.
+        Raises Interrupted within one sampling step once `should_stop` says so, here or elsewhere; then it
+        left nothing.
         """
         self.emit(Stage(f"validating step {step}"))
-        ensure_writable_folder(self.folder.path / FOLDER)
-        final = self.folder.path / FOLDER / f"step-{step}"
-        with disk_errors(final), held_folder(final.parent) as folder:
-            with self._aside() as judges:
-                scored = [self.score(place, judges, folder, should_stop) for place in range(len(self.items))]
-            entry = self._entry(step, scored)
-            self._draw(folder / SHEET, step, entry, scored)
-            if final.is_dir():
-                shutil.rmtree(final)
-            folder.rename(final)
+        final, world = self.folder.path / FOLDER / f"step-{step}", self.world
+        with ExitStack() as held:
+            made = None
+            with world.together():
+                if world.is_main:
+                    ensure_writable_folder(final.parent)
+                    held.enter_context(disk_errors(final))
+                    made = held.enter_context(held_folder(final.parent))
+            folder = world.from_main(made)
+            assert folder is not None
+            stop, mine = world.stops(should_stop), range(world.rank, len(self.items), world.size)
+            with world.together(), self._aside() as judges:
+                scored = {place: self.score(place, judges, folder, stop) for place in mine}
+            scored = dict(sorted(pair for each in world.gather(scored) for pair in each.items()))
+            with world.together():
+                if world.is_main:
+                    self._write(step, folder, final, list(scored.values()))
+
+    def _write(self, step: int, folder: Path, final: Path, scored: Sequence[Scored]) -> None:
+        """What a person looks at. folder: of the videos, until it is whole."""
+        for each in scored:
+            if each.problem:
+                self.emit(Notice(f"validation: {each.item.name}: {each.problem}", "warning"))
+        entry = self._entry(step, scored)
+        self._draw(folder / SHEET, step, entry, scored)
+        if final.is_dir():
+            shutil.rmtree(final)
+        folder.rename(final)
         self.folder.write(VALIDATION, entry)
         draw_curves(self.folder.path / "curves.png", self.folder.entries())
         better = keep_best(
             self.folder.path, step, entry, entry["measured_on"], lambda: self.network.files(step)
         )
         self._tell(step, entry, better, final)
-        return entry
 
     def score(self, place: int, judges: Judges, folder: Path, should_stop: Callable[[], bool]) -> Scored:
-        """The clip at `place`, made into `folder`. What is wrong with it is said, and ends nothing."""
+        """The clip at `place`, made into `folder`. What is wrong with it is told by the result."""
         item = self.items[place]
         try:
             numbers = {"flow": self.flow(item)} if self._wants("flow") and item.group == "recon" else {}
@@ -132,7 +156,6 @@ class Validation:
             said = str(problem)
         except torch.OutOfMemoryError:
             said = "does not fit into memory"
-        self.emit(Notice(f"validation: {item.name}: {said}", "warning"))
         return Scored(item, problem=said)
 
     @torch.no_grad()
@@ -372,6 +395,7 @@ def make_validation(
     modules: Any,
     device: torch.device,
     emit: Emit,
+    world: World,
 ) -> Callable[[Network], Validation]:
     """Reads what validations look at, before the first step: artifacts, texts, which judges are here. What
     comes back takes the network, once there is one.
@@ -387,7 +411,7 @@ def make_validation(
 
     def with_network(network: Network) -> Validation:
         return Validation(
-            folder, cfg, row, family, sources, network, items, constants, modules, texts, judges, emit
+            folder, cfg, row, family, sources, network, items, constants, modules, texts, judges, emit, world
         )  # fmt: skip
 
     return with_network

@@ -32,6 +32,10 @@ LINE = (
 )  # fmt: skip
 ONE = ("--gpus", "1", "--gradient-accumulation", "2")
 TWO = ("--gpus", "2")
+VALIDATED = (
+    "-o", "validation.every=3", "-o", "validation.steps=1", "-o", "validation.samples=2",
+    "-o", "validation.metrics=flow,psnr",
+)  # fmt: skip
 
 
 def _forking() -> None:
@@ -68,12 +72,12 @@ def _second_is_asked_to_stop() -> None:
 
 
 @pytest.fixture(scope="module")
-def of_one(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three steps of one process, two forward passes each; nobody changes it."""
+def of_one(prepared: Path, samples: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three steps of one process, two forward passes each, then four clips are made; nobody changes it."""
     run = tmp_path_factory.mktemp("of-one") / "run"
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    made = typed(*LINE, *ONE, "--data", prepared, "--out", run)
+    made = typed(*LINE, *ONE, *VALIDATED, "--sets", samples, "--data", prepared, "--out", run)
     torch.set_num_threads(before)
     assert made.exit_code == 0, made.output
     return run
@@ -99,10 +103,12 @@ def test_a_killed_process_ends_all_and_one_goes_on_to_the_bits_of_one(
 
 
 def test_one_that_is_asked_to_stop_stops_all_and_two_go_on_to_the_bits_of_one(
-    of_one: Path, prepared: Path, tmp_path: Path
+    of_one: Path, prepared: Path, samples: Path, tmp_path: Path
 ) -> None:
+    """They share the clips of a validation as well."""
     run, said = tmp_path / "run", tmp_path / "said.txt"
     line = (*LINE[:-1], "checkpoint.every=9", *TWO, "--data", prepared, "--out", run, "--resume", "auto")
+    line = (*line, *VALIDATED, "--sets", samples)
     assert forked(_second_is_asked_to_stop, *line, said=said) == 6, said.read_text()
     assert said.read_text().count("error") == 1, said.read_text()
     assert "stopped after step 2, which is saved" in said.read_text()
@@ -110,6 +116,9 @@ def test_one_that_is_asked_to_stop_stops_all_and_two_go_on_to_the_bits_of_one(
     assert forked(_forking, *line, said=said) == 0, said.read_text()
     assert said.read_text().count("resumed behind step 2") == 1
     assert bits(run, 3) == bits(of_one, 3)
+    assert (run / "validation.jsonl").read_bytes() == (of_one / "validation.jsonl").read_bytes()
+    made = [{path.name for path in (each / "validation/step-3").iterdir()} for each in (run, of_one)]
+    assert made[0] == made[1] and len(made[0]) == 5
     words = (*LINE, "--gpus", "1", "--data", prepared, "--out", run, "--resume", "auto")
     refused = typed(*words)  # half of the step
     assert refused.exit_code == 2 and "runtime.gpus was 2 and is 1" in refused.output
@@ -164,6 +173,10 @@ def _inside(folder: Path, prepared: Path, place: Place) -> None:
                 raise UnusableFile("one cannot go on", where="here", fix="do")
     except UnusableFile as error:
         found["error"] = (str(error), error is world.agreed)
+    stop, patience = world.stops(lambda: world.rank == 1), time.monotonic() + 20
+    while not stop() and time.monotonic() < patience:
+        time.sleep(0.01)
+    found["stopped"] = stop()  # also the one that nobody asked
     found["wrote"] = (folder / f"run-{place.rank}" / "log.jsonl").is_file()
     world.leave()
     torch.save(found, folder / f"found-{place.rank}.pt")
@@ -180,6 +193,7 @@ def test_a_step_of_two_processes_is_that_of_one(prepared: Path, tmp_path: Path) 
         assert not found["moved"]
         assert sorted(found["skipped"].split(", ")) == sorted(both[1]["broken"])
         assert found["failed"] == ["b"]
+        assert found["stopped"]
         assert found["error"] == ("here: one cannot go on (do)", True)
     assert torch.equal(both[0]["gradient"], both[1]["gradient"])
     assert "b: is gone; another sample takes its turns" in both[0]["told"]

@@ -202,7 +202,8 @@ def test_a_clip_that_fails_is_named_and_ends_nothing(
 
     monkeypatch.setattr(of_validation, "survey", broken)
     trainer.folder.begin("command: train v2v\nasked: {}\n")
-    entry = trainer.validation.run(1, lambda: False)
+    trainer.validation.run(1, lambda: False)
+    (entry,) = entries(trainer.folder.path)
     assert set(entry["failed"]) == {"000001", "000000 with 000001"}
     assert [clip["name"] for clip in entry["clips"]] == ["000000", "000001 with 000000"]
     # Of the two that were made: one window each, and the source's own lips for the one with its own audio.
