@@ -10,7 +10,7 @@ import ftfy
 import torch
 from torch import Tensor, nn
 
-__all__ = ["PromptEncoder", "clean_prompt", "zero_padding"]
+__all__ = ["PromptEncoder", "clean_prompt"]
 
 
 def clean_prompt(text: str) -> str:
@@ -20,14 +20,6 @@ def clean_prompt(text: str) -> str:
     """
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     return re.sub(r"\s+", " ", text).strip()
-
-
-def zero_padding(states: Tensor, mask: Tensor) -> Tensor:
-    """Zero the rows behind each prompt's own end: states [B, S, D], mask [B, S] of 0 and 1.
-
-    Per row: the published code cuts a batch to its shortest prompt.
-    """
-    return states * mask.unsqueeze(-1).to(states.dtype)
 
 
 class PromptEncoder(nn.Module):
@@ -54,16 +46,13 @@ class PromptEncoder(nn.Module):
         """One prompt -> [1, text_len, width] on `device`, where the encoder computes; longer prompts are cut,
         rows behind the prompt are 0.
 
-        The end token is real: the empty prompt keeps one row.
+        The end token is real: the empty prompt keeps one row. Only real tokens are encoded, one prompt at a
+        time: published scripts encode padding up to text_len, hide it from attention and zero it, and cut a
+        batch to its shortest prompt (spec/omniavatar.md d).
         """
-        batch = self.tokenizer(
-            prompt,
-            padding="max_length",
-            truncation=True,
-            max_length=self.text_len,
-            add_special_tokens=True,
-            return_tensors="pt",
-        )
-        ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
-        states = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-        return zero_padding(states, mask)
+        ids = self.tokenizer(
+            prompt, truncation=True, max_length=self.text_len, add_special_tokens=True, return_tensors="pt"
+        ).input_ids.to(device)
+        mask = torch.ones_like(ids)
+        states: Tensor = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        return nn.functional.pad(states, (0, 0, 0, self.text_len - ids.shape[1]))

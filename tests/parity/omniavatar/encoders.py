@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from torch import Tensor
-from transformers import UMT5Config, UMT5EncoderModel, Wav2Vec2Config
+from transformers import BatchEncoding, UMT5Config, UMT5EncoderModel, Wav2Vec2Config
 
 from avatarctl.models.encode import AudioFeatures
-from avatarctl.models.text import zero_padding
+from avatarctl.models.text import PromptEncoder
 from avatarctl.models.vae import WanVae
 from avatarctl.models.wav2vec import FrameWav2Vec2, normalise_waveform
 from avatarctl.timeline import SAMPLES_PER_FRAME
@@ -128,7 +129,7 @@ def convolution_features(reader: Reader) -> None:
     reader.compare("cnn_features", _wav2vec(reader).feature_extractor(waveform[None])[0], atol=_AUDIO)
 
 
-def _text_states(reader: Reader) -> Tensor:
+def _umt5(reader: Reader) -> UMT5EncoderModel:
     sizes = settings(reader)
     model = UMT5EncoderModel(
         UMT5Config(
@@ -144,19 +145,28 @@ def _text_states(reader: Reader) -> Tensor:
     ).eval()
     state = UMT5_ENCODER.rename_to_internal(reader.group("state."))
     load(model, state, reader, UMT5_ENCODER.to_original)
-    with torch.no_grad():
-        return model(input_ids=reader.take("ids"), attention_mask=reader.take("mask")).last_hidden_state
+    return model
 
 
 @checks(TEXT, compares=("hidden_raw",), needs=("state.*", "ids", "mask"))
+@torch.no_grad()
 def text_states(reader: Reader) -> None:
-    reader.compare("hidden_raw", _text_states(reader), atol=_TEXT)
+    ids, mask = reader.take("ids"), reader.take("mask")
+    states = _umt5(reader)(input_ids=ids, attention_mask=mask).last_hidden_state
+    reader.compare("hidden_raw", states, atol=_TEXT)
 
 
 @checks(TEXT, compares=("context_zero_padded",), needs=("state.*", "ids", "mask"))
 def text_context(reader: Reader) -> None:
-    padded = zero_padding(_text_states(reader), reader.take("mask"))
-    reader.compare("context_zero_padded", padded, atol=_TEXT)
+    """Each prompt by itself and without its padding, from its recorded tokens."""
+    ids, mask = reader.take("ids"), reader.take("mask")
+    tokens = [row[: int(real.sum())][None] for row, real in zip(ids, mask, strict=True)]
+    encoder = PromptEncoder(
+        _umt5(reader), lambda place, **_: BatchEncoding({"input_ids": tokens[place]}), ids.shape[1]
+    )
+    places: Any = range(len(tokens))
+    made = torch.cat([encoder.encode(place, torch.device("cpu")) for place in places])
+    reader.compare("context_zero_padded", made, atol=_TEXT)
 
 
 def _codec(reader: Reader) -> WanVae:
