@@ -233,7 +233,10 @@ class Memory:
     activation_checkpointing: Literal["none", "block", "block_offload"] = key(
         "block", "what is computed again in the backward pass", not_yet=("block_offload",)
     )
-    base_precision: Literal["bf16", "fp8"] = key("bf16", "storage of frozen weights", not_yet=ANY)
+    base_precision: Literal["bf16", "fp8"] = key(
+        "bf16", "storage of the transformer: as it computes, or the matrices of its blocks in eight bits",
+        not_yet={"train i2v": ANY, "train v2v": ANY},
+    )  # fmt: skip
     optimizer_device: Literal["auto", "cpu", "cuda"] = key("auto", "where optimizer states live", not_yet=ANY)
     swap_blocks: int = key(
         0,

@@ -25,6 +25,7 @@ from avatarctl.loading.assemble import built_in, with_loras
 from avatarctl.loading.fill import fill, on_meta
 from avatarctl.loading.parts import TRANSFORMERS, UNUSED_IN_EVALUATION, transformer
 from avatarctl.models.clip import ClipImageEncoder, clip_config
+from avatarctl.models.fp8 import store_in_float8
 from avatarctl.models.precision import cast
 from avatarctl.models.text import PromptEncoder
 from avatarctl.models.vae import WanVae, fast_on_cpu
@@ -51,19 +52,25 @@ def built_in_part(
     part: str,
     dtype: torch.dtype,
     device: torch.device,
+    *,
+    in_float8: bool = False,
 ) -> nn.Module | None:
     """One part of a run, frozen and in evaluation mode; None where the model has no such part.
 
-    held: the transformer of the row's file, None where that is random.
+    held: the transformer of the row's file, None where that is random. in_float8: of the transformer, see
+    `models/fp8.py`.
     """
     if part == "dit" and held is not None:
-        return transformer(held, dtype, device)
+        return transformer(held, dtype, device, in_float8=in_float8)
     if path := sources.encoders.get(part):
         return _from_file(row, part, path, sources.encoders, dtype, device)
     module = _random(row, part)
     if module is not None and part == "dit" and sources.loras:
         module = _with_loras(row, module, sources)
-    return module and cast(module, dtype).to(device)
+    if module is None:
+        return None
+    module = cast(module, dtype).to(device)
+    return store_in_float8(module) if part == "dit" and in_float8 else module
 
 
 def build_random_modules(row: Row) -> Modules:

@@ -54,6 +54,7 @@ def fill(
     likely: Callable[[], str | None] = lambda: None,
     unused: Collection[str] = (),
     told_as: Callable[[str], str | None] = lambda name: name,
+    done: Callable[[str], None] = lambda name: None,
 ) -> None:
     """Give every parameter and buffer of `network` its value, frozen; tied ones stay tied.
 
@@ -62,6 +63,7 @@ def fill(
     where, likely: what to name, and what the probable cause is, when names do not fit.
     unused:   parameters that no forward pass in evaluation mode reads; zero where the file lacks them.
     told_as:  a name of the network as it is in the file, where it is another; several may be one there.
+    done:     is told each tensor, by the network's own name, when its value is in place.
 
     Raises UnusableWeights for a missing, left-over, misshapen or integer tensor, for NaN and infinity, and
     for values that the final dtype does not hold.
@@ -89,6 +91,7 @@ def fill(
             value = nn.Parameter(value, requires_grad=False)
         for holder, key in holders[id(slot)]:
             holder[key] = value
+        done(name)
 
 
 def _slots(network: nn.Module) -> dict[str, torch.Tensor]:

@@ -93,16 +93,18 @@ def load_parts(
     Raises UnusableWeights for files that do not fit, ExtraMissing for an attention kernel that is not here.
     """
     dtype, there = dtype_of(cfg.runtime), computes or device
+    in_float8 = cfg.memory.base_precision == "fp8"
     if "dit" in wanted:  # before anything large is read
         head_width = held.sizes.width // held.heads if held else row.network["dit"]["attention_head_dim"]
         kernel = choose_attention(cfg.runtime.attention, there, dtype, head_width)
     if row.source == "package":
-        made = _built_in(row, sources, held, wanted, dtype, device, emit)
+        made = _built_in(row, sources, held, wanted, dtype, device, emit, in_float8)
     else:
-        made = _from_files(held, sources.encoders, wanted, dtype, device, emit)
+        made = _from_files(held, sources.encoders, wanted, dtype, device, emit, in_float8)
     if "dit" in wanted:
         use_attention(made["dit"], kernel)
-        emit(Notice(f"attention: {kernel}; {str(dtype).removeprefix('torch.')} on {there}"))
+        stored = ", the weights of its blocks in float8" if in_float8 else ""
+        emit(Notice(f"attention: {kernel}; {str(dtype).removeprefix('torch.')} on {there}{stored}"))
     return made
 
 
@@ -124,12 +126,15 @@ def _built_in(
     dtype: torch.dtype,
     device: torch.device,
     emit: Emit,
+    in_float8: bool,
 ) -> Parts:
     dtypes = {"dit": dtype, "text": dtype}  # audio and image encoders are always float32
     if "vae" in wanted:
         dtypes["vae"] = _vae_dtype(dtype, device, emit)
     made: dict[str, Any] = {
-        part: built_in_part(row, sources, held, part, dtypes.get(part, torch.float32), device)
+        part: built_in_part(
+            row, sources, held, part, dtypes.get(part, torch.float32), device, in_float8=in_float8
+        )
         for part in PARTS
         if part in wanted
     }
@@ -143,6 +148,7 @@ def _from_files(
     dtype: torch.dtype,
     device: torch.device,
     emit: Emit,
+    in_float8: bool,
 ) -> Parts:
     made = Parts()
     if "text" in wanted:
@@ -165,7 +171,7 @@ def _from_files(
     if "dit" in wanted:
         assert held is not None
         emit(Stage("loading the transformer"))
-        made["dit"] = transformer(held, dtype, device)
+        made["dit"] = transformer(held, dtype, device, in_float8=in_float8)
     return made
 
 

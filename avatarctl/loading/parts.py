@@ -28,6 +28,7 @@ from avatarctl.loading.tokenizer import read_tokenizer
 from avatarctl.loading.wan_clip import CLIP_VISION, internal_tensors, read_clip_sizes
 from avatarctl.loading.wan_vae import read_vae_sizes, vae_key_map
 from avatarctl.models.clip import ClipImageEncoder, clip_config
+from avatarctl.models.fp8 import is_float8_layer, store_layer
 from avatarctl.models.omniavatar import OmniAvatarTransformer
 from avatarctl.models.precision import is_float32_island
 from avatarctl.models.stableavatar import StableAvatarTransformer
@@ -68,9 +69,15 @@ def transformer(
     dtype: torch.dtype,
     device: torch.device,
     whole: Callable[[str], bool] = lambda name: False,
+    *,
+    in_float8: bool = False,
 ) -> nn.Module:
     """The diffusion transformer of a full model, float32 where `models/precision.py` says so, and where
-    `whole` does of an original name."""
+    `whole` does of an original name.
+
+    in_float8: the weights that `models/fp8.py` allows are stored so, each as soon as it is read, in the full
+    precision of `dtype`: never is more than one of them held wider.
+    """
     with on_meta():
         network = TRANSFORMERS[held.layout.family](
             num_attention_heads=held.heads,
@@ -84,8 +91,14 @@ def transformer(
         stays = is_float32_island(network, name) or whole(told_as(name) or name)
         return torch.float32 if stays else dtype
 
+    def store(name: str) -> None:
+        layer, _, kind = name.rpartition(".")
+        if kind == "weight" and is_float8_layer(network, layer):
+            store_layer(network.get_submodule(layer))  # type: ignore[arg-type]
+
     told_as = held.layout.key_map.to_original
-    fill(network, tensors, dtype_of=dtype_of, device=device, where=held.path, told_as=told_as)
+    done: Any = {"done": store} if in_float8 else {}
+    fill(network, tensors, dtype_of=dtype_of, device=device, where=held.path, told_as=told_as, **done)
     return network.eval()
 
 

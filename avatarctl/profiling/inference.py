@@ -22,6 +22,7 @@ from avatarctl.loading.built_in import build_on_meta, build_random_modules
 from avatarctl.loading.modules import PARTS
 from avatarctl.loading.placed import PlacedModules, is_full
 from avatarctl.models.device import dtype_of
+from avatarctl.models.fp8 import store_in_float8
 from avatarctl.models.precision import is_float32_island
 from avatarctl.profiling.account import Account
 from avatarctl.profiling.fakes import Mode, fill, outside, tensor_bytes, tensors
@@ -65,6 +66,8 @@ def counted_modules(row: Row, cfg: RunConfig, inside: AbstractContextManager[Any
     parts = build_on_meta(row, cfg.model.channels)
     for part, network in parts.items():
         fill(network, inside, _dtypes(network, part, cfg))
+        with inside:
+            _stored(network, part, cfg)
     return Modules(**parts, device=torch.device("cpu"))  # type: ignore[arg-type]
 
 
@@ -75,6 +78,12 @@ def _dtypes(network: nn.Module, part: str, cfg: RunConfig) -> Callable[[str, Ten
         return torch.float32 if is_float32_island(network, name) else wanted
 
     return own
+
+
+def _stored(network: nn.Module, part: str, cfg: RunConfig) -> None:
+    """As `memory.base_precision` has the transformer."""
+    if part == "dit" and cfg.memory.base_precision == "fp8":
+        store_in_float8(network)
 
 
 def profile_inference(row: Row, cfg: RunConfig, mode: Mode = "fake") -> Account:
@@ -88,7 +97,11 @@ def profile_inference(row: Row, cfg: RunConfig, mode: Mode = "fake") -> Account:
     inside = tensors(mode)
     if not is_full(cfg.memory):
         return _placed(row, cfg, family, inside, mode)
-    modules = build_random_modules(row) if mode == "real" else counted_modules(row, cfg, inside)
+    if mode == "real":
+        modules = build_random_modules(row)
+        _stored(modules.dit, "dit", cfg)
+    else:
+        modules = counted_modules(row, cfg, inside)
     weights = {part: tensor_bytes(getattr(modules, part)) for part in ("dit", "text", "vae", "audio")}
     if isinstance(modules.image, nn.Module):
         weights["image"] = tensor_bytes(modules.image)
@@ -133,10 +146,12 @@ def _placed(row: Row, cfg: RunConfig, family: Any, inside: Any, mode: Mode) -> A
             if network is None:
                 return None
             if mode == "real":
+                _stored(network, part, cfg)
                 live.track(network)
             else:
                 with outside(mode):
                     fill(network, nullcontext(), _dtypes(network, part, cfg), "meta")
+                    _stored(network, part, cfg)
                 weights[part] = tensor_bytes(network)
                 if place == device:
                     fill(network, nullcontext(), lambda _, old: old.dtype)

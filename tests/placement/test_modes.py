@@ -14,7 +14,8 @@ from avatarctl.events import silent
 from avatarctl.pipelines.infer import generate, load
 from avatarctl.pipelines.job import Job, JobPlan, check_job
 from avatarctl.placement.units import Unit
-from avatarctl.profiling.inference import profile_inference
+from avatarctl.profiling.fakes import tensor_bytes, tensors
+from avatarctl.profiling.inference import counted_modules, profile_inference
 from avatarctl.registry import configure, find_model
 
 CHUNKS = (
@@ -60,6 +61,27 @@ def whole(request: pytest.FixtureRequest) -> tuple[tuple[str, ...], torch.Tensor
 def test_a_mode_changes_no_bit(whole: tuple[tuple[str, ...], torch.Tensor], memory: tuple[str, ...]) -> None:
     settings, expected = whole
     assert torch.equal(made(plan_of(*settings, *memory)), expected)
+
+
+def test_float8_is_the_same_in_every_mode(whole: tuple[tuple[str, ...], torch.Tensor]) -> None:
+    settings, wide = whole
+    stored = (*settings, "memory.base_precision=fp8")
+    expected = made(plan_of(*stored))
+    assert not torch.equal(expected, wide)
+    for words in (("memory.mode=group", "memory.group_blocks=2"), ("memory.mode=sequential",)):
+        assert torch.equal(made(plan_of(*stored, *words)), expected), words
+
+
+def test_float8_is_counted_as_it_is() -> None:
+    row = find_model("cartoon-i2v")
+    cfg = configure(*CHUNKS, "memory.mode=group", "memory.base_precision=fp8")
+    counted, real = (profile_inference(row, cfg, mode) for mode in ("fake", "real"))
+    assert real.live_bytes == counted.live_bytes + counted.host
+    full = counted_modules(row, cfg, tensors("fake"))
+    wide = counted_modules(row, configure(*CHUNKS), tensors("fake"))
+    blocks, wide_blocks = (tensor_bytes(modules.dit.blocks) for modules in (full, wide))
+    assert wide_blocks / 4 < blocks < wide_blocks / 3.6, "norms, tables, biases and scales are float32"
+    assert blocks <= counted.host < blocks * 1.01, "packed, with room between tensors"
 
 
 def test_the_text_encoder_is_gone_before_the_transformer_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
