@@ -18,7 +18,7 @@ from avatarctl.cli.run_file import with_absolute_paths
 from avatarctl.cli.screen import Screen
 from avatarctl.cli.video_output import fresh_path, make_video, record_path, refuse_existing, sheet_path
 from avatarctl.config import dump_run, require_supported
-from avatarctl.errors import NotYetSupported, printable
+from avatarctl.errors import DoesNotFit, NotYetSupported, printable
 from avatarctl.events import Notice
 from avatarctl.registry import COMPAT, NOT_YET, ROWS, Row, find_model
 
@@ -170,16 +170,24 @@ def _show_plan(plan: JobPlan, as_json: bool, screen: Screen) -> None:
     missing = plan.sources.missing
     for problem in environment_problems(plan):
         screen(Notice(f"a run would end with exit 4: {problem}", "warning"))
+    try:
+        plan.require_host()
+    except DoesNotFit as problem:
+        screen(Notice(f"a run would end with exit 5: {problem}", "warning"))
     summary = plan.summary()
     summary["missing_weights"] = [f"{item.folder}/{item.file}" for item in missing]
     if missing:
         screen(Notice(missing_line(missing), "warning"))
     if as_json:
+        summary["memory"] = plan.seating.summary()
         click.echo(json.dumps({"command": "infer", "dry_run": True, **summary}, ensure_ascii=True))
         return
     for name, value in summary.items():
         if name != "missing_weights":
             click.echo(f"{name}: {printable(', '.join(value) if isinstance(value, list) else value)}")
+    click.echo(f"memory: {plan.seating.mode}")
+    for line in plan.seating.lines():
+        click.echo(f"  {line}")
 
 
 def _contact_sheet(plan: JobPlan) -> ContactSheet | None:

@@ -39,6 +39,7 @@ def make_video(plan: JobPlan, path: Path, screen: Screen, sheet: ContactSheet | 
     from avatarctl.cli.start import importing_networks
 
     plan.require_weights()  # before the seconds that the next import takes
+    plan.require_host()
     with importing_networks():
         from avatarctl.pipelines.infer import write_video
 

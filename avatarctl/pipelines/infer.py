@@ -186,6 +186,7 @@ def write_video(
     assert output.width is not None and output.height is not None
     started = time.monotonic()
     plan.require_weights()  # before an output is begun
+    plan.require_host()
     _refuse_inputs(plan.job, plan.cfg.data.mask, path)
     writer = VideoWriter(
         path,

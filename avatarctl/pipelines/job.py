@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -12,13 +13,16 @@ import numpy as np
 from avatarctl.conditioning.geometry import distortion, nearest_shape
 from avatarctl.conditioning.masking import mask_name, mouth_mask
 from avatarctl.config import RunConfig, require_supported
-from avatarctl.errors import EnvironmentMissing, UnusableAudio, UnusableImage, UsageError
+from avatarctl.errors import DoesNotFit, EnvironmentMissing, UnusableAudio, UnusableImage, UsageError
 from avatarctl.events import Emit, Notice, Stage
 from avatarctl.families import family_named
 from avatarctl.family import Family, VideoPlan
 from avatarctl.loading.assemble import check_transformer
 from avatarctl.loading.sources import Sources, asked_size, find_sources, weights_missing
+from avatarctl.loading.weighed import weighed
 from avatarctl.media import Audio, AudioSurvey, StillImage, Video, load_image, survey
+from avatarctl.placement.host import free_on_the_host
+from avatarctl.placement.seats import Seating, seated, shown
 from avatarctl.registry import Row, outside_training
 from avatarctl.rng import stable_hash
 from avatarctl.sampling.window_order import chosen_order
@@ -107,6 +111,29 @@ class JobPlan:
         """Raises WeightsMissing (exit 4), naming every file of the run that is not here."""
         if self.sources.missing:
             raise weights_missing(self.row, self.sources)
+
+    @cached_property
+    def seating(self) -> Seating:
+        """What sits where and when. Raises UsageError where more blocks were to leave than there are."""
+        parts, unknown = weighed(self.row, self.transformer, self.cfg)
+        try:
+            return seated(parts, self.cfg.memory, unknown)
+        except ValueError as error:
+            raise UsageError(str(error), where="memory.swap_blocks") from error
+
+    def require_host(self) -> None:
+        """Raises DoesNotFit (exit 5) where the host has no room for what leaves the device; nothing is said
+        where the system tells no limit."""
+        seating = self.seating
+        room = free_on_the_host() if seating.host else None
+        need = seating.host + seating.packing
+        if room is not None and need > room.size:
+            raise DoesNotFit(
+                f"{shown(need)} of the host are needed for what waits there (with {shown(seating.packing)} "
+                f"while it is packed), and {shown(room.size)} are free: the limit {room.limit}",
+                where=f"memory mode {seating.mode}",
+                fix="a mode that leaves less there, or memory.base_precision=fp8",
+            )
 
     @property
     def audio_delay(self) -> Fraction:
@@ -236,7 +263,7 @@ def check_job(cfg: RunConfig, row: Row, job: Job, emit: Emit) -> JobPlan:
         guidance_scale=cfg.sampling.guidance_scale,
     ):
         emit(Notice(notice, "warning"))
-    return JobPlan(
+    plan = JobPlan(
         cfg=cfg,
         row=row,
         job=job,
@@ -251,6 +278,8 @@ def check_job(cfg: RunConfig, row: Row, job: Job, emit: Emit) -> JobPlan:
         samples=samples,
         mask=mask,
     )
+    assert plan.seating  # refuses what cannot be, before anything is loaded
+    return plan
 
 
 def _takes_another(row: Row, takes: Literal["image", "video"]) -> UsageError:

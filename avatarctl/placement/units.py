@@ -7,6 +7,7 @@ it was until it is used.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -25,14 +26,20 @@ _META: Final = torch.device("meta")
 
 @dataclass
 class Moves:
-    """What was moved, for whoever asks. host_bytes: held there, packed; unpinned_bytes: of these what the
-    system would not lock for a GPU."""
+    """What was moved, for whoever asks. host_bytes: held there, packed; host_peak: at most so far;
+    unpinned_bytes: what the system would not lock for a GPU."""
 
     copies: int = 0
     copied_bytes: int = 0
     host_bytes: int = 0
+    host_peak: int = 0
     unpinned_bytes: int = 0
     order: list[str] = field(default_factory=list)
+
+    def hold(self, size: int) -> None:
+        """Counts what is held on the host; negative where it is forgotten."""
+        self.host_bytes += size
+        self.host_peak = max(self.host_peak, self.host_bytes)
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,7 @@ class Unit:
         self._arrived: dict[torch.dtype, Tensor] | None = None
         self._event: Any = None
         self._pack(modules, host)
+        weakref.finalize(self, moves.hold, -self.nbytes)
         self.leave()
 
     @property
@@ -135,7 +143,7 @@ class Unit:
             self._waiting[dtype] = flat = _room(length, dtype, host, pin)
             if pin and not flat.is_pinned():
                 self._moves.unpinned_bytes += length * dtype.itemsize
-            self._moves.host_bytes += length * dtype.itemsize
+            self._moves.hold(length * dtype.itemsize)
         for key, parameter in tensors.items():
             flat, offset = self._waiting[parameter.dtype], where[key]
             stride = parameter.stride()

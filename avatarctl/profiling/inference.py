@@ -164,7 +164,7 @@ def _placed(row: Row, cfg: RunConfig, family: Any, inside: Any, mode: Mode) -> A
         for block in _LOOPS[plan.kind](denoise, modules, inputs, plan, cfg):
             del block
         phases.end()
-    return Account(phases.peaks, weights, {}, 0, modules.moves.host_bytes)
+    return Account(phases.peaks, weights, {}, 0, modules.moves.host_peak)
 
 
 def _sized(cfg: RunConfig) -> RunConfig:

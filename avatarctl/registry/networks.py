@@ -15,6 +15,7 @@ __all__ = [
     "OMNIAVATAR_14B",
     "STABLEAVATAR_1_3B",
     "STABLEAVATAR_TINY",
+    "numbers_in",
 ]
 
 Network = Mapping[str, Mapping[str, Any]]
@@ -114,3 +115,21 @@ STABLEAVATAR_TINY: Final[Network] = {
     },
 }  # fmt: skip
 """The published network with every width made small."""
+
+_NUMBERS: Final[tuple[tuple[str, Mapping[str, Any], int, int], ...]] = (
+    ("text", _PUBLISHED_ENCODERS["text"], 5_680_910_336, 1_050_148_864),  # its table of words
+    ("vae", _PUBLISHED_ENCODERS["vae"], 126_892_531, 3_981_696),
+    ("audio", _PUBLISHED_ENCODERS["audio"], 94_371_712, 4_718_720),
+    ("clip", STABLEAVATAR_1_3B["clip"], 611_086_080, 6_558_720),
+    ("text", CARTOON["text"], 33_184, 12_288),
+    ("vae", CARTOON["vae"], 2_577_987, 110_656),
+    ("audio", CARTOON["audio"], 74_495, 8_655),
+    ("clip", STABLEAVATAR_TINY["clip"], 44_224, 18_816),
+)  # fmt: skip
+"""Parameters of the encoders above, and of the largest of their modules: counted once from the networks, so
+that a plan need not build them."""
+
+
+def numbers_in(part: str, sizes: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Parameters of an encoder of these sizes, in all and in its largest module; None for other sizes."""
+    return next((known[2:] for known in _NUMBERS if known[:2] == (part, sizes)), None)

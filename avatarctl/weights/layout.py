@@ -104,6 +104,8 @@ class WeightLayout:
     assumed:  of these arguments those that no tensor tells for sure -> their value in every published file;
               a config or our metadata may state another, by the argument's name.
     float32:  parts of original names, whole segments, that stay float32 under any dtype.
+    float8:   pattern of whole original names: the matrices that `memory.base_precision fp8` stores in eight
+              bits. The network's class says the same, for whoever may import it.
     supported: whether this version loads and converts such files, or only names them.
     class_name: of the network in diffusers or in avatarctl/models.
     conventions: what the published weights were made with (`avatarctl.family.Conventions`), the audio offset
@@ -125,6 +127,7 @@ class WeightLayout:
     arguments: Mapping[str, str] = field(default_factory=dict)
     assumed: Mapping[str, int] = field(default_factory=dict)
     float32: tuple[str, ...] = ()
+    float8: str = r"(?!)"
     supported: bool = True
     class_name: str = "WanTransformer3DModel"
     conventions: Mapping[str, float] = field(default_factory=dict)

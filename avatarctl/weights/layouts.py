@@ -34,6 +34,10 @@ _FLOAT32: Final = ("time_embedding", "modulation", "norm3")
 """Original names of what stays float32 under any run dtype (spec/building-blocks.md 1, trap d)."""
 
 
+_FLOAT8: Final = r"blocks\.\d+\.((self|cross)_attn\.([qkvo]|[kv]_img)|ffn\.[02])\.weight"
+"""Original names of the matrices of a Wan block; those that read audio are not among them."""
+
+
 def _linear(name: str, outputs: int, inputs: int) -> Shapes:
     return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
 
@@ -159,6 +163,7 @@ OMNIAVATAR: Final = WeightLayout(
     arguments=_WAN_ARGUMENTS
     | {"audio_input_dim": "audio_input_dim", "audio_hidden_size": "audio_hidden_size"},
     float32=_FLOAT32,
+    float8=_FLOAT8,
 )
 
 WAN: Final = WeightLayout(
@@ -203,6 +208,7 @@ STABLEAVATAR: Final = WeightLayout(
     # others would look complete.
     assumed={"vocal_layers": 2, "vocal_heads": 8},
     float32=(*_FLOAT32, "time_projection", "norm", "norm_1", "norm_2", "img_emb.proj.0", "img_emb.proj.4"),
+    float8=_FLOAT8,
 )  # fmt: skip
 
 

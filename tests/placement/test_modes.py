@@ -91,7 +91,6 @@ def test_float8_is_counted_as_it_is() -> None:
     with tensors("fake"), torch.no_grad(), LiveBytes() as live:
         in_groups(network, torch.device("cpu"), group=1, host=torch.device("meta"), moves=moves)
         x = torch.zeros(1, 64)
-        before = live.current
         for block in network.blocks:
             x = block(x)
     packed = 64 * 64 + 2 * 64 * 4
@@ -158,9 +157,8 @@ def test_a_mode_that_moves_blocks_takes_no_number_of_swapped_ones(mode: str) -> 
 
 
 def test_more_blocks_than_there_are() -> None:
-    plan = plan_of(*CHUNKS, "memory.swap_blocks=7")
     with pytest.raises(UsageError, match="7 blocks were to leave, and the transformer has 6"):
-        made(plan)
+        plan_of(*CHUNKS, "memory.swap_blocks=7")
 
 
 def test_counted_bytes_are_those_of_real_tensors() -> None:

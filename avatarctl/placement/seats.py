@@ -1,0 +1,155 @@
+"""What sits where and when in a memory mode, from the sizes of a run's networks alone: without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from avatarctl.config import Memory
+
+__all__ = ["Part", "Seat", "Seating", "seated", "shown"]
+
+_NAMES: Final = {
+    "text": "text encoder",
+    "image": "image encoder",
+    "vae": "VAE",
+    "audio": "audio encoder",
+    "dit": "transformer",
+}
+_BEFORE: Final = ("text", "image")
+"""Parts that work before the transformer is read, and leave (loading/placed.py)."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One network: bytes of its weights, of its largest module, and of each block, if it has blocks."""
+
+    name: str
+    weights: int
+    largest: int
+    blocks: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Seat:
+    """One line of the table. device: the most bytes of weights that are there at once; host: that wait;
+    when: for people."""
+
+    name: str
+    weights: int
+    device: int
+    host: int
+    when: str
+
+
+@dataclass(frozen=True)
+class Seating:
+    """seats: in the order in which they are read; before, after: bytes of weights on the device until the
+    text encoder has left, and from then on; host: that wait there, at most; packing: bytes that the largest
+    unit needs there twice while it is packed; unknown: parts whose sizes nothing states."""
+
+    mode: str
+    seats: tuple[Seat, ...]
+    before: int
+    after: int
+    host: int
+    packing: int
+    unknown: tuple[str, ...]
+
+    def summary(self) -> dict[str, Any]:
+        """As `--json` shows it."""
+        return {
+            "mode": self.mode,
+            "parts": [
+                {"part": each.name, "weights": each.weights, "device": each.device, "host": each.host}
+                | {"when": each.when}
+                for each in self.seats
+            ],
+            "device_before_the_transformer": self.before,
+            "device_with_the_transformer": self.after,
+            "host": self.host,
+            "unknown": list(self.unknown),
+        }
+
+    def lines(self) -> list[str]:
+        """The table for people."""
+        rows: list[tuple[str, ...]] = [("weights of", "in all", "on device", "on host", "when")]
+        rows += [
+            (each.name, *map(shown, (each.weights, each.device, each.host)), each.when) for each in self.seats
+        ]
+        made = [f"{a:15} {b:>10} {c:>10} {d:>10}  {e}".rstrip() for a, b, c, d, e in rows]
+        made += [f"{name:15} {'unknown':>10}" for name in self.unknown]
+        moments = f"{shown(self.after)} of weights on the device"
+        if self.before:
+            moments = f"{shown(self.before)} of weights on the device before the transformer is read, "
+            moments += f"{shown(self.after)} from then on"
+        return [*made, f"{moments}; {shown(self.host)} wait on the host" if self.host else moments]
+
+
+def seated(parts: Sequence[Part], memory: Memory, unknown: Sequence[str] = ()) -> Seating:
+    """parts: in the order in which a run reads them, the transformer ("dit") last.
+
+    Raises ValueError where more blocks were to leave than there are.
+    """
+    mode = f"swap {memory.swap_blocks} blocks" if memory.swap_blocks else memory.mode
+    seats, units = [], [0]
+    for part in parts:
+        device, waiting, when = part.weights, 0, "from the start"
+        if mode != "full":
+            when = (
+                "until the transformer is read" if part.name in _BEFORE else "when first needed, then always"
+            )
+        if mode == "sequential":
+            until = ", until the transformer is read" if part.name in _BEFORE else ""
+            device, waiting, when = part.largest, part.weights, f"each module for its own call{until}"
+            units.append(part.largest)
+        elif part.name == "dit" and mode != "full":
+            groups = _groups(part, memory)
+            if groups:
+                here = max(groups) if len(groups) == 1 else _neighbours(groups)
+                waiting = sum(groups)
+                device = part.weights - waiting + here
+                when = f"{len(groups)} groups, one and the next" if len(groups) > 1 else "one group"
+                units += groups
+        seats.append(Seat(_NAMES[part.name], part.weights, device, waiting, when))
+    together = max if mode == "sequential" else sum
+    early = [seat for part, seat in zip(parts, seats, strict=True) if part.name != "dit"]
+    late = [
+        seat for part, seat in zip(parts, seats, strict=True) if mode == "full" or part.name not in _BEFORE
+    ]
+    return Seating(
+        mode,
+        tuple(seats),
+        before=0 if mode == "full" else together([0, *(seat.device for seat in early)]),
+        after=together([0, *(seat.device for seat in late)]),
+        host=max(sum(seat.host for seat in moment) for moment in (early, late)),
+        packing=max(units),
+        unknown=tuple(_NAMES[name] for name in unknown),
+    )
+
+
+def _groups(part: Part, memory: Memory) -> list[int]:
+    """Bytes of each group that leaves (placement/place.py `in_groups`)."""
+    count = len(part.blocks)
+    if memory.swap_blocks > count:
+        raise ValueError(f"{memory.swap_blocks} blocks were to leave, and the transformer has {count}")
+    if memory.swap_blocks:
+        return list(part.blocks[count - memory.swap_blocks :])
+    if memory.mode != "group":
+        return []
+    size = memory.group_blocks
+    return [sum(part.blocks[start : start + size]) for start in range(0, count, size)]
+
+
+def _neighbours(groups: Sequence[int]) -> int:
+    """The most that one group and the next take; behind the last comes the first."""
+    return max(one + groups[(index + 1) % len(groups)] for index, one in enumerate(groups))
+
+
+def shown(size: int) -> str:
+    """In GiB, as drivers show it."""
+    if not size:
+        return "-"
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
