@@ -47,7 +47,17 @@ def make_video(plan: JobPlan, path: Path, screen: Screen, sheet: ContactSheet | 
         screen(Notice(line))
     with stop_on_signals() as should_stop, leaving_no_empty_folder(path.parent):
         watch = sheet.add if sheet else None
-        return write_video(plan, path, emit=screen, should_stop=should_stop, watch=watch)
+        if plan.cfg.runtime.log_level != "debug":
+            return write_video(plan, path, emit=screen, should_stop=should_stop, watch=watch)
+        from avatarctl.profiling.happened import Happened
+
+        with Happened() as happened:
+            finished = write_video(
+                plan, path, emit=screen, should_stop=should_stop, watch=watch, seen=happened.watch
+            )
+        for line in happened.lines():
+            screen(Notice(line))
+        return finished
 
 
 @contextlib.contextmanager

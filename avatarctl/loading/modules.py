@@ -66,7 +66,13 @@ class SomeModules:
             raise AttributeError(f"{name} is no part that was asked for")
         part = self._build(name)  # type: ignore[arg-type]
         setattr(self, name, part)
+        for told in self.__dict__.get("_told", ()):
+            told(name, part)
         return part
+
+    def tell(self, told: Callable[[Part, Any], None]) -> None:
+        """Calls it with every part that is built from now on."""
+        self._told = (*self.__dict__.get("_told", ()), told)
 
     def drop(self, part: Part) -> None:
         """Forgets a network that nobody needs any more; if it is touched again, it is built again."""

@@ -173,10 +173,12 @@ def write_video(
     should_stop: Callable[[], bool] = _never,
     watch: Callable[[np.ndarray], None] | None = None,
     modules: Modules | None = None,
+    seen: Callable[[Modules | SomeModules], None] | None = None,
 ) -> OutputFinished:
     """Make the video of a plan at `path`, by way of `NAME.partial.mp4`.
 
     modules: loaded unless they are given. watch: is given the frames as they are written, uint8 [n, H, W, 3].
+    seen: is given the networks before they work.
 
     A run that ends early with finished chunks leaves the playable part and names it in the error; without
     any it leaves nothing. Raises what `generate` raises, OutputRefused (also where the output is an
@@ -208,6 +210,8 @@ def write_video(
         for notice in told:
             emit(Notice(notice, "warning"))
         modules = modules or load(plan, emit=emit)
+        if seen is not None:
+            seen(modules)
         loaded = first_frame = time.monotonic()
         frames = 0
         for block in generate(plan, modules=modules, emit=emit, should_stop=stop_asked):

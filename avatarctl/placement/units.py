@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = ["Moves", "Unit", "Visits", "leaves"]
 
@@ -159,7 +160,18 @@ class Unit:
 
 
 def _room(length: int, dtype: torch.dtype, host: torch.device, pin: bool) -> Tensor:
-    """A buffer on the host, pinned where the system lets it."""
+    """A buffer on the host, pinned where the system lets it.
+
+    On a real host it is made outside of what counts live bytes: `Moves` counts it, so that host and device
+    are told apart on a CPU as well.
+    """
+    if host.type == "cpu":
+        with _disable_current_modes():
+            return _on_host(length, dtype, host, pin)
+    return torch.empty(length, dtype=dtype, device=host)
+
+
+def _on_host(length: int, dtype: torch.dtype, host: torch.device, pin: bool) -> Tensor:
     if pin:
         try:
             return torch.empty(length, dtype=dtype, device=host, pin_memory=True)

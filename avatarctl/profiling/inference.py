@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from avatarctl.models.precision import is_float32_island
 from avatarctl.profiling.account import Account
 from avatarctl.profiling.fakes import Mode, fill, outside, tensor_bytes, tensors
 from avatarctl.profiling.phases import Phases
+from avatarctl.profiling.watched import watch
 from avatarctl.registry import Row
 from avatarctl.sampling.chunks import sample_chunks
 from avatarctl.sampling.denoise import Denoiser
@@ -38,7 +38,6 @@ __all__ = ["counted_modules", "profile_inference"]
 _LOOPS: Final[Mapping[str, Any]] = {"chunks": sample_chunks, "fused": sample_fused}
 _STEPS: Final = 2
 _SPANS: Final = 2
-_DIT_PHASES: Final = {"prepare": "condition", "denoise": "step", "raw": "step"}
 
 
 class _Silence:
@@ -117,7 +116,7 @@ def profile_inference(row: Row, cfg: RunConfig, mode: Mode = "fake") -> Account:
         with phases("load"):
             pass
         for part in PARTS:
-            _watch(part, getattr(modules, part), phases)
+            watch(part, getattr(modules, part), phases)
         denoise = Denoiser(family, modules.dit, family.guidance(cfg), sigmas)
         inputs = _inputs(family.takes(cfg), cfg, samples)
         for block in _LOOPS[plan.kind](denoise, modules, inputs, plan, cfg):
@@ -155,7 +154,7 @@ def _placed(row: Row, cfg: RunConfig, family: Any, inside: Any, mode: Mode) -> A
                 weights[part] = tensor_bytes(network)
                 if place == device:
                     fill(network, nullcontext(), lambda _, old: old.dtype)
-            _watch(part, network, phases)
+            watch(part, network, phases)
             return network
 
         modules = PlacedModules(PARTS, build, cfg.memory, device, silent, host)
@@ -194,50 +193,3 @@ def _inputs(takes: str, cfg: RunConfig, samples: int) -> Inputs:
         source = Source(_Black(height, width, frames), mask_tensor(mouth_mask()))
     prompt, negative = cfg.input.prompt or "", cfg.input.negative_prompt or ""
     return Inputs(image, _Silence(), samples, 0.0, 1.0, prompt, negative, 0, silent, source)
-
-
-_ENTRANCES: Final = {
-    "text": ("encode",),
-    "vae": ("encode",),
-    "audio": ("features", "tokens"),
-    "image": ("encode",),
-}
-
-
-def _watch(part: str, network: Any, phases: Phases) -> None:
-    """Every entrance of a network is a phase."""
-
-    def of_dit(*_: Any, mode: str = "raw", **__: Any) -> str:
-        return _DIT_PHASES[mode]
-
-    if network is None:
-        return
-    if part == "dit":
-        network.forward = phases.wrapped(_weakly(network, "forward"), of_dit)
-        return
-    phase = "image" if part in ("vae", "image") else part
-    for method in _ENTRANCES[part]:
-        setattr(network, method, phases.wrapped(_weakly(network, method), phase))
-    if part == "vae":
-        fresh = _weakly(network, "decoder")
-        network.decoder = lambda: _WatchedDecoder(fresh(), phases)
-
-
-def _weakly(network: nn.Module, method: str) -> Callable[..., Any]:
-    """A method that does not keep its network alive: it is hung on the network itself, and what holds itself
-    lives until it is collected."""
-    kind, held = type(network), weakref.ref(network)
-    return lambda *inputs, **more: getattr(kind, method)(held(), *inputs, **more)
-
-
-@dataclass
-class _WatchedDecoder:
-    """In front of a decoder, not on it: an object that holds its own method lives until it is collected."""
-
-    decoder: Any
-    phases: Phases
-
-    def push(self, latents: Tensor) -> Tensor:
-        with self.phases("decode"):
-            pixels: Tensor = self.decoder.push(latents)
-            return pixels

@@ -5,22 +5,37 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
-from avatarctl.live_bytes import LiveBytes
+__all__ = ["Counter", "Phases"]
 
-__all__ = ["Phases"]
+
+class Counter(Protocol):
+    """Live bytes, as `LiveBytes` or a card counts them."""
+
+    @property
+    def current(self) -> int:
+        """Now."""
+
+    @property
+    def peak(self) -> int:
+        """At most since the last `reset_peak`."""
+
+    def reset_peak(self) -> None:
+        """Starts again from what is alive now."""
 
 
 @dataclass
 class Phases:
-    """The largest number of live bytes in each phase, in the order in which phases were first met.
+    """The largest number of live bytes in each phase, in the order in which phases were first met; `lives`:
+    what was alive when it was left last.
 
     A phase inside another belongs to itself alone; what is outside of all is the loop's own.
     """
 
-    live: LiveBytes
+    live: Counter
     peaks: dict[str, int] = field(default_factory=dict)
+    lives: dict[str, int] = field(default_factory=dict)
     _now: str = "loop"
 
     @contextmanager
@@ -40,6 +55,7 @@ class Phases:
 
     def _note(self) -> None:
         self.peaks[self._now] = max(self.peaks.get(self._now, 0), self.live.peak)
+        self.lives[self._now] = self.live.current
         self.live.reset_peak()
 
     def wrapped(self, function: Callable[..., Any], name: str | Callable[..., str]) -> Callable[..., Any]:

@@ -176,7 +176,10 @@ def test_dry_run_shows_the_plan_and_touches_nothing(run: Run, voice: Path, face:
     words = ("--image", str(face), "--audio", str(voice), "--out", "new folder/deep/clip.mp4", "--steps", "3")
     result = run("infer", "--dry-run", *words)
     assert result.exit_code == 0
-    facts = dict(line.split(": ") for line in result.stdout.splitlines())
+    lines = result.stdout.splitlines()
+    facts = dict(
+        line.split(": ") for line in lines if not line.startswith("  ")
+    )  # those are the table of memory
     assert facts["frames"] == "13"  # ceil(8000 / 640)
     assert (facts["width"], facts["height"], facts["fps"]) == ("64", "64", "25")
     assert facts["spans"] == "1" and facts["steps"] == "3" and facts["model"] == "cartoon-i2v"

@@ -1,0 +1,61 @@
+"""Every entrance of a run's networks as a phase, whoever runs them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from torch import Tensor, nn
+
+from avatarctl.profiling.phases import Phases
+
+__all__ = ["watch"]
+
+_DIT_PHASES: Final = {"prepare": "condition", "denoise": "step", "raw": "step"}
+_ENTRANCES: Final = {
+    "text": ("encode",),
+    "vae": ("encode",),
+    "audio": ("features", "tokens"),
+    "image": ("encode",),
+}
+
+
+def watch(part: str, network: Any, phases: Phases) -> None:
+    """Hangs phases on the entrances of a network; nothing for a part that the model has not."""
+
+    def of_dit(*_: Any, mode: str = "raw", **__: Any) -> str:
+        return _DIT_PHASES[mode]
+
+    if network is None:
+        return
+    if part == "dit":
+        network.forward = phases.wrapped(_weakly(network, "forward"), of_dit)
+        return
+    phase = "image" if part in ("vae", "image") else part
+    for method in _ENTRANCES[part]:
+        setattr(network, method, phases.wrapped(_weakly(network, method), phase))
+    if part == "vae":
+        fresh = _weakly(network, "decoder")
+        network.decoder = lambda: _WatchedDecoder(fresh(), phases)
+
+
+def _weakly(network: nn.Module, method: str) -> Callable[..., Any]:
+    """A method that does not keep its network alive: it is hung on the network itself, and what holds itself
+    lives until it is collected."""
+    kind, held = type(network), weakref.ref(network)
+    return lambda *inputs, **more: getattr(kind, method)(held(), *inputs, **more)
+
+
+@dataclass
+class _WatchedDecoder:
+    """In front of a decoder, not on it: an object that holds its own method lives until it is collected."""
+
+    decoder: Any
+    phases: Phases
+
+    def push(self, latents: Tensor) -> Tensor:
+        with self.phases("decode"):
+            pixels: Tensor = self.decoder.push(latents)
+            return pixels
