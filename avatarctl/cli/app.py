@@ -159,6 +159,12 @@ def _known(error: BaseException) -> AvatarctlError | None:
         return DoesNotFit(
             "out of memory", where=str(error)[:200] or None, fix="use a smaller --size or fewer --num-frames"
         )
+    if _is_of_the_device(error):
+        return EnvironmentMissing(
+            f"the device failed or went away: {str(error).partition(chr(10))[0][:200]}",
+            where="runtime.device",
+            fix="look whether `nvidia-smi` still names it, then run the same command again",
+        )
     if isinstance(error, Exception) and (package := _failed_import(error)) is not None:
         return _of_this_machine(error, package)
     if isinstance(error, OSError) and error.errno in _UNREACHABLE and error.filename is not None:
@@ -231,6 +237,12 @@ def _is_out_of_memory(error: BaseException) -> bool:
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def _is_of_the_device(error: BaseException) -> bool:
+    """What CUDA reports of itself; out of memory is asked before."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.AcceleratorError)
 
 
 @click.command(

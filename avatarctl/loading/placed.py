@@ -55,6 +55,8 @@ class PlacedModules(SomeModules):
 
     def _placed(self, part: Part) -> Any:
         mode, swap = self._memory.mode, self._memory.swap_blocks
+        if part in _BEFORE_THE_TRANSFORMER and "dit" in self.__dict__:
+            self.drop("dit")  # a second job with the same networks: never are both here
         if part == "dit":
             for name in _BEFORE_THE_TRANSFORMER:
                 if name in self.__dict__:

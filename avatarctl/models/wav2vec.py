@@ -129,8 +129,9 @@ class FrameWav2Vec2(Wav2Vec2Model):
 @contextmanager
 def _hooked(module: nn.Module, hook: Callable[[nn.Module, Any, Tensor], Tensor]) -> Iterator[None]:
     """A forward hook for one call: the way into the middle of the parent's forward that keeps every
-    hidden state. It is removed at once, so calls of the plain model are untouched."""
-    handle = module.register_forward_hook(hook)
+    hidden state. It is removed at once, so calls of the plain model are untouched. It comes before other
+    hooks: weights that came for this call alone leave behind it."""
+    handle = module.register_forward_hook(hook, prepend=True)
     try:
         yield
     finally:

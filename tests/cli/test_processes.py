@@ -176,6 +176,28 @@ def test_signal_in_the_middle_keeps_the_playable_part(
     assert names(here) == ["ein Clip ü.partial.mp4"]
 
 
+def test_a_run_that_is_killed_while_weights_move_leaves_its_playable_part(
+    here: Path, speech: Path, forks: Forks
+) -> None:
+    """In mode sequential weights are on their way nearly all the time."""
+    words = (
+        "infer",
+        *CHUNKS,
+        "--steps",
+        "2",
+        "--memory",
+        "sequential",
+        "--audio",
+        str(speech),
+        "--out",
+        "a.mp4",
+    )
+    code, stdout, _ = stopped(forks.start(*words, folder=here), "^chunk 3 of", signal.SIGKILL)
+    assert code == -signal.SIGKILL and stdout == ""
+    assert names(here) == ["a.partial.mp4"]
+    assert count_frames(here / "a.partial.mp4") >= 9, "the first chunk at least; the encoder works behind"
+
+
 @pytest.mark.parametrize("model", [CHUNKS, WINDOWS], ids=["chunks", "windows"])
 def test_signal_before_the_first_frame_leaves_nothing(
     model: tuple[str, ...], here: Path, speech: Path, forks: Forks

@@ -12,10 +12,11 @@ from avatarctl.demo.sample import sample_audio, sample_image
 from avatarctl.errors import UsageError
 from avatarctl.events import silent
 from avatarctl.live_bytes import LiveBytes
+from avatarctl.loading.built_in import build_random_modules
 from avatarctl.models.fp8 import store_in_float8
 from avatarctl.pipelines.infer import generate, load
 from avatarctl.pipelines.job import Job, JobPlan, check_job
-from avatarctl.placement.place import in_groups
+from avatarctl.placement.place import in_groups, leaf_by_leaf
 from avatarctl.placement.units import Moves, Unit
 from avatarctl.profiling.fakes import tensor_bytes, tensors
 from avatarctl.profiling.inference import counted_modules, profile_inference
@@ -64,6 +65,21 @@ def whole(request: pytest.FixtureRequest) -> tuple[tuple[str, ...], torch.Tensor
 def test_a_mode_changes_no_bit(whole: tuple[tuple[str, ...], torch.Tensor], memory: tuple[str, ...]) -> None:
     settings, expected = whole
     assert torch.equal(made(plan_of(*settings, *memory)), expected)
+
+
+def test_audio_in_windows_finds_its_weights() -> None:
+    """The moments of a long recording are used behind the norm, whose weights came for its call alone."""
+    encoder = build_random_modules(find_model("cartoon-i2v")).audio
+    generator = torch.Generator().manual_seed(0)
+    waveform = torch.randn(1, 6400, generator=generator)
+
+    def features() -> torch.Tensor:
+        moments = encoder.recording_moments(lambda start, stop: waveform[:, start:stop], 6400, 3200)
+        return encoder.features(waveform, 10, moments)
+
+    expected = features()
+    leaf_by_leaf(encoder, torch.device("cpu"))
+    assert torch.equal(features(), expected)
 
 
 def test_float8_is_the_same_in_every_mode(whole: tuple[tuple[str, ...], torch.Tensor]) -> None:
@@ -162,8 +178,8 @@ def test_more_blocks_than_there_are() -> None:
 
 
 def test_counted_bytes_are_those_of_real_tensors() -> None:
-    """Where host and device are one, what waits there counts as well."""
+    """What waits on the host is counted apart, where that is the device as well."""
     row = find_model("cartoon-i2v")
     cfg = configure(*CHUNKS, "memory.mode=group", "memory.group_blocks=2")
     counted, real = (profile_inference(row, cfg, mode) for mode in ("fake", "real"))
-    assert real.live_bytes == counted.live_bytes + counted.host
+    assert (real.live_bytes, real.host) == (counted.live_bytes, counted.host)
