@@ -26,6 +26,7 @@ from avatarctl.family import Condition, Decoder, Family, Guidance, Inputs, Modul
 from avatarctl.flow_matching import shifted_sigmas
 from avatarctl.live_bytes import LiveBytes
 from avatarctl.rng import latent_noise
+from avatarctl.sampling import fused
 from avatarctl.sampling.denoise import Denoiser
 from avatarctl.sampling.fused import sample_fused
 from avatarctl.sampling.window_order import last_overlapping, pass_order
@@ -331,3 +332,26 @@ def test_live_latents_do_not_grow_with_the_length(overlap: int) -> None:
         assert max(resting) <= (steps - 1) * (F + m * hop) + overlap + 0.5
         assert max(resting[-1:]) < 0.5, "something is left when all frames are out"
     assert peaks[0] == peaks[1]
+
+
+@pytest.mark.parametrize("schedule", ["step", "wavefront"])
+@torch.inference_mode()
+def test_a_frame_is_decoded_once_with_what_the_last_window_made_of_it(
+    schedule: Schedule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind the last step: what any window writes there later would be missing from the video."""
+    written: dict[int, dict[int, Tensor]] = {}
+    write = fused._Level.write
+
+    def noted(self: Any, span: Span, values: Tensor) -> None:
+        write(self, span, values)
+        frames = range(span.start, span.start + span.frames)
+        written.setdefault(id(self), {}).update({frame: self.frames[frame] for frame in frames})
+
+    monkeypatch.setattr(fused._Level, "write", noted)
+    spans, codec = windows(4, 2, "short"), Unrolled()
+    assert spans is not None
+    list(run(Blended(spans, 2, codec), 3, schedule))
+    final = list(written.values())[-1]  # levels are written first in the order of their steps
+    expected = torch.stack([final[frame] for frame in sorted(final)], dim=2)
+    assert torch.equal(torch.cat(codec.pushed, dim=2), expected)

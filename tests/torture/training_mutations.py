@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,8 @@ COPIED = ("avatarctl", "tests", "docs", "configs", "pyproject.toml")
 
 @dataclass(frozen=True)
 class Mutation:
-    """what, for people; file below avatarctl, the text there and what it becomes; test of tests/training."""
+    """what, for people; file below avatarctl, the text there and what it becomes; test of tests/training, or
+    of the folder in front of it."""
 
     what: str
     file: str
@@ -96,7 +98,7 @@ MUTATIONS = (
 def tested(copy: Path, *tests: str) -> subprocess.CompletedProcess[str]:
     words = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider"]
     return subprocess.run(
-        [*words, *(f"tests/training/{test}" for test in tests)],
+        [*words, *(f"tests/{test}" if "/" in test else f"tests/training/{test}" for test in tests)],
         cwd=copy,
         env={**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
@@ -121,9 +123,9 @@ def caught(copy: Path, mutation: Mutation) -> str:
     return ""
 
 
-def main() -> int:
-    with tempfile.TemporaryDirectory() as name:
-        copy = Path(name) / "copy"
+def main(name: str, mutations: Sequence[Mutation]) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
         ignored = shutil.ignore_patterns("__pycache__", ".git", "golden")
         copy.mkdir()
         for each in COPIED:
@@ -132,18 +134,18 @@ def main() -> int:
                 shutil.copytree(place, copy / each, ignore=ignored)
             else:
                 shutil.copy(place, copy)
-        done = tested(copy, *dict.fromkeys(mutation.test for mutation in MUTATIONS))
+        done = tested(copy, *dict.fromkeys(mutation.test for mutation in mutations))
         if done.returncode:
-            print(f"training_mutations: FAILED without any mistake:\n{done.stdout[-3000:]}", file=sys.stderr)
+            print(f"{name}: FAILED without any mistake:\n{done.stdout[-3000:]}", file=sys.stderr)
             return 1
         missed = 0
-        for mutation in MUTATIONS:
+        for mutation in mutations:
             problem = caught(copy, mutation)
             missed += bool(problem)
             print(f"{mutation.what}: {problem or f'caught by {mutation.test}'}", flush=True)
-    print(f"training_mutations: {len(MUTATIONS) - missed} of {len(MUTATIONS)} caught", flush=True)
+    print(f"{name}: {len(mutations) - missed} of {len(mutations)} caught", flush=True)
     return 1 if missed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("training_mutations", MUTATIONS))
