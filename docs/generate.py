@@ -30,7 +30,9 @@ WIDTH = 100
 HEAD = "<!-- Made by `python docs/generate.py`; change the code and run that. -->\n"
 
 LONGEST_VALUE = 60
-CARD_AND_SOURCE = re.compile(r"\A# (?P<title>.+)\n# Source: (?P<source>.+)\n# Card: (?P<card>.+)\n")
+CARD_AND_SOURCE = re.compile(
+    r"\A# (?P<title>.+)\n# Source: (?P<source>.+)\n# Card: (?P<card>.+)\n(# Predicted: (?P<predicted>.+)\n)?"
+)
 
 
 def pages(root: Path) -> Mapping[str, str]:
@@ -216,7 +218,8 @@ PRESETS_INTRODUCTION = """# Shipped configurations
 `avatarctl COMMAND --config NAME` finds them, a folder in front of the name included; options win over what
 they hold. Those of `data` are for `precompute-latents` and `precompute-audio`, those of `train` for
 `train i2v` or `train v2v`, whichever is in the name ([training](../docs/training.md)). With another `--model`
-only what stands under `asked:` is taken over.
+only what stands under `asked:` is taken over. What is predicted was counted without a card
+([memory](../docs/memory.md)).
 
 """
 
@@ -229,8 +232,8 @@ def _preset_row(folder: Path, path: Path) -> Sequence[str]:
     name = path.relative_to(folder).with_suffix("").as_posix()
     link = f"[{name}]({name}.yaml)"
     return (
-        path.parent.name, link, model, stated["card"], "once `vram-profile` exists", stated["title"],
-        stated["source"],
+        path.parent.name, link, model, stated["card"],
+        stated["predicted"] or "`avatarctl vram-profile` counts it", stated["title"], stated["source"],
     )  # fmt: skip
 
 

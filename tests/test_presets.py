@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +38,8 @@ from avatarctl.registry import COMPAT, ROWS, based_on, find_model
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = preset_names()
-FOR_A_MODEL = [name for name in NAMES if name.startswith("infer/")]
+FOR_A_CARD = [name for name in NAMES if re.fullmatch(r"infer/.+-\d+gb", name)]
+FOR_A_MODEL = [name for name in NAMES if name.startswith("infer/") and name not in FOR_A_CARD]
 FOR_DATA = [name for name in NAMES if name.startswith("data/")]
 FOR_TRAINING = [name for name in NAMES if name.startswith("train/")]
 OF_INFER = [name for name in NAMES if name not in (*FOR_DATA, *FOR_TRAINING)]
@@ -153,6 +156,24 @@ def test_a_models_file_leaves_another_model_alone(name: str, tmp_path: Path) -> 
     (tmp_path / "bare.yaml").write_text("model:\n  name: cartoon-i2v\n")
     other = resolved(find_config(name, "infer"), "model.name=cartoon-i2v")
     assert other.cfg == resolved(tmp_path / "bare.yaml").cfg
+
+
+def test_cards_of_every_size_have_their_mode() -> None:
+    modes = {name: resolved(find_config(name, "infer")).cfg.memory.mode for name in FOR_A_CARD}
+    sizes = {"80": "full", "48": "model", "24": "group", "8": "sequential"}
+    assert modes == {f"infer/omniavatar-14b-{size}gb": mode for size, mode in sizes.items()}
+
+
+@pytest.mark.parametrize("name", FOR_A_CARD)
+def test_a_cards_file_is_its_models_but_for_memory(name: str, tmp_path: Path) -> None:
+    """The mode is what a card asks for: another model takes it over, and nothing else."""
+    own = resolved(find_config(name, "infer")).cfg
+    model = resolved(find_config(name.rpartition("-")[0], "infer")).cfg
+    assert own == replace(model, memory=own.memory)
+    (tmp_path / "bare.yaml").write_text("model:\n  name: cartoon-i2v\n")
+    bare = resolved(tmp_path / "bare.yaml").cfg
+    other = resolved(find_config(name, "infer"), "model.name=cartoon-i2v").cfg
+    assert other == replace(bare, memory=replace(bare.memory, mode=own.memory.mode))
 
 
 @pytest.mark.parametrize("model", ["omniavatar-14b", "omniavatar-1.3b"])
