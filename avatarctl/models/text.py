@@ -53,6 +53,5 @@ class PromptEncoder(nn.Module):
         ids = self.tokenizer(
             prompt, truncation=True, max_length=self.text_len, add_special_tokens=True, return_tensors="pt"
         ).input_ids.to(device)
-        mask = torch.ones_like(ids)
-        states: Tensor = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        states: Tensor = self.encoder(input_ids=ids).last_hidden_state
         return nn.functional.pad(states, (0, 0, 0, self.text_len - ids.shape[1]))
