@@ -12,6 +12,9 @@ CPU tensors and on `FakeTensor`s alike, where no allocator exists that could be 
 
 On fake tensors enter it inside the fake mode: `with FakeTensorMode(), LiveBytes() as live`.
 
+What waits on the host (`host.to_host`) is counted apart, as `host` and `host_peak`, even where the host and
+the device are one memory.
+
 What it does not see: kernels' workspaces, allocator rounding and fragmentation, and
 `Tensor.untyped_storage().resize_()` until the next operation that touches that storage. Memory shared
 with numpy (`torch.from_numpy`) counts for as long as the tensor lives, once per such tensor. Sparse
@@ -40,6 +43,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves
 
 from avatarctl.errors import NotYetSupported
+from avatarctl.host import is_of_host
 
 __all__ = ["LiveBytes", "process_peak_bytes"]
 
@@ -62,17 +66,28 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-        self._sizes: dict[int, int] = {}
+        self._sizes: dict[int, tuple[int, bool]] = {}
         # A finalizer may run between any two bytecodes and in any thread: it only appends here.
         self._dead: deque[int] = deque()
-        self._current = 0
-        self._peak = 0
+        self._current = self._host = 0
+        self._peak = self._host_peak = 0
 
     @property
     def current(self) -> int:
-        """Bytes of all counted storages that are alive."""
+        """Bytes of all counted storages that are alive, of those on the device."""
         self._settle()
         return self._current
+
+    @property
+    def host(self) -> int:
+        """Bytes of those that wait on the host."""
+        self._settle()
+        return self._host
+
+    @property
+    def host_peak(self) -> int:
+        """The largest `host` after any operation since the start."""
+        return self._host_peak
 
     @property
     def peak(self) -> int:
@@ -109,28 +124,36 @@ class LiveBytes(TorchDispatchMode):
         result = func(*args, **kwargs)
         self._settle()
         for key, storage in given.items():
-            if key in self._alive or func is _FRESH_FROM_PYTHON:
-                self._count(storage)  # measured again: `resize_` may have changed it
+            if key in self._alive or func is _FRESH_FROM_PYTHON or is_of_host(storage):
+                self._count(storage)  # measured again: `resize_` or a mark may have changed it
         for leaf in tree_leaves(result):
             for storage in _storages(leaf):
                 if storage._cdata not in given:
                     self._count(storage)
         self._peak = max(self._peak, self._current)
+        self._host_peak = max(self._host_peak, self._host)
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+        key = storage._cdata
         if key not in self._alive:
             self._alive[key] = weakref.ref(storage, partial(_bury, self._dead, key))
-        self._current += size - self._sizes.get(key, 0)
-        self._sizes[key] = size
+        self._add(*self._sizes.pop(key, (0, False)), sign=-1)
+        self._sizes[key] = storage.nbytes(), is_of_host(storage)
+        self._add(*self._sizes[key])
+
+    def _add(self, size: int, on_host: bool, sign: int = 1) -> None:
+        if on_host:
+            self._host += sign * size
+        else:
+            self._current += sign * size
 
     def _settle(self) -> None:
         """Subtract what has died. Must run before any key is looked up: addresses are used again."""
         while self._dead:
             key = self._dead.popleft()
             del self._alive[key]
-            self._current -= self._sizes.pop(key)
+            self._add(*self._sizes.pop(key), sign=-1)
 
 
 def _bury(dead: deque[int], key: int, _: object) -> None:
@@ -146,15 +169,18 @@ def _tensors_of_module(module: torch.nn.Module) -> Iterator[torch.Tensor]:
 
 
 def _storages(leaf: object) -> Iterator[torch.UntypedStorage]:
-    """The storages behind a leaf: several for a wrapper such as DTensor, none for meta tensors."""
+    """The storages behind a leaf: several for a wrapper such as DTensor; of meta tensors those that stand for
+    what waits on the host."""
     if isinstance(leaf, torch.UntypedStorage):
         yield leaf
     elif is_traceable_wrapper_subclass(leaf):
         names, _ = leaf.__tensor_flatten__()
         for name in names:
             yield from _storages(getattr(leaf, name))
-    elif isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
-        yield leaf.untyped_storage()
+    elif isinstance(leaf, torch.Tensor):
+        storage = leaf.untyped_storage()
+        if leaf.device.type != "meta" or is_of_host(storage):
+            yield storage
 
 
 def process_peak_bytes() -> int:

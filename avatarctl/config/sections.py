@@ -225,25 +225,29 @@ class Memory:
     )
     group_blocks: int = key(4, "transformer blocks that come together in mode group", low=1, high=1000)
     vae_gradient: Literal["full", "checkpoint", "segment", "offload"] = key(
-        "checkpoint",
+        "segment",
         "what auxiliary losses keep of the decoder and their networks for the backward pass: full all of it, "
-        "checkpoint what passes between latent frames; the numbers are the same",
-        not_yet=("segment", "offload"),
+        "checkpoint what passes between latent frames, segment what passes between some of them, offload the "
+        "same on the host; the numbers are the same",
     )
     activation_checkpointing: Literal["none", "block", "block_offload"] = key(
-        "block", "what is computed again in the backward pass", not_yet=("block_offload",)
+        "block",
+        "what is computed again in the backward pass: none nothing, block every transformer block from its "
+        "input, block_offload the same with these inputs on the host",
     )
     base_precision: Literal["bf16", "fp8"] = key(
         "bf16", "storage of the transformer: as it computes, or the matrices of its blocks in eight bits",
         not_yet={"train i2v": ANY, "train v2v": ANY},
     )  # fmt: skip
-    optimizer_device: Literal["auto", "cpu", "cuda"] = key("auto", "where optimizer states live", not_yet=ANY)
+    optimizer_device: Literal["auto", "cpu", "cuda"] = key(
+        "auto", "where moments live between steps: auto and cuda with the weights, cpu on the host"
+    )
     swap_blocks: int = key(
         0,
-        "transformer blocks that wait on the host, one coming at a time; the mode is then model",
+        "transformer blocks that wait on the host, one coming at a time; in infer the mode is then model, in "
+        "training only frozen weights wait",
         low=0,
         high=1000,
-        not_yet={"train i2v": ANY, "train v2v": ANY},
     )
 
 
@@ -316,7 +320,7 @@ class Train:
         "zero_channels makes new input channels zero and audio layers small; published as the public trainer",
         from_row=True,
     )
-    optimizer: Literal["adamw", "adamw8bit"] = key("adamw", "optimizer", not_yet=("adamw8bit",))
+    optimizer: Literal["adamw", "adamw8bit"] = key("adamw", "adamw8bit: 8-bit moments, by bitsandbytes")
     learning_rate: float = key(1e-4, "learning rate", above=0, high=10)
     final_learning_rate: float = key(0.0, "learning rate at the end of a cosine", low=0, high=10)
     schedule: Literal["constant", "cosine"] = key("constant", "learning rate after the warm-up")

@@ -23,9 +23,11 @@ def in_groups(
     away: int | None = None,
     host: torch.device = HOST,
     moves: Moves | None = None,
+    turns: bool = False,
 ) -> Visits:
     """A transformer on the host -> its blocks come `group` at a time, the next ones under way; everything
-    else is moved to the device. away: only so many blocks leave, the last ones; None is all of them.
+    else is moved to the device, what is trained included. away: only so many blocks leave, the last ones;
+    None is all of them. turns: the network is walked back as well (`Visits`).
 
     Raises ValueError for a network without blocks, or with fewer than `away`.
     """
@@ -41,7 +43,7 @@ def in_groups(
         for number, members in enumerate(groups)
     ]
     moved(network, device, _inside(leaving))
-    return Visits(units, [(members[0], members[-1]) for members in groups], ahead=1)
+    return Visits(units, [(members[0], members[-1]) for members in groups], ahead=1, turns=turns)
 
 
 def leaf_by_leaf(

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from avatarctl.host import mark
+
 __all__ = ["Moves", "Unit", "Visits", "leaves"]
 
 _ALIGNED: Final = 64
@@ -142,6 +144,7 @@ class Unit:
         for dtype, length in ends.items():
             pin = self.device.type == "cuda" and host.type == "cpu"
             self._waiting[dtype] = flat = _room(length, dtype, host, pin)
+            mark(flat)
             if pin and not flat.is_pinned():
                 self._moves.unpinned_bytes += length * dtype.itemsize
             self._moves.hold(length * dtype.itemsize)
@@ -187,15 +190,21 @@ def _copied(flat: Tensor, device: torch.device) -> Tensor:
 
 class Visits:
     """Units of one network that come for the forward of their modules and leave behind it, in the order in
-    which the network calls them. ahead: how many of the next ones are under way meanwhile.
+    which the network calls them. ahead: how many of the next ones are under way meanwhile. turns: passes end
+    at the last unit and come back, as a backward pass does that computes activations again; else the first
+    unit follows the last.
 
     doors: of each unit the first and the last module that is called.
     """
 
     def __init__(
-        self, units: Sequence[Unit], doors: Sequence[tuple[nn.Module, nn.Module]], ahead: int
+        self,
+        units: Sequence[Unit],
+        doors: Sequence[tuple[nn.Module, nn.Module]],
+        ahead: int,
+        turns: bool = False,
     ) -> None:
-        self._units, self._ahead = units, min(ahead, len(units) - 1)
+        self._units, self._ahead, self._turns = units, min(ahead, len(units) - 1), turns
         device = units[0].device if units else torch.device("cpu")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" and ahead else None
         for index, (first, last) in enumerate(doors):
@@ -206,7 +215,9 @@ class Visits:
         def come(module: nn.Module, inputs: Any) -> None:
             self._units[index].arrive()
             for step in range(1, self._ahead + 1):
-                self._units[(index + step) % len(self._units)].start(self._stream)
+                place = index - step if self._turns and _is_backward() else index + step
+                if not self._turns or 0 <= place < len(self._units):
+                    self._units[place % len(self._units)].start(self._stream)
 
         return come
 
@@ -215,6 +226,11 @@ class Visits:
             self._units[index].leave()
 
         return go
+
+
+def _is_backward() -> bool:
+    """Whether autograd is walking back in this thread."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def leaves(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:

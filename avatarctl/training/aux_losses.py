@@ -44,7 +44,7 @@ class AuxSettings:
     stride: int = 8
     frames: int = 0
     max_sigma: float = 1.0
-    vae_gradient: VaeGradient = "checkpoint"
+    vae_gradient: VaeGradient = "segment"
 
 
 def active_losses(cfg: RunConfig) -> tuple[LossName, ...]:
@@ -74,7 +74,6 @@ def aux_settings(cfg: RunConfig, clip_frames: int) -> AuxSettings:
             where=key,
             fix=f"at least {needed}, or without {', '.join(needing)} in aux.losses",
         )
-    assert cfg.memory.vae_gradient in ("full", "checkpoint"), "others have no code yet"
     return AuxSettings(
         weights={name: getattr(aux, f"{name}_weight") for name in losses},
         sync_mode=aux.sync_mode,
@@ -106,7 +105,7 @@ class AuxLosses:
             )
         self.names, self.settings = tuple(names), settings
         self._judges = judges
-        self._again = settings.vae_gradient == "checkpoint"
+        self._again = settings.vae_gradient != "full"
         if judges.trepa is not None:
             judges.trepa.recompute = self._again
 
@@ -165,7 +164,7 @@ class AuxLosses:
         return losses, numbers
 
     def _remember(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """Calls a judge; under `checkpoint` its activations are made again in the backward pass."""
+        """Calls a judge; unless under `full` its activations are made again in the backward pass."""
         if self._again and torch.is_grad_enabled():
             again: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
             return again

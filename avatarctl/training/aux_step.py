@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from avatarctl.flow_matching import clean_estimate
+from avatarctl.host import HOST
 from avatarctl.loading.judges import LossName
 from avatarctl.models.vae import WanVae
 from avatarctl.models.vae_gradient import decode_with_gradient
@@ -72,7 +74,8 @@ class AuxBatch:
               given, both `clean` and `noisy` are what the network was given, noise of `train.prefix_noise`
               included: both clips are decoded behind the same frames, so they differ by the prediction alone.
               Latents of the file beside them would hold that noise against a network that did not make it.
-    sigma:    [B] or [B, T], float32; a sample above `aux.max_sigma` is not decoded.
+    sigma:    [B] or [B, T], float32, on the host: a sample above `aux.max_sigma` is not decoded, and a device
+              that was asked for its numbers would have to be waited for.
     waveform: [B, 640 (4 T - 3)] float32 at 16 kHz, the audio of the whole clips; None without.
     keys:     of each sample the seed and the key of its draws (step, slot), which decide its window alone.
     align:    of each sample, how its frames become aligned faces; None where they are.
@@ -103,10 +106,12 @@ class AuxResult:
 
 
 class AuxStep:
-    """Auxiliary losses of a micro-batch from what the network predicted."""
+    """Auxiliary losses of a micro-batch from what the network predicted. host: where `memory.vae_gradient
+    offload` lets caches of the decoder wait."""
 
-    def __init__(self, losses: AuxLosses, vae: WanVae) -> None:
-        self.losses, self._vae = losses, vae
+    def __init__(self, losses: AuxLosses, vae: WanVae, host: torch.device = HOST) -> None:
+        self.losses, self._vae, self._host = losses, vae, host
+        self._limit = float(np.float32(losses.settings.max_sigma))  # as sigmas are rounded
 
     def __call__(self, batch: AuxBatch) -> AuxResult:
         """Raises UnusableAudio (exit 3) for the sync loss without audio."""
@@ -114,15 +119,16 @@ class AuxStep:
             return self._step(batch)
 
     def _step(self, batch: AuxBatch) -> AuxResult:
-        implied, clipped = implied_latents(batch.noisy, batch.velocity, batch.sigma, batch.given)
-        highest = batch.sigma.reshape(len(implied), -1).amax(1)
-        judged = (highest <= self.losses.settings.max_sigma).nonzero().flatten()
+        sigma = batch.sigma.to(batch.noisy.device)
+        implied, clipped = implied_latents(batch.noisy, batch.velocity, sigma, batch.given)
+        chosen = [index for index, own in enumerate(batch.sigma.tolist()) if _highest(own) <= self._limit]
+        judged = torch.tensor(chosen, dtype=torch.long).to(implied.device)
         decoded = torch.zeros_like(clipped).index_fill(0, judged, 1.0)
         numbers, seen = {"clipped": clipped, "judged": decoded}, {}
         nothing = implied.sum() * 0  # of the graph, so that a step without a judged sample has a gradient
         losses = {name: nothing + implied.new_zeros(len(implied)) for name in self.losses.names}
-        if len(judged):
-            found, cosines = self._judge(batch, implied, judged)
+        if chosen:
+            found, cosines = self._judge(batch, implied, chosen)
             losses = {
                 name: losses[name].index_put((judged,), loss.to(implied)) for name, loss in found.items()
             }
@@ -130,11 +136,11 @@ class AuxStep:
         return AuxResult(losses, self.losses.total(losses), seen, numbers)
 
     def _judge(
-        self, batch: AuxBatch, implied: Tensor, judged: Tensor
+        self, batch: AuxBatch, implied: Tensor, chosen: Sequence[int]
     ) -> tuple[dict[LossName, Tensor], dict[str, Tensor]]:
         """Of the samples with these numbers."""
         clip, asked = pixel_frames(implied.shape[2]), self.losses.settings.frames
-        count, chosen = asked or clip, judged.tolist()
+        count, judged = asked or clip, list(chosen)
         keys = [batch.keys[index] for index in chosen]
         starts = [window_start(clip, asked, seed, *key) for seed, key in keys]
         frames = self._decode(implied[judged], starts, count)
@@ -147,11 +153,18 @@ class AuxStep:
 
     def _decode(self, latents: Tensor, starts: Sequence[int], frames: int) -> Tensor:
         """[B, 3, frames, H, W]; together where all windows are the same, which a CPU does faster."""
-        mode = self.losses.settings.vae_gradient
+        mode, host = self.losses.settings.vae_gradient, self._host
         if len(set(starts)) == 1:
-            return decode_with_gradient(self._vae, latents, starts[0], frames, mode)
-        each = zip(latents.split(1), starts, strict=True)
-        return torch.cat([decode_with_gradient(self._vae, one, start, frames, mode) for one, start in each])
+            return decode_with_gradient(self._vae, latents, starts[0], frames, mode, host)
+        return torch.cat([
+            decode_with_gradient(self._vae, one, start, frames, mode, host)
+            for one, start in zip(latents.split(1), starts, strict=True)
+        ])  # fmt: skip
+
+
+def _highest(sigma: float | list[float]) -> float:
+    """Of a sample with one sigma, or one for each frame."""
+    return max(sigma) if isinstance(sigma, list) else sigma
 
 
 def _audio(waveform: Tensor, starts: Sequence[int], frames: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from avatarctl.errors import UnusableWeights
+from avatarctl.host import HOST
 from avatarctl.models.device import dtype_of
+from avatarctl.models.recompute import again
 from avatarctl.training.checkpoints import Weights
 from avatarctl.training.trainables import Trainables
 from avatarctl.training.weights_file import trained_file
@@ -26,7 +29,8 @@ __all__ = ["Network"]
 @dataclass
 class Network:
     """dit: with its trainable weights; base: what a file says of the model that is trained; data: what it
-    says of the mask that it is trained with, nothing for a model that takes an image."""
+    says of the mask that it is trained with, nothing for a model that takes an image; host: where the inputs
+    of checkpointed blocks may wait."""
 
     dit: nn.Module
     layout: WeightLayout
@@ -35,11 +39,16 @@ class Network:
     base: Mapping[str, Any]
     data: Mapping[str, str]
     device: torch.device
+    host: torch.device = HOST
     _mean: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.cfg.memory.activation_checkpointing != "none":
-            self.dit.enable_gradient_checkpointing()  # type: ignore[operator]
+        dit: Any = self.dit
+        match self.cfg.memory.activation_checkpointing:
+            case "block":
+                dit.enable_gradient_checkpointing()
+            case "block_offload":
+                dit.enable_gradient_checkpointing(functools.partial(again, host=self.host))
         if self.cfg.train.ema:
             self._mean = {name: tensor.clone() for name, tensor in self.trainables.state().items()}
 

@@ -1,20 +1,25 @@
-"""AdamW on the weights that are trained, and the learning rate of a step."""
+"""AdamW on the weights that are trained, where its moments are, and the learning rate of a step."""
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from avatarctl.errors import UnusableWeights
+from avatarctl.errors import ExtraMissing, UnusableWeights
+from avatarctl.host import HOST, to_device, to_host
 
 if TYPE_CHECKING:
-    from avatarctl.config.sections import Train
+    from avatarctl.config.sections import Memory, Train
 
-__all__ = ["Optimizer", "learning_rate"]
+__all__ = ["Optimizer", "learning_rate", "moments_place", "require_optimizer"]
+
+_AT_ONCE: Final = 1 << 25
+"""Numbers whose moments come to the device together, where they wait on the host: 256 MiB of them."""
 
 
 def learning_rate(train: Train, step: int) -> float:
@@ -32,20 +37,42 @@ def learning_rate(train: Train, step: int) -> float:
     return train.final_learning_rate + (train.learning_rate - train.final_learning_rate) * share
 
 
-class Optimizer:
-    """AdamW by the names of what it trains; its moments are float32, as the weights are."""
+def moments_place(memory: Memory, host: torch.device = HOST) -> torch.device | None:
+    """Where moments wait between steps, None for where the weights are."""
+    return host if memory.optimizer_device == "cpu" else None
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], train: Train) -> None:
-        self._train, self._parameters = train, parameters
-        each = list(parameters.values())
-        on_cpu = all(parameter.device.type == "cpu" for parameter in each)
-        self._adamw = torch.optim.AdamW(
-            each,
-            lr=train.learning_rate,
-            betas=train.betas,
-            weight_decay=train.weight_decay,
-            fused=on_cpu or None,  # there the default is a dozen operations for each tensor
-        )
+
+def require_optimizer(name: str) -> None:
+    """Raises ExtraMissing where the package of an optimizer does not import."""
+    if name == "adamw8bit":
+        _bitsandbytes()
+
+
+def _bitsandbytes() -> Any:
+    try:
+        found = importlib.import_module("bitsandbytes.optim")
+    except (ImportError, OSError, RuntimeError) as problem:
+        raise ExtraMissing(
+            f"adamw8bit needs bitsandbytes, which does not import: {problem}",
+            where="train.optimizer",
+            fix="pip install 'avatarctl[adamw8bit]', or train.optimizer adamw",
+        ) from None
+    return found
+
+
+class Optimizer:
+    """AdamW by the names of what it trains; moments are float32 as the weights are, or 8 bits.
+
+    host: where they wait between steps, None for the device. Then they come for their part of a step and go
+    back, so the arithmetic is that of the device, bit for bit.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], train: Train, host: torch.device | None = None
+    ) -> None:
+        self._train, self._parameters, self._host = train, parameters, host
+        groups = [list(parameters.values())] if host is None else list(_groups(list(parameters.values())))
+        self._parts = [_made(group, train) for group in groups]
 
     def clip(self) -> Tensor:
         """Scales gradients down to `train.clip_norm`; the norm before, a scalar."""
@@ -54,20 +81,51 @@ class Optimizer:
     def step(self, step: int) -> float:
         """One step at the rate of `step`, which is returned; gradients are dropped."""
         rate = learning_rate(self._train, step)
-        for group in self._adamw.param_groups:
-            group["lr"] = rate
-        self._adamw.step()
+        for part in self._parts:
+            for group in part.param_groups:
+                group["lr"] = rate
+            if self._host is None:
+                part.step()
+                continue
+            waiting = self._bring(part)
+            part.step()
+            self._put_away(part, waiting, self._host)
         self.drop_gradients()
         return rate
 
+    def _bring(self, part: torch.optim.Optimizer) -> dict[tuple[Tensor, str], Tensor]:
+        """Moments to the device; those on the host, by parameter and name."""
+        waiting = {}
+        for parameter, held in part.state.items():
+            for name in _moments(held):
+                waiting[parameter, name] = held[name]
+                held[name] = to_device(held[name], parameter.device)
+        return waiting
+
+    @staticmethod
+    def _put_away(
+        part: torch.optim.Optimizer, waiting: Mapping[tuple[Tensor, str], Tensor], host: torch.device
+    ) -> None:
+        """Back to where they waited; a place is made for those of the first step."""
+        for parameter, held in part.state.items():
+            for name in _moments(held):
+                place = waiting.get((parameter, name))
+                if place is None:
+                    held[name] = to_host(held[name], host)
+                else:
+                    held[name] = place.copy_(held[name], non_blocking=True)
+
     def drop_gradients(self) -> None:
-        self._adamw.zero_grad(set_to_none=True)
+        for part in self._parts:
+            part.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
         """Moments and step counts by parameter name; empty before the first step."""
-        held = self._adamw.state
+        if self._host is not None and torch.cuda.is_available():
+            torch.cuda.synchronize()  # copies to the host may be under way
+        held = {parameter: own for part in self._parts for parameter, own in part.state.items()}
         return {
-            f"{name}.{key}": value
+            f"{name}.{key}": value if isinstance(value, Tensor) else torch.tensor(value)
             for name, parameter in self._parameters.items()
             for key, value in held.get(parameter, {}).items()
         }
@@ -78,11 +136,50 @@ class Optimizer:
         for name, tensor in state.items():
             parameter_name, _, key = name.rpartition(".")
             parameter = self._parameters.get(parameter_name)
-            if parameter is None or (key != "step" and tensor.shape != parameter.shape):
+            if parameter is None or (key.startswith("exp_avg") and tensor.shape != parameter.shape):
                 raise UnusableWeights(f"holds the moments of other weights: {parameter_name[:100]}")
-            place = torch.device("cpu") if key == "step" else parameter.device
-            held.setdefault(parameter, {})[key] = tensor.to(place)
+            held.setdefault(parameter, {})[key] = self._placed(key, tensor, parameter.device)
         if state and len(held) != len(self._parameters):
             raise UnusableWeights(f"holds moments of {len(held)} of {len(self._parameters)} weights")
-        self._adamw.state.clear()
-        self._adamw.state.update(held)
+        for part in self._parts:
+            part.state.clear()
+            part.state.update({
+                parameter: held[parameter]
+                for group in part.param_groups
+                for parameter in group["params"]
+                if parameter in held
+            })  # fmt: skip
+
+    def _placed(self, key: str, tensor: Tensor, device: torch.device) -> Any:
+        if key == "step":
+            return int(tensor) if self._train.optimizer == "adamw8bit" else tensor.to("cpu")
+        return tensor.to(device) if self._host is None else to_host(tensor, self._host)
+
+
+def _made(parameters: Sequence[nn.Parameter], train: Train) -> torch.optim.Optimizer:
+    settings: dict[str, Any] = {
+        "lr": train.learning_rate, "betas": train.betas, "weight_decay": train.weight_decay,
+    }  # fmt: skip
+    if train.optimizer == "adamw8bit":
+        made: torch.optim.Optimizer = _bitsandbytes().AdamW8bit(parameters, **settings)
+        return made
+    on_cpu = all(parameter.device.type == "cpu" for parameter in parameters)
+    # On a CPU the default is a dozen operations for each tensor.
+    return torch.optim.AdamW(parameters, fused=on_cpu or None, **settings)
+
+
+def _groups(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """In their order, `_AT_ONCE` numbers together or one parameter."""
+    group: list[nn.Parameter] = []
+    for parameter in parameters:
+        if group and sum(each.numel() for each in group) + parameter.numel() > _AT_ONCE:
+            yield group
+            group = []
+        group.append(parameter)
+    if group:
+        yield group
+
+
+def _moments(held: Mapping[str, Any]) -> list[str]:
+    """What is as large as a weight; the number of steps is not."""
+    return [name for name, value in held.items() if isinstance(value, Tensor) and name != "step"]

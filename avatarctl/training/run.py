@@ -89,6 +89,7 @@ class TrainingRun:
             require_same(folder, cfg, command)
             self._check_length(folder)
         _check_aux(cfg, row)
+        _check_memory(cfg)
         _check_trackers(cfg)
         assert cfg.data.width is not None and cfg.data.height is not None
         self.sources: Sources = find_sources(row, cfg.model, (cfg.data.width, cfg.data.height))
@@ -234,6 +235,7 @@ class TrainingRun:
         from avatarctl.models.device import dtype_of, resolve_device
         from avatarctl.training.network import Network
         from avatarctl.training.start import start_network
+        from avatarctl.training.swapping import HOST, swap_blocks
         from avatarctl.training.trainables import make_trainable
         from avatarctl.training.trainer import Trainer
 
@@ -243,12 +245,15 @@ class TrainingRun:
         data.prepare()
         dtype = torch.float32 if cfg.train.mode == "full" else dtype_of(cfg.runtime)
         assert self._start is not None
-        start = start_network(self._start, cfg, dtype, device, self._emit)
+        swaps = cfg.memory.swap_blocks
+        start = start_network(self._start, cfg, dtype, HOST if swaps else device, self._emit)
         head_width: int = start.dit.config["attention_head_dim"]  # type: ignore[index, assignment]
         use_attention(start.dit, choose_attention(cfg.runtime.attention, device, dtype, head_width))
         trainables = make_trainable(start.dit, start.layout, cfg.train, cfg.runtime.seed)
         if start.pairs:
             trainables.load({**trainables.state(), **start.pairs})
+        if swaps:
+            trainables = swap_blocks(start.dit, trainables, swaps, device)
         self._emit(Notice(f"{cfg.train.mode}: {trainables.count:,} numbers are trained"))
         network = Network(start.dit, start.layout, trainables, cfg, start.base, self._mask_facts(), device)
         aux = self._aux(data, device)
@@ -414,6 +419,18 @@ def _channels(cfg: RunConfig, family: TrainableFamily, wants: str) -> list[int]:
 
 def _with_steps(train: Any, steps: int) -> Any:
     return replace(train, max_steps=steps)
+
+
+def _check_memory(cfg: RunConfig) -> None:
+    """Raises UsageError for what would save nothing, ExtraMissing for an optimizer that is not here."""
+    if cfg.memory.swap_blocks:
+        from avatarctl.training.swapping import check_swapping
+
+        check_swapping(cfg)
+    if cfg.train.optimizer != "adamw":
+        from avatarctl.training.optimizer import require_optimizer
+
+        require_optimizer(cfg.train.optimizer)
 
 
 def _check_trackers(cfg: RunConfig) -> None:

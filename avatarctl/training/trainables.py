@@ -57,6 +57,16 @@ class Trainables:
             for name, parameter in self.parameters.items():
                 parameter.copy_(state[name])
 
+    def places(self, dit: nn.Module) -> dict[str, str]:
+        """Where in the network each is: its original name -> its own."""
+        own = {id(parameter): internal for internal, parameter in dit.named_parameters()}
+        return {name: own[id(parameter)] for name, parameter in self.parameters.items()}
+
+    def found_again(self, dit: nn.Module, places: Mapping[str, str]) -> Trainables:
+        """The same at their places, in a network whose parameter objects were replaced."""
+        held = dict(dit.named_parameters())
+        return Trainables({name: held[own] for name, own in places.items()}, self.modules)
+
 
 def make_trainable(dit: nn.Module, layout: WeightLayout, train: Train, seed: int) -> Trainables:
     """Freezes a network but for what `train.mode` trains, which becomes float32.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +17,6 @@ from avatarctl.config import value_of
 from avatarctl.data.training_set import TrainingData, TrainingSample
 from avatarctl.errors import AvatarctlError, Interrupted, UnusableFile
 from avatarctl.events import Emit, Notice, TrainingStepFinished
-from avatarctl.finite import is_finite
 from avatarctl.loading.trained import checkpoints
 from avatarctl.models.device import peak_memory
 from avatarctl.parallel.world import World
@@ -25,7 +25,7 @@ from avatarctl.training.checkpoints import Checkpoint, rotate, write_checkpoint
 from avatarctl.training.curves import draw_curves
 from avatarctl.training.network import Network
 from avatarctl.training.objective import FlowStep, flow_step, training_noise
-from avatarctl.training.optimizer import Optimizer
+from avatarctl.training.optimizer import Optimizer, moments_place
 from avatarctl.training.order import Order, own_slots, samples_per_step
 from avatarctl.training.run_folder import CUT, LOG, TIMING, RunFolder
 
@@ -43,13 +43,30 @@ _PATIENCE: Final = 5
 @dataclass
 class _Sums:
     """Numbers of a step, each averaged over the samples that have it: however the step is cut into passes and
-    processes. parts: for each pass the sum and the number of samples, in their order."""
+    processes. They stay on the device until all passes are done: to read one is to wait for it.
 
-    parts: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
+    sums: for each pass the sum and the number of samples, in their order; totals: of each pass the names of
+    its samples and what was minimised, [B].
+    """
+
+    sums: dict[str, list[tuple[Tensor, int]]] = field(default_factory=dict)
+    totals: list[tuple[list[str], Tensor]] = field(default_factory=list)
 
     def add(self, name: str, values: Tensor) -> None:
         """values: one for each sample that has it."""
-        self.parts.setdefault(name, []).append((float(values.detach().double().sum()), len(values)))
+        self.sums.setdefault(name, []).append((values.detach().double().sum(), len(values)))
+
+    def read(self) -> tuple[dict[str, list[tuple[float, int]]], list[str]]:
+        """The sums as numbers, by one copy, and the names of samples whose total is not finite."""
+        entries = [(name, count) for name, values in self.sums.items() for _, count in values]
+        held = [value.reshape(1) for values in self.sums.values() for value, _ in values]
+        names = [name for own, _ in self.totals for name in own]
+        numbers = torch.cat([*held, *(total.detach().double() for _, total in self.totals)]).tolist()
+        parts: dict[str, list[tuple[float, int]]] = {}
+        for (name, count), value in zip(entries, numbers, strict=False):
+            parts.setdefault(name, []).append((value, count))
+        of_samples = zip(names, numbers[len(entries) :], strict=True)
+        return parts, [name for name, total in of_samples if not math.isfinite(total)]
 
     @staticmethod
     def means(of_processes: Sequence[Mapping[str, list[tuple[float, int]]]]) -> dict[str, float]:
@@ -87,7 +104,7 @@ class Trainer:
         self._slots = samples_per_step(self.cfg)
         own = own_slots(self.cfg, self.world.rank)
         self._order = Order(self.cfg.runtime.seed, len(self.data.names), self._slots, own)
-        self._optimizer = Optimizer(self.network.trainables.parameters, train)
+        self._optimizer = Optimizer(self.network.trainables.parameters, train, moments_place(self.cfg.memory))
         self._in_a_row = 0
         self._odd: list[str] = []
         self._news: dict[str, AvatarctlError] = {}
@@ -195,7 +212,7 @@ class Trainer:
         has to be told that it is not the last, no parameter is searched for that had no part, and what
         waits for the network is small beside the step.
         """
-        sums, self._odd = _Sums(), []
+        sums = _Sums()
         draws = self._order.draws(self.step)
         size = self.cfg.train.batch_size
         with self.world.together():
@@ -204,11 +221,12 @@ class Trainer:
                 for part in _of_one_length(group):
                     self._backward([sample for sample, _ in part], [draw for _, draw in part], sums)
         self.world.add_gradients(list(self.network.trainables.parameters.values()))
-        told = self.world.gather((sums.parts, self._news))
+        parts, self._odd = sums.read()
+        told = self.world.gather((parts, self._news))
         for _, failed in told:
             self._learnt_of(failed)
         self._news = {}
-        return _Sums.means([parts for parts, _ in told])
+        return _Sums.means([own for own, _ in told])
 
     def _learnt_of(self, failed: Mapping[str, AvatarctlError]) -> None:
         """What other processes could not use."""
@@ -219,9 +237,9 @@ class Trainer:
 
     def _one_step(self, batch: list[TrainingSample], waited: float, clock: float) -> None:
         totals = self.accumulate(batch)
-        norm = self._optimizer.clip()
-        entry: dict[str, Any] = {"step": self.step + 1, **totals, "gradient_norm": float(norm)}
-        if is_finite(norm) and all(is_finite(torch.tensor(value)) for value in totals.values()):
+        norm = float(self._optimizer.clip())
+        entry: dict[str, Any] = {"step": self.step + 1, **totals, "gradient_norm": norm}
+        if all(math.isfinite(value) for value in (norm, *totals.values())):
             entry["learning_rate"] = self._optimizer.step(self.step)
             self.network.average()
             self._in_a_row = 0
@@ -263,14 +281,16 @@ class Trainer:
     def _backward(self, samples: list[TrainingSample], draws: list[Draw], sums: _Sums) -> None:
         """Gradients of some samples of a step, all of one length."""
         condition, timesteps, noise = self._prepared(samples, draws)
+        there = _moved(timesteps, self.network.device)
         with self.network.autocast():
-            step = flow_step(self.family, self.network.dit, condition, timesteps, noise, self.cfg)
+            step = flow_step(self.family, self.network.dit, condition, there, noise, self.cfg)
         loss = self._total(step, samples, draws, condition, timesteps, sums)
         (loss.sum() / self._slots).backward()
 
     def _prepared(
         self, samples: list[TrainingSample], draws: list[Draw]
     ) -> tuple[Condition, Timesteps, Tensor]:
+        """The timesteps stay on the host."""
         device = self.network.device
         tensors = [{name: tensor.to(device) for name, tensor in sample.tensors.items()} for sample in samples]
         constants = {name: tensor.to(device) for name, tensor in self.data.constants.items()}
@@ -278,7 +298,7 @@ class Trainer:
         assert condition.clean is not None
         timesteps = self.family.sample_timesteps(draws, condition.clean.shape[2], self.cfg)
         noise = training_noise(draws, condition.clean.shape)
-        return condition, _moved(timesteps, device), noise.to(device)
+        return condition, timesteps, noise.to(device)
 
     def _total(
         self,
@@ -300,10 +320,7 @@ class Trainer:
                 sums.add(name, values)
             total = total + result.total
         sums.add("loss", total)
-        if not is_finite(total):
-            self._odd += [
-                sample.name for sample, own in zip(samples, total, strict=True) if not is_finite(own)
-            ]
+        sums.totals.append(([sample.name for sample in samples], total))
         return total
 
     def _tell(self, seconds: float, seconds_left: float) -> None:

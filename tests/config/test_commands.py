@@ -96,8 +96,9 @@ def test_a_mark_that_names_no_command_counts_in_every_one(monkeypatch: pytest.Mo
 
 
 def test_a_mark_does_not_stop_a_command_that_does_not_read_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    marked(monkeypatch, {"memory.vae_gradient": ("offload",)})
     monkeypatch.setitem(COMMANDS, "other", CommandKeys(main=(), read={"memory": "vae_gradient"}))
-    assert refuses("other", "memory", vae_gradient="segment") and not refuses(
-        "infer", "memory", vae_gradient="segment"
+    assert refuses("other", "memory", vae_gradient="offload") and not refuses(
+        "infer", "memory", vae_gradient="offload"
     )
     assert refuses("infer", "memory", mode="auto") and not refuses("other", "memory", mode="auto")

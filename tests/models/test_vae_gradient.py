@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
 from torch import Tensor
 
+from avatarctl.live_bytes import LiveBytes
 from avatarctl.loading.built_in import build_random_modules
+from avatarctl.models import vae_gradient
 from avatarctl.models.vae import WanVae
-from avatarctl.models.vae_gradient import VaeGradient, decode_with_gradient
+from avatarctl.models.vae_gradient import VaeGradient, decode_with_gradient, frames_decoded
 from avatarctl.registry import find_model
+
+MODES: tuple[VaeGradient, ...] = ("full", "checkpoint", "segment", "offload")
 
 WINDOWS = [(0, 17), (0, 16), (1, 16), (5, 8), (7, 3), (16, 1)]
 """First frame and number of frames, of a clip of 17: whole, at and between the borders of latent frames."""
@@ -18,6 +26,20 @@ WINDOWS = [(0, 17), (0, 16), (1, 16), (5, 8), (7, 3), (16, 1)]
 @pytest.fixture(scope="module")
 def vae() -> WanVae:
     return build_random_modules(find_model("cartoon-i2v")).vae
+
+
+@pytest.fixture(scope="module")
+def small() -> WanVae:
+    """A decoder of the same cells with few channels."""
+    network = AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    return WanVae(network.eval().requires_grad_(False))
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +63,7 @@ def test_a_window_has_the_frames_of_the_whole_decode(
     vae: WanVae, latents: Tensor, start: int, frames: int
 ) -> None:
     whole = vae.decode(latents)[:, :, start : start + frames]
-    for mode in ("full", "checkpoint"):
+    for mode in MODES:
         decoded = decode_with_gradient(vae, latents.clone().requires_grad_(), start, frames, mode)
         torch.testing.assert_close(decoded.detach(), whole, atol=1e-6, rtol=0)
 
@@ -65,8 +87,8 @@ def test_the_gradient_is_that_of_plain_autograd(
 
 @pytest.mark.parametrize(("start", "frames"), [(0, 17), (7, 3)])
 def test_checkpointing_changes_no_bit(vae: WanVae, latents: Tensor, start: int, frames: int) -> None:
-    kept, again = (gradient(vae, latents, start, frames, mode) for mode in ("full", "checkpoint"))
-    assert all(map(torch.equal, kept, again))
+    kept, *others = (gradient(vae, latents, start, frames, mode) for mode in MODES)
+    assert all(torch.equal(*pair) for again in others for pair in zip(kept, again, strict=True))
 
 
 def test_checkpointing_keeps_less(vae: WanVae, latents: Tensor) -> None:
@@ -86,6 +108,47 @@ def test_checkpointing_keeps_less(vae: WanVae, latents: Tensor) -> None:
         return sum(sizes.values())
 
     assert held("checkpoint") < 0.5 * held("full")
+
+
+def test_each_mode_leaves_less_on_the_device(small: WanVae) -> None:
+    """Between the passes, and at most in the backward one."""
+    held, most, host = {}, {}, {}
+    for mode in MODES:
+        leaf = torch.zeros(1, 4, 9, 1, 1, requires_grad=True)
+        with LiveBytes() as live:
+            live.track(leaf)
+            decoded = decode_with_gradient(small, leaf, 0, 33, mode)
+            held[mode] = live.current
+            live.reset_peak()
+            decoded.sum().backward()
+            most[mode], host[mode] = live.peak, live.host_peak
+    assert held["full"] > held["checkpoint"] > held["segment"] > held["offload"]
+    assert most["full"] > most["checkpoint"] > most["segment"] > most["offload"]
+    assert host["offload"] > held["segment"] / 2 and not host["segment"]
+
+
+def test_no_more_is_decoded_again_than_must_be() -> None:
+    """With s snapshots and r passes over each frame C(s + r, s) frames are done, and r n - C(s + r, s + 1) of
+    n are decoded; that of the begin is one of the snapshots."""
+    assert frames_decoded(21, 4)[0] == 2 * 21 - math.comb(5 + 2, 5 + 1)
+    assert frames_decoded(math.comb(6, 3), 2)[0] == 3 * math.comb(6, 3) - math.comb(6, 4)
+    assert frames_decoded(9, 8)[0] == 8 and frames_decoded(9, 0)[0] == 36
+
+
+def test_the_backward_pass_decodes_as_planned(small: WanVae, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is behind the first frames of snapshots is there from the forward pass."""
+    calls = []
+    once = vae_gradient._one
+
+    def counted(*inputs: Any) -> Any:
+        calls.append(1)
+        return once(*inputs)
+
+    monkeypatch.setattr(vae_gradient, "_one", counted)
+    leaf = torch.zeros(1, 4, 21, 1, 1, requires_grad=True)
+    decode_with_gradient(small, leaf, 0, 81, "segment").sum().backward()
+    # Behind the last of four snapshots are three frames, which the forward pass decodes beside the plan.
+    assert len(calls) == frames_decoded(21, 4)[0] + 3
 
 
 def test_the_vae_gets_no_gradient_and_no_window_outside_the_clip(vae: WanVae, latents: Tensor) -> None:

@@ -16,6 +16,16 @@ TRAINED = [
     ("cartoon-v2v", ()),
     ("cartoon-i2v", ("train.mode=lora", "train.lora_rank=4")),
     ("cartoon-i2v", ("train.mode=lora", "memory.activation_checkpointing=none")),
+    (
+        "cartoon-i2v",
+        (
+            "train.mode=lora",
+            "train.lora_rank=4",
+            "memory.activation_checkpointing=block_offload",
+            "memory.swap_blocks=2",
+            "memory.optimizer_device=cpu",
+        ),
+    ),
 ]
 SMALL = ("data.width=32", "data.height=32", "data.num_frames=9")
 
@@ -29,6 +39,7 @@ def test_training_takes_what_was_counted(
     row, cfg = find_model(model), configure(f"model.name={model}", *SMALL, *words)
     counted, measured = profile_training(row, cfg), profile_training(row, cfg, "real")
     assert counted.stages == measured.stages
+    assert counted.host == measured.host
     assert counted.stages["backward"] > counted.stages["load"] > 0
 
 

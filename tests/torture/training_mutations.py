@@ -1,4 +1,4 @@
-"""Eight known mistakes of training, made on purpose in a copy of the source: each is caught by its test.
+"""Eleven known mistakes of training, made on purpose in a copy of the source: each is caught by its test.
 
     python tests/torture/training_mutations.py
 
@@ -91,6 +91,28 @@ MUTATIONS = (
         "        self._optimizer.load(checkpoint.optimizer())\n",
         "        checkpoint.optimizer()\n",
         "test_runs.py::test_a_run_that_was_resumed_twice_ends_as_one_that_was_not",
+    ),
+    Mutation(
+        "the gradient of the VAE detached between two segments",
+        "models/vae_gradient.py",
+        "            self.back(between, frames - behind, max(room - 1, 0))\n",
+        "            self.back(between, frames - behind, max(room - 1, 0))\n"
+        "            self._of_caches = [[None] * cell.slots for cell in self._plan.cells]\n",
+        "../models/test_vae_gradient.py::test_checkpointing_changes_no_bit",
+    ),
+    Mutation(
+        "moments missing from the account of a step",
+        "profiling/training.py",
+        "_STEPS: Final = 2\n",
+        "_STEPS: Final = 1\n",
+        "../profiling/test_counts.py::test_the_second_step_is_counted",
+    ),
+    Mutation(
+        "checkpointed blocks lost when the network is prepared",
+        "training/network.py",
+        '            case "block":\n                dit.enable_gradient_checkpointing()\n',
+        '            case "block":\n                dit.disable_gradient_checkpointing()\n',
+        "test_lean_steps.py::test_blocks_are_still_made_again_behind_a_validation_and_in_a_run_that_goes_on",
     ),
 )
 

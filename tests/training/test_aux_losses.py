@@ -19,6 +19,7 @@ from avatarctl.loading.judges import Judges, LossName, find_judges, load_judges
 from avatarctl.models import lpips_vgg
 from avatarctl.models.lpips_vgg import LpipsVgg
 from avatarctl.models.vae import WanVae
+from avatarctl.models.vae_gradient import VaeGradient
 from avatarctl.registry import find_model
 from avatarctl.timeline import SAMPLES_PER_FRAME
 from avatarctl.training.aux_losses import AuxLosses, AuxSettings, active_losses, aux_settings
@@ -29,7 +30,8 @@ from avatarctl.training.sync_loss import sync_cosines, sync_starts
 ROW = find_model("cartoon-v2v")
 NAMES: tuple[LossName, ...] = ("sync", "lpips", "trepa")
 WEIGHTS: dict[LossName, float] = {"sync": 0.1, "lpips": 0.1, "trepa": 10.0}
-DETAIL = {"full": AuxSettings(WEIGHTS, vae_gradient="full"), "checkpoint": AuxSettings(WEIGHTS)}
+MODES: tuple[VaeGradient, ...] = ("full", "checkpoint", "segment", "offload")
+DETAIL = {mode: AuxSettings(WEIGHTS, vae_gradient=mode) for mode in MODES}
 
 
 @functools.cache
@@ -198,12 +200,12 @@ def step(names: tuple[LossName, ...] = NAMES, **settings: object) -> AuxStep:
 
 def test_keeping_activations_or_making_them_again_changes_no_bit() -> None:
     found = []
-    for mode in ("full", "checkpoint"):
+    for mode in MODES:
         given = batch(latent_frames=3)
         result = AuxStep(AuxLosses(("lpips",), judges(), DETAIL[mode]), vae())(given)
         (gradient,) = torch.autograd.grad(result.total.sum(), given.velocity)
         found.append((*result.losses.values(), gradient))
-    assert all(map(torch.equal, *found))
+    assert all(torch.equal(*pair) for other in found[1:] for pair in zip(found[0], other, strict=True))
 
 
 def test_a_batch_is_its_samples() -> None:
@@ -389,7 +391,7 @@ def test_too_few_frames_for_a_judge_are_refused(aux: dict[str, object], clip_fra
 
 def test_lpips_takes_few_frames() -> None:
     settings = aux_settings(config(frames=5, sync_weight=0.0, trepa_weight=0.0), 33)
-    assert (settings.frames, settings.vae_gradient, settings.sync_mode) == (5, "checkpoint", "prob")
+    assert (settings.frames, settings.vae_gradient, settings.sync_mode) == (5, "segment", "prob")
 
 
 def test_the_sync_loss_without_audio_ends_with_exit_3() -> None:

@@ -1,0 +1,59 @@
+"""The table of docs/memory.md on training: live bytes of two optimizer steps on prepared samples, by phase
+and by what holds them, counted on fake tensors by the code of the step.
+
+    python tests/bench/training_memory.py            all rows, about half an hour of one core
+    python tests/bench/training_memory.py small      those whose names hold the word
+
+OmniAvatar 14B with 49 channels at 512x512 and 81 frames. Targets, live: at most 76e9 bytes by default with
+all auxiliary losses, 44e9 with what can wait on the host there, 22e9 at rank 32 without auxiliary losses.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from reporting import print_table, verdict
+
+from avatarctl.profiling.training import profile_training
+from avatarctl.registry import configure, find_model
+
+COMMON = ("model.name=omniavatar-14b", "model.channels=49", "model.audio_offset=0", "runtime.dtype=bfloat16")
+JUDGED = "aux.losses=sync,lpips,trepa"
+LEAN = (
+    "memory.vae_gradient=offload", "memory.activation_checkpointing=block_offload",
+    "memory.swap_blocks=40", "memory.optimizer_device=cpu",
+)  # fmt: skip
+ROWS = {
+    "default": ((JUDGED,), 76e9),
+    "lean": ((JUDGED, *LEAN), 44e9),
+    "small, rank 32": (("train.lora_rank=32", *LEAN), 22e9),
+}
+PHASES = ("load", "forward", "losses", "backward", "optimizer")
+
+
+def main() -> int:
+    wanted, kept = " ".join(sys.argv[1:]), True
+    rows, notes = [], []
+    for name, (words, limit) in ROWS.items():
+        if wanted not in name:
+            continue
+        started = time.process_time()
+        account = profile_training(find_model("omniavatar-14b"), configure(*COMMON, *words))
+        live = account.live_bytes
+        kept &= live <= limit
+        by_phase = [f"{account.stages.get(phase, 0) / 1e9:.1f}" for phase in PHASES]
+        totals = [f"{each / 1e9:.1f}" for each in (account.host, live, limit)]
+        rows.append([name, *by_phase, *totals, verdict(live, limit)])
+        held = {**account.weights, **account.components}
+        shares = ", ".join(f"{what} {size / 1e9:.1f}" for what, size in held.items())
+        seconds = time.process_time() - started
+        notes.append(f"{name}: {' '.join(words)}; GB of {shares}; {seconds:.0f} CPU seconds.")
+    print_table(
+        "Memory of training, predicted", ["", *PHASES, "on the host", "live, GB", "target", ""], rows, *notes
+    )
+    return int(not kept)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
