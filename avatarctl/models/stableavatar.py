@@ -103,8 +103,9 @@ class ThreefoldAttnProcessor(AvatarAttnProcessor):
         attends to its own n. The other samples attend to a context of zeros: every value is then the bias of
         `vocal_v`, and so is their mean, whatever the keys. Neither keys nor queries are rotated, and the
         keys have no norm."""
+        # The bias, through the layer's own forward: weights that wait on the host come for that alone.
         if vocal is None:
-            return attn.vocal_v.bias
+            return attn.vocal_v(query.new_zeros(attn.vocal_v.in_features))
         samples, groups = vocal.shape[:2]
         context = rearrange(vocal, "b g n d -> (b g) n d")
         vocals = self.attend(
@@ -115,7 +116,6 @@ class ThreefoldAttnProcessor(AvatarAttnProcessor):
         vocals = rearrange(vocals, "(b g) s d -> b (g s) d", g=groups)
         if samples == len(query):
             return vocals
-        # The bias, through the layer's own forward: weights that wait on the host come for that alone.
         nothing = attn.vocal_v(vocals.new_zeros(1, attn.vocal_v.in_features))
         return torch.cat([vocals, nothing.expand(len(query) - samples, *vocals.shape[1:])])
 

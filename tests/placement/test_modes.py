@@ -67,6 +67,12 @@ def test_a_mode_changes_no_bit(whole: tuple[tuple[str, ...], torch.Tensor], memo
     assert torch.equal(made(plan_of(*settings, *memory)), expected)
 
 
+def test_branches_one_by_one_find_their_weights() -> None:
+    """That of silence takes a bias alone, whose layer is called for it."""
+    job = (*WINDOWS, "sampling.batch_branches=false")
+    assert torch.equal(made(plan_of(*job, "memory.mode=sequential")), made(plan_of(*job)))
+
+
 def test_audio_in_windows_finds_its_weights() -> None:
     """The moments of a long recording are used behind the norm, whose weights came for its call alone."""
     encoder = build_random_modules(find_model("cartoon-i2v")).audio
