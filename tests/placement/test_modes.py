@@ -19,6 +19,7 @@ from avatarctl.pipelines.job import Job, JobPlan, check_job
 from avatarctl.placement.place import in_groups, leaf_by_leaf
 from avatarctl.placement.units import Moves, Unit
 from avatarctl.profiling.fakes import tensor_bytes, tensors
+from avatarctl.profiling.happened import Happened
 from avatarctl.profiling.inference import counted_modules, profile_inference
 from avatarctl.registry import configure, find_model
 
@@ -161,6 +162,18 @@ def test_each_pass_moves_what_is_away_once_and_two_groups_are_here_at_most(
     assert moves.copied_bytes == sum(unit.nbytes for unit in units) * PASSES + units[0].nbytes
     assert moves.order[:4] == ["blocks 0", "blocks 2", "blocks 4", "blocks 0"]
     assert most[0] == 2
+
+
+def test_the_account_of_a_run_says_what_was_read_and_moved() -> None:
+    plan = plan_of(*CHUNKS, "memory.mode=group", "memory.group_blocks=2")
+    modules: Any = load(plan)
+    with Happened() as happened:
+        happened.watch(modules)
+        made(plan, modules)
+    *phases, loads, moves = happened.lines()
+    assert {"text", "image", "condition", "step", "decode"} <= {line.split()[0] for line in phases}
+    assert loads == "loads: text, vae, audio, dit"
+    assert moves.startswith(f"moves: {PASSES * 3 + 1} copies to the device")
 
 
 def test_swapped_blocks_are_the_last_ones() -> None:
