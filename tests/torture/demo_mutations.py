@@ -23,7 +23,7 @@ MUTATIONS = (
         "conditioning/masking.py",
         "    return (resized > 0.5).to(mask.dtype)\n",
         "    return (resized <= 0.5).to(mask.dtype)\n",
-        "conditioning/test_masking.py::test_the_hole_is_mid_grey_and_the_rest_is_untouched",
+        "conditioning/test_masking.py::test_a_grey_border_is_cut_at_one_half",
     ),
     Mutation(
         "the exchanged audio is the clip's own",
