@@ -270,6 +270,7 @@ def _is_of_the_device(error: BaseException) -> bool:
         ),
         "demo": ("avatarctl.cli.demo:demo", "Let a face of the built-in cartoon world speak."),
         "separate": ("avatarctl.cli.separate:separate", "Take speech out of a mix."),
+        "doctor": ("avatarctl.cli.doctor:doctor", "Say what is missing on this machine."),
     },
     context_settings={"help_option_names": ["-h", "--help"]},
 )

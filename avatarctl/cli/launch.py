@@ -26,7 +26,15 @@ if TYPE_CHECKING:
     from avatarctl.config import RunConfig
     from avatarctl.parallel.world import World
 
-__all__ = ["Place", "found_place", "ignored_precision", "joined", "listening", "start_processes"]
+__all__ = [
+    "Place",
+    "found_place",
+    "ignored_precision",
+    "joined",
+    "listening",
+    "meeting_place",
+    "start_processes",
+]
 
 _NEEDED: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun sets, and accelerate launch by it."""
@@ -147,7 +155,7 @@ def start_processes(
     context = multiprocessing.get_context(method)
     processes: list[BaseProcess] = []
     pipes: list[Connection] = []
-    with _meeting() as meeting, stop_on_signals() as should_stop:
+    with meeting_place() as meeting, stop_on_signals() as should_stop:
         try:
             for rank in range(size):
                 theirs, ours = context.Pipe(duplex=False)
@@ -167,8 +175,9 @@ def start_processes(
 
 
 @contextlib.contextmanager
-def _meeting() -> Iterator[str]:
-    """A file and no port: one that is free now may be taken a moment later."""
+def meeting_place() -> Iterator[str]:
+    """Where processes of this machine find each other: a file. A port that is free now may be taken a moment
+    later. Raises EnvironmentMissing where there can be none."""
     try:
         folder = tempfile.TemporaryDirectory(prefix="avatarctl-")
     except OSError as error:

@@ -3,36 +3,38 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import click
 
+from avatarctl.atomic import atomic_write_text
 from avatarctl.cli.app import CommandGroup
 from avatarctl.cli.options import ConfigCommand, Request, config_options, read_request
 from avatarctl.cli.screen import Screen
-from avatarctl.config import RunConfig
-from avatarctl.errors import DoesNotFit, NotYetSupported
+from avatarctl.config import RunConfig, Setting, dump_run
+from avatarctl.errors import DoesNotFit, NotYetSupported, OutputRefused, UsageError
 from avatarctl.events import Notice, Stage
 from avatarctl.registry import COMPAT, NOT_YET, PROFILED, PROFILED_MODEL, Row, configure, find_model
 
 if TYPE_CHECKING:
     from avatarctl.profiling.account import Account
+    from avatarctl.profiling.plans import Plan
 
 __all__ = ["vram_profile"]
 
 Job = Literal["infer", "train i2v", "train v2v"]
 
 _BAR: Final = 32
-_SLOWER: Final = ("model", "group", "sequential")
-"""Memory modes, from the fastest to the smallest."""
-
 _ASSUMED: Final = (
     "counted on fake tensors by the code of the run; no card was asked",
     "infer: networks where memory.mode has them; two chunks or windows of two steps, which others repeat",
-    "train: prepared samples, so only the transformer is loaded; two optimizer steps, as moments come later",
+    "train: prepared samples; a step behind the first, as moments exist by then; every sample is judged",
+    "blocks that are alike are extended from three depths where that is exact (--exact runs all)",
     "the allowance for workspaces and rounding is a guess until it was measured on a card",
 )
 
@@ -72,8 +74,13 @@ def _command(name: Job, group: click.Group, short: str) -> None:
     )
     # How an image fits a frame needs no memory: here the word is free for the card.
     options = [
-        *(option for option in config_options(name) if "--fit" not in option.opts),
-        click.Option(["--fit"], metavar="SIZE|CARD", help="End with 5 unless it fits: 24GiB, 24GB, 4090."),
+        *(option for option in config_options(name) if not {"--fit", "--out"} & {*option.opts}),
+        click.Option(
+            ["--fit"], metavar="SIZE|CARD", help="Find the fastest plan that fits: 24GiB, 24GB, 4090; else 5."
+        ),
+        click.Option(["--host"], metavar="SIZE", help="What may wait on the host, with --fit."),
+        click.Option(["--out"], metavar="FILE", help="Write the plan that --fit finds as a configuration."),
+        click.Option(["--exact"], is_flag=True, help="Run every block of the network, and extend none."),
     ]
     made = click.command(
         name=name.split()[-1],
@@ -103,76 +110,146 @@ def train() -> None:
 
 
 def _profile(name: Job, params: dict[str, Any]) -> None:
-    from avatarctl.profiling.sizes import read_size
-
-    fit = params.pop("fit")
-    limit = None if fit is None else read_size(fit)
+    fit, host, out, exact = (params.pop(each) for each in ("fit", "host", "out", "exact"))
+    wanted = _wanted(fit, host, out)
     request = _reader(name)(params)
     cfg = request.resolved.cfg
     assert cfg.model.name is not None
+    row = find_model(cfg.model.name)
     with Screen(cfg.runtime.log_level) as screen:
         for notice in request.resolved.notices:
             screen(Notice(notice))
-        counted = _count(name, find_model(cfg.model.name), cfg, screen)
+        counted = _count(name, row, cfg, screen, exact=exact)
+        if not request.json:
+            click.echo("\n".join(_table(counted)))
+        if wanted is None:
+            if request.json:
+                click.echo(json.dumps(_document(counted)))
+            return
+        plan, counted = _search(counted, wanted, request, screen, exact)
     if request.json:
-        click.echo(json.dumps(_document(counted)))
+        click.echo(json.dumps({**_document(counted), "changes": dict(plan.changes), "costs": plan.costs}))
+    _show(plan, counted, wanted, request)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """Bytes of the card, and of the host where that was said; out: the file of the plan."""
+
+    card: int
+    host: int | None
+    out: Path | None
+
+    def holds(self, account: Account) -> bool:
+        return account.peak_bytes <= self.card and (self.host is None or account.host <= self.host)
+
+
+def _wanted(fit: str | None, host: str | None, out: str | None) -> _Wanted | None:
+    """Raises UsageError for sizes that are none, OutputRefused for a file that exists."""
+    from avatarctl.files.named_path import expanded
+    from avatarctl.profiling.sizes import read_size
+
+    if fit is None:
+        for word, value in (("--host", host), ("--out", out)):
+            if value is not None:
+                raise UsageError("means nothing without --fit", where=word)
+        return None
+    path = None if out is None else expanded(out)
+    if path is not None and (out == "" or path.exists()):
+        raise OutputRefused("exists already" if out else "is empty", where="--out", fix="another name")
+    return _Wanted(read_size(fit), None if host is None else read_size(host, "--host"), path)
+
+
+def _search(
+    counted: _Counted, wanted: _Wanted, request: Request, screen: Screen, exact: bool
+) -> tuple[Plan, _Counted]:
+    """The fastest plan that fits. Raises DoesNotFit with the smallest need, where none does."""
+    from avatarctl.profiling.plans import Plan, faster_plans, slower_plans
+    from avatarctl.profiling.sizes import shown
+
+    job, cfg, asked = counted.job, counted.cfg, request.resolved.asked
+    fits = wanted.holds(counted.account)
+    now = (Plan(cfg), counted)
+    tried = [now]
+    for plan in (faster_plans if fits else slower_plans)(job, cfg, asked):
+        found = _count(job, counted.row, plan.cfg, screen, exact=exact)
+        account = found.account
+        screen(Notice(f"{plan}: {shown(account.peak_bytes)}, {shown(account.host)} on the host"))
+        tried.append((plan, found))
+        if wanted.holds(account):
+            return plan, found
+    if fits:
+        return now
+    plan, smallest = min(tried, key=lambda each: each[1].account.peak_bytes)
+    need, limit = smallest.account.peak_bytes, wanted.card
+    what = f"{job} of {counted.row.name} needs {shown(need)} at least ({plan})"
+    if need > limit:
+        raise DoesNotFit(
+            f"{what}, and {shown(limit)} were asked for",
+            where="--fit",
+            fix="a smaller --size or fewer frames",
+        )
+    assert wanted.host is not None
+    least = min(each.account.host for _, each in tried if each.account.peak_bytes <= limit)
+    raise DoesNotFit(
+        f"{shown(least)} have to wait on the host, and {shown(wanted.host)} were given",
+        where="--host",
+        fix="a larger card, or more memory of the host",
+    )
+
+
+def _show(plan: Plan, counted: _Counted, wanted: _Wanted, request: Request) -> None:
+    """What was found, how to run it, and the file of it."""
+    from avatarctl.profiling.sizes import shown
+
+    resolved = request.resolved
+    changes = {dotted: Setting(value, "--fit") for dotted, value in plan.changes.items()}
+    asked = {**resolved.asked, **changes}
+    lines = [f"fits: {shown(counted.account.peak_bytes)} of {shown(wanted.card)}, {plan}"]
+    if plan.costs:
+        lines.append(f"given up: {plan.costs}")
+    command = f"avatarctl {counted.job}"
+    if wanted.out is not None:
+        atomic_write_text(wanted.out, dump_run(replace(resolved, cfg=plan.cfg, asked=asked), counted.job))
+        lines.append(f"{command} --config {shlex.quote(str(wanted.out))}")
     else:
-        click.echo("\n".join(_table(counted)))
-        if limit is not None and counted.account.peak_bytes > limit and name == "infer":
-            counted = _smaller(counted, limit, request, screen)
-    if limit is not None:
-        _require(counted, limit)
+        lines.append(shlex.join([*command.split(), *_words(counted, asked)]))
+    for line in lines:
+        click.echo(line, err=request.json)
 
 
-def _count(name: Job, row: Row, cfg: RunConfig, screen: Screen) -> _Counted:
-    """Raises NotYetSupported for what has no code, or is not counted yet."""
+def _words(counted: _Counted, asked: Mapping[str, Setting]) -> Iterator[str]:
+    """Options that ask for the same."""
+    yield from ("--model", counted.row.name)
+    for dotted, setting in asked.items():
+        if isinstance(setting.value, Mapping):
+            for part, path in setting.value.items():
+                yield from ("--weights", f"{part}={path}")
+        elif dotted != "model.name":
+            yield from ("-o", f"{dotted}={_word(setting.value)}")
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _count(name: Job, row: Row, cfg: RunConfig, screen: Screen, *, exact: bool = False) -> _Counted:
+    """Raises NotYetSupported for what has no code."""
     from avatarctl.families import family_named
 
     family = family_named(row.family) if row.status != NOT_YET else None
     training = name != "infer"
     if family is None or (training and not hasattr(family, "training_condition")):
         raise NotYetSupported(f"{row.name} has no code for it yet", where="model.name")
-    if training and cfg.aux.losses:
-        raise NotYetSupported("auxiliary losses are not counted yet", where="aux.losses")
     screen(Stage(f"counting {name} of {row.name}"))
     from avatarctl.profiling.inference import profile_inference
     from avatarctl.profiling.training import profile_training
 
     started = time.monotonic()
-    account = (profile_training if training else profile_inference)(row, cfg)
+    account = profile_training(row, cfg, exact=exact) if training else profile_inference(row, cfg)
     return _Counted(name, row, cfg, account, time.monotonic() - started)
-
-
-def _smaller(counted: _Counted, limit: int, request: Request, screen: Screen) -> _Counted:
-    """The first memory mode that fits, from the fastest on; the last one where none does. A mode that was
-    asked for stays."""
-    from avatarctl.profiling.sizes import shown
-
-    if "memory.mode" in request.resolved.asked or "memory.swap_blocks" in request.resolved.asked:
-        return counted
-    model = counted.cfg.model.name
-    for mode in _SLOWER:
-        memory = replace(counted.cfg.memory, mode=mode)
-        counted = _count("infer", counted.row, replace(counted.cfg, memory=memory), screen)
-        need = counted.account.peak_bytes
-        click.echo(f"--memory {mode}: {shown(need)}, {shown(counted.account.host)} on the host")
-        if need <= limit:
-            click.echo(f"avatarctl infer --model {model} --memory {mode}")
-            break
-    return counted
-
-
-def _require(counted: _Counted, limit: int) -> None:
-    from avatarctl.profiling.sizes import shown
-
-    need = counted.account.peak_bytes
-    if need > limit:
-        raise DoesNotFit(
-            f"{counted.job} of {counted.row.name} needs {shown(need)}, and {shown(limit)} were asked for",
-            where="--fit",
-            fix="a smaller --size or fewer frames",
-        )
-    click.echo(f"fits: {shown(need)} of {shown(limit)}", err=True)
 
 
 def _headline(as_json: bool) -> None:
@@ -185,7 +262,6 @@ def _headline(as_json: bool) -> None:
             found.append(counted)
             if not as_json:
                 click.echo(_line(counted))
-        screen(Notice("with auxiliary losses: not counted yet"))
     if as_json:
         click.echo(json.dumps({"command": "vram-profile", "rows": [_document(each) for each in found]}))
 
@@ -197,7 +273,7 @@ def _line(counted: _Counted) -> str:
     what = f"{counted.job} {counted.row.name}, {_frame(counted)}"
     largest = max(account.stages, key=lambda name: account.stages[name])
     needs = f"{shown(account.peak_bytes):>10} ({shown(account.live_bytes)} live, in {largest})"
-    return f"{what:46} {needs}"
+    return f"{what:64} {needs}"
 
 
 def _frame(counted: _Counted) -> str:
@@ -206,7 +282,8 @@ def _frame(counted: _Counted) -> str:
         width, height = cfg.output.width or cfg.data.width, cfg.output.height or cfg.data.height
         frames = cfg.long_video.num_frames
         return f"{width}x{height}" + (f", {frames} frames" if frames else "")
-    return f"{cfg.data.width}x{cfg.data.height}, {cfg.data.num_frames} frames"
+    aux = f", {'+'.join(cfg.aux.losses)}" if cfg.aux.losses else ""
+    return f"{cfg.data.width}x{cfg.data.height}, {cfg.data.num_frames} frames{aux}"
 
 
 def _table(counted: _Counted) -> list[str]:
@@ -221,7 +298,7 @@ def _table(counted: _Counted) -> list[str]:
     lines.append("")
     for part, size in account.weights.items():
         lines.append(f"  weights of {part:6} {shown(size):>12}")
-    for part, size in account.components.items():
+    for part, size in {**account.components, **account.rest}.items():
         lines.append(f"  {part:17} {shown(size):>12}")
     if account.host:
         lines.append(f"  waits on the host {shown(account.host):>12}")

@@ -243,12 +243,9 @@ class Memory:
         "auto", "where moments live between steps: auto and cuda with the weights, cpu on the host"
     )
     swap_blocks: int = key(
-        0,
-        "transformer blocks that wait on the host, one coming at a time; in infer the mode is then model, in "
-        "training only frozen weights wait",
-        low=0,
-        high=1000,
-    )
+        0, "transformer blocks that wait on the host, one coming at a time; in infer the mode is then model, "
+        "in training only frozen weights wait", low=0, high=1000,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from avatarctl.loading.assemble import check_transformer
 from avatarctl.loading.sources import Sources, asked_size, find_sources, weights_missing
 from avatarctl.loading.weighed import weighed
 from avatarctl.media import Audio, AudioSurvey, StillImage, Video, load_image, survey
-from avatarctl.placement.host import free_on_the_host
+from avatarctl.placement.host import host_memory
 from avatarctl.placement.seats import Seating, seated, shown
 from avatarctl.registry import Row, outside_training
 from avatarctl.rng import stable_hash
@@ -125,12 +125,12 @@ class JobPlan:
         """Raises DoesNotFit (exit 5) where the host has no room for what leaves the device; nothing is said
         where the system tells no limit."""
         seating = self.seating
-        room = free_on_the_host() if seating.host else None
+        memory = host_memory() if seating.host else None
         need = seating.host + seating.packing
-        if room is not None and need > room.size:
+        if memory is not None and memory.free is not None and need > memory.free:
             raise DoesNotFit(
                 f"{shown(need)} of the host are needed for what waits there (with {shown(seating.packing)} "
-                f"while it is packed), and {shown(room.size)} are free: the limit {room.limit}",
+                f"while it is packed), and {shown(memory.free)} are free: the limit of {memory.limit}",
                 where=f"memory mode {seating.mode}",
                 fix="a mode that leaves less there, or memory.base_precision=fp8",
             )

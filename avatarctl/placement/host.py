@@ -1,64 +1,101 @@
-"""Memory that this process may still take of its machine, and which limit says so."""
+"""Memory of the host that this process may have, within the limits of containers and `ulimit`.
+
+Torch is not needed for it. To a process in a container the system states the memory of the whole machine;
+what it may take stands in its control group (of the kernel's documentation: `admin-guide/cgroup-v2.rst`,
+`admin-guide/cgroup-v1/memory.rst`).
+"""
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
-__all__ = ["Room", "free_on_the_host"]
+__all__ = ["HostMemory", "host_memory"]
 
-_UNLIMITED = 1 << 60
-"""Version 1 of cgroups writes "no limit" as a number near 2^63."""
+_NO_LIMIT: Final = 1 << 60
+"""Version 1 of control groups states "none" as a huge number."""
 
 
 @dataclass(frozen=True)
-class Room:
-    """size: bytes; limit: what they are counted by, for people."""
+class HostMemory:
+    """Bytes that this process can ever have, and that are free for it now; limit: what sets them, in words.
+    None where the system does not tell."""
 
-    size: int
+    total: int | None
+    free: int | None
     limit: str
 
 
-def free_on_the_host(root: Path = Path("/")) -> Room | None:
-    """The smallest of what the machine has free and what each container around this process leaves; None
-    where nothing tells (other systems than Linux).
-
-    What a container has cached of files it gives back by itself, so it counts as free: with mapped weights
-    that is most of what is in use. root: where /proc and /sys are, for tests.
-    """
-    rooms = [*_of_machine(root), *_of_containers(root)]
-    return min(rooms, key=lambda room: room.size, default=None)
-
-
-def _of_machine(root: Path) -> Iterator[Room]:
-    found = re.search(r"^MemAvailable:\s*(\d+) kB$", _text(root / "proc/meminfo"), re.MULTILINE)
-    if found:
-        yield Room(int(found[1]) * 1024, "of the machine (MemAvailable in /proc/meminfo)")
+def host_memory(root: Path = Path("/")) -> HostMemory:
+    """The smallest of all limits. root: of the file system, for tests."""
+    found = [("the machine", *_of_machine(root)), *_of_control_groups(root), *_of_process(root)]
+    known = [(total, free, who) for who, total, free in found if total is not None]
+    if not known:
+        return HostMemory(None, None, "the system does not tell")
+    total = min(each[0] for each in known)
+    free, who = min(((total if each is None else each), who) for total, each, who in known)
+    if all(each is None for _, each, _ in known):
+        return HostMemory(total, None, min(known, key=lambda each: each[0])[2])
+    return HostMemory(total, max(free, 0), who)
 
 
-def _of_containers(root: Path) -> Iterator[Room]:
-    """By /proc/self/cgroup; each folder up to the root may have a limit of its own. Inside a container the
-    folders above are not to be seen, and its own is often the root."""
+def _of_machine(root: Path) -> tuple[int | None, int | None]:
+    """All of it, and what is free: as the kernel estimates it, caches that it would give up included."""
+    said = dict(re.findall(r"^(\w+):\s*(\d+) kB$", _text(root / "proc/meminfo"), re.MULTILINE))
+    if "MemTotal" in said:
+        free = said.get("MemAvailable")
+        return int(said["MemTotal"]) * 1024, None if free is None else int(free) * 1024
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), None
+    except (AttributeError, ValueError, OSError):  # no POSIX system, or one that does not know the names
+        return None, None
+
+
+def _of_control_groups(root: Path) -> Iterator[tuple[str, int | None, int | None]]:
+    """Of this process's group and of all above it: each may set a limit."""
     for line in _text(root / "proc/self/cgroup").splitlines():
-        number, controllers, path = [*line.split(":", 2), "", ""][:3]
-        if number == "0" and not controllers:
-            base, most, used, cached = "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            base, most, used = "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-            cached = "total_inactive_file"
-        else:
-            continue
-        place = Path(path.lstrip("/"))
-        for folder in (place, *place.parents):
-            where = root / base / folder
-            limit, taken = _number(where / most), _number(where / used)
-            if limit is None or taken is None or limit >= _UNLIMITED:
+        _, controllers, inside = [*line.split(":", 2), "", ""][:3]
+        names = ("memory.max", "memory.current")
+        top = root / "sys/fs/cgroup"
+        if controllers:
+            if "memory" not in controllers.split(","):
                 continue
-            stat = re.search(rf"^{cached} (\d+)$", _text(where / "memory.stat"), re.MULTILINE)
-            free = max(0, limit - taken + (int(stat[1]) if stat else 0))
-            yield Room(free, f"of the container ({most} in /{(Path(base) / folder).as_posix()})")
+            top, names = top / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        group = Path(inside.lstrip("/"))
+        # Within a container the path is often that of the host, and only the top is there.
+        for folder in dict.fromkeys((top / group, *(top / each for each in group.parents), top)):
+            limit, used = (_number(folder / name) for name in names)
+            if limit is not None and limit < _NO_LIMIT:
+                spare = _number_of(_text(folder / "memory.stat"), "inactive_file")
+                free = None if used is None else limit - used + (spare or 0)
+                where = f"/{(folder / names[0]).relative_to(root).as_posix()}"
+                yield f"the container ({where})", limit, free
+
+
+def _of_process(root: Path) -> Iterator[tuple[str, int | None, int | None]]:
+    """`ulimit -v`."""
+    if sys.platform == "win32" or root != Path("/"):
+        return
+    import resource  # absent on Windows
+
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        pages = _text(root / "proc/self/statm").split()
+        used = int(pages[0]) * os.sysconf("SC_PAGE_SIZE") if pages else None
+        yield "the shell (ulimit -v)", limit, None if used is None else limit - used
+
+
+def _text(path: Path) -> str:
+    """Of a small file of the system; empty where there is none, or none for us."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def _number(path: Path) -> int | None:
@@ -66,9 +103,6 @@ def _number(path: Path) -> int | None:
     return int(text) if text.isdecimal() else None
 
 
-def _text(path: Path) -> str:
-    """Empty where there is no such file, or nobody may read it: then it limits nothing that we know of."""
-    try:
-        return path.read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return ""
+def _number_of(text: str, name: str) -> int | None:
+    found = re.search(rf"^{name} (\d+)$", text, re.MULTILINE)
+    return int(found[1]) if found else None

@@ -34,6 +34,15 @@ class Account:
         """What a card needs: the live bytes and the allowance."""
         return round(self.live_bytes * (1 + ALLOWANCE))
 
+    @property
+    def rest(self) -> dict[str, int]:
+        """Of a training step: what else is alive at its worst moment, gradients made by then included. Where
+        things wait on the host, nobody knows which of them are there at that moment."""
+        if "moments" not in self.components or self.host:
+            return {}
+        held = sum(self.weights.values()) + self.components["moments"]
+        return {"activations and gradients": self.live_bytes - held}
+
     def summary(self) -> dict[str, Any]:
         """As `--json` shows it."""
         return {
@@ -43,6 +52,7 @@ class Account:
             "components": {
                 **{f"weights of {part}": size for part, size in self.weights.items()},
                 **self.components,
+                **self.rest,
             },
             "trained": self.trained,
             "host_bytes": self.host,

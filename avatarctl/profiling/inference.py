@@ -59,15 +59,17 @@ class _Black:
         return np.zeros((stop - start, self.height, self.width, 3), np.uint8)
 
 
-def counted_modules(row: Row, cfg: RunConfig, inside: AbstractContextManager[Any]) -> Modules:
+def counted_modules(
+    row: Row, cfg: RunConfig, inside: AbstractContextManager[Any], device: str = "cpu"
+) -> Modules:
     """The networks of a run as it loads them: the transformer and the text encoder in its dtype, what stays
     float32 in float32; the others as `loading.modules` has them on a card."""
     parts = build_on_meta(row, cfg.model.channels)
     for part, network in parts.items():
-        fill(network, inside, _dtypes(network, part, cfg))
+        fill(network, inside, _dtypes(network, part, cfg), device)
         with inside:
             _stored(network, part, cfg)
-    return Modules(**parts, device=torch.device("cpu"))  # type: ignore[arg-type]
+    return Modules(**parts, device=torch.device(device))  # type: ignore[arg-type]
 
 
 def _dtypes(network: nn.Module, part: str, cfg: RunConfig) -> Callable[[str, Tensor], torch.dtype]:
@@ -85,7 +87,7 @@ def _stored(network: nn.Module, part: str, cfg: RunConfig) -> None:
         store_in_float8(network)
 
 
-def profile_inference(row: Row, cfg: RunConfig, mode: Mode = "fake") -> Account:
+def profile_inference(row: Row, cfg: RunConfig, mode: Mode = "fake", device: str = "cpu") -> Account:
     """Counts a run of two spans and two steps, networks where `memory.mode` has them.
 
     What is longer needs no more: nothing that is kept grows with the length of a video, and every step is
@@ -96,11 +98,11 @@ def profile_inference(row: Row, cfg: RunConfig, mode: Mode = "fake") -> Account:
     inside = tensors(mode)
     if not is_full(cfg.memory):
         return _placed(row, cfg, family, inside, mode)
-    if mode == "real":
+    if mode == "real" and device == "cpu":  # elsewhere zeros, as large as the published weights
         modules = build_random_modules(row)
         _stored(modules.dit, "dit", cfg)
     else:
-        modules = counted_modules(row, cfg, inside)
+        modules = counted_modules(row, cfg, inside, device)
     weights = {part: tensor_bytes(getattr(modules, part)) for part in ("dit", "text", "vae", "audio")}
     if isinstance(modules.image, nn.Module):
         weights["image"] = tensor_bytes(modules.image)

@@ -49,6 +49,11 @@ class Phases:
             self._note()
             self._now = before
 
+    def turn(self, name: str) -> None:
+        """The phase that the block is in ends here, and another begins; both end with the block."""
+        self._note()
+        self._now = name
+
     def end(self) -> None:
         """Notes what is outside of all phases."""
         self._note()

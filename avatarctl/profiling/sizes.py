@@ -29,8 +29,8 @@ _UNITS: Final = {
 }
 
 
-def read_size(text: str) -> int:
-    """Bytes of "24GiB", "24GB", "24" (GiB) or a card's name. Raises UsageError."""
+def read_size(text: str, option: str = "--fit") -> int:
+    """Bytes of "24GiB", "24GB", "24" (GiB) or a card's name. Raises UsageError, which names the option."""
     plain = text.strip().lower().replace(" ", "")
     if card := CARDS.get(plain) or CARDS.get(plain.removeprefix("rtx")):
         return card << 30
@@ -38,7 +38,7 @@ def read_size(text: str) -> int:
     size = float(match[1]) * _UNITS[match[2]] if match else math.nan
     if not 0 < size < 1 << 50:
         fix = f"a size such as 24GiB or 24GB, or one of {', '.join(CARDS)}"
-        raise UsageError(f"no size of memory, nor a card: {text[:60]!r}", where="--fit", fix=fix)
+        raise UsageError(f"no size of memory, nor a card: {text[:60]!r}", where=option, fix=fix)
     return int(size)
 
 

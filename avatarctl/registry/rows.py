@@ -227,5 +227,7 @@ PROFILED: Final[tuple[tuple[Literal["infer", "train i2v", "train v2v"], str, tup
     ("infer", "omniavatar-14b", ("long_video.num_frames=81",)),
     ("train v2v", "omniavatar-1.3b", _PROFILED_VIDEO),
     ("train v2v", "omniavatar-14b", _PROFILED_VIDEO),
+    ("train v2v", "omniavatar-1.3b", (*_PROFILED_VIDEO, "aux.losses=sync,lpips,trepa")),
+    ("train v2v", "omniavatar-14b", (*_PROFILED_VIDEO, "aux.losses=sync,lpips,trepa")),
 )
 """Command, model and settings of each row of its table."""

@@ -121,28 +121,33 @@ class AuxStep:
     def _step(self, batch: AuxBatch) -> AuxResult:
         sigma = batch.sigma.to(batch.noisy.device)
         implied, clipped = implied_latents(batch.noisy, batch.velocity, sigma, batch.given)
-        chosen = [index for index, own in enumerate(batch.sigma.tolist()) if _highest(own) <= self._limit]
+        chosen, starts = self._choose(batch, pixel_frames(implied.shape[2]))
         judged = torch.tensor(chosen, dtype=torch.long).to(implied.device)
         decoded = torch.zeros_like(clipped).index_fill(0, judged, 1.0)
         numbers, seen = {"clipped": clipped, "judged": decoded}, {}
         nothing = implied.sum() * 0  # of the graph, so that a step without a judged sample has a gradient
         losses = {name: nothing + implied.new_zeros(len(implied)) for name in self.losses.names}
         if chosen:
-            found, cosines = self._judge(batch, implied, chosen)
+            found, cosines = self._judge(batch, implied, chosen, starts)
             losses = {
                 name: losses[name].index_put((judged,), loss.to(implied)) for name, loss in found.items()
             }
             seen = {name: loss.detach() for name, loss in found.items()} | cosines
         return AuxResult(losses, self.losses.total(losses), seen, numbers)
 
+    def _choose(self, batch: AuxBatch, clip: int) -> tuple[list[int], list[int]]:
+        """Which samples are judged, and where in a clip of `clip` pixel frames the window of each begins.
+        Nothing else here depends on numbers: whoever counts memory without any says them."""
+        highest = [max(own) if isinstance(own, list) else own for own in batch.sigma.tolist()]
+        chosen = [index for index, sigma in enumerate(highest) if sigma <= self._limit]
+        keys = [batch.keys[index] for index in chosen]
+        return chosen, [window_start(clip, self.losses.settings.frames, seed, *key) for seed, key in keys]
+
     def _judge(
-        self, batch: AuxBatch, implied: Tensor, chosen: Sequence[int]
+        self, batch: AuxBatch, implied: Tensor, chosen: Sequence[int], starts: Sequence[int]
     ) -> tuple[dict[LossName, Tensor], dict[str, Tensor]]:
         """Of the samples with these numbers."""
-        clip, asked = pixel_frames(implied.shape[2]), self.losses.settings.frames
-        count, judged = asked or clip, list(chosen)
-        keys = [batch.keys[index] for index in chosen]
-        starts = [window_start(clip, asked, seed, *key) for seed, key in keys]
+        count, judged = self.losses.settings.frames or pixel_frames(implied.shape[2]), list(chosen)
         frames = self._decode(implied[judged], starts, count)
         with torch.no_grad():
             # Decoded as well, not the frames of the file: nobody is to be blamed for what the VAE loses.
@@ -160,11 +165,6 @@ class AuxStep:
             decode_with_gradient(self._vae, one, start, frames, mode, host)
             for one, start in zip(latents.split(1), starts, strict=True)
         ])  # fmt: skip
-
-
-def _highest(sigma: float | list[float]) -> float:
-    """Of a sample with one sigma, or one for each frame."""
-    return max(sigma) if isinstance(sigma, list) else sigma
 
 
 def _audio(waveform: Tensor, starts: Sequence[int], frames: int) -> Tensor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
 from avatarctl.cli import app
+from avatarctl.config import read_config
 
 
 def typed(*words: str) -> Result:
@@ -19,10 +21,32 @@ def test_a_table_and_whether_it_fits() -> None:
     fits = typed(*words, "4090")
     assert fits.exit_code == 0, fits.output
     assert "backward" in fits.stdout and "moments" in fits.stdout and "trained numbers" in fits.stdout
-    assert "fits: " in fits.stderr and "of 24.00 GiB" in fits.stderr
+    # There is room for all activations: that is faster.
+    assert "of 24.00 GiB, memory.activation_checkpointing none" in fits.stdout
+    assert "-o memory.activation_checkpointing=none" in fits.stdout
     too_large = typed(*words, "4MB")
-    assert too_large.exit_code == 5 and "were asked for" in too_large.stderr
+    assert too_large.exit_code == 5 and "at least" in too_large.stderr, too_large.stderr
     assert "Traceback" not in too_large.output
+
+
+def test_a_plan_is_written_as_a_configuration(tmp_path: Path) -> None:
+    """A smaller mode than asked for, and the file of it."""
+    words = ("infer", "--model", "cartoon-i2v", "--size", "32x32", "-o", "long_video.num_frames=9")
+    whole = json.loads(typed(*words, "--json").stdout)
+    card, plan = f"{whole['peak_bytes'] * 0.9 / 1e6:.3f}MB", tmp_path / "plan.yaml"
+    found = typed(*words, "--fit", card, "--out", str(plan))
+    assert found.exit_code == 0, found.output
+    read = read_config(plan, command="infer")
+    assert read.asked == {
+        "model.name",
+        "output.width",
+        "output.height",
+        "long_video.num_frames",
+        "memory.mode",
+    }
+    assert f"avatarctl infer --config {plan}" in found.stdout and "given up: " in found.stdout
+    again = typed("infer", "--config", str(plan), "--fit", card, "--out", str(plan))
+    assert again.exit_code == 2 and "exists already" in again.stderr
 
 
 def test_json_is_one_document() -> None:
@@ -44,7 +68,9 @@ def test_no_size(size: str) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("train", "v2v", "--aux", "sync"), "auxiliary losses are not counted yet"),
+        (("infer", "--host", "32GiB"), "means nothing without --fit"),
+        (("infer", "--out", "plan.yaml"), "means nothing without --fit"),
+        (("infer", "--fit", "4090", "--host", "much"), "--host: no size of memory"),
         (("infer", "--model", "liveavatar-14b"), "has no code for it yet"),
         (("train", "i2v", "--model", "stableavatar-1.3b"), "has no code for it yet"),
         (("infer", "--size", "500x24"), "multiple of 16"),

@@ -80,7 +80,7 @@ def test_every_key_that_infer_reads_has_an_option(run: Run) -> None:
         (
             ("zzz",),
             "no such command 'zzz' (there are infer, train, convert-ckpt, vram-profile, models, "
-            "precompute-audio, precompute-latents, demo, separate)",
+            "precompute-audio, precompute-latents, demo, separate, doctor)",
         ),
         (("models", "lst"), "did you mean list?"),
         (("models", "show", "cartoon-i2w"), "did you mean cartoon-i2v?"),

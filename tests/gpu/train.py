@@ -52,7 +52,7 @@ def main() -> int:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         started = time.monotonic()
-        living = profile_training(row, cfg, "real", card).live_bytes
+        living = profile_training(row, cfg, "real", device=str(card)).live_bytes
         torch.cuda.synchronize()
         seconds, most = time.monotonic() - started, torch.cuda.max_memory_allocated()
         kept &= abs(living - predicted) <= LIMIT * living

@@ -18,7 +18,7 @@ from avatarctl.loading.weighed import weighed
 from avatarctl.models.fp8 import store_in_float8
 from avatarctl.models.precision import is_float32_island
 from avatarctl.pipelines.infer import load
-from avatarctl.placement.host import Room, free_on_the_host
+from avatarctl.placement.host import HostMemory
 from avatarctl.placement.seats import Part, seated
 from avatarctl.profiling.fakes import fill, tensor_bytes
 from avatarctl.registry import configure, find_model
@@ -124,56 +124,15 @@ def test_a_dry_run_shows_the_table() -> None:
 def test_a_host_without_room_is_refused_before_anything_is_read(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    limit = Room(1000, "of the container (memory.max in /sys/fs/cgroup/job)")
-    monkeypatch.setattr("avatarctl.pipelines.job.free_on_the_host", lambda: limit)
+    limit = HostMemory(2000, 1000, "the container (/sys/fs/cgroup/job/memory.max)")
+    monkeypatch.setattr("avatarctl.pipelines.job.host_memory", lambda: limit)
     words = ["infer", "--memory", "group", "--out", str(tmp_path / "v.mp4")]
     refused = CliRunner().invoke(app, words)
     assert refused.exit_code == 5 and not list(tmp_path.iterdir())
     line = refused.stderr.splitlines()[-1]
-    assert line.startswith("error: memory mode group: ") and "memory.max in /sys/fs/cgroup/job" in line
+    assert line.startswith("error: memory mode group: ") and "/sys/fs/cgroup/job/memory.max" in line
     assert "loading" not in refused.stderr
     planned = CliRunner().invoke(app, [*words, "--dry-run"])
     assert planned.exit_code == 0 and "a run would end with exit 5: memory mode group" in planned.stderr
     full = CliRunner().invoke(app, ["infer", "--dry-run"])
     assert "exit 5" not in full.stderr, "nothing waits there"
-
-
-def machine(root: Path, files: dict[str, str]) -> Room | None:
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-    return free_on_the_host(root)
-
-
-FREE = {"proc/meminfo": "MemTotal: 64000 kB\nMemAvailable:   32000 kB\n"}
-INSIDE = {
-    "proc/self/cgroup": "0::/a/b\n",
-    "sys/fs/cgroup/a/b/memory.max": "max\n",
-    "sys/fs/cgroup/a/b/memory.current": "700\n",
-    "sys/fs/cgroup/a/memory.max": "5000\n",
-    "sys/fs/cgroup/a/memory.current": "4000\n",
-    "sys/fs/cgroup/a/memory.stat": "anon 1\ninactive_file 250\n",
-}
-
-
-def test_free_memory_is_the_smallest_limit(tmp_path: Path) -> None:
-    assert machine(tmp_path / "none", {}) is None
-    assert machine(tmp_path / "free", FREE) == Room(
-        32_000 * 1024, "of the machine (MemAvailable in /proc/meminfo)"
-    )
-    outer = Room(1250, "of the container (memory.max in /sys/fs/cgroup/a)")
-    assert machine(tmp_path / "two", FREE | INSIDE) == outer, "that of a folder above counts as well"
-    large = {"sys/fs/cgroup/a/memory.max": str(1 << 40)}
-    assert machine(tmp_path / "large", FREE | INSIDE | large).limit.startswith("of the machine")  # type: ignore[union-attr]
-
-
-def test_older_containers_state_their_limit_elsewhere(tmp_path: Path) -> None:
-    v1 = {
-        "proc/self/cgroup": "5:cpu:/x\n4:memory:/x\n",
-        "sys/fs/cgroup/memory/x/memory.limit_in_bytes": "9000\n",
-        "sys/fs/cgroup/memory/x/memory.usage_in_bytes": "9500\n",
-        "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
-        "sys/fs/cgroup/memory/memory.usage_in_bytes": "1\n",
-    }
-    expected = Room(0, "of the container (memory.limit_in_bytes in /sys/fs/cgroup/memory/x)")
-    assert machine(tmp_path, FREE | v1) == expected

@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+from avatarctl.profiling import extend as extension
+from avatarctl.profiling import training
+from avatarctl.profiling.account import Account
 from avatarctl.profiling.inference import profile_inference
 from avatarctl.profiling.training import profile_training
 from avatarctl.registry import configure, find_model
@@ -77,3 +80,66 @@ def test_the_second_step_is_counted() -> None:
     counted = profile_training(find_model("cartoon-v2v"), cfg)
     # In the second backward pass weights, gradients and moments are all there.
     assert counted.stages["backward"] >= 4 * 4 * counted.trained
+
+
+def test_auxiliary_losses_take_what_was_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoder's gradient and the judges', behind the step of the trainer."""
+    monkeypatch.setattr("avatarctl.models.omniavatar.without_padding", lambda text: (text, None))
+    words = ("data.width=32", "data.height=32", "data.num_frames=5", "train.batch_size=1", "aux.losses=lpips")
+    row, cfg = find_model("cartoon-v2v"), configure("model.name=cartoon-v2v", *words)
+    counted, measured = profile_training(row, cfg), profile_training(row, cfg, "real")
+    assert counted.stages == measured.stages
+    assert counted.stages["aux"] > counted.stages["forward"]
+    assert counted.stages["aux backward"] > counted.stages["backward"]
+    assert {"vae", "lpips_vgg"} <= counted.weights.keys()
+
+
+def deep(monkeypatch: pytest.MonkeyPatch, depth: int) -> Any:
+    """A model of so many blocks, extended from 4, 6 and 8."""
+    monkeypatch.setattr(extension, "_DEPTHS", (4, 6, 8))
+    monkeypatch.setattr(extension, "_WORTH", 10)
+    return wider("cartoon-v2v", num_layers=depth)
+
+
+TINY = ("data.width=16", "data.height=16", "data.num_frames=5", "train.batch_size=1")
+
+
+def test_an_extended_network_is_the_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    row, cfg = deep(monkeypatch, 10), configure("model.name=cartoon-v2v", *TINY)
+    depths = []
+    counted = training._counted
+
+    def noted(row: Any, *rest: Any, **more: Any) -> Any:
+        depths.append(row.network["dit"]["num_layers"])
+        return counted(row, *rest, **more)
+
+    monkeypatch.setattr(training, "_counted", noted)
+    extended = profile_training(row, cfg)
+    assert depths == [4, 6, 8]
+    assert extended == profile_training(row, cfg, exact=True)
+
+
+def test_a_block_made_different_in_the_middle_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    row, cfg = deep(monkeypatch, 10), configure("model.name=cartoon-v2v", *TINY)
+    assert extension.sizes_of(row, cfg) is not None
+    build = extension.build_on_meta
+
+    def with_another(row: Any, channels: Any = None) -> Any:
+        parts = build(row, channels)
+        parts["dit"].blocks[4].attn1.heads += 1
+        return parts
+
+    monkeypatch.setattr(extension, "build_on_meta", with_another)
+    assert extension.sizes_of(row, cfg) is None
+
+
+def account(**stages: int) -> Account:
+    return Account(stages, {}, {}, 0)
+
+
+def test_numbers_that_do_not_lie_on_a_line_are_not_extended() -> None:
+    depths = extension.Depths((), (6, 8, 10), 40)
+    line = [account(step=size) for size in (60, 80, 100)]
+    assert extension.extend(line, depths) == account(step=400)
+    bent = [account(step=size) for size in (60, 80, 101)]
+    assert extension.extend(bent, depths) is None

@@ -1,0 +1,73 @@
+"""What `vram-profile` predicts beside what a card says; run by hand: `python tests/gpu/vram.py`.
+
+Networks of published sizes are made on the card, zeros in place of weights, so no file is needed. Each row
+is one run of the profiler's own code, once on fake tensors and once on the card: live bytes as predicted and
+as counted, what the allocator gave out and what it reserved. Prints one table and the allowance of the worst
+row; exits 1 where predicted and counted bytes differ by more than 2 %. A row that does not fit says
+so and counts as failed. Unverified until it ran; meant for 80 GB and more, and eight minutes.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from avatarctl.profiling.account import ALLOWANCE, Account
+from avatarctl.profiling.inference import profile_inference
+from avatarctl.profiling.training import profile_training
+from avatarctl.registry import configure, find_model
+
+VIDEO = (
+    "model.channels=49", "model.audio_offset=0", "data.width=512", "data.height=512", "data.num_frames=81",
+)  # fmt: skip
+ROWS = (
+    ("infer", "omniavatar-14b", ("long_video.num_frames=81",)),
+    ("train", "omniavatar-14b", VIDEO),
+    ("train", "omniavatar-14b", (*VIDEO, "aux.losses=sync,lpips,trepa")),
+)
+CLOSE = 0.02
+
+
+def counted(job: str, model: str, words: tuple[str, ...], mode: Any, device: str) -> Account:
+    row, cfg = find_model(model), configure(f"model.name={model}", *words)
+    if job == "train":
+        return profile_training(row, cfg, mode, device=device)
+    cfg = replace(cfg, output=replace(cfg.output, width=512, height=512))
+    return profile_inference(row, cfg, mode, device)
+
+
+def compare(job: str, model: str, words: tuple[str, ...]) -> tuple[bool, float]:
+    """Prints one line; whether the prediction was close, and the share that the allocator takes beside it."""
+    what = f"| {job} {model}{' with auxiliary losses' if 'aux' in words[-1] else ''} |"
+    predicted = counted(job, model, words, "fake", "cpu").live_bytes
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        live = counted(job, model, words, "real", "cuda").live_bytes
+    except torch.OutOfMemoryError:
+        print(f"{what} {predicted / 2**30:.2f} | out of memory | | |", flush=True)
+        return False, 0.0
+    allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    shown = " | ".join(f"{size / 2**30:.2f}" for size in (predicted, live, allocated, reserved))
+    print(f"{what} {shown} |", flush=True)
+    return abs(live / predicted - 1) <= CLOSE, reserved / live - 1
+
+
+def main() -> int:
+    if not torch.cuda.is_available():
+        print("no CUDA device: nothing was checked")
+        return 1
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n")
+    print("| run | predicted live GiB | counted live | allocated | reserved |")
+    print("|---|---|---|---|---|")
+    found = [compare(*row) for row in ROWS]
+    worst = max(share for _, share in found)
+    print(f"\nallowance that these rows would take: {worst:.3f}; the account has {ALLOWANCE}")
+    return int(not all(close for close, _ in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
