@@ -208,9 +208,9 @@ def test_no_network_is_loaded_that_is_not_needed(
 ) -> None:
     built: list[str] = []
 
-    def watch(row: Any, sources: Any, held: Any, part: str, *rest: Any) -> Any:
+    def watch(row: Any, sources: Any, held: Any, part: str, *rest: Any, **more: Any) -> Any:
         built.append(part)
-        return built_in_part(row, sources, held, part, *rest)
+        return built_in_part(row, sources, held, part, *rest, **more)
 
     monkeypatch.setattr("avatarctl.loading.modules.built_in_part", watch)
     words = ("--from-videos", talks, "--data", tmp_path / "o", *SMALL, "--max-windows", 1)

@@ -17,8 +17,7 @@ from avatarctl.registry import configure, find_model
 
 TRAINED = [
     ("cartoon-v2v", ()),
-    ("cartoon-i2v", ("train.mode=lora", "train.lora_rank=4")),
-    ("cartoon-i2v", ("train.mode=lora", "memory.activation_checkpointing=none")),
+    ("cartoon-i2v", ("train.mode=lora", "train.lora_rank=4", "memory.activation_checkpointing=none")),
     (
         "cartoon-i2v",
         (
@@ -30,7 +29,7 @@ TRAINED = [
         ),
     ),
 ]
-SMALL = ("data.width=32", "data.height=32", "data.num_frames=9")
+SMALL = ("data.width=16", "data.height=16", "data.num_frames=5")
 
 
 @pytest.mark.parametrize(("model", "words"), TRAINED)
@@ -39,7 +38,7 @@ def test_training_takes_what_was_counted(
 ) -> None:
     """Counted is what a card does, which reads all rows of a text."""
     monkeypatch.setattr("avatarctl.models.omniavatar.without_padding", lambda text: (text, None))
-    row, cfg = find_model(model), configure(f"model.name={model}", *SMALL, *words)
+    row, cfg = wider(model, num_layers=4), configure(f"model.name={model}", *SMALL, *words)
     counted, measured = profile_training(row, cfg), profile_training(row, cfg, "real")
     assert counted.stages == measured.stages
     assert counted.host == measured.host
@@ -48,8 +47,11 @@ def test_training_takes_what_was_counted(
 
 @pytest.mark.parametrize("model", ["cartoon-v2v", "stableavatar-tiny"])
 def test_inference_takes_what_was_counted(model: str) -> None:
-    words = ("output.width=32", "output.height=32", "long_video.num_frames=9")
-    row, cfg = find_model(model), configure(f"model.name={model}", "long_video.overlap_frames=5", *words)
+    words = ("output.width=16", "output.height=16", "long_video.num_frames=9")
+    row, cfg = (
+        wider(model, num_layers=4),
+        configure(f"model.name={model}", "long_video.overlap_frames=5", *words),
+    )
     counted, measured = profile_inference(row, cfg), profile_inference(row, cfg, "real")
     assert counted.stages == measured.stages
     assert {"text", "audio", "image", "condition", "step", "decode"} <= counted.stages.keys()
@@ -67,17 +69,17 @@ def test_a_changed_network_changes_the_answer() -> None:
     cfg = configure("model.name=cartoon-v2v", *SMALL)
     d, f = 96, 384
     block = 8 * d * (d + 1) + 2 * d * f + f + d + 6 * d + 4 * d + 2 * d
-    six, eight = (profile_training(wider("cartoon-v2v", num_layers=n), cfg) for n in (6, 8))
+    four, six = (profile_training(wider("cartoon-v2v", num_layers=n), cfg) for n in (4, 6))
     audio = d * 32 + d  # one more projection
-    assert eight.trained - six.trained == 2 * block + audio
-    assert eight.weights["dit"] - six.weights["dit"] == 4 * (2 * block + audio)
-    assert eight.components["moments"] == 8 * eight.trained
+    assert six.trained - four.trained == 2 * block + audio
+    assert six.weights["dit"] - four.weights["dit"] == 4 * (2 * block + audio)
+    assert six.components["moments"] == 8 * six.trained
 
 
 def test_the_second_step_is_counted() -> None:
     """Moments do not exist in the first: an account of one step would be short of two numbers per weight."""
     cfg = configure("model.name=cartoon-v2v", *SMALL)
-    counted = profile_training(find_model("cartoon-v2v"), cfg)
+    counted = profile_training(wider("cartoon-v2v", num_layers=4), cfg)
     # In the second backward pass weights, gradients and moments are all there.
     assert counted.stages["backward"] >= 4 * 4 * counted.trained
 
@@ -86,7 +88,7 @@ def test_auxiliary_losses_take_what_was_counted(monkeypatch: pytest.MonkeyPatch)
     """The decoder's gradient and the judges', behind the step of the trainer."""
     monkeypatch.setattr("avatarctl.models.omniavatar.without_padding", lambda text: (text, None))
     words = ("data.width=32", "data.height=32", "data.num_frames=5", "train.batch_size=1", "aux.losses=lpips")
-    row, cfg = find_model("cartoon-v2v"), configure("model.name=cartoon-v2v", *words)
+    row, cfg = wider("cartoon-v2v", num_layers=4), configure("model.name=cartoon-v2v", *words)
     counted, measured = profile_training(row, cfg), profile_training(row, cfg, "real")
     assert counted.stages == measured.stages
     assert counted.stages["aux"] > counted.stages["forward"]

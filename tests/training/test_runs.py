@@ -256,7 +256,7 @@ def test_bad_samples_are_named_and_the_others_train(train: Train, samples: Path,
         ("i2v", ("--model", "omniavatar-1.3b"), 4, "weights are missing"),
         ("i2v", ("--model", "stableavatar-tiny"), 2, "is not trained yet"),
         ("v2v", ("--data", "nowhere"), 2, "nowhere"),
-        ("v2v", ("--optimizer", "adamw8bit"), 2, "not yet supported"),
+        ("v2v", ("--optimizer", "adamw8bit"), 4, "adamw8bit needs bitsandbytes"),
     ],
 )
 def test_refused_before_anything_is_made(
