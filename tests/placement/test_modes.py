@@ -94,7 +94,8 @@ def test_float8_is_the_same_in_every_mode(whole: tuple[tuple[str, ...], torch.Te
     stored = (*settings, "memory.base_precision=fp8")
     expected = made(plan_of(*stored))
     assert not torch.equal(expected, wide)
-    for words in (("memory.mode=group", "memory.group_blocks=2"), ("memory.mode=sequential",)):
+    group = ("memory.mode=group", "memory.group_blocks=2")
+    for words in (group, ("memory.swap_blocks=1",), ("memory.mode=sequential",)):
         assert torch.equal(made(plan_of(*stored, *words)), expected), words
 
 
