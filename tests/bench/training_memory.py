@@ -29,7 +29,7 @@ ROWS = {
     "lean": ((JUDGED, *LEAN), 44e9),
     "small, rank 32": (("train.lora_rank=32", *LEAN), 22e9),
 }
-PHASES = ("load", "forward", "losses", "backward", "optimizer")
+PHASES = ("load", "forward", "aux", "aux backward", "backward", "optimizer")
 
 
 def main() -> int:
