@@ -7,6 +7,7 @@ there, since fake tensors of a machine without a card are on its CPU.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Final
 
 import torch
@@ -58,6 +59,7 @@ def _room(tensor: Tensor, host: torch.device) -> Tensor:
     if tensor.device.type == "cuda":
         try:
             return torch.empty(tensor.numel(), dtype=tensor.dtype, device=host, pin_memory=True)
-        except RuntimeError:  # the limit of locked memory; a copy takes longer, and is the same
-            pass
+        except RuntimeError:  # the limit of locked memory; Python says a warning of one line once
+            slower = "the system locks no more memory: what waits on the host is copied more slowly"
+            warnings.warn(slower, RuntimeWarning, stacklevel=3)
     return torch.empty(0, dtype=tensor.dtype, device=host)

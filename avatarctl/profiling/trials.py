@@ -44,6 +44,7 @@ OPTIONAL: Final[Mapping[str, tuple[str, str]]] = {
     "flash_attn": ("flash-attn", "for --attention flash, on an NVIDIA card: pip install 'avatarctl[flash]'"),
     "sageattention": ("sageattention", "for --attention sage"),
     "onnxruntime": ("onnxruntime", "for separate: pip install 'avatarctl[separate]'"),
+    "bitsandbytes": ("bitsandbytes", "for train.optimizer adamw8bit: pip install 'avatarctl[adamw8bit]'"),
     "tensorboard": ("tensorboard", "for --trackers tensorboard: pip install 'avatarctl[track]'"),
     "wandb": ("wandb", "for --trackers wandb: pip install 'avatarctl[track]'"),
     "trackio": ("trackio", "for --trackers trackio: pip install 'avatarctl[track]'"),
