@@ -43,9 +43,9 @@ $(installed): pyproject.toml constraints.txt
 clean:
 	rm -rf $(VENV)
 
-# The figures of docs/benchmarks.md; about twenty minutes on two idle cores.
+# The figures of docs/benchmarks.md; about half an hour on two idle cores.
 BENCHES := help_cpu start_cpu memory_against_length outside_networks audio_windows demo_time convert_speed load_time \
-	stableavatar_work batched_branches cpu_convolution prepare_work face_tracking training_work
+	stableavatar_work batched_branches cpu_convolution prepare_work face_tracking training_work training_memory
 .PHONY: bench
 bench: $(installed)
 	@for name in $(BENCHES); do $(bin)/python tests/bench/$$name.py || exit 1; done
