@@ -49,6 +49,18 @@ class PreparedTensors:
     rotary: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class _Branch:
+    """What differs between guidance branches: rotary complex64 [1, S, 1, d / 2], audio [B, P, T, D], and
+    text [B, S_text, D] with its bias or the keys and values of each block."""
+
+    rotary: Tensor
+    audio: Tensor
+    text: Tensor | None = None
+    text_bias: Tensor | None = None
+    key_values: Sequence[KeyValue] | None = None
+
+
 class ResidualBlock(AvatarBlock):
     """A block that adds an audio residual to its input.
 
@@ -56,7 +68,7 @@ class ResidualBlock(AvatarBlock):
     find it again (spec/building-blocks.md 1).
     """
 
-    def forward(
+    def compute(
         self,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None,
@@ -144,13 +156,9 @@ class OmniAvatarTransformer(AvatarTransformer):
         rows, bias = without_padding(encoder_hidden_states)
         text = self.condition_embedder.text_embedder(rows.to(self._compute_dtype))
         _, _, frames, height, width = hidden_states.shape
-        return self._run(
-            self._embed(hidden_states, timestep),
-            rotary=self._rotary_table((frames, height, width), hidden_states.device),
-            audio=self._audio_residuals(audio),
-            text=text,
-            text_bias=bias,
-        )
+        rotary = self._rotary_table((frames, height, width), hidden_states.device)
+        run = _Branch(rotary, self._audio_residuals(audio), text, bias)
+        return self._run(self._embed(hidden_states, timestep), [run])[0]
 
     def _prepare(
         self,
@@ -177,15 +185,13 @@ class OmniAvatarTransformer(AvatarTransformer):
     ) -> dict[str, Tensor]:
         """As `_raw`, from prepared tensors, for every guidance branch: they share latents and timestep, so
         these are embedded once."""
-        embedded = self._embed(hidden_states, timestep)
-        velocities = {}
-        for branch, ready in prepared.items():
+        branches = []
+        for ready in prepared.values():
             if ready.text is None or ready.audio is None or ready.rotary is None:
                 raise ValueError("denoise needs prepared text, audio and rotary tensors")
-            velocities[branch] = self._run(
-                embedded, rotary=ready.rotary, audio=ready.audio, text_key_values=ready.text
-            )
-        return velocities
+            branches.append(_Branch(ready.rotary, ready.audio, key_values=ready.text))
+        velocities = self._run(self._embed(hidden_states, timestep), branches)
+        return dict(zip(prepared, velocities, strict=True))
 
     def _audio_residuals(self, audio: Tensor) -> Tensor:
         """[B, L, A] -> [B, P, T, D]. The first frame is repeated to fill the first latent's group of four:
@@ -194,32 +200,29 @@ class OmniAvatarTransformer(AvatarTransformer):
         packed = self.audio_proj(torch.cat([audio[:, :1].expand(-1, 3, -1), audio], dim=1))
         return torch.stack([projection(packed) for projection in self.audio_cond_projs], dim=1)
 
-    def _run(
-        self,
-        embedded: Embedded,
-        *,
-        rotary: Tensor,
-        audio: Tensor,
-        text: Tensor | None = None,
-        text_bias: Tensor | None = None,
-        text_key_values: Sequence[KeyValue] | None = None,
-    ) -> Tensor:
-        """Blocks, head, patches back to latents: [B, 16, T, h, w]."""
+    def _run(self, embedded: Embedded, branches: Sequence[_Branch]) -> list[Tensor]:
+        """Blocks, head, patches back to latents: [B, 16, T, h, w] for each branch, which share tokens and
+        time. Block by block, not branch by branch: a block that waits on the host comes once."""
         frames = embedded.grid[0]
-        if audio.shape[2] != frames:
-            # Any divisor of the token count would be accepted below, and audio would meet other frames.
-            raise ValueError(f"audio of {audio.shape[2]} latent frames for a video of {frames}")
-        tokens = embedded.tokens
+        for branch in branches:
+            if branch.audio.shape[2] != frames:
+                # Any divisor of the token count would be accepted below, and audio would meet other frames.
+                raise ValueError(f"audio of {branch.audio.shape[2]} latent frames for a video of {frames}")
+        tokens, modulation = [embedded.tokens] * len(branches), embedded.modulation
         for index, block in enumerate(self.blocks):
-            tokens = self._checkpointed(
-                block,
-                tokens,
-                text,
-                embedded.modulation,
-                rotary,
-                # None where a block gets no audio.
-                audio[:, index - 2] if 2 <= index <= len(self.blocks) // 2 else None,
-                None if text_key_values is None else text_key_values[index],
-                text_bias,
-            )
-        return self._unembed(tokens, embedded)
+            has_audio = 2 <= index <= len(self.blocks) // 2
+            calls = [
+                (
+                    each,
+                    branch.text,
+                    modulation,
+                    branch.rotary,
+                    branch.audio[:, index - 2] if has_audio else None,
+                    None if branch.key_values is None else branch.key_values[index],
+                    branch.text_bias,
+                )
+                for each, branch in zip(tokens, branches, strict=True)
+            ]
+            tokens.clear()
+            tokens = self._through(block, calls)
+        return [self._unembed(each, embedded) for each in tokens]

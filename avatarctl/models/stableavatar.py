@@ -45,6 +45,19 @@ class PreparedStable:
     rotary: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class _Pass:
+    """One branch, or several stacked: vocal as blocks take it; text and image as tokens, or in `readies` for
+    every block. is_mixed: the tokens are behind the first block's self-attention."""
+
+    embedded: Embedded
+    vocal: Tensor | None
+    text: Tensor | None = None
+    image: Tensor | None = None
+    readies: Sequence[PreparedStable] = ()
+    is_mixed: bool = False
+
+
 class ExactSinusoid(nn.Module):
     """Timesteps [B] -> float32 [B, width], cosines then sines (spec/stableavatar.md a.4 point 3).
 
@@ -132,7 +145,7 @@ class VocalBlock(AvatarBlock):
         block.attn2.vocal_k = nn.Linear(width, width)
         block.attn2.vocal_v = nn.Linear(width, width)
 
-    def forward(
+    def compute(
         self,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None,
@@ -269,13 +282,13 @@ class StableAvatarTransformer(AvatarTransformer):
         if frames is None:
             frames = _PER_LATENT * (padded_frames or length) - 3
         context = self._project(embedded, self.vocal_projector.windows(vocal, frames))
-        return self._run(
+        run = _Pass(
             embedded,
-            self._rotary_table((length, height, width), hidden_states.device),
             rearrange(context, "b f n d -> b 1 (f n) d") if clip_level else context,
             text=self._text(encoder_hidden_states),
             image=self._image(image),
         )
+        return self._run([run], self._rotary_table((length, height, width), hidden_states.device))[0]
 
     def _prepare(
         self,
@@ -339,38 +352,16 @@ class StableAvatarTransformer(AvatarTransformer):
         mixed = self.blocks[0](embedded.tokens, None, embedded.modulation, rotary, only="mixed")
         embedded = replace(embedded, tokens=mixed)
 
-        def run(names: Sequence[str]) -> Tensor:
-            return self._branches(
-                embedded, rotary, [prepared[name] for name in names], [vocals[name] for name in names]
-            )
-
-        if not batched:
-            return {name: run([name]) for name in prepared}
         # Those with audio first: blocks give the rest of a batch no audio.
         order = sorted(prepared, key=lambda name: vocals[name] is None)
-        stacked = run(order)
-        velocities = dict(zip(order, stacked.chunk(len(order)), strict=True))
+        groups = [order] if batched else [[name] for name in order]
+        passes = [
+            _pass_of(embedded, [prepared[name] for name in names], [vocals[name] for name in names])
+            for names in groups
+        ]
+        made = [part for stacked in self._run(passes, rotary) for part in stacked.chunk(len(groups[0]))]
+        velocities = dict(zip(order, made, strict=True))
         return {name: velocities[name] for name in prepared}
-
-    def _branches(
-        self,
-        embedded: Embedded,
-        rotary: Tensor,
-        readies: Sequence[PreparedStable],
-        vocals: Sequence[Tensor | None],
-    ) -> Tensor:
-        """One forward pass for stacked branches, those without audio last, from the tokens behind the first
-        self-attention."""
-        if (times := len(readies)) > 1:
-            embedded = replace(
-                embedded,
-                tokens=embedded.tokens.repeat(times, 1, 1),
-                time=embedded.time.repeat(times, 1),
-                modulation=embedded.modulation.repeat(times, 1, 1),
-            )
-        given = [context for context in vocals if context is not None]
-        vocal = torch.cat(given) if given else None
-        return self._run(embedded, rotary, vocal, readies=readies, is_mixed=True)
 
     def _text(self, text: Tensor) -> Tensor:
         return self.condition_embedder.text_embedder(text.to(self._compute_dtype))
@@ -388,36 +379,43 @@ class StableAvatarTransformer(AvatarTransformer):
             self.vocal_projector, audio, embedded.tokens, embedded.modulation, embedded.time
         )
 
-    def _run(
-        self,
-        embedded: Embedded,
-        rotary: Tensor,
-        vocal: Tensor | None,
-        *,
-        text: Tensor | None = None,
-        image: Tensor | None = None,
-        readies: Sequence[PreparedStable] = (),
-        is_mixed: bool = False,
-    ) -> Tensor:
-        """Blocks and head: [B, 16, T, h, w]. Text and image come as tokens, or ready for every block.
-        is_mixed: the tokens are behind the first block's self-attention."""
-        tokens = embedded.tokens
-        rotary = _padded_rotary(rotary, embedded)
+    def _run(self, passes: Sequence[_Pass], rotary: Tensor) -> list[Tensor]:
+        """Blocks and head: [B, 16, T, h, w] for each pass. Block by block, not pass by pass: a block that
+        waits on the host comes once."""
+        rotary = _padded_rotary(rotary, passes[0].embedded)
+        tokens = [each.embedded.tokens for each in passes]
         for index, block in enumerate(self.blocks):
-            tokens = self._checkpointed(
-                block,
-                tokens,
-                text,
-                embedded.modulation,
-                rotary,
-                image,
-                vocal,
-                _stacked([ready.text[index] for ready in readies if ready.text]),
-                _stacked([ready.image[index] for ready in readies if ready.image]),
-                None,
-                is_mixed and index == 0,
-            )
-        return self._unembed(tokens, embedded)
+            calls = [
+                (
+                    seen,
+                    each.text,
+                    each.embedded.modulation,
+                    rotary,
+                    each.image,
+                    each.vocal,
+                    _stacked([ready.text[index] for ready in each.readies if ready.text]),
+                    _stacked([ready.image[index] for ready in each.readies if ready.image]),
+                    None,
+                    each.is_mixed and index == 0,
+                )
+                for seen, each in zip(tokens, passes, strict=True)
+            ]
+            tokens.clear()
+            tokens = self._through(block, calls)
+        return [self._unembed(seen, each.embedded) for seen, each in zip(tokens, passes, strict=True)]
+
+
+def _pass_of(embedded: Embedded, readies: Sequence[PreparedStable], vocals: Sequence[Tensor | None]) -> _Pass:
+    """Stacked branches, those without audio last, from the tokens behind the first self-attention."""
+    if (times := len(readies)) > 1:
+        embedded = replace(
+            embedded,
+            tokens=embedded.tokens.repeat(times, 1, 1),
+            time=embedded.time.repeat(times, 1),
+            modulation=embedded.modulation.repeat(times, 1, 1),
+        )
+    given = [context for context in vocals if context is not None]
+    return _Pass(embedded, torch.cat(given) if given else None, readies=readies, is_mixed=True)
 
 
 def _padded(embedded: Embedded, frames: int | None) -> Embedded:

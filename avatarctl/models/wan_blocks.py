@@ -121,12 +121,26 @@ class AvatarAttnProcessor:
 
 
 class AvatarBlock(WanTransformerBlock):
-    """A Wan block that a family extends by what its `forward` takes.
+    """A Wan block that a family extends by what its `compute` takes.
 
     Applied by `block.__class__ = ...` on a built block: same parameters, bit-equal gradients.
     """
 
     cross_processor: ClassVar[type[AvatarAttnProcessor]] = AvatarAttnProcessor
+
+    def forward(self, *arguments: Any, each: list[tuple[Any, ...]] | None = None, **keywords: Any) -> Any:
+        """`compute`; each: the arguments of several calls, emptied meanwhile, whose results come as a list.
+        Weights that wait elsewhere come for a forward: for all branches of a step once."""
+        if each is None:
+            return self.compute(*arguments, **keywords)
+        results = []
+        while each:
+            results.append(self.compute(*each.pop(0)))
+        return results
+
+    def compute(self, *arguments: Any, **keywords: Any) -> Any:
+        """A family's block defines it."""
+        raise NotImplementedError
 
     @classmethod
     def adopt(cls, block: WanTransformerBlock) -> None:

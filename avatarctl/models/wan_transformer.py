@@ -106,6 +106,14 @@ class AvatarTransformer(WanTransformer3DModel):
             return self._gradient_checkpointing_func(module, *arguments)
         return module(*arguments)
 
+    def _through(self, block: nn.Module, calls: list[tuple[Any, ...]]) -> list[Tensor]:
+        """A block for each call's arguments: one, or the branches of a step, in one entry, which lets go of
+        the arguments of one before the next."""
+        if len(calls) == 1:
+            return [self._checkpointed(block, *calls[0])]
+        results: list[Tensor] = block(each=calls)
+        return results
+
     def _unembed(self, tokens: Tensor, embedded: Embedded) -> Tensor:
         """The head, then patches back to latents [B, 16, T, h, w]; tokens behind the grid are dropped."""
         frames, rows, columns = embedded.grid

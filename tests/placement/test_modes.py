@@ -33,6 +33,7 @@ WINDOWS = ("model.name=stableavatar-tiny", "sampling.steps=2")
 BLOCKS = {CHUNKS: 6, WINDOWS: 2}
 PASSES = 1 + 2 * 2
 """Over the blocks of the chunked job: keys and values of the text, then two steps of two chunks."""
+GUIDED = ("sampling.guidance_scale=3", "sampling.audio_guidance_scale=2")
 
 
 def plan_of(*settings: str) -> JobPlan:
@@ -66,6 +67,11 @@ def whole(request: pytest.FixtureRequest) -> tuple[tuple[str, ...], torch.Tensor
 def test_a_mode_changes_no_bit(whole: tuple[tuple[str, ...], torch.Tensor], memory: tuple[str, ...]) -> None:
     settings, expected = whole
     assert torch.equal(made(plan_of(*settings, *memory)), expected)
+
+
+def test_branches_that_share_a_visit_change_no_bit() -> None:
+    job = (*CHUNKS, *GUIDED)
+    assert torch.equal(made(plan_of(*job, "memory.mode=group")), made(plan_of(*job)))
 
 
 def test_branches_one_by_one_find_their_weights() -> None:
@@ -141,10 +147,12 @@ def test_the_text_encoder_is_gone_before_the_transformer_is_read(monkeypatch: py
     assert modules.loads == ["text", "vae", "audio", "dit"], "each once, none before it is needed"
 
 
-def test_each_pass_moves_what_is_away_once_and_two_groups_are_here_at_most(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("guidance", "passes"), [((), PASSES), (GUIDED, PASSES + 1)], ids=["one", "three"])
+def test_each_step_moves_what_is_away_once_and_two_groups_are_here_at_most(
+    monkeypatch: pytest.MonkeyPatch, guidance: tuple[str, ...], passes: int
 ) -> None:
-    plan = plan_of(*CHUNKS, "memory.mode=group", "memory.group_blocks=2")
+    """With three guidance branches as with one, but that there are two texts with keys and values."""
+    plan = plan_of(*CHUNKS, *guidance, "memory.mode=group", "memory.group_blocks=2")
     units: list[Unit] = []
     start, most = Unit.start, [0]
 
@@ -159,8 +167,8 @@ def test_each_pass_moves_what_is_away_once_and_two_groups_are_here_at_most(
     made(plan, modules)
     moves, groups = modules.moves, BLOCKS[CHUNKS] // 2
     # The next group is under way when the last pass ends.
-    assert moves.copies == PASSES * groups + 1
-    assert moves.copied_bytes == sum(unit.nbytes for unit in units) * PASSES + units[0].nbytes
+    assert moves.copies == passes * groups + 1
+    assert moves.copied_bytes == sum(unit.nbytes for unit in units) * passes + units[0].nbytes
     assert moves.order[:4] == ["blocks 0", "blocks 2", "blocks 4", "blocks 0"]
     assert most[0] == 2
 
