@@ -352,8 +352,8 @@ class StableAvatarTransformer(AvatarTransformer):
         mixed = self.blocks[0](embedded.tokens, None, embedded.modulation, rotary, only="mixed")
         embedded = replace(embedded, tokens=mixed)
 
-        # Those with audio first: blocks give the rest of a batch no audio.
-        order = sorted(prepared, key=lambda name: vocals[name] is None)
+        # In a batch those with audio first: blocks give the rest of it no audio.
+        order = sorted(prepared, key=lambda name: batched and vocals[name] is None)
         groups = [order] if batched else [[name] for name in order]
         passes = [
             _pass_of(embedded, [prepared[name] for name in names], [vocals[name] for name in names])
