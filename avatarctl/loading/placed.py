@@ -1,7 +1,7 @@
 """The networks of a run in a memory mode: read when they are first needed, one large one at a time.
 
 full        everything on the device from the start
-model       the text and image encoders leave before the transformer is read
+model       the image encoder leaves before the text encoder is read, and that before the transformer
 group       as model, and the transformer's blocks come in groups
 sequential  every module comes for its own forward alone
 """
@@ -23,7 +23,7 @@ from avatarctl.placement.units import Moves
 
 __all__ = ["PlacedModules", "is_full"]
 
-_BEFORE_THE_TRANSFORMER: Final[tuple[Part, ...]] = ("text", "image")
+_LARGE: Final[tuple[Part, ...]] = ("text", "image", "dit")
 
 
 def is_full(memory: Memory) -> bool:
@@ -55,13 +55,8 @@ class PlacedModules(SomeModules):
 
     def _placed(self, part: Part) -> Any:
         mode, swap = self._memory.mode, self._memory.swap_blocks
-        if part in _BEFORE_THE_TRANSFORMER and "dit" in self.__dict__:
-            self.drop("dit")  # a second job with the same networks: never are both here
-        if part == "dit":
-            for name in _BEFORE_THE_TRANSFORMER:
-                if name in self.__dict__:
-                    self.drop(name)
-                    self._emit(Notice(f"memory: the {name} encoder is done and leaves"))
+        if part in _LARGE:
+            self._leave_room(part)
         by_leaves = mode == "sequential"
         in_blocks = part == "dit" and (mode == "group" or swap > 0)
         network = self._read(part, self._host if by_leaves or in_blocks else self.device)
@@ -77,6 +72,14 @@ class PlacedModules(SomeModules):
             line = f"memory: {unpinned / 2**30:.1f} GiB on the host could not be pinned; copies take longer"
             self._emit(Notice(line, "warning"))
         return network
+
+    def _leave_room(self, part: Part) -> None:
+        """Never are two of them here; with a second job the transformer leaves as well."""
+        for name in _LARGE:
+            if name != part and self.__dict__.get(name) is not None:
+                self.drop(name)
+                what = "transformer" if name == "dit" else f"{name} encoder"
+                self._emit(Notice(f"memory: the {what} is done and leaves"))
 
     def later(self, part: Part) -> Any:
         """Stands for a part that must not be read yet: calls and attributes are the part's."""

@@ -18,8 +18,8 @@ _NAMES: Final = {
     "audio": "audio encoder",
     "dit": "transformer",
 }
-_BEFORE: Final = ("text", "image")
-"""Parts that work before the transformer is read, and leave (loading/placed.py)."""
+_UNTIL: Final = {"image": "until the text encoder is read", "text": "until the transformer is read"}
+"""Parts that do their work and leave (loading/placed.py)."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +98,9 @@ def seated(parts: Sequence[Part], memory: Memory, unknown: Sequence[str] = ()) -
     for part in parts:
         device, waiting, when = part.weights, 0, "from the start"
         if mode != "full":
-            when = (
-                "until the transformer is read" if part.name in _BEFORE else "when first needed, then always"
-            )
+            when = _UNTIL.get(part.name, "when first needed, then always")
         if mode == "sequential":
-            until = ", until the transformer is read" if part.name in _BEFORE else ""
+            until = f", {_UNTIL[part.name]}" if part.name in _UNTIL else ""
             device, waiting, when = part.largest, part.weights, f"each module for its own call{until}"
             units.append(part.largest)
         elif part.name == "dit" and mode != "full":
@@ -115,19 +113,28 @@ def seated(parts: Sequence[Part], memory: Memory, unknown: Sequence[str] = ()) -
                 units += groups
         seats.append(Seat(_NAMES[part.name], part.weights, device, waiting, when))
     together = max if mode == "sequential" else sum
-    early = [seat for part, seat in zip(parts, seats, strict=True) if part.name != "dit"]
-    late = [
-        seat for part, seat in zip(parts, seats, strict=True) if mode == "full" or part.name not in _BEFORE
-    ]
+    *early, late = _moments(parts, seats, mode)
     return Seating(
         mode,
         tuple(seats),
-        before=0 if mode == "full" else together([0, *(seat.device for seat in early)]),
+        before=max((together([0, *(seat.device for seat in moment)]) for moment in early), default=0),
         after=together([0, *(seat.device for seat in late)]),
-        host=max(sum(seat.host for seat in moment) for moment in (early, late)),
+        host=max(sum(seat.host for seat in moment) for moment in (*early, late)),
         packing=max(units),
         unknown=tuple(_NAMES[name] for name in unknown),
     )
+
+
+def _moments(parts: Sequence[Part], seats: Sequence[Seat], mode: str) -> list[list[Seat]]:
+    """Seats that are taken at once: each encoder that leaves with those that stay, and last the transformer
+    with them."""
+    if mode == "full":
+        return [list(seats)]
+    named = list(zip(parts, seats, strict=True))
+    leaving = [seat for part, seat in named if part.name in _UNTIL]
+    small = [seat for part, seat in named if part.name not in (*_UNTIL, "dit")]
+    last = [seat for part, seat in named if part.name not in _UNTIL]
+    return [*([*small, seat] for seat in leaving), last]
 
 
 def _groups(part: Part, memory: Memory) -> list[int]:

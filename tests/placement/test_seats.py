@@ -102,6 +102,10 @@ def test_seats_of_each_mode() -> None:
     assert seats("memory.swap_blocks=1") == (107, 20, 54, 111, 20, 20)
     # The text encoder waits no more when the transformer does.
     assert seats("memory.mode=sequential") == (6, 107, 30, 6, 111, 30)
+    # One encoder at a time, beside the 4 that stay.
+    parts = (*parts[:2], Part("image", 60, 5), parts[2])
+    assert seats("memory.mode=model") == (107, 0, 64, 111, 0, 0)
+    assert seats() == (107, 0, 0, 221, 0, 0)
 
 
 def test_a_dry_run_shows_the_table() -> None:
