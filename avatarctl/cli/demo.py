@@ -132,8 +132,8 @@ def _sheet(plan: JobPlan, *, known: bool) -> ContactSheet:
 def build(out: str, seed: int, part: Any, threads: int | None, short: bool) -> None:
     """Make the built-in models from an empty folder and a seed: VAE, audio encoder, both transformers, judge.
 
-    Two hours and a half on two idle cores. Stopped at any moment, the same command goes on, bit for bit. The
-    files and their card are in DIR/cartoon.
+    Two hours and a half on two idle cores. Stopped at any moment, the same command goes on, bit for bit; two
+    processes may make two parts (--part) beside each other. The files and their card are in DIR/cartoon.
     """
     import torch
 

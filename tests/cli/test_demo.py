@@ -14,6 +14,7 @@ from PIL import Image
 
 from avatarctl.cli import app
 from avatarctl.demo.voices import speech
+from avatarctl.training.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -58,8 +59,12 @@ def test_refused(words: tuple[str, ...], says: str, refused: Callable[..., str])
 
 
 def test_a_folder_of_another_seed_is_not_gone_on_with(tmp_path: Path, refused: Callable[..., str]) -> None:
-    (tmp_path / "build.json").write_text(json.dumps({"made_by": "another", "seed": 1, "parts": {}}))
-    assert "another seed, recipe or version" in refused(2, "demo", "build", "--out", str(tmp_path), "--short")
+    (tmp_path / "made" / "judge").mkdir(parents=True)
+    held = {"made_by": "another", "seed": 1, "part": {}}
+    (tmp_path / "made" / "judge" / "build.json").write_text(json.dumps(held))
+    assert "judge of another seed, recipe or version" in refused(
+        2, "demo", "build", "--out", str(tmp_path), "--short"
+    )
 
 
 def test_a_part_is_not_made_before_its_own_parts(tmp_path: Path, refused: Callable[..., str]) -> None:
@@ -68,5 +73,14 @@ def test_a_part_is_not_made_before_its_own_parts(tmp_path: Path, refused: Callab
 
 
 def test_a_damaged_record_of_a_build_is_one_line(tmp_path: Path, refused: Callable[..., str]) -> None:
-    (tmp_path / "build.json").write_text("{", encoding="utf-8")
+    (tmp_path / "made" / "vae").mkdir(parents=True)
+    (tmp_path / "made" / "vae" / "build.json").write_text("{", encoding="utf-8")
     assert "build.json" in refused(3, "demo", "build", "--out", str(tmp_path), "--short")
+
+
+def test_a_part_is_made_by_one_process_at_a_time(tmp_path: Path, refused: Callable[..., str]) -> None:
+    """Another part may be made beside it."""
+    words = ("demo", "build", "--out", str(tmp_path), "--short", "--part")
+    with RunFolder(tmp_path / "made" / "vae").held():
+        assert "another run" in refused(2, *words, "vae")
+        assert "clips: is made out of" in refused(2, *words, "clips")

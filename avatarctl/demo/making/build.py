@@ -1,7 +1,7 @@
 """Makes the built-in models from an empty folder: each part goes on where it was stopped, bit for bit.
 
-FOLDER/PART holds the state of a part while it learns; FOLDER/cartoon the files that are shipped, and their
-card.
+FOLDER/PART holds the state of a part while it learns, FOLDER/made/PART what it became, FOLDER/cartoon the
+files that are shipped, and their card. Two processes may make two parts of one folder.
 """
 
 from __future__ import annotations
@@ -85,12 +85,13 @@ class Build:
     def run(self, should_stop: Callable[[], bool], only: Part | None = None) -> None:
         """Makes what is not there, or `only` one part.
 
-        Raises Interrupted, behind what is saved; OutputRefused while another build is in the folder;
+        Raises Interrupted, behind what is saved; OutputRefused while another process makes the same part;
         UsageError for a part whose own parts are not made, or a folder of another seed or recipe.
         """
-        with RunFolder(self.folder).held():
-            self._read_facts()
-            for part in PARTS if only is None else (only,):
+        self._read_facts()
+        for part in PARTS if only is None else (only,):
+            with RunFolder(self._made(part)).held():
+                self._read_facts()
                 if part in self.facts:
                     continue
                 if lacking := [each for each in NEEDS[part] if each not in self.facts]:
@@ -98,12 +99,10 @@ class Build:
                     raise UsageError(f"is made out of {', '.join(lacking)}", where=part, fix=fix)
                 self.emit(Stage(f"{part}"))
                 self.facts[part] = _MAKERS[part](self, should_stop)
-                self._write_facts()
-            if all(part in self.facts for part in PARTS):
-                self._finish()
-
-    def _whole(self) -> str:
-        return " ".join(self._made_by(part) for part in PARTS)
+                self._write_facts(part)
+        self._read_facts()
+        if all(part in self.facts for part in PARTS):
+            self._finish()
 
     def _made_by(self, part: Part) -> str:
         return f"{self.recipe.made_by(part, self.seed)} torch {torch.__version__}"
@@ -153,7 +152,9 @@ class Build:
             "train__max_steps": self.recipe.transformer_steps,
             "train__batch_size": self.recipe.batch_size,
         }
-        mask = self.folder / "mask.png"  # the loss has to know where mouths are, of an image as of a video
+        mask = (
+            self.folder / f"mask_{which}.png"
+        )  # the loss has to know where mouths are, of an image as of a video
         if not mask.is_file():
             Image.fromarray(mouth_mask()).save(mask)
         more |= {"data__num_frames": self.recipe.frames, "data__mask": str(mask.absolute())}
@@ -209,22 +210,27 @@ class Build:
         contiguous = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
         atomic_write_bytes(self._home / name, save(contiguous, {"format": "pt", "world": "cartoon 64x64"}))
 
-    def _read_facts(self) -> None:
-        path = self.folder / CARD
-        if not path.is_file():
-            return
-        held = read_object(path, _LONGEST_CARD)
-        if held.get("made_by") != self._whole() or not isinstance(held.get("parts"), dict):
-            raise UsageError(
-                "holds a build of another seed, recipe or version of torch",
-                where=self.folder,
-                fix="choose another --out",
-            )
-        self.facts = held["parts"]
+    def _made(self, part: Part) -> Path:
+        return self.folder / "made" / part
 
-    def _write_facts(self) -> None:
-        held = {"made_by": self._whole(), "seed": self.seed, "parts": self.facts}
-        atomic_write_text(self.folder / CARD, json.dumps(held, indent=1) + "\n")
+    def _read_facts(self) -> None:
+        """Of every part that is there, by whatever process it was made."""
+        for part in PARTS:
+            path = self._made(part) / CARD
+            if not path.is_file():
+                continue
+            held = read_object(path, _LONGEST_CARD)
+            if held.get("made_by") != self._made_by(part) or not isinstance(held.get("part"), dict):
+                raise UsageError(
+                    f"holds a {part} of another seed, recipe or version of torch",
+                    where=self.folder,
+                    fix="choose another --out",
+                )
+            self.facts[part] = held["part"]
+
+    def _write_facts(self, part: Part) -> None:
+        held = {"made_by": self._made_by(part), "seed": self.seed, "part": self.facts[part]}
+        atomic_write_text(self._made(part) / CARD, json.dumps(held, indent=1) + "\n")
 
     def _finish(self) -> None:
         files = sorted(path for path in self._home.iterdir() if path.suffix in (".safetensors", ".json"))

@@ -51,7 +51,7 @@ class Recipe:
 
 
 FULL: Final = Recipe(
-    vae_steps=3000, audio_steps=600, clips=2400, frames=33, transformer_steps=3000, batch_size=16,
+    vae_steps=3000, audio_steps=600, clips=2400, frames=33, transformer_steps=2000, batch_size=16,
     judge_steps=1500, score_every=250, watched=((33, 12), (81, 4)), statistics=200,
 )  # fmt: skip
 """What is shipped; two hours and a half on two idle cores."""
