@@ -236,8 +236,8 @@ class Memory:
         "input, block_offload the same with these inputs on the host",
     )
     base_precision: Literal["bf16", "fp8"] = key(
-        "bf16", "storage of the transformer: as it computes, or the matrices of its blocks in eight bits",
-        not_yet={"train i2v": ANY, "train v2v": ANY},
+        "bf16", "storage of the transformer: as it computes, or the matrices of its blocks in eight bits; of "
+        "training those that are frozen",
     )  # fmt: skip
     optimizer_device: Literal["auto", "cpu", "cuda"] = key(
         "auto", "where moments live between steps: auto and cuda with the weights, cpu on the host"

@@ -22,6 +22,7 @@ from avatarctl.live_bytes import LiveBytes
 from avatarctl.loading.built_in import build_on_meta
 from avatarctl.loading.fill import on_meta
 from avatarctl.models.device import dtype_of
+from avatarctl.models.fp8 import store_in_float8
 from avatarctl.models.precision import is_float32_island
 from avatarctl.profiling.account import Account
 from avatarctl.profiling.auxiliary import CountedAux, aux_step, without_caches
@@ -95,6 +96,8 @@ def _counted(row: Row, cfg: RunConfig, mode: Mode, *, judge: bool = True, device
         fill(dit, nullcontext(), own, host.type)
     else:
         fill(dit, inside, own, device)
+    if cfg.memory.base_precision == "fp8":
+        store_in_float8(dit)
     trainables = trainables.found_again(dit, places)
     weights = {"dit": tensor_bytes(dit)}
     trained = trainables.count

@@ -24,6 +24,7 @@ from avatarctl.loading.sources import Sources, find_sources, weights_missing
 from avatarctl.loading.trained import checkpoints
 from avatarctl.parallel.world import World
 from avatarctl.registry import Row
+from avatarctl.training.memory import check_memory
 from avatarctl.training.run_folder import CUT, RunFolder, length_so_far, require_same
 from avatarctl.weights.layouts import LAYOUTS
 
@@ -89,7 +90,7 @@ class TrainingRun:
             require_same(folder, cfg, command)
             self._check_length(folder)
         _check_aux(cfg, row)
-        _check_memory(cfg)
+        check_memory(cfg)
         _check_trackers(cfg)
         assert cfg.data.width is not None and cfg.data.height is not None
         self.sources: Sources = find_sources(row, cfg.model, (cfg.data.width, cfg.data.height))
@@ -229,36 +230,18 @@ class TrainingRun:
         return trainer
 
     def _made(self, data: TrainingData) -> Trainer:
-        import torch
-
-        from avatarctl.models.attention import choose_attention, use_attention
-        from avatarctl.models.device import dtype_of, resolve_device
-        from avatarctl.training.network import Network
-        from avatarctl.training.start import start_network
-        from avatarctl.training.swapping import HOST, swap_blocks
-        from avatarctl.training.trainables import make_trainable
+        from avatarctl.models.device import resolve_device
+        from avatarctl.training.building import build_network
         from avatarctl.training.trainer import Trainer
 
         cfg = self.cfg
         device = resolve_device(cfg.runtime.device)
         validation = self._validates(data, device)
         data.prepare()
-        dtype = torch.float32 if cfg.train.mode == "full" else dtype_of(cfg.runtime)
         assert self._start is not None
-        swaps = cfg.memory.swap_blocks
-        start = start_network(self._start, cfg, dtype, HOST if swaps else device, self._emit)
-        head_width: int = start.dit.config["attention_head_dim"]  # type: ignore[index, assignment]
-        use_attention(start.dit, choose_attention(cfg.runtime.attention, device, dtype, head_width))
-        trainables = make_trainable(start.dit, start.layout, cfg.train, cfg.runtime.seed)
-        if start.pairs:
-            trainables.load({**trainables.state(), **start.pairs})
-        if swaps:
-            trainables = swap_blocks(start.dit, trainables, swaps, device)
-        self._emit(Notice(f"{cfg.train.mode}: {trainables.count:,} numbers are trained"))
-        network = Network(start.dit, start.layout, trainables, cfg, start.base, self._mask_facts(), device)
+        network, begun = build_network(self._start, cfg, device, self._mask_facts(), self._emit)
         aux = self._aux(data, device)
-        begun, world = start.sha256, self._world
-        trainer = Trainer(self.folder, cfg, self.family, network, data, self._emit, aux, begun, world)
+        trainer = Trainer(self.folder, cfg, self.family, network, data, self._emit, aux, begun, self._world)
         trainer.validation = None if validation is None else validation(network)
         return trainer
 
@@ -419,18 +402,6 @@ def _channels(cfg: RunConfig, family: TrainableFamily, wants: str) -> list[int]:
 
 def _with_steps(train: Any, steps: int) -> Any:
     return replace(train, max_steps=steps)
-
-
-def _check_memory(cfg: RunConfig) -> None:
-    """Raises UsageError for what would save nothing, ExtraMissing for an optimizer that is not here."""
-    if cfg.memory.swap_blocks:
-        from avatarctl.training.swapping import check_swapping
-
-        check_swapping(cfg)
-    if cfg.train.optimizer != "adamw":
-        from avatarctl.training.optimizer import require_optimizer
-
-        require_optimizer(cfg.train.optimizer)
 
 
 def _check_trackers(cfg: RunConfig) -> None:

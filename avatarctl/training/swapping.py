@@ -18,28 +18,11 @@ from avatarctl.placement.place import in_groups
 from avatarctl.placement.units import Moves
 
 if TYPE_CHECKING:
-    from avatarctl.config import RunConfig
     from avatarctl.training.trainables import Trainables
 
-__all__ = ["check_swapping", "swap_blocks"]
+__all__ = ["swap_blocks"]
 
 _KEY = "memory.swap_blocks"
-
-
-def check_swapping(cfg: RunConfig) -> None:
-    """Raises UsageError where blocks that leave would gain nothing."""
-    if not cfg.memory.swap_blocks:
-        return
-    if cfg.train.mode == "full":
-        raise UsageError(
-            "every weight is trained, and none can wait on the host", where=_KEY, fix="--mode lora"
-        )
-    if cfg.memory.activation_checkpointing == "none":
-        raise UsageError(
-            "blocks that are kept for the backward pass cannot leave before it",
-            where=_KEY,
-            fix="memory.activation_checkpointing block",
-        )
 
 
 def swap_blocks(

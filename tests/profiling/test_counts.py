@@ -15,6 +15,7 @@ from avatarctl.profiling.inference import profile_inference
 from avatarctl.profiling.training import profile_training
 from avatarctl.registry import configure, find_model
 
+ADAPTED = ("train.mode=lora", "train.lora_rank=4")
 TRAINED = [
     ("cartoon-v2v", ()),
     ("cartoon-i2v", ("train.mode=lora", "train.lora_rank=4", "memory.activation_checkpointing=none")),
@@ -28,6 +29,8 @@ TRAINED = [
             "memory.optimizer_device=cpu",
         ),
     ),
+    ("cartoon-i2v", (*ADAPTED, "memory.base_precision=fp8", "memory.activation_checkpointing=none")),
+    ("cartoon-i2v", (*ADAPTED, "memory.base_precision=fp8", "memory.swap_blocks=2")),
 ]
 SMALL = ("data.width=16", "data.height=16", "data.num_frames=5")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,11 +15,13 @@ from torch import Tensor, nn
 from avatarctl.config.sections import Train
 from avatarctl.errors import ExtraMissing, UsageError
 from avatarctl.live_bytes import LiveBytes
+from avatarctl.models.fp8 import STORED
 from avatarctl.models.recompute import again
 from avatarctl.placement.units import Moves
 from avatarctl.training import swapping
 from avatarctl.training.checkpoints import Checkpoint
 from avatarctl.training.optimizer import Optimizer
+from avatarctl.training.run_folder import changed
 from avatarctl.training.trainer import Trainer
 
 ADAPTED = "cartoon-i2v"
@@ -106,6 +109,63 @@ def test_swapping_that_could_save_nothing_is_refused(
     with pytest.raises(UsageError, match=what) as caught:
         trainer_of(*words, model=ADAPTED)
     assert caught.value.where == "memory.swap_blocks" and caught.value.exit_code == 2
+
+
+# --- the frozen weights in eight bits ---------------------------------------------------------------
+
+EIGHT = "memory.base_precision=fp8"
+
+
+def test_losses_on_a_base_in_eight_bits_stay_beside_those_in_sixteen(trainer_of: TrainerOf) -> None:
+    """A trained model, six steps in bfloat16: each loss within 3 % of the same step's."""
+    words = (*LORA, "runtime.dtype=bfloat16", "train.learning_rate=0.001")
+    first, second = trainer_of(*words, model=ADAPTED), trainer_of(*words, EIGHT, model=ADAPTED)
+    begun = [{n: t.clone() for n, t in each.network.trainables.state().items()} for each in (first, second)]
+    assert all(torch.equal(begun[0][name], begun[1][name]) for name in begun[0]), "adapters come first"
+    losses = [trained(each, 6)["losses"] for each in (first, second)]
+    apart = (losses[1] / losses[0] - 1).abs()
+    assert 0 < float(apart.max()) < 0.03, apart
+    stored = {name for name, each in second.network.dit.named_parameters() if each.dtype == STORED}
+    assert stored and all(name.startswith("blocks.") for name in stored)
+    assert not any("lora" in name or "norm" in name or "table" in name for name in stored)
+
+
+def test_no_saving_changes_a_bit_of_a_base_in_eight_bits(trainer_of: TrainerOf) -> None:
+    plain = trained(trainer_of(*LORA, EIGHT, model=ADAPTED))
+    found = trained(trainer_of(*LORA, EIGHT, *SETTINGS["all of it"], model=ADAPTED))
+    assert found.keys() == plain.keys() and all(torch.equal(found[key], plain[key]) for key in plain)
+
+
+def test_a_run_on_a_base_in_eight_bits_goes_on_to_the_same_bits(
+    plain: Mapping[str, Tensor], trainer_of: TrainerOf
+) -> None:
+    words = (*LORA, EIGHT)
+    whole, first, second = (trainer_of(*words, model=ADAPTED) for _ in range(3))
+    expected = trained(whole)
+    trained(first, 1)
+    path = first.save()
+    second.resume(Checkpoint(path, 1, {}))
+    samples = second.data.read(second._order.from_step(1, 2))
+    second._one_step(second._next(samples), 0.0, 0.0)
+    found = {**second.network.trainables.state(), **second._optimizer.state()}
+    assert found.keys() | {"losses"} == plain.keys(), "a checkpoint knows nothing of it"
+    assert all(torch.equal(found[key], expected[key]) for key in found)
+
+
+def test_weights_that_are_trained_are_not_stored_in_eight_bits(trainer_of: TrainerOf) -> None:
+    with pytest.raises(UsageError, match="only a frozen one can be stored") as caught:
+        trainer_of("train.mode=full", EIGHT, model=ADAPTED)
+    assert caught.value.where == "memory.base_precision" and caught.value.exit_code == 2
+
+
+def test_a_run_keeps_the_precision_of_its_base(trainer_of: TrainerOf) -> None:
+    """It decides numbers, where the other settings of memory do not."""
+    trainer = trainer_of(*LORA, model=ADAPTED)
+    run = trainer.folder.path
+    (run / "run.yaml").write_text("command: train i2v\nmemory:\n  base_precision: bf16\n", encoding="utf-8")
+    eight = replace(trainer.cfg, memory=replace(trainer.cfg.memory, base_precision="fp8", swap_blocks=3))
+    found = {key for key in changed(run, eight, "train i2v") if key.startswith("memory.")}
+    assert found == {"memory.base_precision"}
 
 
 # --- calls that are made again -------------------------------------------------------------------

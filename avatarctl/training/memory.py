@@ -1,0 +1,43 @@
+"""Settings of `memory` that a training run cannot have together, told before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from avatarctl.errors import UsageError
+
+if TYPE_CHECKING:
+    from avatarctl.config import RunConfig
+
+__all__ = ["check_memory"]
+
+
+def check_memory(cfg: RunConfig) -> None:
+    """Raises UsageError for what would save nothing, ExtraMissing for an optimizer that is not here."""
+    if cfg.memory.swap_blocks:
+        _check_swapping(cfg)
+    if cfg.memory.base_precision == "fp8" and cfg.train.mode == "full":
+        raise UsageError(
+            "every weight is trained, and only a frozen one can be stored in eight bits",
+            where="memory.base_precision",
+            fix="--mode lora",
+        )
+    if cfg.train.optimizer != "adamw":
+        from avatarctl.training.optimizer import require_optimizer
+
+        require_optimizer(cfg.train.optimizer)
+
+
+def _check_swapping(cfg: RunConfig) -> None:
+    """Raises UsageError where blocks that leave would gain nothing."""
+    key = "memory.swap_blocks"
+    if cfg.train.mode == "full":
+        raise UsageError(
+            "every weight is trained, and none can wait on the host", where=key, fix="--mode lora"
+        )
+    if cfg.memory.activation_checkpointing == "none":
+        raise UsageError(
+            "blocks that are kept for the backward pass cannot leave before it",
+            where=key,
+            fix="memory.activation_checkpointing block",
+        )
