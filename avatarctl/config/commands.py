@@ -47,7 +47,7 @@ _TRAIN: Final = CommandKeys(
         "sampling": "shift",
         "long_video": "audio_window",
         "output": "path",
-        "memory": "vae_gradient activation_checkpointing base_precision optimizer_device swap_blocks",
+        "memory": "vae_gradient activation_checkpointing base_precision optimizer_device swap_blocks shard",
         "data": "path num_frames width height faces audio_name mask mask_rule reference_sequence "
         "reference_frames references artifact_dtype workers",
         "train": "mode init optimizer learning_rate final_learning_rate schedule hold betas weight_decay "

@@ -246,6 +246,10 @@ class Memory:
         0, "transformer blocks that wait on the host, one coming at a time; in infer the mode is then model, "
         "in training only frozen weights wait", low=0, high=1000,
     )  # fmt: skip
+    shard: Literal["none", "fsdp2"] = key(
+        "none", "what the processes of a training hold: none the whole model each, fsdp2 a part of every "
+        "weight, gradient and moment",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

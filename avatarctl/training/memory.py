@@ -14,6 +14,8 @@ __all__ = ["check_memory"]
 
 def check_memory(cfg: RunConfig) -> None:
     """Raises UsageError for what would save nothing, ExtraMissing for an optimizer that is not here."""
+    if cfg.memory.shard != "none":
+        _check_sharding(cfg)
     if cfg.memory.swap_blocks:
         _check_swapping(cfg)
     if cfg.memory.base_precision == "fp8" and cfg.train.mode == "full":
@@ -41,3 +43,19 @@ def _check_swapping(cfg: RunConfig) -> None:
             where=key,
             fix="memory.activation_checkpointing block",
         )
+
+
+def _check_sharding(cfg: RunConfig) -> None:
+    """Raises UsageError for what parts of weights cannot do."""
+    others = {
+        "memory.swap_blocks": (cfg.memory.swap_blocks, 0),
+        "memory.optimizer_device": (cfg.memory.optimizer_device == "cpu", False),
+        "train.optimizer": (cfg.train.optimizer == "adamw8bit", False),
+    }
+    for where, (now, plain) in others.items():
+        if now != plain:
+            raise UsageError(
+                "does not go together with memory.shard fsdp2, by which each card has a part of everything",
+                where=where,
+                fix="leave one of them out",
+            )

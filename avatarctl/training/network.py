@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from avatarctl.errors import UnusableWeights
 from avatarctl.host import HOST
 from avatarctl.models.device import dtype_of
 from avatarctl.models.recompute import again
+from avatarctl.parallel.sharded import is_sharded, part_like, whole
 from avatarctl.training.checkpoints import Weights
 from avatarctl.training.trainables import Trainables
 from avatarctl.training.weights_file import trained_file
@@ -40,6 +41,7 @@ class Network:
     data: Mapping[str, str]
     device: torch.device
     host: torch.device = HOST
+    is_sharded: bool = field(init=False, default=False)
     _mean: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -51,11 +53,15 @@ class Network:
                 dit.enable_gradient_checkpointing(functools.partial(again, host=self.host))
         if self.cfg.train.ema:
             self._mean = {name: tensor.clone() for name, tensor in self.trainables.state().items()}
+        self.is_sharded = is_sharded(self.dit)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bfloat16 matrix products where the run asks for them; in float32 nothing changes."""
         dtype = dtype_of(self.cfg.runtime)
-        return nullcontext() if dtype == torch.float32 else torch.autocast(self.device.type, dtype)
+        if dtype == torch.float32:
+            return nullcontext()
+        # The cache holds a copy of every weight that is trained, which of a sharded network is all too much.
+        return torch.autocast(self.device.type, dtype, cache_enabled=not self.is_sharded)
 
     @torch.no_grad()
     def average(self) -> None:
@@ -89,13 +95,20 @@ class Network:
             return
         if averaged is None or averaged.keys() != self._mean.keys():
             raise UnusableWeights("holds no averaged weights, and train.ema asks for them")
-        self._mean = {name: averaged[name].to(mean.device) for name, mean in self._mean.items()}
+        self._mean = {name: part_like(averaged[name], mean) for name, mean in self._mean.items()}
 
-    def files(self, step: int) -> tuple[Weights, Weights | None]:
-        """The trained weights and their average, as files."""
+    def states(self) -> list[dict[str, Tensor]]:
+        """The trained weights and, where the run keeps one, their average. Of a sharded network all processes
+        call it, and the main one gets them."""
+        found = (self.trainables.state(), self._mean)
+        return [{name: whole(tensor) for name, tensor in state.items()} for state in found if state]
+
+    def files(
+        self, step: int, states: Sequence[Mapping[str, Tensor]] | None = None
+    ) -> tuple[Weights, Weights | None]:
+        """What `states` gives, as files."""
         made = [
             trained_file(self.dit, self.layout, state, self.trainables, self.cfg, self.base, self.data, step)
-            for state in (self.trainables.state(), self._mean)
-            if state
+            for state in (self.states() if states is None else states)
         ]
         return made[0], made[1] if len(made) > 1 else None

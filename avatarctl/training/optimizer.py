@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from avatarctl.errors import ExtraMissing, UnusableWeights
 from avatarctl.host import HOST, to_device, to_host
+from avatarctl.parallel.sharded import part_like, whole
 
 if TYPE_CHECKING:
     from avatarctl.config.sections import Memory, Train
@@ -76,7 +78,8 @@ class Optimizer:
 
     def clip(self) -> Tensor:
         """Scales gradients down to `train.clip_norm`; the norm before, a scalar."""
-        return nn.utils.clip_grad_norm_(self._parameters.values(), self._train.clip_norm)
+        norm = nn.utils.clip_grad_norm_(self._parameters.values(), self._train.clip_norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def step(self, step: int) -> float:
         """One step at the rate of `step`, which is returned; gradients are dropped."""
@@ -120,12 +123,13 @@ class Optimizer:
             part.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
-        """Moments and step counts by parameter name; empty before the first step."""
+        """Moments and step counts by parameter name; empty before the first step. Of a sharded network all
+        processes call it, and the main one gets them."""
         if self._host is not None and torch.cuda.is_available():
             torch.cuda.synchronize()  # copies to the host may be under way
         held = {parameter: own for part in self._parts for parameter, own in part.state.items()}
         return {
-            f"{name}.{key}": value if isinstance(value, Tensor) else torch.tensor(value)
+            f"{name}.{key}": whole(value) if isinstance(value, Tensor) else torch.tensor(value)
             for name, parameter in self._parameters.items()
             for key, value in held.get(parameter, {}).items()
         }
@@ -138,7 +142,7 @@ class Optimizer:
             parameter = self._parameters.get(parameter_name)
             if parameter is None or (key.startswith("exp_avg") and tensor.shape != parameter.shape):
                 raise UnusableWeights(f"holds the moments of other weights: {parameter_name[:100]}")
-            held.setdefault(parameter, {})[key] = self._placed(key, tensor, parameter.device)
+            held.setdefault(parameter, {})[key] = self._placed(key, tensor, parameter)
         if state and len(held) != len(self._parameters):
             raise UnusableWeights(f"holds moments of {len(held)} of {len(self._parameters)} weights")
         for part in self._parts:
@@ -150,10 +154,10 @@ class Optimizer:
                 if parameter in held
             })  # fmt: skip
 
-    def _placed(self, key: str, tensor: Tensor, device: torch.device) -> Any:
+    def _placed(self, key: str, tensor: Tensor, parameter: Tensor) -> Any:
         if key == "step":
             return int(tensor) if self._train.optimizer == "adamw8bit" else tensor.to("cpu")
-        return tensor.to(device) if self._host is None else to_host(tensor, self._host)
+        return part_like(tensor, parameter) if self._host is None else to_host(tensor, self._host)
 
 
 def _made(parameters: Sequence[nn.Parameter], train: Train) -> torch.optim.Optimizer:

@@ -239,7 +239,7 @@ class TrainingRun:
         validation = self._validates(data, device)
         data.prepare()
         assert self._start is not None
-        network, begun = build_network(self._start, cfg, device, self._mask_facts(), self._emit)
+        network, begun = build_network(self._start, cfg, device, self._mask_facts(), self._emit, self._world)
         aux = self._aux(data, device)
         trainer = Trainer(self.folder, cfg, self.family, network, data, self._emit, aux, begun, self._world)
         trainer.validation = None if validation is None else validation(network)

@@ -39,8 +39,8 @@ _LONGEST_STATE: Final = 1 << 20
 _FREE: Final = (
     "output.path", "checkpoint.", "runtime.log_level", "runtime.device", "data.workers", "data.path",
     "data.force", "data.videos", "data.shard", "memory.vae_gradient", "memory.activation_checkpointing",
-    "memory.optimizer_device", "memory.swap_blocks", "train.max_steps", "model.weights_root", "validation.",
-    "runtime.trackers",
+    "memory.optimizer_device", "memory.swap_blocks", "memory.shard", "train.max_steps", "model.weights_root",
+    "validation.", "runtime.trackers",
 )  # fmt: skip
 """What may differ when a run goes on: no number depends on it. Of the length of a run only a cosine does, and
 of the path of the data its samples, which are compared by name."""

@@ -16,6 +16,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from avatarctl.errors import UnusableWeights, UsageError
+from avatarctl.parallel.sharded import part_like
 from avatarctl.rng import stable_hash
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Trainables:
                 raise UnusableWeights(f"{name} is {stored}, and this run trains {own}")
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(state[name])
+                parameter.copy_(part_like(state[name], parameter))
 
     def places(self, dit: nn.Module) -> dict[str, str]:
         """Where in the network each is: its original name -> its own."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import torch
 from torch import Tensor
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from avatarctl.training.validation import Validation
 
 __all__ = ["Trainer"]
+
+_Pass: TypeAlias = "list[tuple[TrainingSample, Draw]]"
+"""Samples that go through the network together, each with the key of its random numbers."""
 
 _PATIENCE: Final = 5
 """Steps in a row with numbers that are not finite before a run ends."""
@@ -134,14 +137,12 @@ class Trainer:
             self._tell(now - clock, left)
             stop = self.world.any(should_stop())
             save = self.step % self.cfg.checkpoint.every == 0 or self.step == train.max_steps
-            with self.world.together():
-                if (stop or save) and self.world.is_main:
-                    self.save()
+            if stop or save:
+                self.save()
             if not stop and not self._validate(should_stop):
                 stop = True
-                with self.world.together():
-                    if not save and self.world.is_main:
-                        self.save()
+                if not save:
+                    self.save()
             if stop and self.step < train.max_steps:
                 with self.world.together():
                     raise self._stopped()
@@ -162,8 +163,21 @@ class Trainer:
         return Interrupted(f"stopped after step {self.step}, which is saved", fix=fix)
 
     def save(self) -> Path:
-        """A checkpoint of the step that was last made; older ones are removed when it is whole."""
-        weights, averaged = self.network.files(self.step)
+        """A checkpoint of the step that was last made, which the main process writes. All have to call it:
+        of a sharded network each has a part."""
+        spread = self.network.is_sharded
+        states = self.network.states() if spread else None
+        moments = self._optimizer.state() if spread else None
+        with self.world.together():
+            if self.world.is_main:
+                self._write(states, moments)
+        return self.folder.path / f"checkpoint-{self.step}"
+
+    def _write(
+        self, states: Sequence[Mapping[str, Tensor]] | None, moments: Mapping[str, Tensor] | None
+    ) -> None:
+        """Older checkpoints are removed when the new one is whole."""
+        weights, averaged = self.network.files(self.step, states)
         state = {
             "samples": self.data.names,
             "slots": self._slots,
@@ -174,13 +188,12 @@ class Trainer:
             "start": dict(self.start),
             "max_steps": self.cfg.train.max_steps,
         }
-        optimizer = self._optimizer.state()
+        optimizer = self._optimizer.state() if moments is None else moments
         self.folder.flush()
-        path = write_checkpoint(self.folder.path, self.step, weights, averaged, optimizer, state)
+        write_checkpoint(self.folder.path, self.step, weights, averaged, optimizer, state)
         for gone in rotate(self.folder.path, self.cfg.checkpoint.keep_last):
             self.emit(Notice(f"removed {gone.name}", "info"))
         draw_curves(self.folder.path / "curves.png", self.folder.entries())
-        return path
 
     def _next(self, samples: Iterator[TrainingSample | AvatarctlError]) -> list[TrainingSample]:
         """The samples of a step. The turn of one that turns out to be unusable goes to the next good one."""
@@ -213,20 +226,32 @@ class Trainer:
         waits for the network is small beside the step.
         """
         sums = _Sums()
-        draws = self._order.draws(self.step)
-        size = self.cfg.train.batch_size
-        with self.world.together():
-            for first in range(0, len(draws), size):
-                group = list(zip(batch[first : first + size], draws[first : first + size], strict=True))
-                for part in _of_one_length(group):
-                    self._backward([sample for sample, _ in part], [draw for _, draw in part], sums)
-        self.world.add_gradients(list(self.network.trainables.parameters.values()))
+        passes = self._passes(batch)
+        if self.network.is_sharded:
+            # Outside of `together`: who fails alone within a pass has left the others waiting for its part.
+            most = max(self.world.gather(len(passes)))
+            for each in passes:
+                self._backward(each, sums)
+            for _ in range(most - len(passes)):
+                self._backward(passes[-1], _Sums(), 0.0)
+        else:
+            with self.world.together():
+                for each in passes:
+                    self._backward(each, sums)
+            self.world.add_gradients(list(self.network.trainables.parameters.values()))
         parts, self._odd = sums.read()
         told = self.world.gather((parts, self._news))
         for _, failed in told:
             self._learnt_of(failed)
         self._news = {}
         return _Sums.means([own for own, _ in told])
+
+    def _passes(self, batch: list[TrainingSample]) -> list[_Pass]:
+        """What goes through the network at once."""
+        draws, size = self._order.draws(self.step), self.cfg.train.batch_size
+        pairs = list(zip(batch, draws, strict=True))
+        groups = (pairs[first : first + size] for first in range(0, len(pairs), size))
+        return [part for group in groups for part in _of_one_length(group)]
 
     def _learnt_of(self, failed: Mapping[str, AvatarctlError]) -> None:
         """What other processes could not use."""
@@ -278,14 +303,16 @@ class Trainer:
         start = f"--model {shlex.quote(str(held[-1][1]))} " if held else ""
         return f"{start}--learning-rate {self.cfg.train.learning_rate / 10:g} and another --out"
 
-    def _backward(self, samples: list[TrainingSample], draws: list[Draw], sums: _Sums) -> None:
-        """Gradients of some samples of a step, all of one length."""
+    def _backward(self, part: _Pass, sums: _Sums, share: float = 1.0) -> None:
+        """Gradients of some samples of a step, all of one length. share: 0 where the pass is made only
+        because other processes make one more."""
+        samples, draws = [sample for sample, _ in part], [draw for _, draw in part]
         condition, timesteps, noise = self._prepared(samples, draws)
         there = _moved(timesteps, self.network.device)
         with self.network.autocast():
             step = flow_step(self.family, self.network.dit, condition, there, noise, self.cfg)
         loss = self._total(step, samples, draws, condition, timesteps, sums)
-        (loss.sum() / self._slots).backward()
+        (loss.sum() * share / self._slots).backward()
 
     def _prepared(
         self, samples: list[TrainingSample], draws: list[Draw]
@@ -332,9 +359,7 @@ class Trainer:
         self.emit(TrainingStepFinished(self.step, steps, shown, seconds, seconds_left, memory))
 
 
-def _of_one_length(
-    group: list[tuple[TrainingSample, Draw]],
-) -> Iterator[list[tuple[TrainingSample, Draw]]]:
+def _of_one_length(group: _Pass) -> Iterator[_Pass]:
     """Samples whose clips are equally long, in the order of their first; the loss of each is its own, so a
     forward pass more changes no gradient."""
     by_length: dict[int, list[tuple[TrainingSample, Draw]]] = {}

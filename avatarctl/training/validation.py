@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from avatarctl.atomic import disk_errors, ensure_writable_folder, held_folder
 from avatarctl.conditioning.masking import mask_tensor
@@ -32,6 +32,7 @@ from avatarctl.media import FittedFrames, Waveform, image_from_array, load_image
 from avatarctl.media.image import StillImage
 from avatarctl.media.video_reader import VideoReader, open_video
 from avatarctl.models.text import clean_prompt
+from avatarctl.parallel.sharded import gathered
 from avatarctl.parallel.world import World
 from avatarctl.pipelines.infer import write_video
 from avatarctl.pipelines.job import Job, JobPlan
@@ -42,6 +43,7 @@ from avatarctl.training.curves import draw_curves
 from avatarctl.training.network import Network
 from avatarctl.training.objective import flow_step, training_noise
 from avatarctl.training.run_folder import VALIDATION, RunFolder
+from avatarctl.training.validation_networks import KnownTexts, Precise
 from avatarctl.training.validation_scores import best_offset, mouth_box, mouth_lpips, psnr, sync_curve
 from avatarctl.training.validation_sets import Item, ValidationSets
 from avatarctl.training.validation_sheet import Strip, draw_sheet, times_of
@@ -119,15 +121,26 @@ class Validation:
             folder = world.from_main(made)
             assert folder is not None
             stop, mine = world.stops(should_stop), range(world.rank, len(self.items), world.size)
-            with world.together(), self._aside() as judges:
+            # Of a sharded network each gets the whole: they make other clips, and some make more of them.
+            whole = gathered(self.network.dit)
+            with self.network.averaged(), whole, world.together(), self._aside() as judges:
                 scored = {place: self.score(place, judges, folder, stop) for place in mine}
             scored = dict(sorted(pair for each in world.gather(scored) for pair in each.items()))
+            states = self.network.states() if self.network.is_sharded else None
             with world.together():
                 if world.is_main:
-                    self._write(step, folder, final, list(scored.values()))
+                    self._write(step, folder, final, list(scored.values()), states)
 
-    def _write(self, step: int, folder: Path, final: Path, scored: Sequence[Scored]) -> None:
-        """What a person looks at. folder: of the videos, until it is whole."""
+    def _write(
+        self,
+        step: int,
+        folder: Path,
+        final: Path,
+        scored: Sequence[Scored],
+        states: Sequence[Mapping[str, Tensor]] | None,
+    ) -> None:
+        """What a person looks at. folder: of the videos, until it is whole; states: `Network.states`, where
+        the main process cannot make them alone."""
         for each in scored:
             if each.problem:
                 self.emit(Notice(f"validation: {each.item.name}: {each.problem}", "warning"))
@@ -139,7 +152,7 @@ class Validation:
         self.folder.write(VALIDATION, entry)
         draw_curves(self.folder.path / "curves.png", self.folder.entries())
         better = keep_best(
-            self.folder.path, step, entry, entry["measured_on"], lambda: self.network.files(step)
+            self.folder.path, step, entry, entry["measured_on"], lambda: self.network.files(step, states)
         )
         self._tell(step, entry, better, final)
 
@@ -192,7 +205,7 @@ class Validation:
             plan = self._plan(job)
             blocks: list[np.ndarray] = []
             modules = Modules(
-                dit=_Precise(self.network), vae=self.modules.vae, text=self.texts, audio=self.modules.audio,
+                dit=Precise(self.network), vae=self.modules.vae, text=self.texts, audio=self.modules.audio,
                 device=self.network.device,
             )  # fmt: skip
             write_video(
@@ -310,7 +323,7 @@ class Validation:
 
     @contextmanager
     def _aside(self) -> Iterator[Judges]:
-        """The network as it is used, and the judges; afterwards all is as it was, and what was loaded for
+        """The network out of training, and the judges; afterwards all is as it was, and what was loaded for
         this alone is dropped."""
         modes = {module: module.training for module in self.network.dit.modules()}
         before = set(vars(self.modules))
@@ -320,8 +333,7 @@ class Validation:
         )
         self.network.dit.eval()
         try:
-            with self.network.averaged():
-                yield judges
+            yield judges
         finally:
             for module, mode in modes.items():
                 module.training = mode
@@ -404,7 +416,7 @@ def make_validation(
     """
     cfg = sets.cfg
     prompts = [clean_prompt(prompt) for prompt in (*sets.prompts, cfg.input.negative_prompt or "")]
-    texts = _KnownTexts(modules.text, prompts, device)
+    texts = KnownTexts(modules.text, prompts, device)
     items, constants = sets.items()
     modules.drop("text")
     judges = _judges_here(cfg, row, emit)
@@ -466,30 +478,3 @@ def _said(entry: Mapping[str, Any]) -> str:
 
 def _nobody(event: Event) -> None:
     """Judges are loaded anew each time; their notices were given once."""
-
-
-class _KnownTexts:
-    """A text encoder that knows some prompts by heart, so that none need stay in memory."""
-
-    def __init__(self, encoder: TextEncoder, prompts: Sequence[str], device: torch.device) -> None:
-        self.text_len = encoder.text_len
-        self._tokens = {prompt: encoder.tokens(prompt) for prompt in prompts}
-        self._states = {prompt: encoder.encode(prompt, device).cpu() for prompt in self._tokens}
-
-    def tokens(self, prompt: str) -> int:
-        return self._tokens[prompt]
-
-    def encode(self, prompt: str, device: torch.device) -> Tensor:
-        return self._states[prompt].to(device)
-
-
-class _Precise(nn.Module):
-    """The network in the precision of its training; the VAE and the rest of sampling keep theirs."""
-
-    def __init__(self, network: Network) -> None:
-        super().__init__()
-        self._network = network  # no module: it registers nothing
-
-    def forward(self, *arguments: Any, **named: Any) -> Any:
-        with self._network.autocast():
-            return self._network.dit(*arguments, **named)
