@@ -15,6 +15,7 @@ from torch import Tensor
 
 from avatarctl.conditioning.masking import mask_tensor, mouth_mask
 from avatarctl.config import RunConfig
+from avatarctl.errors import NotYetSupported
 from avatarctl.families import family_named
 from avatarctl.family import Draw, TrainableFamily
 from avatarctl.host import HOST
@@ -61,8 +62,15 @@ def profile_training(
     """Counts two optimizer steps on prepared samples: beside the transformer only what auxiliary losses need.
 
     exact: every block of the network is run; else blocks that are alike are extended, see `extend`, where
-    none of them waits on the host. device: of real tensors.
+    none of them waits on the host. device: of real tensors. Raises NotYetSupported for weights of which each
+    process holds a part.
     """
+    if cfg.memory.shard != "none":
+        raise NotYetSupported(
+            "what a card holds of a network that several share is not counted",
+            where="memory.shard",
+            fix="memory.shard none counts a card that holds all of it",
+        )
     if exact or mode == "real" or cfg.memory.swap_blocks or (sizes := sizes_of(row, cfg)) is None:
         return _counted(row, cfg, mode, device=device)
     small = [_counted(each, cfg, mode, judge=False) for each in sizes.rows]

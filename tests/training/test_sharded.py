@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,50 +10,70 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from avatarctl.cli.launch import Place, start_processes
+from avatarctl.errors import NotYetSupported, UsageError
+from avatarctl.events import Notice
 from avatarctl.models.fp8 import STORED
 from avatarctl.parallel import world as world_module
-from avatarctl.parallel.sharded import whole
+from avatarctl.parallel.sharded import gathered, whole
 from avatarctl.parallel.world import World
+from avatarctl.profiling.training import profile_training
+from avatarctl.registry import configure, find_model
 from avatarctl.training import building, trainer
-from tests.training.running import bits, forked, made_trainer, typed
-from tests.training.test_many_processes import LINE, ONE, TWO, VALIDATED, _forking, _second_dies
+from avatarctl.training.checkpoints import Checkpoint
+from avatarctl.training.objective import flow_step
+from tests.training.running import made_trainer
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+forking = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 
 SHARD = "memory.shard=fsdp2"
-FULL = ("train.mode=full",)
-LORA = ("train.mode=lora", "train.lora_rank=2", "memory.base_precision=fp8")
-RUNS = {"cartoon-v2v": FULL, "cartoon-i2v": LORA}
+LORA = ("train.mode=lora", "train.lora_rank=2")
+RUNS = {
+    "cartoon-v2v": (("train.mode=full",), "memory.activation_checkpointing=block"),
+    "cartoon-i2v": ((*LORA, "memory.base_precision=fp8"), "memory.activation_checkpointing=block_offload"),
+}
+"""By model: settings of the run, and one that changes no number."""
 
 
-def _in_float64() -> None:
-    """What is trained, so that sums of another order are told from other sums."""
-    real = building.make_trainable
+def _doubled(*inputs: Any) -> Any:
+    """What is trained in float64, so that sums of another order are told from other sums."""
+    found = MADE(*inputs)
+    for parameter in found.parameters.values():
+        parameter.data = parameter.data.double()
+    return found
 
-    def made(*inputs: Any) -> Any:
-        found = real(*inputs)
-        for parameter in found.parameters.values():
-            parameter.data = parameter.data.double()
-        return found
 
-    building.make_trainable = made
+MADE = building.make_trainable
+
+
+def _flow(made: trainer.Trainer, part: trainer._Pass) -> Tensor:
+    """The loss of samples, by a forward pass alone."""
+    condition, timesteps, noise = made._prepared([each for each, _ in part], [draw for _, draw in part])
+    with torch.no_grad():
+        return flow_step(made.family, made.network.dit, condition, timesteps, noise, made.cfg).loss
 
 
 def _trained(made: trainer.Trainer) -> dict[str, Tensor]:
-    """Two steps of SGD, of what the processes of a run have of each."""
+    """A step of SGD on all samples: weights behind it, and the norm of the gradient."""
     parameters = made.network.trainables.parameters
-    descent = torch.optim.SGD(parameters.values(), lr=0.1)
-    norms = []
-    for step in range(2):
-        made.step = step
-        samples = made.data.read(made._order.places(step))
-        made.accumulate(made._next(samples))
-        norms.append(made._optimizer.clip().clone())
-        descent.step()
-        descent.zero_grad()
-    return {**{name: whole(each.detach()) for name, each in parameters.items()}, "norms": torch.stack(norms)}
+    made.accumulate(made._next(made.data.read(made._order.places(0))))
+    norm = made._optimizer.clip()
+    torch.optim.SGD(parameters.values(), lr=0.1).step()
+    return {**{name: whole(each.detach()) for name, each in parameters.items()}, "norm": norm}
+
+
+def _stepped(made: trainer.Trainer) -> dict[str, Tensor]:
+    """A step of the optimizer: weights, average and moments, of each what this process has."""
+    made._one_step(made._next(made.data.read(made._order.places(made.step))), 0.0, 0.0)
+    held = {f"mean.{name}": each for name, each in made.network._mean.items()}
+    held |= made.network.trainables.state() | {
+        f"{name}.{key}": value
+        for name, each in made.network.trainables.parameters.items()
+        for key, value in made._optimizer._parts[0].state[each].items()
+    }
+    return {name: each.to_local() if isinstance(each, DTensor) else each for name, each in held.items()}
 
 
 def _inside(folder: Path, prepared: Path, place: Place) -> None:
@@ -62,65 +81,95 @@ def _inside(folder: Path, prepared: Path, place: Place) -> None:
     world_module._PATIENCE = timedelta(seconds=60)  # type: ignore[misc]
     world = World(place.rank, place.size, place.local)
     world.join(place.meeting, "cpu")
-    _in_float64()
+    building.make_trainable = _doubled  # type: ignore[attr-defined]
+    of_one_length = trainer._of_one_length
     if place.rank == 1:  # one pass more than the other process: samples of two lengths
         trainer._of_one_length = lambda group: iter([[each] for each in group])
-    for model, words in RUNS.items():
-        settings = (*words, SHARD, "train.batch_size=2", "runtime.gpus=2")
+    found: dict[str, Any] = {}
+    for model, (words, freely) in RUNS.items():
+        settings = (*words, freely, SHARD, "train.batch_size=2", "runtime.gpus=2")
         made = made_trainer(folder / f"{model}-{place.rank}", prepared, *settings, model=model, world=world)
-        found = _trained(made)
-        held = sum(each.to_local().numel() for each in made.network.dit.parameters())  # type: ignore[attr-defined]
-        stored = any(each.dtype == STORED for each in made.network.dit.parameters())
-        share = held / sum(each.numel() for each in made.network.dit.parameters())
-        torch.save((found, share, stored), folder / f"{model}-{place.rank}.pt")
+        held: list[Any] = list(made.network.dit.parameters())
+        share = sum(each.to_local().numel() for each in held) / sum(each.numel() for each in held)
+        stored = any(each.dtype == STORED for each in held)
+        flow = None
+        with gathered(made.network.dit):
+            if place.rank == 1:  # what the other one does not make
+                read = made.data.read(made._order.places(0))
+                flow = _flow(made, list(zip(made._next(read), made._order.draws(0), strict=True)))
+        found[model] = (_trained(made), share, stored, flow)
+    building.make_trainable, trainer._of_one_length = MADE, of_one_length  # type: ignore[attr-defined]
+    settings = (*LORA, SHARD, "train.ema=0.5", "train.batch_size=2", "runtime.gpus=2")
+    first, second = (
+        made_trainer(folder / f"{name}-{place.rank}", prepared, *settings, model="cartoon-i2v", world=world)
+        for name in ("first", "second")
+    )
+    _stepped(first)
+    first.save()
+    second.resume(Checkpoint(folder / "first-0" / "checkpoint-1", 1, {}))
+    pair = _stepped(first), _stepped(second)
+    found["same"] = pair[0].keys() == pair[1].keys() and all(
+        torch.equal(pair[0][n], pair[1][n]) for n in pair[0]
+    )
+    found["behind"] = {name: whole(each) for name, each in first.network.trainables.state().items()}
     world.leave()
+    torch.save(found, folder / f"found-{place.rank}.pt")
 
 
+@forking
 def test_two_processes_with_half_of_everything_train_as_one(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By SGD in float64, all weights and a LoRA on a base in eight bits; one makes a pass more."""
+    """By SGD in float64, all weights and a LoRA on a base in eight bits; one makes a pass more. What two of
+    them saved two take up to the bit, and one does."""
     assert start_processes(2, _inside, (tmp_path, prepared), method="fork") == 0
-    monkeypatch.setattr(building, "make_trainable", building.make_trainable)
-    _in_float64()
-    for model, words in RUNS.items():
-        settings = (*words, "train.batch_size=2", "train.gradient_accumulation=2")
-        one = _trained(made_trainer(tmp_path / model, prepared, *settings, model=model))
-        for rank in range(2):
-            found, share, stored = torch.load(tmp_path / f"{model}-{rank}.pt")
-            assert 0.45 < share < 0.55 and stored == ("fp8" in words[-1])
-            assert found.keys() == one.keys()
-            apart = {name: float((found[name] - one[name]).abs().max()) for name in one if rank == 0}
-            assert max(apart.values(), default=0.0) < 1e-6, (model, max(apart, key=apart.__getitem__))
-            assert torch.allclose(found["norms"], one["norms"], rtol=1e-6), "the norm of all parts"
+    both = [torch.load(tmp_path / f"found-{rank}.pt") for rank in range(2)]
+    with monkeypatch.context() as patch:
+        patch.setattr(building, "make_trainable", _doubled)
+        for model, (words, _) in RUNS.items():
+            settings = (*words, "train.batch_size=2", "train.gradient_accumulation=2")
+            made = made_trainer(tmp_path / model, prepared, *settings, model=model)
+            samples = made._next(made.data.read(made._order.places(0)))
+            flow = _flow(made, list(zip(samples, made._order.draws(0), strict=True))[2:])
+            one = _trained(made)
+            assert torch.allclose(both[1][model][3], flow, rtol=1e-6), (
+                "of the whole network, made by one alone"
+            )
+            for rank, (found, share, stored, _) in enumerate(each[model] for each in both):
+                assert 0.45 < share < 0.55 and stored == (model == "cartoon-i2v")
+                assert found.keys() == one.keys() and torch.allclose(found["norm"], one["norm"], rtol=1e-6)
+                assert rank or all(torch.allclose(found[n], one[n], rtol=0, atol=1e-6) for n in one), model
+    settings = (*LORA, "train.ema=0.5", "train.batch_size=2", "train.gradient_accumulation=2", SHARD)
+    alone = made_trainer(tmp_path / "alone", prepared, *settings, model="cartoon-i2v")
+    told = [event.text for event in alone.events if isinstance(event, Notice)]  # type: ignore[attr-defined]
+    assert "memory.shard: there is one process, which holds the whole model" in told
+    path = tmp_path / "first-0" / "checkpoint-1"
+    alone.resume(Checkpoint(path, 1, {}))
+    behind, moved = _stepped(alone), Checkpoint(path, 1, {}).trained()
+    assert both[0]["same"] and both[1]["same"]
+    for name, weight in both[0]["behind"].items():
+        assert torch.allclose(behind[name], weight, rtol=0, atol=1e-6), name
+    assert any(not torch.equal(behind[name], moved[name]) for name in moved)
 
 
-def test_killed_and_gone_on_by_two_and_by_one(prepared: Path, samples: Path, tmp_path: Path) -> None:
-    """With an average and a validation, where each has the whole network for its clips."""
-    said, run, whole_run, other = (tmp_path / name for name in ("said.txt", "run", "whole", "other"))
-    line = (
-        *LINE,
-        "--data",
-        prepared,
-        "--resume",
-        "auto",
-        "-o",
-        SHARD,
-        "--ema",
-        "0.5",
-        *VALIDATED,
-        "--sets",
-        samples,
-    )
-    assert forked(_forking, *line, *TWO, "--out", whole_run, said=said) == 0, said.read_text()
-    assert forked(_second_dies, *line, *TWO, "--out", run, said=said) == 6, said.read_text()
-    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-1"]
-    shutil.copytree(run, other)
-    assert forked(_forking, *line, *TWO, "--out", run, said=said) == 0, said.read_text()
-    assert "resumed behind step 1" in said.read_text()
-    assert bits(run, 3) == bits(whole_run, 3)
-    name = "checkpoint-3/ema_weights.safetensors"
-    assert (run / name).read_bytes() == (whole_run / name).read_bytes()
-    assert (run / "validation.jsonl").read_bytes() == (whole_run / "validation.jsonl").read_bytes()
-    alone = typed(*line, *ONE, "--out", other)
-    assert alone.exit_code == 0 and "one process, which holds the whole model" in alone.output, alone.output
+@pytest.mark.parametrize(
+    ("where", "word"),
+    [
+        ("memory.swap_blocks", "memory.swap_blocks=2"),
+        ("memory.optimizer_device", "memory.optimizer_device=cpu"),
+        ("train.optimizer", "train.optimizer=adamw8bit"),
+    ],
+)
+def test_what_parts_of_weights_cannot_do_is_refused(
+    where: str, word: str, prepared: Path, tmp_path: Path
+) -> None:
+    words = (*LORA, SHARD, "memory.activation_checkpointing=block", word)
+    with pytest.raises(UsageError, match="does not go together with memory.shard fsdp2") as caught:
+        made_trainer(tmp_path / "run", prepared, *words, model="cartoon-i2v")
+    assert caught.value.where == where and caught.value.exit_code == 2
+
+
+def test_a_share_is_not_counted() -> None:
+    cfg = configure("model.name=cartoon-v2v", SHARD)
+    with pytest.raises(NotYetSupported, match="memory.shard"):
+        profile_training(find_model("cartoon-v2v"), cfg)
