@@ -18,7 +18,7 @@ import click
 
 from avatarctl.cli import app
 from avatarctl.cli.options import flags_of, is_without_code
-from avatarctl.config import ANY, COMMANDS, KeySpec, expected, keys, keys_of, read_config
+from avatarctl.config import ANY, COMMANDS, KeySpec, expected, keys, keys_of, preset_names, read_config
 from avatarctl.config.keys import Mark
 from avatarctl.config.sections import section_types
 from avatarctl.registry import COMPAT, ROWS
@@ -208,7 +208,7 @@ def _value(value: Any) -> str:
 
 def presets_page(folder: Path) -> str:
     """The table of shipped files; title, card and source are the first lines of each."""
-    files = sorted(folder.glob("*/*.yaml"))
+    files = [folder / f"{name}.yaml" for name in preset_names()]
     header = ("job", "name", "model", "card", "predicted memory", "what for", "source of the values")
     return HEAD + PRESETS_INTRODUCTION + _table(header, [_preset_row(folder, path) for path in files])
 
@@ -220,6 +220,10 @@ they hold. Those of `data` are for `precompute-latents` and `precompute-audio`, 
 `train i2v` or `train v2v`, whichever is in the name ([training](../docs/training.md)). With another `--model`
 only what stands under `asked:` is taken over. What is predicted was counted without a card
 ([memory](../docs/memory.md)).
+
+Two files more are for `accelerate launch --config_file` ([training](../docs/training.md#one-card-to-many)):
+[accelerate/ddp.yaml](accelerate/ddp.yaml), every card with the whole model, and
+[accelerate/fsdp2.yaml](accelerate/fsdp2.yaml), each with a part.
 
 """
 

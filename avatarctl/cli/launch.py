@@ -40,10 +40,10 @@ _NEEDED: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_POR
 """What torchrun sets, and accelerate launch by it."""
 _FOREIGN: Final = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration of accelerate",
 }
+_SHARDED: Final = "`accelerate launch --config_file configs/accelerate/fsdp2.yaml` or -o memory.shard=fsdp2"
 _ALONE: Final = 99
 """Exit code of a process that lost another one: not the cause, for whoever started both."""
 _GRACE: Final = 10.0
@@ -54,28 +54,43 @@ _LOOK: Final = 0.2
 @dataclass(frozen=True)
 class Place:
     """Of a process among `size`. meeting: where they find each other, as torch.distributed takes it; starter:
-    says something, or ends, when the process that started this one wants it to stop."""
+    says something, or ends, when the process that started this one wants it to stop; shard: whether whoever
+    started it wants each to hold a part of the model."""
 
     rank: int
     size: int
     local: int
     meeting: str = "env://"
     starter: Connection | None = None
+    shard: bool = False
 
 
 def found_place(environ: Mapping[str, str]) -> Place | None:
     """The place that torchrun or accelerate launch gave this process; None where it is alone.
 
     Raises UsageError for an environment that is not whole, NotYetSupported for one that asks for weights
-    to be spread over the processes.
+    to be spread over the processes otherwise than by FSDP2.
     """
     for name, title in _FOREIGN.items():
-        if environ.get(name, "").lower() in ("1", "true", "yes"):
+        if _is_on(environ, name):
             raise NotYetSupported(
                 f"{title} is not used for training",
                 where=name,
-                fix="`accelerate launch --multi_gpu`, torchrun or --gpus N; each holds the whole model",
+                fix=f"{_SHARDED}, by which each card holds a part of the model",
             )
+    shard = _is_on(environ, "ACCELERATE_USE_FSDP")
+    if shard and environ.get("FSDP_VERSION") != "2":
+        raise NotYetSupported(
+            "of FSDP only the second version is used for training",
+            where="FSDP_VERSION",
+            fix=f"fsdp_version: 2, as in {_SHARDED}",
+        )
+    if shard and _is_on(environ, "FSDP_OFFLOAD_PARAMS"):
+        raise NotYetSupported(
+            "parts of weights stay on their card",
+            where="FSDP_OFFLOAD_PARAMS",
+            fix="fsdp_offload_params: false",
+        )
     size = environ.get("WORLD_SIZE") or "1"
     if size == "1":
         return None
@@ -88,7 +103,11 @@ def found_place(environ: Mapping[str, str]) -> Place | None:
             )
         if name != "MASTER_ADDR" and not environ[name].isdecimal():
             raise UsageError(f"{name} is no number: {environ[name][:40]!r}", where="environment")
-    return Place(int(environ["RANK"]), int(size), int(environ["LOCAL_RANK"]))
+    return Place(int(environ["RANK"]), int(size), int(environ["LOCAL_RANK"]), shard=shard)
+
+
+def _is_on(environ: Mapping[str, str], name: str) -> bool:
+    return environ.get(name, "").lower() in ("1", "true", "yes")
 
 
 def ignored_precision(environ: Mapping[str, str], place: Place | None, cfg: RunConfig) -> str | None:

@@ -123,17 +123,20 @@ def _run(command: Name, params: Mapping[str, Any], place: Place | None = None) -
     if place is None and cfg.runtime.gpus > 1 and not request.dry_run:
         raise click.exceptions.Exit(start_processes(cfg.runtime.gpus, _run, (command, params)))
     with joined(place, cfg) as world:
-        run = functools.partial(_run_here, command, _of_this_process(request, world), row, world, place)
-        run(row_named, says_length=_says_length(params))
+        here = _of_this_process(request, world, place)
+        _run_here(command, here, row, world, place, row_named, says_length=_says_length(params))
 
 
-def _of_this_process(request: Request, world: World) -> Request:
-    """The request with as many processes as there are, whoever started them."""
+def _of_this_process(request: Request, world: World, place: Place | None) -> Request:
+    """The request with as many processes as there are, whoever started them, and shares of the model where
+    that wants them."""
     resolved = request.resolved
     if world.size == 1:
         return request
-    runtime = replace(resolved.cfg.runtime, gpus=world.size)
-    return replace(request, resolved=replace(resolved, cfg=replace(resolved.cfg, runtime=runtime)))
+    cfg = replace(resolved.cfg, runtime=replace(resolved.cfg.runtime, gpus=world.size))
+    if place is not None and place.shard:
+        cfg = replace(cfg, memory=replace(cfg.memory, shard="fsdp2"))
+    return replace(request, resolved=replace(resolved, cfg=cfg))
 
 
 def _run_here(

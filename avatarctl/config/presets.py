@@ -11,6 +11,8 @@ from avatarctl.errors import PathNotFound
 __all__ = ["find_config", "is_shipped", "preset_folder", "preset_names"]
 
 
+_OTHERS: Final = "accelerate"
+"""Folder of files that another program reads."""
 _JOBS: Final = {"precompute-audio": "data", "precompute-latents": "data"}
 """Folders of commands that are not called as theirs is."""
 
@@ -25,9 +27,8 @@ def preset_folder() -> Path:
 def preset_names() -> tuple[str, ...]:
     """All names, such as "infer/NAME" for `configs/infer/NAME.yaml`."""
     folder = preset_folder()
-    return tuple(
-        sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.glob("*/*.yaml"))
-    )
+    ours = (path for path in folder.glob("*/*.yaml") if path.parent.name != _OTHERS)
+    return tuple(sorted(path.relative_to(folder).with_suffix("").as_posix() for path in ours))
 
 
 def is_shipped(path: Path) -> bool:

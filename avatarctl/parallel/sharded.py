@@ -14,22 +14,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from avatarctl.errors import EnvironmentMissing
 
-__all__ = ["gathered", "is_sharded", "part_like", "shard", "whole"]
+__all__ = ["gathered", "is_sharded", "mesh_of", "part_like", "shard", "whole"]
 
 
-def shard(network: nn.Module, device: torch.device, processes: int) -> None:
-    """Spreads a network with `blocks`, the same in all processes, over them, in place; what stays here is on
-    `device`. Its parameter objects are replaced.
-
-    Blocks are moved one by one, so the device never holds the whole. Raises EnvironmentMissing where PyTorch
-    cannot add gradients so.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FSDPModule, fully_shard
+def mesh_of(device: torch.device, processes: int) -> DeviceMesh:
+    """All processes, which call it together. Raises EnvironmentMissing where PyTorch cannot add gradients."""
+    from torch.distributed.fsdp import FSDPModule
 
     if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
         raise EnvironmentMissing(
@@ -37,7 +32,17 @@ def shard(network: nn.Module, device: torch.device, processes: int) -> None:
             where="memory.shard",
             fix="torch 2.13, or memory.shard none",
         )
-    mesh = init_device_mesh(device.type, (processes,))
+    return init_device_mesh(device.type, (processes,))
+
+
+def shard(network: nn.Module, mesh: DeviceMesh) -> None:
+    """Spreads a network with `blocks`, the same in all processes, over them, in place; what stays here is on
+    the device of this one. Its parameter objects are replaced. No process waits for another.
+
+    Blocks are moved one by one, so the device never holds the whole.
+    """
+    from torch.distributed.fsdp import fully_shard
+
     parts: list[Any] = [*getattr(network, "blocks"), network]  # noqa: B009
     for part in parts:
         fully_shard(part, mesh=mesh, reshard_after_forward=part is not network)

@@ -128,6 +128,15 @@ class World:
         # Objects of the others may be large or different; they need not travel.
         return self.gather(value if self.is_main else None)[0]  # type: ignore[return-value]
 
+    def in_turns(self, make: Callable[[], Value]) -> Value:
+        """What each process makes, on a machine one after the other. An error of one is raised by all."""
+        made: list[Value] = []
+        for turn in range(max(self.gather(self.local)) + 1):
+            with self.together():
+                if turn == self.local:
+                    made.append(make())
+        return made[0]
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """Around what each process does alone. An error of one is raised by all, when all are through: the

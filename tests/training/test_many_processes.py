@@ -16,6 +16,7 @@ import torch
 from avatarctl.cli import launch
 from avatarctl.cli import train as train_command
 from avatarctl.cli.launch import Place, found_place, listening, start_processes
+from avatarctl.config import preset_folder
 from avatarctl.errors import Interrupted, NotYetSupported, UnusableFile, UsageError
 from avatarctl.events import Notice
 from avatarctl.parallel import world as world_module
@@ -236,10 +237,43 @@ def test_half_an_environment_is_refused(name: str) -> None:
         found_place({key: value for key, value in TORCHRUN.items() if key != name})
 
 
-@pytest.mark.parametrize(("name", "title"), [("DEEPSPEED", "DeepSpeed"), ("FSDP", "FSDP")])
-def test_what_spreads_weights_is_refused(name: str, title: str) -> None:
-    with pytest.raises(NotYetSupported, match=rf"{title} is not used .* --gpus N"):
-        found_place({**TORCHRUN, f"ACCELERATE_USE_{name}": "true"})
+@pytest.mark.parametrize(
+    ("environment", "what"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, r"DeepSpeed is not used .* configs/accelerate/fsdp2\.yaml"),
+        ({"ACCELERATE_USE_FSDP": "true"}, r"only the second version .* configs/accelerate/fsdp2\.yaml"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"},
+            "stay on their card",
+        ),
+    ],
+)
+def test_what_spreads_weights_otherwise_is_refused(environment: dict[str, str], what: str) -> None:
+    with pytest.raises(NotYetSupported, match=what) as caught:
+        found_place({**TORCHRUN, **environment})
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(("name", "shard", "processes"), [("ddp", False, 4), ("fsdp2", True, 8)])
+def test_files_for_accelerate_are_read_by_it_and_found_by_us(
+    name: str, shard: bool, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own parser and what it would set, and torchrun beside it; nothing is started."""
+    command = pytest.importorskip("accelerate.commands.launch")
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    from avatarctl.registry import configure
+
+    for each in [key for key in os.environ if key.startswith(("ACCELERATE_", "FSDP_"))]:
+        monkeypatch.delenv(each)
+    path = preset_folder() / "accelerate" / f"{name}.yaml"
+    words = ["--config_file", str(path), "--main_process_port", "0", "-m", "avatarctl", "train", "v2v"]
+    asked, *_ = command._validate_launch_command(command.launch_command_parser().parse_args(words))
+    set_by_it = prepare_multi_gpu_env(asked)
+    ranks = {**TORCHRUN, "WORLD_SIZE": str(asked.num_processes)}
+    place = found_place({**set_by_it, **ranks})
+    assert place == Place(3, processes, 1, "env://", shard=shard)
+    assert launch.ignored_precision(set_by_it, place, configure("model.name=cartoon-v2v")) is None
 
 
 def test_a_precision_of_accelerate_is_told_of() -> None:

@@ -164,12 +164,12 @@ def test_what_parts_of_weights_cannot_do_is_refused(
     where: str, word: str, prepared: Path, tmp_path: Path
 ) -> None:
     words = (*LORA, SHARD, "memory.activation_checkpointing=block", word)
-    with pytest.raises(UsageError, match="does not go together with memory.shard fsdp2") as caught:
+    with pytest.raises(UsageError, match=r"does not go together with memory\.shard fsdp2") as caught:
         made_trainer(tmp_path / "run", prepared, *words, model="cartoon-i2v")
     assert caught.value.where == where and caught.value.exit_code == 2
 
 
 def test_a_share_is_not_counted() -> None:
     cfg = configure("model.name=cartoon-v2v", SHARD)
-    with pytest.raises(NotYetSupported, match="memory.shard"):
+    with pytest.raises(NotYetSupported, match=r"memory\.shard"):
         profile_training(find_model("cartoon-v2v"), cfg)
