@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from avatarctl.data.known import Known
 from avatarctl.errors import WeightsMissing
@@ -17,6 +17,9 @@ from avatarctl.registry import Row, encoder_part
 from avatarctl.weights.weight_file import WeightFile
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
     from avatarctl.config import RunConfig
     from avatarctl.loading.modules import Part, SomeModules
 
@@ -28,7 +31,10 @@ _FILES: Final = {"vae": ("vae",), "text": ("text", "tokenizer"), "audio": ("audi
 
 class Encoders:
     """Where the networks of `parts` come from, and who they are; `modules` has them, each loaded when it is
-    touched. Raises WeightsMissing.
+    touched. aside: another network needs the device, so that these wait on the host and each of their
+    modules comes for its own call, but for the text encoder, which is used once and dropped.
+
+    Raises WeightsMissing.
     """
 
     def __init__(
@@ -40,8 +46,10 @@ class Encoders:
         emit: Emit,
         *,
         check: bool = True,
+        aside: bool = False,
     ) -> None:
         self._row, self._cfg, self._parts, self._known, self._emit = row, cfg, parts, known, emit
+        self._aside = aside
         assert cfg.data.width is not None and cfg.data.height is not None
         self.sources: Sources = find_sources(row, cfg.model, (cfg.data.width, cfg.data.height))
         self.missing = _missing(row, self.sources, parts)
@@ -65,22 +73,34 @@ class Encoders:
         """Another part, and the transformer, raises AttributeError."""
         from avatarctl.loading.modules import SomeModules, load_parts
         from avatarctl.models.device import resolve_device
+        from avatarctl.placement.place import HOST, leaf_by_leaf
 
         device = resolve_device(self._cfg.runtime.device)
         held: WeightFile | None = None  # no transformer that encoders are compared with
 
         def build(part: Part) -> Any:
-            made = load_parts(self._row, self.sources, held, self._cfg, (part,), device, self._emit)
-            return made.get(part)
+            waits = part != "text" and self._wait_on_host(device)
+            cfg, place = self._cfg, HOST if waits else device
+            made = load_parts(
+                self._row, self.sources, held, cfg, (part,), place, self._emit, computes=device
+            ).get(part)
+            if waits and made is not None:
+                leaf_by_leaf(cast("nn.Module", made), device)
+            return made
 
         return SomeModules(self._parts, build, device)
 
+    def _wait_on_host(self, device: torch.device) -> bool:
+        """On a CPU it would be one memory, and copies for nothing."""
+        return self._aside and device.type != "cpu"
+
     def exact_vae(self) -> Any:
-        """The VAE in float32; that of `modules` where the run computes in float32, or on a CPU."""
+        """The VAE in float32, on the device; that of `modules` where it is one, or on a CPU."""
         from avatarctl.loading.modules import load_parts
 
-        runtime = self._cfg.runtime
-        if runtime.dtype in (None, "float32") or self.modules.device.type == "cpu":
+        runtime, device = self._cfg.runtime, self.modules.device
+        is_exact = runtime.dtype in (None, "float32") or device.type == "cpu"
+        if is_exact and not self._wait_on_host(device):
             return self.modules.vae
         cfg = replace(self._cfg, runtime=replace(runtime, dtype="float32"))
         wanted: tuple[Part, ...] = ("vae",)

@@ -140,7 +140,9 @@ class TrainingSet:
         self._known = Known(self._set.own / "known", self._set.base, "training", keep=False)
         self._artifacts = self.family.artifacts(self.cfg)
         parts: tuple[Part, ...] = tuple(dict.fromkeys(each.part for each in self._artifacts))
-        own = self.encoders or Encoders(self.row, self.cfg, parts, self._known, self.emit, check=False)
+        own = self.encoders or Encoders(
+            self.row, self.cfg, parts, self._known, self.emit, check=False, aside=True
+        )
         self.encoders = self._encoders = own
         self._checker = Checker(
             self.cfg, self.family, self._artifacts, self._encoders, self._known, self._set.own, self.emit

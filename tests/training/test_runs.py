@@ -16,11 +16,13 @@ import torch
 from click.testing import Result
 from safetensors import safe_open
 
+from avatarctl.data.encoders import Encoders
 from avatarctl.data.training_set import ToFace
 from avatarctl.demo.samples import write_samples
 from avatarctl.media.files import file_sha256
 from avatarctl.perception.face_file import Clip, FaceFileWriter
 from avatarctl.perception.smooth import TrackedFace
+from avatarctl.placement.units import Unit
 from avatarctl.training import checkpoints, trainer
 from tests.training.running import COMPARED, QUICK, SMALL, bits, forked, typed
 
@@ -53,12 +55,18 @@ def test_a_run_leaves_what_a_person_looks_for(finished: Path) -> None:
 
 
 def test_prepared_and_live_samples_train_alike(
-    finished: Path, samples: Path, train: Train, tmp_path: Path
+    finished: Path, samples: Path, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is prepared in the other folder: all is encoded when its turn comes, by a reading process."""
+    """Nothing is prepared in the other folder: all is encoded when its turn comes, by a reading process. What
+    encodes waits on the host meanwhile, as it does beside a card."""
+    monkeypatch.setattr(Encoders, "_wait_on_host", lambda *_: True)
+    left: list[str] = []
+    leave = Unit.leave
+    monkeypatch.setattr(Unit, "leave", lambda unit: (left.append(unit.name), leave(unit)))
     made = train("v2v", "--data", samples, *EVERY, "--workers", "1", "--out", tmp_path / "run")
     assert made.exit_code == 0, made.output
     assert bits(tmp_path / "run", 3) == bits(finished, 3)
+    assert any("decoder" in name or "encoder" in name for name in left), "they came and left"
 
 
 def test_a_run_that_was_resumed_twice_ends_as_one_that_was_not(
