@@ -208,7 +208,7 @@ def _value(value: Any) -> str:
 
 def presets_page(folder: Path) -> str:
     """The table of shipped files; title, card and source are the first lines of each."""
-    files = [folder / f"{name}.yaml" for name in preset_names()]
+    files = [folder / f"{name}.yaml" for name in preset_names(folder)]
     header = ("job", "name", "model", "card", "predicted memory", "what for", "source of the values")
     return HEAD + PRESETS_INTRODUCTION + _table(header, [_preset_row(folder, path) for path in files])
 

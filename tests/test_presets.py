@@ -277,7 +277,8 @@ def test_they_ship_in_the_wheel_and_are_found_there(tmp_path: Path) -> None:
     shutil.unpack_archive(built("wheel", source), target, "zip")
     package = target / "avatarctl"
     inside = {path.relative_to(package / "configs").as_posix() for path in target.rglob("*.yaml")}
-    assert inside == {f"{name}.yaml" for name in (*NAMES, "compat/only-shipped")}
+    others = ("compat/only-shipped", "accelerate/ddp", "accelerate/fsdp2")
+    assert inside == {f"{name}.yaml" for name in (*NAMES, *others)}
     modules = {path.relative_to(tree) for path in (tree / "avatarctl").rglob("*.py")}
     assert {path.relative_to(target) for path in package.rglob("*.py")} == modules
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 import click
 
 from avatarctl.cli.signals import stop_on_signals, stop_signals
+from avatarctl.config import preset_folder
 from avatarctl.errors import AvatarctlError, EnvironmentMissing, Interrupted, NotYetSupported, UsageError
 
 if TYPE_CHECKING:
@@ -43,7 +44,6 @@ _FOREIGN: Final = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration of accelerate",
 }
-_SHARDED: Final = "`accelerate launch --config_file configs/accelerate/fsdp2.yaml` or -o memory.shard=fsdp2"
 _ALONE: Final = 99
 """Exit code of a process that lost another one: not the cause, for whoever started both."""
 _GRACE: Final = 10.0
@@ -76,14 +76,14 @@ def found_place(environ: Mapping[str, str]) -> Place | None:
             raise NotYetSupported(
                 f"{title} is not used for training",
                 where=name,
-                fix=f"{_SHARDED}, by which each card holds a part of the model",
+                fix=f"accelerate launch --config_file {_sharded()}, or -o memory.shard=fsdp2: a part on each card",
             )
     shard = _is_on(environ, "ACCELERATE_USE_FSDP")
     if shard and environ.get("FSDP_VERSION") != "2":
         raise NotYetSupported(
             "of FSDP only the second version is used for training",
             where="FSDP_VERSION",
-            fix=f"fsdp_version: 2, as in {_SHARDED}",
+            fix=f"fsdp_version: 2, as in {_sharded()}",
         )
     if shard and _is_on(environ, "FSDP_OFFLOAD_PARAMS"):
         raise NotYetSupported(
@@ -104,6 +104,11 @@ def found_place(environ: Mapping[str, str]) -> Place | None:
         if name != "MASTER_ADDR" and not environ[name].isdecimal():
             raise UsageError(f"{name} is no number: {environ[name][:40]!r}", where="environment")
     return Place(int(environ["RANK"]), int(size), int(environ["LOCAL_RANK"]), shard=shard)
+
+
+def _sharded() -> Path:
+    """The file by which accelerate asks for what we have of this kind."""
+    return preset_folder() / "accelerate" / "fsdp2.yaml"
 
 
 def _is_on(environ: Mapping[str, str], name: str) -> bool:

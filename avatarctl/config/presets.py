@@ -24,9 +24,9 @@ def preset_folder() -> Path:
     return inside if inside.is_dir() else package.parent / "configs"
 
 
-def preset_names() -> tuple[str, ...]:
-    """All names, such as "infer/NAME" for `configs/infer/NAME.yaml`."""
-    folder = preset_folder()
+def preset_names(folder: Path | None = None) -> tuple[str, ...]:
+    """All names, such as "infer/NAME" for `configs/infer/NAME.yaml`; folder: in place of the shipped one."""
+    folder = folder or preset_folder()
     ours = (path for path in folder.glob("*/*.yaml") if path.parent.name != _OTHERS)
     return tuple(sorted(path.relative_to(folder).with_suffix("").as_posix() for path in ours))
 

@@ -28,7 +28,7 @@ PROMISED = {  # the public table of sections and keys, written out again
     "long_video": "strategy num_frames overlap_frames schedule blend carry max_tokens max_size audio_window",
     "output": "path fps width height lead_silence length soundtrack paste crf preview save_latents overwrite",
     "memory": "mode group_blocks vae_gradient activation_checkpointing base_precision optimizer_device "
-    "swap_blocks",
+    "swap_blocks shard",
     "data": "path videos num_frames width height fps sample_rate window stride max_windows faces face_look "
     "audio_name mask references artifact_dtype mask_rule reference_sequence reference_frames format shard "
     "workers force",

@@ -240,8 +240,8 @@ def test_half_an_environment_is_refused(name: str) -> None:
 @pytest.mark.parametrize(
     ("environment", "what"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, r"DeepSpeed is not used .* configs/accelerate/fsdp2\.yaml"),
-        ({"ACCELERATE_USE_FSDP": "true"}, r"only the second version .* configs/accelerate/fsdp2\.yaml"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, r"DeepSpeed is not used .*configs/accelerate/fsdp2\.yaml"),
+        ({"ACCELERATE_USE_FSDP": "true"}, r"only the second version .*configs/accelerate/fsdp2\.yaml"),
         (
             {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"},
             "stay on their card",
