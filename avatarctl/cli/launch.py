@@ -76,7 +76,7 @@ def found_place(environ: Mapping[str, str]) -> Place | None:
             raise NotYetSupported(
                 f"{title} is not used for training",
                 where=name,
-                fix=f"accelerate launch --config_file {_sharded()}, or -o memory.shard=fsdp2: a part on each card",
+                fix=f"accelerate launch --config_file {_sharded()}, or -o memory.shard=fsdp2",
             )
     shard = _is_on(environ, "ACCELERATE_USE_FSDP")
     if shard and environ.get("FSDP_VERSION") != "2":
