@@ -7,6 +7,7 @@ between these exchanges, inside `together`, so that all end alike where one cann
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["ProcessLost", "World"]
+__all__ = ["ProcessLost", "World", "waiting_within"]
 
 Value = TypeVar("Value")
 
@@ -28,6 +29,10 @@ _PATIENCE: Final = timedelta(hours=2)
 died is noticed at once: its connections are closed."""
 _BUCKET: Final = 1 << 24
 """Numbers that are added at once: hundreds of small adapters would each wait for the network."""
+
+
+_OF_A_CONNECTION: Final = re.compile(r"gloo|nccl", re.IGNORECASE)
+"""In the words of the two that carry tensors: not every version gives their errors a class."""
 
 
 class ProcessLost(Interrupted):
@@ -210,7 +215,24 @@ def _connected() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        said = " ".join(str(error).split())[:200]
-        raise ProcessLost(
-            f"another process of this run is gone: {said}", fix="the same command with --resume auto goes on"
-        ) from error
+        raise _lost(error) from error
+
+
+@contextmanager
+def waiting_within() -> Iterator[None]:
+    """Around computation in which processes wait for each other, as those that share weights do: errors of
+    other kinds are what they are. Raises ProcessLost."""
+    import torch.distributed as dist
+
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or _OF_A_CONNECTION.search(str(error)):
+            raise _lost(error) from error
+        raise
+
+
+def _lost(error: RuntimeError) -> ProcessLost:
+    said = " ".join(str(error).split())[:200]
+    fix = "the same command with --resume auto goes on"
+    return ProcessLost(f"another process of this run is gone: {said}", fix=fix)

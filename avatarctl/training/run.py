@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -22,7 +22,7 @@ from avatarctl.family import TrainableFamily
 from avatarctl.loading.judges import find_judges, judges_missing, load_judges
 from avatarctl.loading.sources import Sources, find_sources, weights_missing
 from avatarctl.loading.trained import checkpoints
-from avatarctl.parallel.world import World
+from avatarctl.parallel.world import World, waiting_within
 from avatarctl.registry import Row
 from avatarctl.training.memory import check_memory
 from avatarctl.training.run_folder import CUT, RunFolder, length_so_far, require_same
@@ -188,7 +188,8 @@ class TrainingRun:
         names = self.cfg.runtime.trackers if self._world.is_main else ()
         trackers = Trackers(names, self.folder, trainer.step, self._emit)
         try:
-            trainer.train(should_stop)
+            with waiting_within() if trainer.network.is_sharded else nullcontext():
+                trainer.train(should_stop)
         finally:
             trackers.finish()
 
