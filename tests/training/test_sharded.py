@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.fsdp  # before processes fork, which would each read it
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -29,7 +30,7 @@ from tests.training.running import made_trainer
 forking = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 
 SHARD = "memory.shard=fsdp2"
-LORA = ("train.mode=lora", "train.lora_rank=2")
+LORA = ("train.mode=lora", "train.lora_rank=2", "train.lora_targets=q")
 RUNS = {
     "cartoon-v2v": (("train.mode=full",), "memory.activation_checkpointing=block"),
     "cartoon-i2v": ((*LORA, "memory.base_precision=fp8"), "memory.activation_checkpointing=block_offload"),
@@ -100,18 +101,16 @@ def _inside(folder: Path, prepared: Path, place: Place) -> None:
         found[model] = (_trained(made), share, stored, flow)
     building.make_trainable, trainer._of_one_length = MADE, of_one_length  # type: ignore[attr-defined]
     settings = (*LORA, SHARD, "train.ema=0.5", "train.batch_size=2", "runtime.gpus=2")
-    first, second = (
-        made_trainer(folder / f"{name}-{place.rank}", prepared, *settings, model="cartoon-i2v", world=world)
-        for name in ("first", "second")
+    made = made_trainer(folder / f"run-{place.rank}", prepared, *settings, model="cartoon-i2v", world=world)
+    _stepped(made)
+    made.save()
+    first = {name: each.clone() for name, each in _stepped(made).items()}
+    found["behind"] = {name: whole(each) for name, each in made.network.trainables.state().items()}
+    made.resume(Checkpoint(folder / "run-0" / "checkpoint-1", 1, {}))
+    second = _stepped(made)
+    found["same"] = first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
     )
-    _stepped(first)
-    first.save()
-    second.resume(Checkpoint(folder / "first-0" / "checkpoint-1", 1, {}))
-    pair = _stepped(first), _stepped(second)
-    found["same"] = pair[0].keys() == pair[1].keys() and all(
-        torch.equal(pair[0][n], pair[1][n]) for n in pair[0]
-    )
-    found["behind"] = {name: whole(each) for name, each in first.network.trainables.state().items()}
     world.leave()
     torch.save(found, folder / f"found-{place.rank}.pt")
 
@@ -143,7 +142,7 @@ def test_two_processes_with_half_of_everything_train_as_one(
     alone = made_trainer(tmp_path / "alone", prepared, *settings, model="cartoon-i2v")
     told = [event.text for event in alone.events if isinstance(event, Notice)]  # type: ignore[attr-defined]
     assert "memory.shard: there is one process, which holds the whole model" in told
-    path = tmp_path / "first-0" / "checkpoint-1"
+    path = tmp_path / "run-0" / "checkpoint-1"
     alone.resume(Checkpoint(path, 1, {}))
     behind, moved = _stepped(alone), Checkpoint(path, 1, {}).trained()
     assert both[0]["same"] and both[1]["same"]
