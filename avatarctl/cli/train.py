@@ -31,6 +31,7 @@ from avatarctl.registry import COMPAT, NOT_YET, ROWS, Row
 
 if TYPE_CHECKING:
     from avatarctl.parallel.world import World
+    from avatarctl.profiling.happened import TrainingHappened
     from avatarctl.training.run import TrainingResult, TrainingRun
 
 __all__ = ["train"]
@@ -195,6 +196,7 @@ def _run_here(
 
         from avatarctl.training.run import TrainingRun
 
+        account = _account(cfg.runtime.log_level == "debug" and world.is_main)
         own = replace(cfg, runtime=replace(cfg.runtime, device=world.device(cfg.runtime.device)))
         with world.together():
             run = TrainingRun(
@@ -207,13 +209,14 @@ def _run_here(
                 resume=resume,
                 from_step=step,
                 world=world,
+                watch=None if account is None else account.watch,
             )
         if request.dry_run:
             with world.together():
                 if world.is_main:
                     _show_plan(command, run, request.json, screen)
             return
-        with listening(place) as should_stop:
+        with listening(place) as should_stop, _accounted(account, screen):
             result = run.run(_run_text(request, command), should_stop, draw)
         if not world.is_main:
             return
@@ -221,6 +224,25 @@ def _run_here(
     _show_result(command, result, request.json)
     if result.partly is not None:  # not before: what was trained can be used
         raise result.partly
+
+
+def _account(wanted: bool) -> TrainingHappened | None:
+    if not wanted:
+        return None
+    from avatarctl.profiling.happened import TrainingHappened
+
+    return TrainingHappened()
+
+
+@contextlib.contextmanager
+def _accounted(account: TrainingHappened | None, screen: Screen) -> Iterator[None]:
+    """What a run held, phase by phase, told behind it, however it ended."""
+    try:
+        with account or contextlib.nullcontext():
+            yield
+    finally:
+        for line in account.lines() if account is not None else ():
+            screen(Notice(line))
 
 
 @contextlib.contextmanager

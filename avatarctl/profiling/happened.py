@@ -1,10 +1,11 @@
-"""What a real run held and moved, phase by phase: the account of `infer -v`."""
+"""What a real run held and moved, phase by phase: the account of `infer -v` and `train -v`."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
@@ -18,7 +19,10 @@ from avatarctl.profiling.phases import Counter, Phases
 from avatarctl.profiling.sizes import shown
 from avatarctl.profiling.watched import watch
 
-__all__ = ["Happened"]
+if TYPE_CHECKING:
+    from avatarctl.training.trainer import Trainer
+
+__all__ = ["Happened", "TrainingHappened"]
 
 
 class _CardBytes:
@@ -39,17 +43,15 @@ class _CardBytes:
         torch.cuda.reset_peak_memory_stats(self._device)
 
 
-class Happened:
-    """Counts while it is entered, once `watch` was given the networks of the run. On a CPU every operation is
-    looked at, which takes time; packed weights that wait are not among the live bytes there either."""
+class _Account:
+    """Counts while it is entered, once `_begin` said what. On a CPU every operation is looked at, which takes
+    time; packed weights that wait are not among the live bytes there either."""
 
     def __init__(self) -> None:
         self._entered = contextlib.ExitStack()
         self._phases: Phases | None = None
-        self._loads: list[str] = []
-        self._moves = Moves()
 
-    def __enter__(self) -> Happened:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -59,20 +61,50 @@ class Happened:
             self._phases.end()
         self._entered.close()
 
-    def watch(self, modules: Modules | SomeModules) -> None:
-        """The networks of the run, read already or to be read when they are touched."""
+    def _begin(self, device: torch.device, held: Sequence[Any]) -> Phases:
+        """held: networks and tensors that exist already."""
         counter: Counter
-        if modules.device.type == "cuda":
-            counter = _CardBytes(modules.device)
+        if device.type == "cuda":
+            counter = _CardBytes(device)
         else:
             counter = live = self._entered.enter_context(LiveBytes())
-            for part in PARTS:
-                network = vars(modules).get(part)
-                if isinstance(network, nn.Module):
-                    live.track(network)
-        self._phases = phases = Phases(counter)
-        with phases("load"):
+            live.track(*held)
+        self._phases = Phases(counter)
+        with self._phases("load"):
             pass
+        return self._phases
+
+    def lines(self) -> list[str]:
+        """The table for people."""
+        if self._phases is None:
+            return []
+        lives, peaks = self._phases.lives, self._phases.peaks
+        rows = [f"{name:10} {shown(lives[name]):>12} {shown(peak):>12}" for name, peak in peaks.items()]
+        return [f"{'phase':10} {'live':>12} {'peak':>12}", *rows]
+
+
+class TrainingHappened(_Account):
+    """Of a training run: `watch` is given its trainer."""
+
+    def watch(self, trainer: Trainer) -> None:
+        """Nothing is counted of weights that processes share on a CPU."""
+        network = trainer.network
+        if not network.is_sharded or network.device.type == "cuda":
+            trainer.phase = self._begin(network.device, trainer.tensors())
+
+
+class Happened(_Account):
+    """Of a run of `infer`: `watch` is given its networks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._loads: list[str] = []
+        self._moves = Moves()
+
+    def watch(self, modules: Modules | SomeModules) -> None:
+        """The networks of the run, read already or to be read when they are touched."""
+        parts = [vars(modules).get(part) for part in PARTS]
+        phases = self._begin(modules.device, [each for each in parts if isinstance(each, nn.Module)])
 
         def built(part: str, network: Any) -> None:
             if network is not None:
@@ -87,15 +119,9 @@ class Happened:
             self._moves = modules.moves
 
     def lines(self) -> list[str]:
-        """The table for people."""
-        if self._phases is None:
+        rows = super().lines()
+        if not rows:
             return []
-        rows = [f"{'phase':10} {'live':>12} {'peak':>12}"]
-        lives = self._phases.lives
-        rows += [
-            f"{name:10} {shown(lives[name]):>12} {shown(peak):>12}"
-            for name, peak in self._phases.peaks.items()
-        ]
         moves = self._moves
         rows.append(f"loads: {', '.join(self._loads)}")
         rows.append(

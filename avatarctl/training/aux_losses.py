@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from avatarctl.errors import ConfigError, UnusableAudio
@@ -108,6 +108,10 @@ class AuxLosses:
         self._again = settings.vae_gradient != "full"
         if judges.trepa is not None:
             judges.trepa.recompute = self._again
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        return [each for each in vars(self._judges).values() if isinstance(each, nn.Module)]
 
     def __call__(
         self,

@@ -12,7 +12,7 @@ from typing import Final
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from avatarctl.flow_matching import clean_estimate
 from avatarctl.host import HOST
@@ -112,6 +112,11 @@ class AuxStep:
     def __init__(self, losses: AuxLosses, vae: WanVae, host: torch.device = HOST) -> None:
         self.losses, self._vae, self._host = losses, vae, host
         self._limit = float(np.float32(losses.settings.max_sigma))  # as sigmas are rounded
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """All that it holds."""
+        return [self._vae, *self.losses.networks]
 
     def __call__(self, batch: AuxBatch) -> AuxResult:
         """Raises UnusableAudio (exit 3) for the sync loss without audio."""

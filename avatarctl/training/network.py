@@ -69,6 +69,10 @@ class Network:
         for name, mean in self._mean.items():
             mean.lerp_(self.trainables.parameters[name].detach(), 1 - self.cfg.train.ema)
 
+    def averages(self) -> list[Tensor]:
+        """Of the weights, where the run keeps them."""
+        return list(self._mean.values())
+
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """The averaged weights in the network while the block lasts, where the run keeps some. Both are then

@@ -122,6 +122,11 @@ class Optimizer:
         for part in self._parts:
             part.zero_grad(set_to_none=True)
 
+    def tensors(self) -> list[Tensor]:
+        """The moments that exist, where they are."""
+        held = [own for part in self._parts for own in part.state.values()]
+        return [own[name] for own in held for name in _moments(own)]
+
     def state(self) -> dict[str, Tensor]:
         """Moments and step counts by parameter name; empty before the first step. Of a sharded network all
         processes call it, and the main one gets them."""

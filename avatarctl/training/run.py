@@ -58,7 +58,8 @@ class TrainingResult:
 
 class TrainingRun:
     """One command. folder: of the run, made when it begins; from_step: of the checkpoint to go on from, None
-    for the newest; world: the processes that train together, of which `runtime.gpus` is the number.
+    for the newest; world: the processes that train together, of which `runtime.gpus` is the number; watch: is
+    given the trainer before its first step.
 
     Raises UsageError and ConfigError for settings that make no sense together or are not those of the run
     that is resumed, PathNotFound and UnusableFile for the data set.
@@ -76,10 +77,11 @@ class TrainingRun:
         resume: bool = False,
         from_step: int | None = None,
         world: World | None = None,
+        watch: Callable[[Trainer], None] | None = None,
     ) -> None:
         self.command, self.cfg, self.row, self.family, self._emit = command, cfg, row, family, emit
         self.folder = RunFolder(folder)
-        self._from_step = from_step
+        self._from_step, self._watch = from_step, watch
         self._world = world or World()
         _check(command, cfg, family)
         if self.folder.is_begun and not resume:
@@ -171,6 +173,8 @@ class TrainingRun:
                 data = data or self.open_data()
             self._require_one_data_set(data)
             trainer = self._trainer(data)
+            if self._watch is not None:
+                self._watch(trainer)
             with world.together():
                 if world.is_main:
                     self.folder.begin(run_text)  # not before everything is there: what is refused is no run

@@ -6,6 +6,7 @@ import math
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -83,10 +84,15 @@ class _Sums:
         return {name: total / counts[name] for name, total in sums.items()}
 
 
+def _unwatched(name: str) -> AbstractContextManager[Any]:
+    return nullcontext()
+
+
 @dataclass
 class Trainer:
     """One run. `network` holds what is trained; `start` the SHA-256 of the files that it began with, by name;
-    `step` counts the optimizer steps that are done; `world` the processes that share its samples."""
+    `step` counts the optimizer steps that are done; `world` the processes that share its samples; `phase` is
+    entered, by its name, for each part of the work."""
 
     folder: RunFolder
     cfg: RunConfig
@@ -98,6 +104,7 @@ class Trainer:
     start: Mapping[str, str] = field(default_factory=dict)
     world: World = field(default_factory=World)
     validation: Validation | None = None
+    phase: Callable[[str], AbstractContextManager[Any]] = _unwatched
     step: int = 0
     failed: dict[str, AvatarctlError] = field(default_factory=dict)
 
@@ -118,6 +125,11 @@ class Trainer:
         self.network.load(checkpoint.trained(), checkpoint.averaged())
         self._optimizer.load(checkpoint.optimizer())
         self.step = checkpoint.step
+
+    def tensors(self) -> list[Any]:
+        """Networks, and tensors beside them, that a run holds between its steps."""
+        aux = [] if self.aux is None else self.aux.networks
+        return [self.network.dit, *self.network.averages(), *self._optimizer.tensors(), *aux]
 
     def train(self, should_stop: Callable[[], bool]) -> None:
         """Trains up to `train.max_steps`. Saves before it raises Interrupted; raises UnusableFile where
@@ -152,7 +164,8 @@ class Trainer:
         if self.validation is None or not self.validation.is_due(self.step):
             return True
         try:
-            self.validation.run(self.step, should_stop)
+            with self.phase("validation"):
+                self.validation.run(self.step, should_stop)
         except Interrupted:
             self.emit(Notice(f"the validation of step {self.step} was stopped; resuming makes it"))
             return False
@@ -166,11 +179,12 @@ class Trainer:
         """A checkpoint of the step that was last made, which the main process writes. All have to call it:
         of a sharded network each has a part."""
         spread = self.network.is_sharded
-        states = self.network.states() if spread else None
-        moments = self._optimizer.state() if spread else None
-        with self.world.together():
-            if self.world.is_main:
-                self._write(states, moments)
+        with self.phase("checkpoint"):
+            states = self.network.states() if spread else None
+            moments = self._optimizer.state() if spread else None
+            with self.world.together():
+                if self.world.is_main:
+                    self._write(states, moments)
         return self.folder.path / f"checkpoint-{self.step}"
 
     def _write(
@@ -262,11 +276,13 @@ class Trainer:
 
     def _one_step(self, batch: list[TrainingSample], waited: float, clock: float) -> None:
         totals = self.accumulate(batch)
-        norm = float(self._optimizer.clip())
+        with self.phase("optimizer"):
+            norm = float(self._optimizer.clip())
         entry: dict[str, Any] = {"step": self.step + 1, **totals, "gradient_norm": norm}
         if all(math.isfinite(value) for value in (norm, *totals.values())):
-            entry["learning_rate"] = self._optimizer.step(self.step)
-            self.network.average()
+            with self.phase("optimizer"):
+                entry["learning_rate"] = self._optimizer.step(self.step)
+                self.network.average()
             self._in_a_row = 0
         else:
             self._optimizer.drop_gradients()
@@ -307,12 +323,14 @@ class Trainer:
         """Gradients of some samples of a step, all of one length. share: 0 where the pass is made only
         because other processes make one more."""
         samples, draws = [sample for sample, _ in part], [draw for _, draw in part]
-        condition, timesteps, noise = self._prepared(samples, draws)
-        there = _moved(timesteps, self.network.device)
-        with self.network.autocast():
+        with self.phase("condition"):
+            condition, timesteps, noise = self._prepared(samples, draws)
+            there = _moved(timesteps, self.network.device)
+        with self.phase("forward"), self.network.autocast():
             step = flow_step(self.family, self.network.dit, condition, there, noise, self.cfg)
         loss = self._total(step, samples, draws, condition, timesteps, sums)
-        (loss.sum() * share / self._slots).backward()
+        with self.phase("backward"):
+            (loss.sum() * share / self._slots).backward()
 
     def _prepared(
         self, samples: list[TrainingSample], draws: list[Draw]
@@ -342,7 +360,9 @@ class Trainer:
         total = step.loss * self.cfg.aux.recon_weight
         if self.aux is not None:
             sums.add("flow", step.loss)
-            result = self.aux(_aux_batch(step, samples, draws, condition, timesteps, self.network.device))
+            batch = _aux_batch(step, samples, draws, condition, timesteps, self.network.device)
+            with self.phase("aux"):
+                result = self.aux(batch)
             for name, values in (result.seen | result.numbers).items():
                 sums.add(name, values)
             total = total + result.total

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +25,8 @@ from avatarctl.training.checkpoints import Checkpoint
 from avatarctl.training.optimizer import Optimizer
 from avatarctl.training.run_folder import changed
 from avatarctl.training.trainer import Trainer
+from tests.training.running import ADAPTED as RUN_ADAPTED
+from tests.training.running import bits, typed
 
 ADAPTED = "cartoon-i2v"
 LORA = ("train.mode=lora", "train.lora_rank=2", "train.learning_rate=0.01")
@@ -298,6 +302,26 @@ def test_without_bitsandbytes_the_command_says_how_to_install_it(
     with pytest.raises(ExtraMissing, match="bitsandbytes") as caught:
         trainer_of(*LORA, "train.optimizer=adamw8bit", model=ADAPTED)
     assert caught.value.exit_code == 4 and "pip install 'avatarctl[adamw8bit]'" in str(caught.value)
+
+
+# --- what a run held --------------------------------------------------------------------------------
+
+
+def test_a_run_tells_what_it_held_in_each_phase(adapted: Path, samples: Path, tmp_path: Path) -> None:
+    """With -v, behind it; the bits are those of a run that nobody watched."""
+    run = tmp_path / "run"
+    made = typed("train", "i2v", *RUN_ADAPTED, "--data", samples, "--out", run, "-v")
+    assert made.exit_code == 0, made.output
+    rows = re.findall(r"^(\w+) +([\d.]+) (\w+) +([\d.]+) (\w+)$", made.output, re.MULTILINE)
+    table = {name: (size(live, unit), size(peak, of)) for name, live, unit, peak, of in rows}
+    assert list(table)[:5] == ["loop", "load", "condition", "forward", "backward"], made.output
+    assert {"optimizer", "checkpoint"} <= table.keys() and all(live <= peak for live, peak in table.values())
+    assert table["forward"][1] > table["load"][1] and table["optimizer"][0] > table["load"][0]
+    assert bits(run, 2) == bits(adapted, 2)
+
+
+def size(number: str, unit: str) -> float:
+    return float(number) * {"MiB": 1.0, "GiB": 1024.0}[unit]
 
 
 # --- what saves memory stays on --------------------------------------------------------------------
