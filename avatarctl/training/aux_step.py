@@ -114,7 +114,7 @@ class AuxStep:
         self._limit = float(np.float32(losses.settings.max_sigma))  # as sigmas are rounded
 
     @property
-    def networks(self) -> list[nn.Module]:
+    def held(self) -> list[nn.Module]:
         """All that it holds."""
         return [self._vae, *self.losses.networks]
 

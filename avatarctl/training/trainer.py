@@ -128,7 +128,7 @@ class Trainer:
 
     def tensors(self) -> list[Any]:
         """Networks, and tensors beside them, that a run holds between its steps."""
-        aux = [] if self.aux is None else self.aux.networks
+        aux = [] if self.aux is None else self.aux.held
         return [self.network.dit, *self.network.averages(), *self._optimizer.tensors(), *aux]
 
     def train(self, should_stop: Callable[[], bool]) -> None:

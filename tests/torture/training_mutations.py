@@ -37,9 +37,32 @@ MUTATIONS = (
     Mutation(
         "gradients zeroed before every backward",
         "training/trainer.py",
-        "        (loss.sum() / self._slots).backward()\n",
-        "        self._optimizer.drop_gradients()\n        (loss.sum() / self._slots).backward()\n",
+        "            (loss.sum() * share / self._slots).backward()\n",
+        "            self._optimizer.drop_gradients()\n            (loss.sum() / self._slots).backward()\n",
         "test_steps.py::test_micro_batches_are_one_batch",
+    ),
+    Mutation(
+        "gradients of processes that share weights averaged",
+        "parallel/sharded.py",
+        "part.set_gradient_divide_factor(1.0)",
+        "part.set_gradient_divide_factor(2.0)",
+        "test_sharded.py::test_two_processes_with_half_of_everything_train_as_one",
+    ),
+    Mutation(
+        "a pass that is made because another process makes one counted twice",
+        "training/trainer.py",
+        "self._backward(passes[-1], _Sums(), 0.0)",
+        "self._backward(passes[-1], _Sums(), 1.0)",
+        "test_sharded.py::test_two_processes_with_half_of_everything_train_as_one",
+    ),
+    Mutation(
+        "adapters behind the weights in eight bits, whose dtype they then have",
+        "training/building.py",
+        "    trainables = make_trainable(start.dit, start.layout, cfg.train, cfg.runtime.seed)\n",
+        "    start.dit.requires_grad_(False)\n"
+        "    if in_float8:\n        store_in_float8(start.dit)\n"
+        "    trainables = make_trainable(start.dit, start.layout, cfg.train, cfg.runtime.seed)\n",
+        "test_lean_steps.py::test_losses_on_a_base_in_eight_bits_stay_beside_those_in_sixteen",
     ),
     Mutation(
         "audio sliced as a list of clips: fewer than 100 items, taken for silence as in the public trainer",
