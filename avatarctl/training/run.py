@@ -301,7 +301,10 @@ class TrainingRun:
                 require_same(found.path, self.cfg, self.command)
                 self._require_start(found, trainer.start)
                 self._require_samples(found, data)
-                trainer.resume(found)
+                if trainer.network.is_sharded:  # the host has no room for the whole of each at once
+                    world.in_turns(functools.partial(trainer.resume, found))
+                else:
+                    trainer.resume(found)
                 self._emit(Notice(f"resumed behind step {found.step}"))
         with world.together():
             if world.is_main:

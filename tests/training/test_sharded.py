@@ -19,7 +19,7 @@ from avatarctl.events import Notice
 from avatarctl.models.fp8 import STORED
 from avatarctl.parallel import world as world_module
 from avatarctl.parallel.sharded import gathered, whole
-from avatarctl.parallel.world import World
+from avatarctl.parallel.world import ProcessLost, World, waiting_within
 from avatarctl.profiling.training import profile_training
 from avatarctl.registry import configure, find_model
 from avatarctl.training import building, trainer
@@ -172,3 +172,13 @@ def test_a_share_is_not_counted() -> None:
     cfg = configure("model.name=cartoon-v2v", SHARD)
     with pytest.raises(NotYetSupported, match=r"memory\.shard"):
         profile_training(find_model("cartoon-v2v"), cfg)
+
+
+def test_a_broken_connection_within_a_pass_is_a_process_that_is_gone() -> None:
+    with pytest.raises(ProcessLost, match=r"another process .* Connection closed"), waiting_within():
+        raise RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+    with pytest.raises(torch.OutOfMemoryError), waiting_within():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(RuntimeError, match="shapes") as other, waiting_within():
+        raise RuntimeError("shapes do not fit")
+    assert type(other.value) is RuntimeError
