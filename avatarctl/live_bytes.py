@@ -10,6 +10,9 @@ CPU tensors and on `FakeTensor`s alike, where no allocator exists that could be 
         loss = model(x).mean(); loss.backward()
     print(live.peak)
 
+`LiveBytes(limit=bytes)` is a card of that size: the operation that passes it raises `OverLimit`, as torch
+does where a card is full. So a plan is tried before anybody has the card.
+
 On fake tensors enter it inside the fake mode: `with FakeTensorMode(), LiveBytes() as live`.
 
 What waits on the host (`host.to_host`) is counted apart, as `host` and `host_peak`, even where the host and
@@ -45,10 +48,19 @@ from torch.utils._pytree import tree_leaves
 from avatarctl.errors import NotYetSupported
 from avatarctl.host import is_of_host
 
-__all__ = ["LiveBytes", "process_peak_bytes"]
+__all__ = ["LiveBytes", "OverLimit", "process_peak_bytes"]
 
 # Builds its result outside the dispatcher and shows it only here, so its input is new as well.
 _FRESH_FROM_PYTHON = torch.ops.aten.lift_fresh.default
+
+
+class OverLimit(torch.OutOfMemoryError):
+    """A limit of `LiveBytes` was passed. operation: which did it; place: "device" or "host"; needed, limit:
+    bytes that are alive with its result, and that were allowed there."""
+
+    def __init__(self, operation: str, place: str, needed: int, limit: int) -> None:
+        super().__init__(f"{operation} needs {needed:,} bytes of the {place}, and the limit is {limit:,}")
+        self.operation, self.place, self.needed, self.limit = operation, place, needed, limit
 
 
 class LiveBytes(TorchDispatchMode):
@@ -61,10 +73,14 @@ class LiveBytes(TorchDispatchMode):
     A dispatch mode belongs to the thread that entered it (the backward pass takes it along into
     autograd's own threads): work of other threads is not counted, and one object serves one thread.
     A storage may be freed in any thread.
+
+    limit, host_limit: bytes that may be alive on the device and wait on the host, None for any number. An
+    operation runs, and what passes a limit with its result raises OverLimit in its place.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int | None = None, host_limit: int | None = None) -> None:
         super().__init__()
+        self._limits = {"device": limit, "host": host_limit}
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._sizes: dict[int, tuple[int, bool]] = {}
         # A finalizer may run between any two bytecodes and in any thread: it only appends here.
@@ -103,6 +119,8 @@ class LiveBytes(TorchDispatchMode):
 
         things: modules (parameters, buffers and gradients), tensors, or nested lists, tuples and dicts
                 of them. What is counted already is not counted again.
+
+        Raises OverLimit.
         """
         self._settle()
         before = self._current
@@ -112,6 +130,7 @@ class LiveBytes(TorchDispatchMode):
                 for storage in _storages(tensor):
                     self._count(storage)
         self._peak = max(self._peak, self._current)
+        self._refuse("track")
         return self._current - before
 
     def __torch_dispatch__(
@@ -132,7 +151,14 @@ class LiveBytes(TorchDispatchMode):
                     self._count(storage)
         self._peak = max(self._peak, self._current)
         self._host_peak = max(self._host_peak, self._host)
+        self._refuse(str(func))
         return result
+
+    def _refuse(self, operation: str) -> None:
+        for place, alive in (("device", self._current), ("host", self._host)):
+            limit = self._limits[place]
+            if limit is not None and alive > limit:
+                raise OverLimit(operation, place, alive, limit)
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata

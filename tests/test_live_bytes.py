@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
-from avatarctl.live_bytes import LiveBytes, process_peak_bytes
+from avatarctl.host import to_host
+from avatarctl.live_bytes import LiveBytes, OverLimit, process_peak_bytes
 
 KB = 1024  # bytes of a [16, 16] float32 tensor
 
@@ -56,6 +57,41 @@ def test_a_chain_holds_two_links_however_long_it_is(tensors) -> None:
         for _ in range(20):
             x = x @ x
     assert (live.current, live.peak) == (KB, 2 * KB)
+
+
+def test_a_limit_is_raised_by_the_operation_that_passes_it(tensors) -> None:
+    with LiveBytes(limit=2 * KB) as live, torch.no_grad():
+        a = square()
+        b = a @ a  # two alive are what is allowed
+        with pytest.raises(OverLimit, match=r"aten\.exp\S* needs 3,072 bytes of the device") as passed:
+            torch.exp(b)
+        assert (passed.value.operation, passed.value.place) == ("aten.exp.default", "device")
+        assert (passed.value.needed, passed.value.limit) == (3 * KB, 2 * KB)
+        assert isinstance(passed.value, torch.OutOfMemoryError)
+        del passed
+        assert live.current == 2 * KB, "its result is gone, and work goes on"
+        del a
+        torch.exp(b)
+
+
+def test_a_limit_is_raised_in_a_backward_pass_and_for_what_is_tracked() -> None:
+    weight = square().requires_grad_()
+    with LiveBytes(limit=3 * KB + 4):
+        loss = (square() * weight).exp().sum()  # saved: a factor and the result of exp; then two gradients
+        with pytest.raises(OverLimit) as passed:
+            loss.backward()
+    assert "mul" in passed.value.operation or "expand" in passed.value.operation, passed.value
+    with pytest.raises(OverLimit, match="track needs 1,024 bytes"):
+        LiveBytes(limit=KB - 1).track(square())
+
+
+def test_the_host_has_a_limit_of_its_own() -> None:
+    with LiveBytes(limit=3 * KB, host_limit=KB), torch.no_grad():
+        x = square()
+        there = to_host(x)
+        with pytest.raises(OverLimit, match=r"needs 2,048 bytes of the host, and the limit is 1,024"):
+            to_host(x)
+    del there
 
 
 def test_views_aliases_and_in_place_results_count_once(tensors) -> None:

@@ -137,7 +137,7 @@ def _python() -> Found:
 
 def _memory_and_disk() -> Iterator[Found]:
     from avatarctl.placement.host import host_memory
-    from avatarctl.profiling.sizes import shown
+    from avatarctl.placement.seats import shown
     from avatarctl.profiling.trials import Found
 
     memory = host_memory()

@@ -8,11 +8,13 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from avatarctl.cli.memory_mode import UNDECIDED, decided_without_torch, settled, with_mode
 from avatarctl.cli.options import EXAMPLE_MODEL, ConfigCommand, Request, config_options, read_request
 from avatarctl.cli.run_file import with_absolute_paths
 from avatarctl.cli.screen import Screen
@@ -95,13 +97,17 @@ def infer(**params: Any) -> None:
         if request.dry_run:
             _show_plan(plan, request.json, screen)
             return
+        plan.require_weights()  # before what is free is asked, which may take seconds
+        plan = settled(plan, request.resolved.asked, screen)
         path = Path(cfg.output.path) if cfg.output.path else fresh_path(row)
         sheet = _contact_sheet(plan)
         finished = make_video(plan, path, screen, sheet)
         _show_result(plan, finished, sheet_path(path) if sheet else None, request.json)
         # After the result: what cannot be written beside it must not hide a finished video.
-        record = with_absolute_paths(request.resolved, plan.cfg, _PATHS)
-        atomic_write_text(record_path(path), dump_run(record, "infer"))
+        mode = cfg.memory.mode
+        decided = {"memory.mode": plan.cfg.memory.mode} if mode == "auto" else None
+        record = with_absolute_paths(request.resolved, with_mode(plan.cfg, mode), _PATHS)
+        atomic_write_text(record_path(path), dump_run(record, "infer", decided))
         if sheet is not None:
             inputs = (Path(each.name).name for each in (plan.job.visual, plan.job.audio))
             sheet.save(sheet_path(path), f"{path.name}: {', '.join(inputs)}")
@@ -170,6 +176,9 @@ def _show_plan(plan: JobPlan, as_json: bool, screen: Screen) -> None:
     missing = plan.sources.missing
     for problem in environment_problems(plan):
         screen(Notice(f"a run would end with exit 4: {problem}", "warning"))
+    mode, why = decided_without_torch(plan)
+    if mode is not None:
+        plan = replace(plan, cfg=with_mode(plan.cfg, mode))
     try:
         plan.require_host()
     except DoesNotFit as problem:
@@ -179,13 +188,16 @@ def _show_plan(plan: JobPlan, as_json: bool, screen: Screen) -> None:
     if missing:
         screen(Notice(missing_line(missing), "warning"))
     if as_json:
-        summary["memory"] = plan.seating.summary()
+        summary["memory"] = {**plan.seating.summary(), "decided": mode, "why": why}
         click.echo(json.dumps({"command": "infer", "dry_run": True, **summary}, ensure_ascii=True))
         return
     for name, value in summary.items():
         if name != "missing_weights":
             click.echo(f"{name}: {printable(', '.join(value) if isinstance(value, list) else value)}")
-    click.echo(f"memory: {plan.seating.mode}")
+    if mode is None:
+        click.echo(f"memory: {UNDECIDED} (auto; {why}); with everything on the device:")
+    else:
+        click.echo(f"memory: {plan.seating.mode}" + (f" (auto; {why})" if why else ""))
     for line in plan.seating.lines():
         click.echo(f"  {line}")
 

@@ -14,15 +14,17 @@ import click
 
 from avatarctl.atomic import atomic_write_text
 from avatarctl.cli.app import CommandGroup
+from avatarctl.cli.memory_mode import with_mode
 from avatarctl.cli.options import ConfigCommand, Request, config_options, read_request
 from avatarctl.cli.screen import Screen
 from avatarctl.config import RunConfig, Setting, dump_run
-from avatarctl.errors import DoesNotFit, NotYetSupported, OutputRefused, UsageError
+from avatarctl.errors import NotYetSupported, OutputRefused, UsageError
 from avatarctl.events import Notice, Stage
 from avatarctl.registry import COMPAT, NOT_YET, PROFILED, PROFILED_MODEL, Row, configure, find_model
 
 if TYPE_CHECKING:
     from avatarctl.profiling.account import Account
+    from avatarctl.profiling.fit import Room
     from avatarctl.profiling.plans import Plan
 
 __all__ = ["vram_profile"]
@@ -112,7 +114,7 @@ def train() -> None:
 def _profile(name: Job, params: dict[str, Any]) -> None:
     fit, host, out, exact = (params.pop(each) for each in ("fit", "host", "out", "exact"))
     wanted = _wanted(fit, host, out)
-    request = _reader(name)(params)
+    request = _with_everything_there(_reader(name)(params))
     cfg = request.resolved.cfg
     assert cfg.model.name is not None
     row = find_model(cfg.model.name)
@@ -132,21 +134,27 @@ def _profile(name: Job, params: dict[str, Any]) -> None:
     _show(plan, counted, wanted, request)
 
 
+def _with_everything_there(request: Request) -> Request:
+    """Where `auto` would look for a mode, `full` is counted, and `--fit` looks from there on."""
+    resolved = request.resolved
+    if resolved.cfg.memory.mode != "auto":
+        return request
+    asked = {dotted: each for dotted, each in resolved.asked.items() if dotted != "memory.mode"}
+    return replace(request, resolved=replace(resolved, cfg=with_mode(resolved.cfg, "full"), asked=asked))
+
+
 @dataclass(frozen=True)
 class _Wanted:
-    """Bytes of the card, and of the host where that was said; out: the file of the plan."""
+    """out: the file of the plan."""
 
-    card: int
-    host: int | None
+    room: Room
     out: Path | None
-
-    def holds(self, account: Account) -> bool:
-        return account.peak_bytes <= self.card and (self.host is None or account.host <= self.host)
 
 
 def _wanted(fit: str | None, host: str | None, out: str | None) -> _Wanted | None:
     """Raises UsageError for sizes that are none, OutputRefused for a file that exists."""
     from avatarctl.files.named_path import expanded
+    from avatarctl.profiling.fit import Room
     from avatarctl.profiling.sizes import read_size
 
     if fit is None:
@@ -157,55 +165,34 @@ def _wanted(fit: str | None, host: str | None, out: str | None) -> _Wanted | Non
     path = None if out is None else expanded(out)
     if path is not None and (out == "" or path.exists()):
         raise OutputRefused("exists already" if out else "is empty", where="--out", fix="another name")
-    return _Wanted(read_size(fit), None if host is None else read_size(host, "--host"), path)
+    return _Wanted(Room(read_size(fit), None if host is None else read_size(host, "--host")), path)
 
 
 def _search(
     counted: _Counted, wanted: _Wanted, request: Request, screen: Screen, exact: bool
 ) -> tuple[Plan, _Counted]:
     """The fastest plan that fits. Raises DoesNotFit with the smallest need, where none does."""
-    from avatarctl.profiling.plans import Plan, faster_plans, slower_plans
-    from avatarctl.profiling.sizes import shown
+    from avatarctl.profiling.fit import fastest
 
-    job, cfg, asked = counted.job, counted.cfg, request.resolved.asked
-    fits = wanted.holds(counted.account)
-    now = (Plan(cfg), counted)
-    tried = [now]
-    for plan in (faster_plans if fits else slower_plans)(job, cfg, asked):
-        found = _count(job, counted.row, plan.cfg, screen, exact=exact)
-        account = found.account
-        screen(Notice(f"{plan}: {shown(account.peak_bytes)}, {shown(account.host)} on the host"))
-        tried.append((plan, found))
-        if wanted.holds(account):
-            return plan, found
-    if fits:
-        return now
-    plan, smallest = min(tried, key=lambda each: each[1].account.peak_bytes)
-    need, limit = smallest.account.peak_bytes, wanted.card
-    what = f"{job} of {counted.row.name} needs {shown(need)} at least ({plan})"
-    if need > limit:
-        raise DoesNotFit(
-            f"{what}, and {shown(limit)} were asked for",
-            where="--fit",
-            fix="a smaller --size or fewer frames",
-        )
-    assert wanted.host is not None
-    least = min(each.account.host for _, each in tried if each.account.peak_bytes <= limit)
-    raise DoesNotFit(
-        f"{shown(least)} have to wait on the host, and {shown(wanted.host)} were given",
-        where="--host",
-        fix="a larger card, or more memory of the host",
-    )
+    job, row, made = counted.job, counted.row, [counted]
+
+    def count(cfg: RunConfig) -> Account:
+        if cfg != counted.cfg:
+            made.append(_count(job, row, cfg, screen, exact=exact))
+        return made[-1].account
+
+    found = fastest(job, row.name, counted.cfg, request.resolved.asked, wanted.room, count, screen)
+    return found.plan, next(each for each in made if each.cfg == found.plan.cfg)
 
 
 def _show(plan: Plan, counted: _Counted, wanted: _Wanted, request: Request) -> None:
     """What was found, how to run it, and the file of it."""
-    from avatarctl.profiling.sizes import shown
+    from avatarctl.placement.seats import shown
 
     resolved = request.resolved
     changes = {dotted: Setting(value, "--fit") for dotted, value in plan.changes.items()}
     asked = {**resolved.asked, **changes}
-    lines = [f"fits: {shown(counted.account.peak_bytes)} of {shown(wanted.card)}, {plan}"]
+    lines = [f"fits: {shown(counted.account.peak_bytes)} of {shown(wanted.room.card)}, {plan}"]
     if plan.costs:
         lines.append(f"given up: {plan.costs}")
     command = f"avatarctl {counted.job}"
@@ -267,7 +254,7 @@ def _headline(as_json: bool) -> None:
 
 
 def _line(counted: _Counted) -> str:
-    from avatarctl.profiling.sizes import shown
+    from avatarctl.placement.seats import shown
 
     account = counted.account
     what = f"{counted.job} {counted.row.name}, {_frame(counted)}"
@@ -287,7 +274,7 @@ def _frame(counted: _Counted) -> str:
 
 
 def _table(counted: _Counted) -> list[str]:
-    from avatarctl.profiling.sizes import shown
+    from avatarctl.placement.seats import shown
 
     account = counted.account
     largest = account.live_bytes

@@ -55,7 +55,12 @@ def read_config(path: Path, *, command: str | None = None) -> ConfigFile:
             where=path,
             fix=f"run `avatarctl {own_command} --config {path}`, or remove its `command:` line",
         )
-    settings = dict(_settings(path, root, reserved=("command", "asked")))
+    settings = dict(_settings(path, root, reserved=("command", "asked", "decided")))
+    if "decided" in root.entries:  # for people: a repeated run decides anew, perhaps on another machine
+        line, node = root.entries["decided"]
+        if not isinstance(node, Mapping):
+            raise ConfigError("decided: expected sections as a mapping", where=f"{path}:{line}")
+        dict(_settings(path, node))
     if "asked" not in root.entries:
         return ConfigFile(str(path), own_command, settings, frozenset(settings))
     line, node = root.entries["asked"]

@@ -1,4 +1,4 @@
-"""The run file: YAML that names the command, what was asked, and every resolved value."""
+"""The run file: YAML that names the command, what was asked, what was decided, and every resolved value."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ __all__ = ["dump_run"]
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_.+/-]*", re.ASCII)
 
 
-def dump_run(resolved: Resolved, command: str) -> str:
+def dump_run(resolved: Resolved, command: str, decided: Mapping[str, Any] | None = None) -> str:
     """The text of a run file; `--config` of it repeats the run.
+
+    decided: what the machine chose for a key that leaves it the choice; read again, the key is still open.
 
     Floats and texts come back exactly, in this reader and in any other YAML reader.
     """
@@ -29,6 +31,8 @@ def dump_run(resolved: Resolved, command: str) -> str:
         lines += ["asked:", *(f"  {line}" for line in _sections(asked))]
     else:
         lines.append("asked: {}")
+    if decided:
+        lines += ["decided:", *(f"  {line}" for line in _sections(decided))]
     present = {dotted: value for dotted, value in values.items() if value is not None and value != {}}
     return "\n".join([*lines, *_sections(present)]) + "\n"
 

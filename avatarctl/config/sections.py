@@ -218,10 +218,10 @@ class Memory:
     """What lives where."""
 
     mode: Literal["full", "model", "group", "sequential", "auto"] = key(
-        "full",
-        "what waits on the host: full nothing; model text and image encoders leave before the transformer is "
-        "read; group its blocks come in groups as well; sequential every module comes for itself alone",
-        not_yet=("auto",),
+        "auto",
+        "what waits on the host: auto as little as fits; full nothing; model text and image encoders leave "
+        "before the transformer is read; group its blocks come in groups as well; sequential every module "
+        "comes for itself alone",
     )
     group_blocks: int = key(4, "transformer blocks that come together in mode group", low=1, high=1000)
     vae_gradient: Literal["full", "checkpoint", "segment", "offload"] = key(

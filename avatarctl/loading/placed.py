@@ -27,8 +27,9 @@ _LARGE: Final[tuple[Part, ...]] = ("text", "image", "dit")
 
 
 def is_full(memory: Memory) -> bool:
-    """Whether everything stays on the device."""
-    return memory.mode == "full" and not memory.swap_blocks
+    """Whether everything stays on the device; so it does where nobody has settled `auto`, as the command line
+    does before it loads."""
+    return memory.mode in ("full", "auto") and not memory.swap_blocks
 
 
 class PlacedModules(SomeModules):

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
-__all__ = ["ALLOWANCE", "Account"]
+from avatarctl.placement.seats import ALLOWANCE
 
-ALLOWANCE: Final = 0.06
-"""Share of the live bytes that kernels' workspaces and the rounding of an allocator take beside them. A guess
-until it was measured on a card; it is stated apart from what is counted."""
+__all__ = ["Account"]
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from avatarctl.family import Modules
 from avatarctl.live_bytes import LiveBytes
 from avatarctl.loading.modules import PARTS, SomeModules
 from avatarctl.loading.placed import PlacedModules
+from avatarctl.placement.seats import shown
 from avatarctl.placement.units import Moves
 from avatarctl.profiling.phases import Counter, Phases
-from avatarctl.profiling.sizes import shown
 from avatarctl.profiling.watched import watch
 
 if TYPE_CHECKING:

@@ -73,7 +73,8 @@ def counted_modules(
 
 
 def _dtypes(network: nn.Module, part: str, cfg: RunConfig) -> Callable[[str, Tensor], torch.dtype]:
-    wanted = dtype_of(cfg.runtime) if part in ("dit", "text", "vae") else torch.float32
+    half = ("dit", "text") if cfg.runtime.device == "cpu" else ("dit", "text", "vae")
+    wanted = dtype_of(cfg.runtime) if part in half else torch.float32
 
     def own(name: str, _: Tensor) -> torch.dtype:
         return torch.float32 if is_float32_island(network, name) else wanted
@@ -148,7 +149,6 @@ def _placed(row: Row, cfg: RunConfig, family: Any, inside: Any, mode: Mode) -> A
                 return None
             if mode == "real":
                 _stored(network, part, cfg)
-                live.track(network)
             else:
                 with outside(mode):
                     fill(network, nullcontext(), _dtypes(network, part, cfg), "meta")
@@ -160,6 +160,8 @@ def _placed(row: Row, cfg: RunConfig, family: Any, inside: Any, mode: Mode) -> A
             return network
 
         modules = PlacedModules(PARTS, build, cfg.memory, device, silent, host)
+        if mode == "real":  # when what waits has gone to the host, which is the same memory here
+            modules.tell(lambda _, network: live.track(network))
         denoise = Denoiser(family, modules.later("dit"), family.guidance(cfg), sigmas)
         inputs = _inputs(family.takes(cfg), cfg, samples)
         for block in _LOOPS[plan.kind](denoise, modules, inputs, plan, cfg):

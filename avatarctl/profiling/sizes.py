@@ -9,7 +9,7 @@ from typing import Final
 
 from avatarctl.errors import UsageError
 
-__all__ = ["CARDS", "read_size", "shown"]
+__all__ = ["CARDS", "read_size"]
 
 CARDS: Final[Mapping[str, int]] = {
     "3060": 12, "4060ti": 16, "4080": 16, "5080": 16, "3090": 24, "4090": 24, "a5000": 24, "l4": 24,
@@ -40,8 +40,3 @@ def read_size(text: str, option: str = "--fit") -> int:
         fix = f"a size such as 24GiB or 24GB, or one of {', '.join(CARDS)}"
         raise UsageError(f"no size of memory, nor a card: {text[:60]!r}", where=option, fix=fix)
     return int(size)
-
-
-def shown(size: int) -> str:
-    """In GiB, as drivers show it."""
-    return f"{size / (1 << 30):.2f} GiB" if size >= 1 << 30 else f"{size / (1 << 20):.2f} MiB"

@@ -59,7 +59,7 @@ def test_what_is_known_to_have_no_code() -> None:
     """So that a mark cannot vanish without its code; whoever adds the code deletes the line."""
     marked = {f"{dotted}={text}" for dotted, text in without_code()}
     assert {
-        "input.jobs=some/path", "memory.mode=auto",
+        "input.jobs=some/path",
         "sampling.solver=unipc", "sampling.cache=teacache", "output.paste=face",
         "model.weights=yunet=x.bin", "runtime.gpus=1024", "runtime.compile=true", "output.save_latents=true",
     } <= marked  # fmt: skip

@@ -34,7 +34,7 @@ def test_a_table_and_whether_it_fits(shallow: None) -> None:
     assert fits.exit_code == 0, fits.output
     assert "backward" in fits.stdout and "moments" in fits.stdout and "trained numbers" in fits.stdout
     # There is room for all activations: that is faster.
-    assert "of 24.00 GiB, memory.activation_checkpointing none" in fits.stdout
+    assert "of 24.0 GiB, memory.activation_checkpointing none" in fits.stdout
     assert "-o memory.activation_checkpointing=none" in fits.stdout
     too_large = typed(*words, "4MB")
     assert too_large.exit_code == 5 and "at least" in too_large.stderr, too_large.stderr

@@ -162,7 +162,7 @@ def test_the_promised_keys_and_no_others() -> None:
 
 def test_stated_defaults() -> None:
     cfg = RunConfig()
-    assert (cfg.memory.mode, cfg.memory.vae_gradient) == ("full", "segment")
+    assert (cfg.memory.mode, cfg.memory.vae_gradient) == ("auto", "segment")
     assert (cfg.memory.activation_checkpointing, cfg.data.mask_rule) == ("block", "all")
     assert (cfg.long_video.strategy, cfg.long_video.audio_window) == ("chunks", 30.0)
     assert (cfg.output.lead_silence, cfg.output.fps, cfg.model.compat) == (0.0, 25, "none")

@@ -282,6 +282,6 @@ def test_a_listener_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_settings_without_code_are_refused_in_the_library_too() -> None:
-    for setting in ("sampling.cache=teacache", "memory.mode=auto", "sampling.solver=unipc"):
+    for setting in ("sampling.cache=teacache", "sampling.solver=unipc"):
         with pytest.raises(NotYetSupported):
             planned(job(), setting)

@@ -138,5 +138,5 @@ def test_a_host_without_room_is_refused_before_anything_is_read(
     assert "loading" not in refused.stderr
     planned = CliRunner().invoke(app, [*words, "--dry-run"])
     assert planned.exit_code == 0 and "a run would end with exit 5: memory mode group" in planned.stderr
-    full = CliRunner().invoke(app, ["infer", "--dry-run"])
+    full = CliRunner().invoke(app, ["infer", "--memory", "full", "--dry-run"])
     assert "exit 5" not in full.stderr, "nothing waits there"
