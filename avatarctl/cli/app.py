@@ -34,7 +34,7 @@ from avatarctl.errors import (
     printable,
 )
 
-__all__ = ["CommandGroup", "app", "main", "one_line"]
+__all__ = ["CommandGroup", "app", "is_out_of_memory", "main", "one_line"]
 
 _UNREACHABLE = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
 """What the system says about a person's path already when it is looked at."""
@@ -155,7 +155,7 @@ def _known(error: BaseException) -> AvatarctlError | None:
         return UsageError(one_line(error))
     if isinstance(error, (click.Abort, KeyboardInterrupt, _Stopped)):
         return Interrupted("interrupted")
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return DoesNotFit(
             "out of memory", where=str(error)[:200] or None, fix="use a smaller --size or fewer --num-frames"
         )
@@ -229,7 +229,7 @@ def one_line(error: click.ClickException) -> str:
     return printable(message[:1].lower() + message[1:].rstrip("."))
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Python's, torch's on a device, or torch's on the host (a plain RuntimeError); torch is not imported."""
     if isinstance(error, MemoryError):
         return True

@@ -101,7 +101,7 @@ def infer(**params: Any) -> None:
         plan = settled(plan, request.resolved.asked, screen)
         path = Path(cfg.output.path) if cfg.output.path else fresh_path(row)
         sheet = _contact_sheet(plan)
-        finished = make_video(plan, path, screen, sheet)
+        finished = make_video(plan, path, screen, sheet, request.resolved.asked)
         _show_result(plan, finished, sheet_path(path) if sheet else None, request.json)
         # After the result: what cannot be written beside it must not hide a finished video.
         mode = cfg.memory.mode

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -29,7 +29,16 @@ if TYPE_CHECKING:
     from avatarctl.profiling.account import Account
     from avatarctl.profiling.fit import Found, Room
 
-__all__ = ["UNDECIDED", "best_that_fits", "decided_without_torch", "settled", "with_mode"]
+__all__ = [
+    "UNDECIDED",
+    "best_that_fits",
+    "countable",
+    "decided_without_torch",
+    "free_room",
+    "infer_counter",
+    "settled",
+    "with_mode",
+]
 
 UNDECIDED: Final = "decided at start"
 
@@ -64,7 +73,7 @@ def settled(plan: JobPlan, asked: Mapping[str, Any], screen: Screen) -> JobPlan:
     if mode is not None and (plan.cfg.memory.mode == "auto" or _on_cpu(plan.cfg.runtime.device)):
         return _in_mode(plan, mode, why, screen)
     device = _device(plan)
-    room = _room(device)
+    room = free_room(device)
     if plan.cfg.memory.mode != "auto":
         _require_weights_fit(plan, room)
         return plan
@@ -102,7 +111,7 @@ def _on_this_host(plan: JobPlan) -> tuple[str | None, str]:
     weights, memory = weights_of(plan), host_memory()
     if memory.free is None:
         return "full", f"{shown(weights)} of weights; the system does not tell what is free"
-    told = f"{shown(weights)} of weights, {shown(memory.free)} free: the limit of {memory.limit}"
+    told = f"{shown(weights)} of weights; {shown(memory.free)} are free, the limit of {memory.limit}"
     return ("full" if weights <= memory.free else None), told
 
 
@@ -123,7 +132,7 @@ def _device(plan: JobPlan) -> torch.device:
     return resolve_device(plan.cfg.runtime.device)
 
 
-def _room(device: torch.device) -> Room:
+def free_room(device: torch.device) -> Room:
     """What is free for this run now."""
     import torch
 
@@ -149,30 +158,32 @@ def _require_weights_fit(plan: JobPlan, room: Room) -> None:
         )
 
 
-def best_that_fits(
-    row: Row, plan: JobPlan, room: Room, asked: Mapping[str, Any], screen: Screen, start: str = "full"
-) -> Found:
-    """The fastest mode that fits, counted. start: the fastest one that comes into question.
+def best_that_fits(row: Row, plan: JobPlan, room: Room, asked: Mapping[str, Any], screen: Screen) -> Found:
+    """The fastest mode that fits, counted.
 
     Raises DoesNotFit with the smallest need.
     """
     screen(Stage("counting what fits"))
     from avatarctl.profiling.fit import fastest
+
+    row, cfg = countable(row, plan), plan.cfg
+    if room.is_one:  # where the VAE computes in float32
+        cfg = replace(cfg, runtime=replace(cfg.runtime, device="cpu"))
+    open_to_choice = {dotted: each for dotted, each in asked.items() if dotted != "memory.mode"}
+    return fastest(
+        "infer", row.name, with_mode(cfg, "full"), open_to_choice, room, infer_counter(row, screen), screen
+    )
+
+
+def infer_counter(row: Row, screen: Screen) -> Callable[[RunConfig], Account]:
+    """What counts a configuration, unless that was done before."""
     from avatarctl.profiling.inference import profile_inference
     from avatarctl.profiling.kept import kept
 
-    row, cfg = _countable(row, plan), plan.cfg
-    if room.is_one:  # where the VAE computes in float32
-        cfg = replace(cfg, runtime=replace(cfg.runtime, device="cpu"))
-
-    def count(cfg: RunConfig) -> Account:
-        return kept(_cache_folder(), row, cfg, lambda each: profile_inference(row, each), screen)
-
-    open_to_choice = {dotted: each for dotted, each in asked.items() if dotted != "memory.mode"}
-    return fastest("infer", row.name, with_mode(cfg, start), open_to_choice, room, count, screen)
+    return lambda cfg: kept(_cache_folder(), row, cfg, lambda each: profile_inference(row, each), screen)
 
 
-def _countable(row: Row, plan: JobPlan) -> Row:
+def countable(row: Row, plan: JobPlan) -> Row:
     """With the sizes of every network: of a transformer from files those that they have, beside the encoders
     that published models of its family are used with."""
     if "num_layers" in row.network.get("dit", {}):

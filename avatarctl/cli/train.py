@@ -194,9 +194,11 @@ def _run_here(
             cfg = replace(cfg, data=replace(cfg.data, path=str(folder / DRAWN)))
         request = replace(request, resolved=replace(request.resolved, cfg=cfg))
 
+        from avatarctl.cli.out_of_memory import answered, of_training
+        from avatarctl.profiling.happened import TrainingHappened
         from avatarctl.training.run import TrainingRun
 
-        account = _account(cfg.runtime.log_level == "debug" and world.is_main)
+        account = TrainingHappened(counting=cfg.runtime.log_level == "debug" and world.is_main)
         own = replace(cfg, runtime=replace(cfg.runtime, device=world.device(cfg.runtime.device)))
         with world.together():
             run = TrainingRun(
@@ -209,14 +211,19 @@ def _run_here(
                 resume=resume,
                 from_step=step,
                 world=world,
-                watch=None if account is None else account.watch,
+                watch=account.watch,
             )
         if request.dry_run:
             with world.together():
                 if world.is_main:
                     _show_plan(command, run, request.json, screen)
             return
-        with listening(place) as should_stop, _accounted(account, screen):
+        answer = of_training(command, row, cfg, request.resolved.asked, screen)
+        with (
+            answered(f"{command} of {row.name}", lambda: account.failed, own.runtime.device, answer, screen),
+            listening(place) as should_stop,
+            _accounted(account, screen),
+        ):
             result = run.run(_run_text(request, command), should_stop, draw)
         if not world.is_main:
             return
@@ -226,22 +233,14 @@ def _run_here(
         raise result.partly
 
 
-def _account(wanted: bool) -> TrainingHappened | None:
-    if not wanted:
-        return None
-    from avatarctl.profiling.happened import TrainingHappened
-
-    return TrainingHappened()
-
-
 @contextlib.contextmanager
-def _accounted(account: TrainingHappened | None, screen: Screen) -> Iterator[None]:
+def _accounted(account: TrainingHappened, screen: Screen) -> Iterator[None]:
     """What a run held, phase by phase, told behind it, however it ended."""
     try:
-        with account or contextlib.nullcontext():
+        with account:
             yield
     finally:
-        for line in account.lines() if account is not None else ():
+        for line in account.lines():
             screen(Notice(line))
 
 

@@ -6,9 +6,9 @@ import contextlib
 import itertools
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from avatarctl.cli.screen import Screen
 from avatarctl.config import RunConfig
@@ -32,9 +32,17 @@ __all__ = [
 ]
 
 
-def make_video(plan: JobPlan, path: Path, screen: Screen, sheet: ContactSheet | None) -> OutputFinished:
-    """The file at `path`, growing until it is whole; `sheet` is shown its frames."""
+def make_video(
+    plan: JobPlan,
+    path: Path,
+    screen: Screen,
+    sheet: ContactSheet | None,
+    asked: Mapping[str, Any] | None = None,
+) -> OutputFinished:
+    """The file at `path`, growing until it is whole; `sheet` is shown its frames. asked: settings that a
+    person chose, which an answer to a full memory leaves alone."""
     from avatarctl.atomic import remove_left_behind
+    from avatarctl.cli.out_of_memory import answered, of_infer
     from avatarctl.cli.signals import stop_on_signals
     from avatarctl.cli.start import importing_networks
 
@@ -42,22 +50,27 @@ def make_video(plan: JobPlan, path: Path, screen: Screen, sheet: ContactSheet | 
     plan.require_host()
     with importing_networks():
         from avatarctl.pipelines.infer import write_video
+        from avatarctl.profiling.happened import Happened
 
     for line in remove_left_behind(path.parent):
         screen(Notice(line))
-    with stop_on_signals() as should_stop, leaving_no_empty_folder(path.parent):
+    happened = Happened(counting=plan.cfg.runtime.log_level == "debug")
+    answer = of_infer(plan, asked or {}, screen)
+    with (
+        answered(
+            f"infer of {plan.row.name}", lambda: happened.failed, plan.cfg.runtime.device, answer, screen
+        ),
+        stop_on_signals() as should_stop,
+        leaving_no_empty_folder(path.parent),
+    ):
         watch = sheet.add if sheet else None
-        if plan.cfg.runtime.log_level != "debug":
-            return write_video(plan, path, emit=screen, should_stop=should_stop, watch=watch)
-        from avatarctl.profiling.happened import Happened
-
-        with Happened() as happened:
+        with happened:
             finished = write_video(
                 plan, path, emit=screen, should_stop=should_stop, watch=watch, seen=happened.watch
             )
-        for line in happened.lines():
-            screen(Notice(line))
-        return finished
+    for line in happened.lines():
+        screen(Notice(line))
+    return finished
 
 
 @contextlib.contextmanager

@@ -74,6 +74,10 @@ class SomeModules:
         """Calls it with every part that is built from now on."""
         self._told = (*self.__dict__.get("_told", ()), told)
 
+    def around(self, wrap: Callable[[Callable[[Part], Any]], Callable[[Part], Any]]) -> None:
+        """Builds from now on by what `wrap` makes of the way that parts are built."""
+        self._build = wrap(self._build)
+
     def drop(self, part: Part) -> None:
         """Forgets a network that nobody needs any more; if it is touched again, it is built again."""
         self.__dict__.pop(part, None)

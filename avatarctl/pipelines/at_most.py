@@ -25,6 +25,9 @@ _FULL: Final = 4
 
 _OF_A_TOKEN: Final = (28, 4)
 """Numbers that a step keeps of a token: so many of the network's width, and of its feed-forward's."""
+_ONE_BY_ONE: Final = 4096
+"""Tokens from which no family takes the branches of a step as one batch unless it is told to; the largest
+number at which one does is 512."""
 _OF_A_PIXEL: Final = 24
 """Maps of the codec's first width that are alive at full resolution while four frames are coded."""
 _OF_A_SAMPLE: Final = 4
@@ -56,7 +59,9 @@ def _step(plan: JobPlan, frames: int, branches: int, half: int) -> int:
     _, height, wide = plan.video.shape
     tokens = frames * (height // 2) * (wide // 2)
     of_width, of_ffn = _OF_A_TOKEN
-    numbers = branches * tokens * (of_width * width + of_ffn * dit["ffn_dim"])
+    asked = plan.cfg.sampling.batch_branches
+    together = branches if asked or (asked is None and tokens <= _ONE_BY_ONE) else 1
+    numbers = together * tokens * (of_width * width + of_ffn * dit["ffn_dim"])
     kept = 2 * branches * dit["num_layers"] * (_TEXT_ROWS + _IMAGE_ROWS) * width
     latents = math.prod(plan.video.shape) * (plan.video.frames // 4 + frames)
     return half * (numbers + kept) + 3 * _FULL * latents

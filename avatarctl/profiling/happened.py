@@ -1,4 +1,5 @@
-"""What a real run held and moved, phase by phase: the account of `infer -v` and `train -v`."""
+"""What a real run held and moved, phase by phase: the account of `infer -v` and `train -v`, and where a run
+failed."""
 
 from __future__ import annotations
 
@@ -43,11 +44,22 @@ class _CardBytes:
         torch.cuda.reset_peak_memory_stats(self._device)
 
 
+class _NotCounted:
+    current = peak = 0
+
+    def reset_peak(self) -> None:
+        """Nothing to forget."""
+
+
 class _Account:
     """Counts while it is entered, once `_begin` said what. On a CPU every operation is looked at, which takes
-    time; packed weights that wait are not among the live bytes there either."""
+    time; packed weights that wait are not among the live bytes there either.
 
-    def __init__(self) -> None:
+    counting: False knows phases alone, and costs nothing.
+    """
+
+    def __init__(self, *, counting: bool = True) -> None:
+        self._counting = counting
         self._entered = contextlib.ExitStack()
         self._phases: Phases | None = None
 
@@ -64,7 +76,9 @@ class _Account:
     def _begin(self, device: torch.device, held: Sequence[Any]) -> Phases:
         """held: networks and tensors that exist already."""
         counter: Counter
-        if device.type == "cuda":
+        if not self._counting:
+            counter = _NotCounted()
+        elif device.type == "cuda":
             counter = _CardBytes(device)
         else:
             counter = live = self._entered.enter_context(LiveBytes())
@@ -74,9 +88,14 @@ class _Account:
             pass
         return self._phases
 
+    @property
+    def failed(self) -> str:
+        """The phase that an error came out of."""
+        return "load" if self._phases is None else self._phases.failed or "loop"
+
     def lines(self) -> list[str]:
         """The table for people."""
-        if self._phases is None:
+        if self._phases is None or not self._counting:
             return []
         lives, peaks = self._phases.lives, self._phases.peaks
         rows = [f"{name:10} {shown(lives[name]):>12} {shown(peak):>12}" for name, peak in peaks.items()]
@@ -89,15 +108,15 @@ class TrainingHappened(_Account):
     def watch(self, trainer: Trainer) -> None:
         """Nothing is counted of weights that processes share on a CPU."""
         network = trainer.network
-        if not network.is_sharded or network.device.type == "cuda":
-            trainer.phase = self._begin(network.device, trainer.tensors())
+        self._counting &= not network.is_sharded or network.device.type == "cuda"
+        trainer.phase = self._begin(network.device, trainer.tensors())
 
 
 class Happened(_Account):
     """Of a run of `infer`: `watch` is given its networks."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *, counting: bool = True) -> None:
+        super().__init__(counting=counting)
         self._loads: list[str] = []
         self._moves = Moves()
 
@@ -115,6 +134,7 @@ class Happened(_Account):
             built(part, vars(modules).get(part))
         if isinstance(modules, SomeModules):
             modules.tell(built)
+            modules.around(lambda build: phases.wrapped(build, "load"))
         if isinstance(modules, PlacedModules):
             self._moves = modules.moves
 

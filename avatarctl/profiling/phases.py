@@ -30,13 +30,16 @@ class Phases:
     """The largest number of live bytes in each phase, in the order in which phases were first met; `lives`:
     what was alive when it was left last.
 
-    A phase inside another belongs to itself alone; what is outside of all is the loop's own.
+    A phase inside another belongs to itself alone; what is outside of all is the loop's own. failed: the one
+    that an exception came out of, innermost first; None as long as none did.
     """
 
     live: Counter
     peaks: dict[str, int] = field(default_factory=dict)
     lives: dict[str, int] = field(default_factory=dict)
+    failed: str | None = None
     _now: str = "loop"
+    _error: int = 0
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -45,6 +48,10 @@ class Phases:
         self._now = name
         try:
             yield
+        except BaseException as error:
+            if self._error != id(error):
+                self.failed, self._error = self._now, id(error)
+            raise
         finally:
             self._note()
             self._now = before

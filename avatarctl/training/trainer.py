@@ -92,7 +92,7 @@ def _unwatched(name: str) -> AbstractContextManager[Any]:
 class Trainer:
     """One run. `network` holds what is trained; `start` the SHA-256 of the files that it began with, by name;
     `step` counts the optimizer steps that are done; `world` the processes that share its samples; `phase` is
-    entered, by its name, for each part of the work."""
+    entered, by its name as `vram-profile` has it, for each part of the work."""
 
     folder: RunFolder
     cfg: RunConfig
@@ -329,7 +329,7 @@ class Trainer:
         with self.phase("forward"), self.network.autocast():
             step = flow_step(self.family, self.network.dit, condition, there, noise, self.cfg)
         loss = self._total(step, samples, draws, condition, timesteps, sums)
-        with self.phase("backward"):
+        with self.phase("backward" if self.aux is None else "aux backward"):
             (loss.sum() * share / self._slots).backward()
 
     def _prepared(

@@ -55,7 +55,7 @@ def counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 def on_a_card(monkeypatch: pytest.MonkeyPatch, free: int, host: int | None = None) -> None:
     monkeypatch.setattr(memory_mode, "_on_cpu", lambda device: False)
     monkeypatch.setattr(memory_mode, "_device", lambda plan: torch.device("cuda"))
-    monkeypatch.setattr(memory_mode, "_room", lambda device: Room(free, host, where="cuda"))
+    monkeypatch.setattr(memory_mode, "free_room", lambda device: Room(free, host, where="cuda"))
 
 
 def with_free(monkeypatch: pytest.MonkeyPatch, free: int | None) -> None:
@@ -76,7 +76,8 @@ def test_a_cpu_with_room_for_the_weights_is_full_by_arithmetic(
     assert settled("runtime.device=cpu", lines=lines) == "full" and not counts
     (line,) = lines
     assert (
-        line.startswith("memory: full (auto; ") and "of weights, 1.0 GiB free: the limit of the con" in line
+        line.startswith("memory: full (auto; ")
+        and "of weights; 1.0 GiB are free, the limit of the con" in line
     )
     with_free(monkeypatch, None)
     assert settled("runtime.device=cpu", lines=lines) == "full" and not counts

@@ -101,4 +101,4 @@ def test_a_mark_does_not_stop_a_command_that_does_not_read_the_key(monkeypatch: 
     assert refuses("other", "memory", vae_gradient="offload") and not refuses(
         "infer", "memory", vae_gradient="offload"
     )
-    assert refuses("infer", "memory", mode="auto") and not refuses("other", "memory", mode="auto")
+    assert refuses("infer", "sampling", solver="unipc") and not refuses("other", "sampling", solver="unipc")
