@@ -14,12 +14,13 @@ import click
 
 from avatarctl.atomic import atomic_write_text
 from avatarctl.cli.app import CommandGroup
-from avatarctl.cli.memory_mode import with_mode
+from avatarctl.cli.memory_mode import free_room, with_mode
 from avatarctl.cli.options import ConfigCommand, Request, config_options, read_request
 from avatarctl.cli.screen import Screen
 from avatarctl.config import RunConfig, Setting, dump_run
-from avatarctl.errors import NotYetSupported, OutputRefused, UsageError
+from avatarctl.errors import DoesNotFit, NotYetSupported, OutputRefused, UsageError
 from avatarctl.events import Notice, Stage
+from avatarctl.placement.seats import shown
 from avatarctl.registry import COMPAT, NOT_YET, PROFILED, PROFILED_MODEL, Row, configure, find_model
 
 if TYPE_CHECKING:
@@ -43,11 +44,15 @@ _ASSUMED: Final = (
 
 @dataclass(frozen=True)
 class _Counted:
+    """measured: the account of real tensors on `place`, where that was asked for."""
+
     job: Job
     row: Row
     cfg: RunConfig
     account: Account
     seconds: float
+    measured: Account | None = None
+    place: str = ""
 
 
 @click.group(
@@ -82,6 +87,7 @@ def _command(name: Job, group: click.Group, short: str) -> None:
         ),
         click.Option(["--host"], metavar="SIZE", help="What may wait on the host, with --fit."),
         click.Option(["--out"], metavar="FILE", help="Write the plan that --fit finds as a configuration."),
+        click.Option(["--measure"], is_flag=True, help="Do the same on real tensors here, and show both."),
         click.Option(["--exact"], is_flag=True, help="Run every block of the network, and extend none."),
     ]
     made = click.command(
@@ -112,7 +118,7 @@ def train() -> None:
 
 
 def _profile(name: Job, params: dict[str, Any]) -> None:
-    fit, host, out, exact = (params.pop(each) for each in ("fit", "host", "out", "exact"))
+    fit, host, out, exact, measure = (params.pop(each) for each in ("fit", "host", "out", "exact", "measure"))
     wanted = _wanted(fit, host, out)
     request = _with_everything_there(_reader(name)(params))
     cfg = request.resolved.cfg
@@ -122,6 +128,8 @@ def _profile(name: Job, params: dict[str, Any]) -> None:
         for notice in request.resolved.notices:
             screen(Notice(notice))
         counted = _count(name, row, cfg, screen, exact=exact)
+        if measure:
+            counted = _measure(counted, screen)
         if not request.json:
             click.echo("\n".join(_table(counted)))
         if wanted is None:
@@ -187,8 +195,6 @@ def _search(
 
 def _show(plan: Plan, counted: _Counted, wanted: _Wanted, request: Request) -> None:
     """What was found, how to run it, and the file of it."""
-    from avatarctl.placement.seats import shown
-
     resolved = request.resolved
     changes = {dotted: Setting(value, "--fit") for dotted, value in plan.changes.items()}
     asked = {**resolved.asked, **changes}
@@ -239,6 +245,45 @@ def _count(name: Job, row: Row, cfg: RunConfig, screen: Screen, *, exact: bool =
     return _Counted(name, row, cfg, account, time.monotonic() - started)
 
 
+def _measure(counted: _Counted, screen: Screen) -> _Counted:
+    """With the account of the same on this device. Raises DoesNotFit where that has no room for it."""
+    from avatarctl.models.device import resolve_device
+    from avatarctl.profiling.inference import profile_inference
+    from avatarctl.profiling.training import profile_training
+
+    row, cfg = counted.row, counted.cfg
+    device = resolve_device(cfg.runtime.device)
+    room = free_room(device)
+    # Weights of a CPU are drawn in float32 first.
+    drawn = 0 if device.type == "cuda" else 2 * sum(counted.account.weights.values())
+    if (need := room.need(counted.account) + drawn) > room.card:
+        raise DoesNotFit(
+            f"{shown(need)} are needed on {device}, and {shown(room.card)} are free there: {room.where}",
+            where="--measure",
+            fix="a smaller model, --size or fewer frames; without --measure nothing is needed",
+        )
+    screen(Stage(f"measuring {counted.job} of {row.name} on {device}"))
+    if counted.job == "infer":
+        measured = profile_inference(row, cfg, "real", str(device))
+    else:
+        measured = profile_training(row, cfg, "real", device=str(device))
+    return replace(counted, measured=measured, place=str(device))
+
+
+def _comparison(counted: _Counted) -> list[str]:
+    """Each phase, predicted and measured."""
+    measured = counted.measured
+    if measured is None:
+        return []
+    rows = [*((name, size, measured.stages.get(name, 0)) for name, size in counted.account.stages.items())]
+    rows.append(("on the host", counted.account.host, measured.host))
+    lines = [f"  {'on ' + counted.place:12} {'predicted':>14} {'measured':>14}  bytes"]
+    for name, one, other in rows:
+        off = f"{(other - one) / one:+.1%}" if one and one != other else ""
+        lines.append(f"  {name:12} {one:>14,} {other:>14,}  {off}".rstrip())
+    return [*lines, ""]
+
+
 def _headline(as_json: bool) -> None:
     """Rows as they come: each takes from seconds to a minute."""
     found = []
@@ -254,8 +299,6 @@ def _headline(as_json: bool) -> None:
 
 
 def _line(counted: _Counted) -> str:
-    from avatarctl.placement.seats import shown
-
     account = counted.account
     what = f"{counted.job} {counted.row.name}, {_frame(counted)}"
     largest = max(account.stages, key=lambda name: account.stages[name])
@@ -274,8 +317,6 @@ def _frame(counted: _Counted) -> str:
 
 
 def _table(counted: _Counted) -> list[str]:
-    from avatarctl.placement.seats import shown
-
     account = counted.account
     largest = account.live_bytes
     lines = [f"{counted.job} of {counted.row.name}, {_frame(counted)}", ""]
@@ -292,7 +333,12 @@ def _table(counted: _Counted) -> list[str]:
     if account.trained:
         lines.append(f"  trained numbers   {account.trained:>12,}")
     lines += ["", f"live at most {shown(largest)}; with the allowance {shown(account.peak_bytes)}", ""]
-    return [*lines, *(f"- {line}" for line in _ASSUMED)]
+    return [*lines, *_comparison(counted), *(f"- {line}" for line in _ASSUMED)]
+
+
+def _measured(place: str, account: Account) -> dict[str, Any]:
+    found = account.summary()
+    return {"device": place, **{name: found[name] for name in ("live_bytes", "stages", "host_bytes")}}
 
 
 def _document(counted: _Counted) -> dict[str, Any]:
@@ -301,6 +347,7 @@ def _document(counted: _Counted) -> dict[str, Any]:
         "model": counted.row.name,
         "frame": _frame(counted),
         **counted.account.summary(),
+        **({} if counted.measured is None else {"measured": _measured(counted.place, counted.measured)}),
         "seconds": round(counted.seconds, 3),
         "assumptions": list(_ASSUMED),
     }

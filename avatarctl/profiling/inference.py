@@ -16,6 +16,7 @@ from avatarctl.config import RunConfig
 from avatarctl.events import silent
 from avatarctl.families import family_named
 from avatarctl.family import Inputs, Modules, Source, VideoPlan
+from avatarctl.host import HOST
 from avatarctl.live_bytes import LiveBytes
 from avatarctl.loading.built_in import build_on_meta, build_random_modules
 from avatarctl.loading.modules import PARTS
@@ -24,7 +25,7 @@ from avatarctl.models.device import dtype_of
 from avatarctl.models.fp8 import store_in_float8
 from avatarctl.models.precision import is_float32_island
 from avatarctl.profiling.account import Account
-from avatarctl.profiling.fakes import Mode, fill, outside, tensor_bytes, tensors
+from avatarctl.profiling.fakes import Mode, fill, outside, slots, tensor_bytes, tensors
 from avatarctl.profiling.phases import Phases
 from avatarctl.profiling.watched import watch
 from avatarctl.registry import Row
@@ -98,10 +99,9 @@ def profile_inference(row: Row, cfg: RunConfig, mode: Mode = "fake", device: str
     family = family_named(row.family)
     inside = tensors(mode)
     if not is_full(cfg.memory):
-        return _placed(row, cfg, family, inside, mode)
+        return _placed(row, cfg, family, inside, mode, torch.device(device))
     if mode == "real" and device == "cpu":  # elsewhere zeros, as large as the published weights
-        modules = build_random_modules(row)
-        _stored(modules.dit, "dit", cfg)
+        modules = Modules(**_random(row, cfg), device=torch.device("cpu"))
     else:
         modules = counted_modules(row, cfg, inside, device)
     weights = {part: tensor_bytes(getattr(modules, part)) for part in ("dit", "text", "vae", "audio")}
@@ -128,11 +128,30 @@ def profile_inference(row: Row, cfg: RunConfig, mode: Mode = "fake", device: str
     return Account(phases.peaks, weights, {}, 0)
 
 
-def _placed(row: Row, cfg: RunConfig, family: Any, inside: Any, mode: Mode) -> Account:
+def _random(row: Row, cfg: RunConfig) -> dict[str, Any]:
+    """The networks by their part, with numbers, in the dtypes of the run; on the CPU."""
+    modules = build_random_modules(row)
+    made: dict[str, Any] = {
+        part: network for part in PARTS if (network := getattr(modules, part)) is not None
+    }
+    for part, network in made.items():
+        own = _dtypes(network, part, cfg)
+        cast: dict[int, Tensor] = {}  # one that is held in two places stays one
+        for name, held, key in slots(network):
+            old = held[key]
+            if old.is_floating_point() and id(old) not in cast:
+                new = old.detach().to(own(name, old))
+                cast[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+            held[key] = cast.get(id(old), old)
+        _stored(network, part, cfg)
+    return made
+
+
+def _placed(row: Row, cfg: RunConfig, family: Any, inside: Any, mode: Mode, device: torch.device) -> Account:
     """The same with weights that wait on the host: on meta where they are only counted."""
-    device = torch.device("cpu")
-    host = device if mode == "real" else torch.device("meta")
-    bare: Any = vars(build_random_modules(row)) if mode == "real" else build_on_meta(row, cfg.model.channels)
+    host = HOST if mode == "real" else torch.device("meta")
+    random = mode == "real" and device.type == "cpu"
+    bare: Any = _random(row, cfg) if random else build_on_meta(row, cfg.model.channels)
     weights: dict[str, int] = {}
     plan, samples = _plan(family, cfg)
     with outside(mode):
@@ -147,8 +166,12 @@ def _placed(row: Row, cfg: RunConfig, family: Any, inside: Any, mode: Mode) -> A
             network = bare.pop(part, None)  # nobody else holds it
             if network is None:
                 return None
-            if mode == "real":
+            if random:
+                weights[part] = tensor_bytes(network)
+            elif mode == "real":
+                fill(network, inside, _dtypes(network, part, cfg), str(place))
                 _stored(network, part, cfg)
+                weights[part] = tensor_bytes(network)
             else:
                 with outside(mode):
                     fill(network, nullcontext(), _dtypes(network, part, cfg), "meta")

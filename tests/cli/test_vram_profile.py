@@ -36,6 +36,7 @@ def test_a_table_and_whether_it_fits(shallow: None) -> None:
     # There is room for all activations: that is faster.
     assert "of 24.0 GiB, memory.activation_checkpointing none" in fits.stdout
     assert "-o memory.activation_checkpointing=none" in fits.stdout
+    assert "on cpu" not in fits.stdout, "nothing was measured"
     too_large = typed(*words, "4MB")
     assert too_large.exit_code == 5 and "at least" in too_large.stderr, too_large.stderr
     assert "Traceback" not in too_large.output
@@ -61,12 +62,14 @@ def test_a_plan_is_written_as_a_configuration(shallow: None, tmp_path: Path) -> 
     assert again.exit_code == 2 and "exists already" in again.stderr
 
 
-def test_json_is_one_document(shallow: None) -> None:
-    made = typed(
-        "infer", "--model", "cartoon-i2v", "--size", "16x16", "--json", "-o", "long_video.num_frames=5"
-    )
+def test_json_is_one_document_with_what_was_measured_here(shallow: None) -> None:
+    words = ("--size", "16x16", "--json", "-o", "long_video.num_frames=5")
+    made = typed("infer", "--model", "cartoon-i2v", *words, "--device", "cpu", "--measure")
     assert made.exit_code == 0, made.output
     found = json.loads(made.stdout)
+    measured = found["measured"]
+    assert measured["device"] == "cpu" and measured["stages"].keys() == found["stages"].keys()
+    assert measured["stages"] == found["stages"] and measured["live_bytes"] == found["live_bytes"]
     assert found["peak_bytes"] > found["live_bytes"] == max(found["stages"].values())
     assert found["components"]["weights of dit"] > 0 and found["assumptions"]
 
@@ -91,3 +94,31 @@ def test_no_size(size: str) -> None:
 def test_refused(words: tuple[str, ...], said: str) -> None:
     refused = typed(*words)
     assert refused.exit_code == 2 and said in refused.stderr, refused.output
+
+
+def test_training_is_measured_phase_by_phase(shallow: None) -> None:
+    """On a CPU the padding of a text is one row: a step takes less than a card's, and says so."""
+    words = ("--size", "16x16", "--frames", "5", "--batch-size", "1", "--device", "cpu", "--measure")
+    made = typed("train", "v2v", "--model", "cartoon-v2v", *words)
+    assert made.exit_code == 0, made.output
+    table = {line.split()[0]: line.split()[1:] for line in made.stdout.splitlines() if "," in line}
+    assert table["load"][0] == table["load"][1] and len(table["load"]) == 2
+    predicted, measured = (int(text.replace(",", "")) for text in table["backward"][:2])
+    assert 0.9 * predicted < measured < predicted and table["backward"][2].startswith("-")
+
+
+def test_what_does_not_fit_here_is_not_measured(shallow: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from avatarctl.cli import vram_profile
+    from avatarctl.profiling.account import Account
+    from avatarctl.profiling.fit import Room
+
+    account = Account({"load": 100 << 20}, {"dit": 10 << 20}, {}, 0)
+    monkeypatch.setattr("avatarctl.profiling.inference.profile_inference", lambda row, cfg: account)
+    room = Room(125 << 20, is_one=True, where="the container (/sys/fs/cgroup/job/memory.max)")
+    monkeypatch.setattr(vram_profile, "free_room", lambda device: room)
+    refused = typed("infer", "--model", "cartoon-i2v", "--device", "cpu", "--measure")
+    assert refused.exit_code == 5 and refused.stdout == ""
+    said = (
+        "--measure: 126.0 MiB are needed on cpu, and 125.0 MiB are free there: the container (/sys/fs/cgroup/"
+    )
+    assert said in refused.stderr

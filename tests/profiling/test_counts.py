@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from avatarctl.profiling import extend as extension
-from avatarctl.profiling import training
+from avatarctl.profiling import inference, training
 from avatarctl.profiling.account import Account
-from avatarctl.profiling.inference import profile_inference
+from avatarctl.profiling.fakes import tensor_bytes, tensors
+from avatarctl.profiling.inference import counted_modules, profile_inference
 from avatarctl.profiling.training import profile_training
 from avatarctl.registry import configure, find_model
 
@@ -58,6 +59,18 @@ def test_inference_takes_what_was_counted(model: str) -> None:
     counted, measured = profile_inference(row, cfg), profile_inference(row, cfg, "real")
     assert counted.stages == measured.stages
     assert {"text", "audio", "image", "condition", "step", "decode"} <= counted.stages.keys()
+
+
+@pytest.mark.parametrize("device", ["cpu", "auto"])
+def test_real_networks_are_as_large_as_counted_ones(device: str) -> None:
+    """In half precision; the VAE of a CPU computes in float32."""
+    row = find_model("stableavatar-tiny")
+    cfg = configure("model.name=stableavatar-tiny", "runtime.dtype=bfloat16", f"runtime.device={device}")
+    counted, real = counted_modules(row, cfg, tensors("fake")), inference._random(row, cfg)
+    sizes = {part: tensor_bytes(network) for part, network in real.items()}
+    assert sizes == {part: tensor_bytes(getattr(counted, part)) for part in sizes} and len(sizes) == 5
+    numbers = sum(each.numel() for each in real["vae"].parameters())
+    assert sizes["vae"] >= numbers * (4 if device == "cpu" else 2)
 
 
 def wider(model: str, **sizes: Any) -> Any:
