@@ -52,7 +52,8 @@ bench: $(installed)
 	@for name in $(BENCHES); do $(bin)/python tests/bench/$$name.py || exit 1; done
 
 # What `make test` tries two or three times, here many times over.
-TORTURES := kill_convert kill_prepare kill_training sharded_training training_mutations memory_mutations demo_mutations
+TORTURES := kill_convert kill_prepare kill_training kill_build sharded_training training_mutations \
+	memory_mutations demo_mutations profile_mutations
 .PHONY: torture
 torture: $(installed)
 	@for name in $(TORTURES); do $(bin)/python tests/torture/$$name.py || exit 1; done

@@ -7,7 +7,9 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
+import torch
 
+from avatarctl.live_bytes import LiveBytes
 from avatarctl.profiling import extend as extension
 from avatarctl.profiling import inference, training
 from avatarctl.profiling.account import Account
@@ -59,6 +61,27 @@ def test_inference_takes_what_was_counted(model: str) -> None:
     counted, measured = profile_inference(row, cfg), profile_inference(row, cfg, "real")
     assert counted.stages == measured.stages
     assert {"text", "audio", "image", "condition", "step", "decode"} <= counted.stages.keys()
+
+
+def test_activations_that_are_made_again_are_not_kept() -> None:
+    """Of four blocks one is made again at a time: less than half of what all of them keep."""
+    row = wider("cartoon-v2v", num_layers=4)
+    words = ("data.width=64", "data.height=64", "data.num_frames=9", "train.batch_size=1")
+    whole, again = (
+        profile_training(row, configure("model.name=cartoon-v2v", *words, f"memory.{setting}"), "real")
+        for setting in ("activation_checkpointing=none", "activation_checkpointing=block")
+    )
+    held = whole.weights["dit"] + whole.components["moments"]
+    assert again.stages["forward"] - held < 0.5 * (whole.stages["forward"] - held)
+
+
+def test_attention_is_counted_without_a_matrix_of_tokens_by_tokens() -> None:
+    tokens, width = 2048, 16
+    with tensors("fake"), LiveBytes() as live:
+        query = torch.zeros(1, 1, tokens, width, requires_grad=True)
+        out = torch.nn.functional.scaled_dot_product_attention(query, query, query)
+        out.sum().backward()
+    assert live.peak < tokens * tokens, "bytes of a matrix of logits would be four times as many"
 
 
 @pytest.mark.parametrize("device", ["cpu", "auto"])

@@ -20,8 +20,8 @@ MUTATIONS = (
     Mutation(
         "prefetch of the wrong block",
         "placement/units.py",
-        "self._units[(index + step) % len(self._units)].start(self._stream)",
-        "self._units[(index + step + 1) % len(self._units)].start(self._stream)",
+        "if self._turns and _is_backward() else index + step\n",
+        "if self._turns and _is_backward() else index + step + 1\n",
         "placement/test_modes.py::test_each_pass_moves_what_is_away_once_and_two_groups_are_here_at_most",
     ),
     Mutation(
