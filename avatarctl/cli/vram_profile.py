@@ -33,6 +33,8 @@ __all__ = ["vram_profile"]
 Job = Literal["infer", "train i2v", "train v2v"]
 
 _BAR: Final = 32
+_LONGEST: Final = 1001
+"""Pixel frames; each latent frame is coded by itself, which takes as long on tensors without numbers."""
 _ASSUMED: Final = (
     "counted on fake tensors by the code of the run; no card was asked",
     "infer: networks where memory.mode has them; two chunks or windows of two steps, which others repeat",
@@ -236,6 +238,12 @@ def _count(name: Job, row: Row, cfg: RunConfig, screen: Screen, *, exact: bool =
     training = name != "infer"
     if family is None or (training and not hasattr(family, "training_condition")):
         raise NotYetSupported(f"{row.name} has no code for it yet", where="model.name")
+    if name == "infer" and (cfg.long_video.num_frames or 0) > _LONGEST:
+        raise NotYetSupported(
+            f"a chunk or window of more than {_LONGEST} frames is not counted: it would take hours",
+            where="long_video.num_frames",
+            fix="leave it out: how long a video is changes nothing, as it is made in pieces",
+        )
     screen(Stage(f"counting {name} of {row.name}"))
     from avatarctl.profiling.inference import profile_inference
     from avatarctl.profiling.training import profile_training

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from avatarctl.cli import app
-from avatarctl.config import read_config
+from avatarctl.config import RunConfig, read_config
 from avatarctl.registry import ROWS
 
 
@@ -89,6 +89,13 @@ def test_no_size(size: str) -> None:
         (("infer", "--model", "liveavatar-14b"), "has no code for it yet"),
         (("train", "i2v", "--model", "stableavatar-1.3b"), "has no code for it yet"),
         (("infer", "--size", "500x24"), "multiple of 16"),
+        (("infer", "-o", "long_video.num_frames=10001"), "more than 1001 frames is not counted"),
+        (("infer", "-o", "long_video.num_frames=82"), "4k + 1"),
+        (("train", "v2v", "--frames", "10000"), "4k + 1"),
+        (("train", "v2v", "--size", "24x16"), "multiple of 16"),
+        (("train", "v2v", "--model", "stableavatar-1.3b", "--fit", "4090"), "has no code for it yet"),
+        (("infer", "--model", "liveavatar-14b", "--fit", "24GiB"), "has no code for it yet"),
+        (("infer", "--fit", "9999x"), "no size of memory, nor a card: '9999x'"),
     ],
 )
 def test_refused(words: tuple[str, ...], said: str) -> None:
@@ -122,3 +129,36 @@ def test_what_does_not_fit_here_is_not_measured(shallow: None, monkeypatch: pyte
         "--measure: 126.0 MiB are needed on cpu, and 125.0 MiB are free there: the container (/sys/fs/cgroup/"
     )
     assert said in refused.stderr
+
+
+def test_a_configuration_of_another_command_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("command: train v2v\nmodel:\n  name: cartoon-v2v\n")
+    refused = typed("infer", "--config", str(tmp_path / "run.yaml"))
+    assert refused.exit_code == 2 and "belongs to `avatarctl train v2v`" in refused.stderr
+
+
+def test_a_host_below_what_waits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The card is large enough in a mode that leaves more on the host than was given."""
+    from avatarctl.profiling.account import Account
+
+    needs = {"full": 400, "model": 300, "group": 200, "sequential": 100}
+
+    def counted(row: object, cfg: RunConfig) -> Account:
+        need = needs[cfg.memory.mode]
+        return Account({"step": need << 20}, {}, {}, 0, (400 - need) << 20)
+
+    monkeypatch.setattr("avatarctl.profiling.inference.profile_inference", counted)
+    words = ("infer", "--model", "cartoon-i2v", "--fit", "220MiB", "--host")
+    refused = typed(*words, "100MiB")
+    assert refused.exit_code == 5
+    assert "--host: 200.0 MiB have to wait on the host, and 100.0 MiB were given" in refused.stderr
+    assert typed(*words, "200MiB").exit_code == 0
+
+
+def test_ten_thousand_frames_are_counted_like_a_few(shallow: None) -> None:
+    """Shapes alone are larger: the same operations."""
+    words = ("train", "v2v", "--model", "cartoon-v2v", "--size", "16x16", "--batch-size", "1", "--json")
+    few, many = (json.loads(typed(*words, "--frames", frames).stdout) for frames in ("9", "10001"))
+    assert many["seconds"] < 3 * few["seconds"] + 10
+    grown = many["stages"]["backward"] / few["stages"]["backward"]
+    assert grown > 3 and many["components"]["weights of dit"] == few["components"]["weights of dit"]

@@ -1,5 +1,5 @@
-"""Known mistakes of accounts of memory, each caught by its test: see training_mutations.py, which has two more
-of them (the first step only, blocks that are kept).
+"""Known mistakes of accounts of memory, each caught by its test: see training_mutations.py, which has two
+more of them (the first step only, blocks that are kept).
 
 python tests/torture/profile_mutations.py
 """
@@ -20,10 +20,18 @@ MUTATIONS = (
     ),
     Mutation(
         "blocks are not made again",
-        "models/recompute.py",
-        "    if not torch.is_grad_enabled():\n        return function(*inputs)\n",
-        "    if True:\n        return function(*inputs)\n",
+        "models/wan_transformer.py",
+        "        if torch.is_grad_enabled() and self.gradient_checkpointing:\n",
+        "        if False:\n",
         "profiling/test_counts.py::test_activations_that_are_made_again_are_not_kept",
+    ),
+    Mutation(
+        "blocks are made again in torch's old way, which gives adapters no gradient",
+        "training/network.py",
+        "                dit.enable_gradient_checkpointing()\n",
+        "                from torch.utils.checkpoint import checkpoint as old\n\n"
+        "                dit.enable_gradient_checkpointing(functools.partial(old, use_reentrant=True))\n",
+        "training/test_lean_steps.py::test_no_saving_changes_a_bit",
     ),
     Mutation(
         "what is made again has no gradient where no input wants one",
