@@ -26,15 +26,7 @@ MUTATIONS = (
         "profiling/test_counts.py::test_activations_that_are_made_again_are_not_kept",
     ),
     Mutation(
-        "blocks are made again in torch's old way, which gives adapters no gradient",
-        "training/network.py",
-        "                dit.enable_gradient_checkpointing()\n",
-        "                from torch.utils.checkpoint import checkpoint as old\n\n"
-        "                dit.enable_gradient_checkpointing(functools.partial(old, use_reentrant=True))\n",
-        "training/test_lean_steps.py::test_no_saving_changes_a_bit",
-    ),
-    Mutation(
-        "what is made again has no gradient where no input wants one",
+        "what is made again has no gradient where no input wants one, as in a reentrant checkpoint",
         "models/recompute.py",
         "requires_grad=True, device=inputs[0].device",
         "requires_grad=False, device=inputs[0].device",
