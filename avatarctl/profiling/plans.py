@@ -38,7 +38,7 @@ def slower_plans(job: str, cfg: RunConfig, asked: Mapping[str, Any]) -> Iterator
     """Behind `cfg` itself, each smaller than the one before as a rule. What was asked for stays."""
     if job == "infer":
         if not asked.keys() & {"memory.mode", "memory.swap_blocks"}:
-            for mode in _MODES[_MODES.index(cfg.memory.mode) + 1 :]:
+            for mode in _MODES[_mode(cfg) + 1 :]:
                 yield _plan(cfg, {"memory.mode": mode}, "weights are copied to the device again and again")
         return
     for changes in _ways(job, cfg, asked):
@@ -68,12 +68,17 @@ def faster_plans(job: str, cfg: RunConfig, asked: Mapping[str, Any]) -> Iterator
     """In front of `cfg` itself, the fastest first: it has room to spare. What was asked for stays."""
     if job == "infer":
         if not asked.keys() & {"memory.mode", "memory.swap_blocks"}:
-            for mode in _MODES[: _MODES.index(cfg.memory.mode)]:
+            for mode in _MODES[: _mode(cfg)]:
                 yield _plan(cfg, {"memory.mode": mode}, "")
         return
     for changes in _ways(job, cfg, asked):
         if _place(changes) < _place(_now(cfg)):
             yield _plan(cfg, changes, "")
+
+
+def _mode(cfg: RunConfig) -> int:
+    """The place in `_MODES`; what nobody has settled yet is counted as the first."""
+    return 0 if cfg.memory.mode == "auto" else _MODES.index(cfg.memory.mode)
 
 
 def _ways(job: str, cfg: RunConfig, asked: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

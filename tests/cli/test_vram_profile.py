@@ -155,10 +155,9 @@ def test_a_host_below_what_waits_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     assert typed(*words, "200MiB").exit_code == 0
 
 
-def test_ten_thousand_frames_are_counted_like_a_few(shallow: None) -> None:
-    """Shapes alone are larger: the same operations."""
-    words = ("train", "v2v", "--model", "cartoon-v2v", "--size", "16x16", "--batch-size", "1", "--json")
-    few, many = (json.loads(typed(*words, "--frames", frames).stdout) for frames in ("9", "10001"))
-    assert many["seconds"] < 3 * few["seconds"] + 10
-    grown = many["stages"]["backward"] / few["stages"]["backward"]
-    assert grown > 3 and many["components"]["weights of dit"] == few["components"]["weights of dit"]
+def test_ten_thousand_frames_are_counted_by_the_same_operations(shallow: None) -> None:
+    """Shapes alone are larger: it answers at once, and inputs of a clip alone are larger than the network."""
+    words = ("--size", "16x16", "--batch-size", "1", "--json", "--frames", "10001")
+    counted = json.loads(typed("train", "v2v", "--model", "cartoon-v2v", *words).stdout)
+    features = 4 * 10001 * 192
+    assert counted["stages"]["condition"] - counted["stages"]["load"] > features
