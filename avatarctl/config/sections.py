@@ -225,16 +225,14 @@ class Memory:
     )
     group_blocks: int = key(4, "transformer blocks that come together in mode group", low=1, high=1000)
     vae_gradient: Literal["full", "checkpoint", "segment", "offload"] = key(
-        "segment",
-        "what auxiliary losses keep of the decoder and their networks for the backward pass: full all of it, "
-        "checkpoint what passes between latent frames, segment what passes between some of them, offload the "
-        "same on the host; the numbers are the same",
-    )
+        "segment", "what auxiliary losses keep of the decoder and their networks for the backward pass: full "
+        "all of it, checkpoint what passes between latent frames, segment what passes between some of them, "
+        "offload the same on the host; the numbers are the same",
+    )  # fmt: skip
     activation_checkpointing: Literal["none", "block", "block_offload"] = key(
-        "block",
-        "what is computed again in the backward pass: none nothing, block every transformer block from its "
-        "input, block_offload the same with these inputs on the host",
-    )
+        "block", "what is computed again in the backward pass: none nothing, block every transformer block "
+        "from its input, block_offload the same with these inputs on the host",
+    )  # fmt: skip
     base_precision: Literal["bf16", "fp8"] = key(
         "bf16", "storage of the transformer: as it computes, or the matrices of its blocks in eight bits; of "
         "training those that are frozen",
@@ -247,8 +245,7 @@ class Memory:
         "in training only frozen weights wait", low=0, high=1000,
     )  # fmt: skip
     shard: Literal["none", "fsdp2"] = key(
-        "none", "what the processes of a training hold: none the whole model each, fsdp2 a part of every "
-        "weight, gradient and moment",
+        "none", "what processes that train hold: none the whole model each, fsdp2 a part of every tensor",
     )  # fmt: skip
 
 

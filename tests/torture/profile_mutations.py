@@ -16,7 +16,7 @@ MUTATIONS = (
         "profiling/training.py",
         "            _make_moments(optimizer, trainables, phases)\n",
         "            pass\n",
-        "profiling/test_counts.py::test_the_second_step_is_counted",
+        "profiling/test_counts.py::test_a_changed_network_changes_the_answer",
     ),
     Mutation(
         "blocks are not made again",

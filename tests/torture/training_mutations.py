@@ -128,7 +128,7 @@ MUTATIONS = (
         "profiling/training.py",
         "_STEPS: Final = 2\n",
         "_STEPS: Final = 1\n",
-        "profiling/test_counts.py::test_the_second_step_is_counted",
+        "profiling/test_counts.py::test_a_changed_network_changes_the_answer",
     ),
     Mutation(
         "checkpointed blocks lost when the network is prepared",

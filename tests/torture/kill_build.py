@@ -1,0 +1,109 @@
+"""`demo build` stopped and killed on its way: the same files in the end.
+
+    python tests/torture/kill_build.py [SEED]
+
+Real processes make everything on the short schedule, with one thread: first undisturbed; then stopped
+(SIGTERM) in the middle of the VAE, of a transformer and of the judge, each time gone on with by the same
+command; then with two parts at once, each killed (SIGKILL) at a random moment. What is shipped is byte-equal
+in the end; the card tells of minutes, and is not compared. Some minutes on two cores; needs 50 MB in the
+system's temporary folder.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+SHORT = ("--short", "--threads", "1", "--seed", "3")
+STOPS = ("vae", "v2v", "judge")
+"""Parts in whose middle a build is stopped."""
+KILLS = 3
+QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+
+
+class Torn(Exception):
+    """The end is another one."""
+
+
+def line(out: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "avatarctl", "demo", "build", "--out", str(out), *SHORT, *more]
+
+
+def made(out: Path) -> dict[str, bytes]:
+    files = (path for path in (out / "cartoon").iterdir() if path.suffix in (".safetensors", ".json"))
+    return {path.name: path.read_bytes() for path in files}
+
+
+def is_made(out: Path, part: str) -> bool:
+    return (out / "made" / part / "build.json").is_file()
+
+
+def stopped_in(out: Path, part: str) -> None:
+    """Runs until `part` was begun, and asks it to stop there. Raises Torn where it ends otherwise."""
+    with subprocess.Popen(line(out), **QUIET) as child:
+        while child.poll() is None and not (out / "made" / part).is_dir():
+            time.sleep(0.001)
+        time.sleep(0.2)
+        child.send_signal(signal.SIGTERM)
+        code = child.wait()
+    if code != 6 or is_made(out, part):
+        raise Torn(f"stopped in {part}: ended with {code}")
+
+
+def killed(out: Path, part: str, seconds: float) -> bool:
+    """Whether a process that makes `part` was killed, not done."""
+    with subprocess.Popen(line(out, "--part", part), **QUIET) as child:
+        try:
+            child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            return True
+    return False
+
+
+def finish(*lines: list[str]) -> None:
+    """Runs them beside each other."""
+    children = [subprocess.Popen(words, **QUIET) for words in lines]
+    if any(child.wait() != 0 for child in children):
+        raise Torn("a build that nobody stopped failed")
+
+
+def torture(base: Path, draw: random.Random) -> str:
+    started = time.monotonic()
+    finish(line(base / "whole"))
+    took, wanted = time.monotonic() - started, made(base / "whole")
+    for part in STOPS:
+        stopped_in(base / "stopped", part)
+    finish(line(base / "stopped"))
+    if made(base / "stopped") != wanted:
+        raise Torn("stopped three times, it ended otherwise")
+    count, out = 0, base / "killed"
+    for _ in range(KILLS):
+        count += killed(out, "vae", draw.random() * took / 2)
+        count += killed(out, "judge", draw.random() * took / 2)
+    finish(line(out, "--part", "vae"), line(out, "--part", "judge"))
+    finish(line(out))
+    if made(out) != wanted:
+        raise Torn("killed, and made by two processes, it ended otherwise")
+    return f"{len(STOPS)} stops and {count} kills: {len(wanted)} files are the same"
+
+
+def main() -> int:
+    seed = int(sys.argv[1]) if len(sys.argv) > 1 else random.SystemRandom().randrange(10**6)
+    print(f"kill_build: seed {seed}", flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        try:
+            print(torture(Path(name), random.Random(seed)))
+        except Torn as error:
+            print(f"kill_build: FAILED: {error}", file=sys.stderr)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
