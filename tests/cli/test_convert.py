@@ -209,15 +209,22 @@ def process(*words: str) -> tuple[str, dict[str, Any]]:
 
 
 @LINUX
-def test_28_gb_are_inspected_in_a_second_without_torch(here: Path) -> None:
+def test_28_gb_are_inspected_like_a_small_file_and_without_torch(here: Path) -> None:
+    """As many tensors in both: what they weigh costs nothing, whatever else the machine does meanwhile."""
     length = sparse(here / "model.safetensors", published_tables.wan(5120, 13_824, 40))
+    sparse(here / "small.safetensors", published_tables.wan(128, 256, 40))
     assert length > 28e9
-    for _ in range(3):  # other programs slow this one down, and nothing makes it faster than it is
-        stdout, used = process("model.safetensors", "--inspect", "--json")
-        if used["cpu"] <= 1.0:
-            break
-    assert json.loads(stdout)["published_as"] == "Wan2.1-T2V-14B"
-    assert used["heavy"] == [] and used["cpu"] <= 1.0 and used["peak"] < 150e6
+    least = {"model": math.inf, "small": math.inf}
+    for _ in range(4):  # other programs slow this one down, and nothing makes it faster than it is
+        for name in least:
+            stdout, used = process(f"{name}.safetensors", "--inspect", "--json")
+            least[name] = min(least[name], used["cpu"])
+            if name == "model":
+                assert json.loads(stdout)["published_as"] == "Wan2.1-T2V-14B"
+                assert used["heavy"] == [] and used["peak"] < 150e6
+        if least["model"] <= 1.3 * least["small"]:
+            return
+    pytest.fail(f"CPU seconds: {least}")
 
 
 @LINUX
