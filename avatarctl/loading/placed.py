@@ -8,6 +8,7 @@ sequential  every module comes for its own forward alone
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Collection
 from typing import Any, Final
 
@@ -79,6 +80,7 @@ class PlacedModules(SomeModules):
         for name in _LARGE:
             if name != part and self.__dict__.get(name) is not None:
                 self.drop(name)
+                gc.collect()  # a network and the hooks that bring its weights know each other
                 what = "transformer" if name == "dit" else f"{name} encoder"
                 self._emit(Notice(f"memory: the {what} is done and leaves"))
 
