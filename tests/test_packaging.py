@@ -131,7 +131,7 @@ def test_licence_and_weights_travel_with_what_is_built(tmp_path: Path) -> None:
     found = subprocess.run(
         verify, cwd=tmp_path, env=installed, check=True, capture_output=True, text=True
     ).stdout
-    assert str(tmp_path / "unpacked") in found and "5 ok" in found, found
+    assert str(tmp_path / "unpacked") in found and "6 ok" in found, found
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed; the README has the commands")

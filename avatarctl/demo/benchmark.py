@@ -29,7 +29,7 @@ from avatarctl.registry import Row, configure
 from avatarctl.timeline import SAMPLE_RATE
 
 if TYPE_CHECKING:
-    from avatarctl.family import Modules, VideoCodec
+    from avatarctl.family import Modules, VideoCodec, VideoPlan
 
 __all__ = ["PARTS", "Part", "Score", "benchmark", "best_lag", "colour_change", "spoken"]
 
@@ -106,7 +106,8 @@ def _v2v(row: Row, seeds: Sequence[int], emit: Emit) -> dict[str, Any]:
     kept = keep_map(mask_tensor(mouth_mask()), (SIZE, SIZE))[0, 0].numpy() > 0
 
     def more(made: np.ndarray, each: Clip) -> dict[str, float]:
-        coded = _bytes(_coded(vae, each.frames[:97])[0])
+        plan = _plan(row, each, each.speech.audio).video
+        coded = _coded_in_chunks(vae, each.frames, plan)
         differs = np.abs(made[: len(coded)].astype(float) - coded)[:, kept]
         return {"outside_box": float(differs.mean() / 255)}
 
@@ -149,8 +150,8 @@ def _sync(row: Row, seeds: Sequence[int], emit: Emit) -> dict[str, Any]:
     judge = load_judges(row, find_judges(row, cfg.model, ["sync"]), ["sync"], torch.device("cpu"), emit).sync
     assert judge is not None
     score = Score()
-    for each in _told(seeds, _FRAMES["sync"], emit, "sync"):
-        score.add(accuracy=right_cosines(judge, [each], np.random.default_rng(len(score.values)), times=8))
+    for seed, each in zip(seeds, _told(seeds, _FRAMES["sync"], emit, "sync"), strict=True):
+        score.add(accuracy=right_cosines(judge, [each], np.random.default_rng(seed), times=8))
     return score.told()
 
 
@@ -224,6 +225,17 @@ def _generated(plan: JobPlan, modules: Modules) -> np.ndarray:
 def _coded(vae: VideoCodec, frames: np.ndarray) -> torch.Tensor:
     """Frames [F, 64, 64, 3] and what the VAE makes of them: [1, 3, F, 64, 64]."""
     return vae.decoder().push(vae.encode(frames_tensor(frames)))
+
+
+def _coded_in_chunks(vae: VideoCodec, frames: np.ndarray, plan: VideoPlan) -> np.ndarray:
+    """What the VAE makes of true frames cut as `infer` cuts them, so that nothing differs but what was
+    generated. Ends with the last chunk that is whole."""
+    pieces = []
+    for span in plan.spans():
+        piece = frames[4 * span.start :][: 4 * span.frames - 3]
+        if len(piece) == 4 * span.frames - 3:
+            pieces.append(_bytes(_coded(vae, piece)[0])[span.keep_from :])
+    return np.concatenate(pieces)
 
 
 def _bytes(pixels: torch.Tensor) -> np.ndarray:

@@ -22,6 +22,7 @@ from avatarctl.files.source import open_weights
 from avatarctl.files.tensors import StoredTensor
 from avatarctl.hub.locate import locate
 from avatarctl.loading.fill import fill, on_meta
+from avatarctl.loading.sources import Sources, check_packaged
 from avatarctl.models.lpips_package import PackageLpips, require_lpips
 from avatarctl.models.lpips_vgg import LpipsVgg, random_heads
 from avatarctl.models.stable_syncnet import PUBLISHED_SYNCNET, StableSyncNet
@@ -150,7 +151,8 @@ def _packaged(row: Row, part: str) -> Path | None:
 
 
 def _own(row: Row, part: str, path: Path) -> nn.Module:
-    """A trained judge of the row's own sizes."""
+    """A trained judge of the row's own sizes. Raises WeightsMissing for other bytes than the release's."""
+    check_packaged(row, Sources(encoders={part: path}))
     with on_meta():
         network: nn.Module = _CLASSES[part](**row.network[part])
     tensors = open_weights(path).tensors

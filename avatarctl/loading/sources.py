@@ -96,21 +96,25 @@ def _base_configs(model: Path, encoders: Mapping[str, Path]) -> tuple[Path, ...]
 
 
 def _packaged(row: Row) -> Sources:
-    """The files that come with the program, by the first word of their names."""
+    """The files that come with the program, by the first word of their names, without judges."""
     found = locate(row, None)
     parts = {Path(name).stem.partition("_")[0]: path for name, path in found.files.items()}
+    parts = {part: path for part, path in parts.items() if part not in JUDGES}
     dit = (parts.pop("dit"),) if "dit" in parts else ()
     return Sources(dit, parts, missing=found.missing)
 
 
 def check_packaged(row: Row, sources: Sources) -> None:
-    """Raises WeightsMissing (exit 4) for a file of the package whose bytes are not those of the release."""
+    """Raises WeightsMissing (exit 4) for a file of the package that is gone or has other bytes than the
+    release."""
+    fix = "install avatarctl again"
     for path in (*sources.dit, *sources.encoders.values()):
         if path == Path(row.path) or (row.base_path and path in sources.dit):
             continue  # trained since; its own header says what it is, see `check_base` for the other
+        if not path.is_file():
+            raise WeightsMissing("is missing", where=path, fix=fix)
         stated = row.sha256[path.relative_to(row.assets).as_posix()]
         if hashlib.sha256(path.read_bytes()).hexdigest() != stated:
-            fix = "install avatarctl again"
             raise WeightsMissing(f"is damaged: its SHA-256 is not {stated}", where=path, fix=fix)
 
 

@@ -67,7 +67,7 @@ CARTOON: Final[Defaults] = {
     "runtime.dtype": "float32",
 }
 
-CARTOON_V2V: Final[Defaults] = {**CARTOON, "model.channels": 49, "train.init": "random"}
+CARTOON_V2V: Final[Defaults] = {**CARTOON, "model.channels": 49}
 
 OMNIAVATAR: Final[Defaults] = {
     "model.channels": 33,

@@ -52,41 +52,54 @@ def _stableavatar(
 
 
 _CARTOON_SHA256: Final = {
-    "cartoon/dit_i2v.safetensors": "5c91709d48c8c1cd47365b080fc05d0dd3aa479d67193dea3f28b1ebcc3a9a7f",
-    "cartoon/vae.safetensors": "e7246504e9332262335f143b8dea698ae58455c7d52baa2338393fea64caaff6",
-    "cartoon/config.json": "87a4ef24f8bb9738913af0b5dc9c114b7f2c2352960250d3005832da7985ad09",
-    "cartoon/audio.safetensors": "b43d418963cc0d45343a5e345495606628c8ea2ae506c21ac1a538c85aee69fe",
-    "cartoon/text.safetensors": "b9617ce33f1b0af4a11e6534f94f0fbd9e3bea8e1e4e9b6a2be44792ca425317",
+    "cartoon/dit_i2v.safetensors": "5431cb91af80c01196cc53e272e0ff0b29d357cad04861daf8af877b7a442dd9",
+    "cartoon/dit_v2v.safetensors": "63e3a23ddecfda3d389b03e3c7fb8fd5e7d1806eb43b37c691a94c402a8b7c47",
+    "cartoon/vae.safetensors": "88881aa222aa2465497ee2f58cbb0d6f938ff485768636a28267f31794a8fd14",
+    "cartoon/config.json": "11ec7ca3d99702b704b6fce40781b19bd615d5f819898890a3a90e63f5566f70",
+    "cartoon/audio.safetensors": "c4f920301b85f05a74989e8d273f99cb06e869e8e12e7f13614300c9429edbc7",
+    "cartoon/text.safetensors": "8992aac626b8f75fa076b3e209a64959f57b3c82d0844c6fbcedd70bc977f460",
+    "cartoon/syncnet.safetensors": "21fdbbaa0dbef5b4fb12b9eeb60cd146f40ce4ac2bc2aa99daf7d3f7d01f8e16",
 }
 """`config.json` is the VAE's, whose latents have a mean and deviation of their own."""
 
-_CARTOON_ENCODERS: Final = {
-    name: digest for name, digest in _CARTOON_SHA256.items() if not name.startswith("cartoon/dit_")
-}
+
+def _cartoon(transformer: str) -> dict[str, str]:
+    """Digests of one transformer and of what both share."""
+    return {
+        name: digest
+        for name, digest in _CARTOON_SHA256.items()
+        if name == transformer or not name.startswith("cartoon/dit_")
+    }
+
+
+_CARTOON_I2V: Final = _cartoon("cartoon/dit_i2v.safetensors")
+_CARTOON_V2V: Final = _cartoon("cartoon/dit_v2v.safetensors")
+_CARTOON_TRAINED: Final = TrainedFor(
+    sizes=((64, 64),), num_frames=(33,), overlap_frames=(1, 5), shifts=(5.0,), guidance_scales=(1.0,)
+)
 
 MODELS: Final = (
     Row(
         "cartoon-i2v", "model", "built-in cartoon model, image and voice to video", WORKS, "package",
-        files=tuple(_CARTOON_SHA256),
-        sha256=_CARTOON_SHA256,
+        files=tuple(_CARTOON_I2V),
+        sha256=_CARTOON_I2V,
         world="cartoon",
         family="omniavatar",
         network=networks.CARTOON,
         defaults=defaults.CARTOON,
         audio_offset_stated=True,
-        trained_for=TrainedFor(
-            sizes=((64, 64),), num_frames=(33,), overlap_frames=(1,), shifts=(5.0,), guidance_scales=(1.0,)
-        ),
+        trained_for=_CARTOON_TRAINED,
     ),
     Row(
         "cartoon-v2v", "model", "built-in cartoon model, video and voice to video", WORKS, "package",
-        files=tuple(_CARTOON_ENCODERS),
-        sha256=_CARTOON_ENCODERS,
+        files=tuple(_CARTOON_V2V),
+        sha256=_CARTOON_V2V,
         world="cartoon",
         family="omniavatar",
         network=networks.CARTOON_V2V,
         defaults=defaults.CARTOON_V2V,
-        trained=False,
+        audio_offset_stated=True,
+        trained_for=_CARTOON_TRAINED,
     ),
     Row(
         "omniavatar-14b", "model", "OmniAvatar on Wan 2.1 T2V 14B", NEEDS_WEIGHTS,

@@ -45,7 +45,7 @@ def test_the_built_in_clip_is_dubbed_and_the_screen_says_what_it_is(run: Run, he
     again = run("infer", "--model", "cartoon-v2v", "--steps", "1", "--size", "16x16", "--out", "b.mp4")
     assert again.exit_code == 0, again.stderr
     first, second = again.stderr.splitlines()[:2]
-    assert first == "model: cartoon-v2v, untrained: the video will be noise"
+    assert first == "model: cartoon-v2v"
     assert second == "input: the built-in clip (--video for yours) and voice (--audio for yours)"
     assert len(read_frames(here / "b.mp4")) == 100
 

@@ -158,10 +158,11 @@ def test_a_file_in_a_usual_place_is_found_and_a_named_one_must_exist(
 
 
 @pytest.mark.parametrize("name", ["cartoon-i2v", "cartoon-v2v"])
-def test_built_in_models_have_miniature_judges_and_say_so(name: str) -> None:
+def test_built_in_models_have_judges_and_say_which_are_untrained(name: str) -> None:
     row, said = ROWS[name], list[Event]()
     found = find_judges(row, Model(), NAMES)
-    assert found.random == ("syncnet", "lpips_vgg", "videomae") and not found.missing
+    assert found.random == ("lpips_vgg", "videomae") and not found.missing
+    assert found.files == {"syncnet": row.assets / "cartoon/syncnet.safetensors"}
     state = torch.random.get_rng_state()
     first, second = (load_judges(row, found, NAMES, CPU, said.append) for _ in range(2))
     assert torch.equal(state, torch.random.get_rng_state())
@@ -171,7 +172,7 @@ def test_built_in_models_have_miniature_judges_and_say_so(name: str) -> None:
         assert all(torch.equal(one[key], other[key]) for key in one)
         assert sum(tensor.numel() for tensor in one.values()) < 1_000_000
     assert [event.text for event in said if "numbers mean nothing" in getattr(event, "text", "")] == [
-        "auxiliary losses (sync, lpips, trepa): untrained miniature judges, whose numbers mean nothing"
+        "auxiliary losses (lpips, trepa): untrained miniature judges, whose numbers mean nothing"
     ] * 2  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from avatarctl.loading.model_row import row_named
 from avatarctl.loading.sources import find_sources
 from avatarctl.media.files import file_sha256
 from avatarctl.media.video_reader import open_video
-from avatarctl.registry import configure
+from avatarctl.registry import ROWS, configure
 from avatarctl.training.run_folder import RunFolder, length_so_far
 from avatarctl.training.trainer import Trainer
 from tests.pipelines import tiny_release as tiny
@@ -315,7 +315,12 @@ def test_a_lengthened_run_goes_on_as_long_as_it_was_made(prepared: Path, tmp_pat
     assert back.exit_code == 2 and "the cosine was made for 1 steps" in back.output, back.output
 
 
-def test_weights_that_nobody_has_are_no_start(prepared: Path, tmp_path: Path) -> None:
+def test_weights_that_nobody_has_are_no_start(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = ROWS["cartoon-v2v"]
+    bare = replace(row, files=tuple(name for name in row.files if "/dit_" not in name), trained=False)
+    monkeypatch.setitem(ROWS, row.name, bare)  # type: ignore[index]
     words = ("--mode", "lora", "--init", "zero_channels", "--data", prepared, "--out", tmp_path / "run")
     made = typed("train", "v2v", *SHORT, *words)
     assert made.exit_code == 2, made.output

@@ -49,7 +49,10 @@ def test_a_run_leaves_what_a_person_looks_for(finished: Path) -> None:
     assert all(entry["loss"] > 0 and entry["mse"] > 0 and entry["gradient_norm"] > 0 for entry in log)
     with safe_open(finished / "checkpoint-3" / COMPARED[0], "pt") as file:
         metadata = file.metadata()
-    assert json.loads(metadata["avatarctl.base"]) == {"model": "cartoon-v2v"}
+    assert json.loads(metadata["avatarctl.base"]) == {
+        "model": "cartoon-v2v",
+        "files": ["dit_v2v.safetensors"],
+    }
     assert json.loads(metadata["avatarctl.conventions"])["audio_offset"] == 0
     assert metadata["avatarctl.channels"] == "49"
 
@@ -257,7 +260,7 @@ def test_bad_samples_are_named_and_the_others_train(train: Train, samples: Path,
     [
         ("i2v", ("--model", "cartoon-v2v"), 2, "learns from a video"),
         ("v2v", ("--model", "cartoon-i2v"), 2, "learns from an image"),
-        ("v2v", ("--mode", "lora"), 2, "nothing that an adapter could change"),
+        ("v2v", ("--mode", "lora", "--init", "random"), 2, "nothing that an adapter could change"),
         ("i2v", ("--mouth-weight", "2"), 2, "only with a mask"),
         ("v2v", ("--batch-size", "64"), 2, "a step takes 64 samples, and the data set has 4"),
         ("v2v", ("--audio-offset", "1"), 2, "a video's frames and audio belong together"),
@@ -270,7 +273,12 @@ def test_bad_samples_are_named_and_the_others_train(train: Train, samples: Path,
 def test_refused_before_anything_is_made(
     which: str, words: tuple[str, ...], code: int, said: str, samples: Path, tmp_path: Path
 ) -> None:
-    line = {"--data": str(samples), "--frames": "9", "--out": str(tmp_path / "run"), **dict([words])}
+    line = {
+        "--data": str(samples),
+        "--frames": "9",
+        "--out": str(tmp_path / "run"),
+        **dict(zip(words[::2], words[1::2], strict=True)),
+    }
     made = typed("train", which, *(word for pair in line.items() for word in pair))
     assert made.exit_code == code and said in made.output, made.output
     assert "Traceback" not in made.output and not list(tmp_path.glob("run/checkpoint-*"))

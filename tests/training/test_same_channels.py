@@ -39,10 +39,12 @@ FRAMES = 9
 
 @pytest.fixture
 def models(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cartoon model with 65 channels, as a row of its own; random, as that of 49."""
+    """The cartoon model with 65 channels, as a row of its own, with a random transformer."""
     row = ROWS["cartoon-v2v"]
     network = {**row.network, "dit": {**row.network["dit"], "in_channels": 65}}
-    wide = replace(row, name="cartoon-65", network=network, defaults={**row.defaults, "model.channels": 65})
+    files = tuple(name for name in row.files if "/dit_" not in name)
+    values = {**row.defaults, "model.channels": 65}
+    wide = replace(row, name="cartoon-65", network=network, files=files, trained=False, defaults=values)
     monkeypatch.setitem(ROWS, wide.name, wide)  # type: ignore[index]
 
 

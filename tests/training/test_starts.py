@@ -236,10 +236,10 @@ def test_a_run_of_a_built_in_model_is_a_start(adapted: Path, samples: Path, tmp_
     assert (told["channels"], told["steps"], told["folder"]) == (49, 1, str(tmp_path / "moved"))
 
 
-def test_a_run_of_an_untrained_model_is_not_begun_from_nothing(prepared: Path, tmp_path: Path) -> None:
-    """Its row draws random weights; a run of it has some."""
+def test_a_run_that_began_from_nothing_is_gone_on_from(prepared: Path, tmp_path: Path) -> None:
+    """It drew random weights; what starts from it takes those that it came to."""
     run = tmp_path / "run"
-    made = ran("train", "v2v", "--data", prepared, *ONE, *QUICK, "--out", run)
+    made = ran("train", "v2v", "--data", prepared, *ONE, *QUICK, "--out", run, "-o", "train.init=random")
     assert made.exit_code == 0 and "random weights from seed 42" in made.output, made.output
     row = row_named(str(run))
     cfg = configure(f"model.name={run}", row_named=row_named)
@@ -255,7 +255,7 @@ def test_a_dry_run_as_typed_counts_the_clips_that_will_be_drawn() -> None:
     made = ran("train", "v2v", "--dry-run", "--json")
     assert made.exit_code == 0, made.output
     plan = json.loads(made.stdout)
-    assert (plan["samples"], plan["start"], plan["missing_weights"]) == (8, "random", [])
+    assert (plan["samples"], plan["start"], plan["missing_weights"]) == (8, "zero_channels", [])
     assert not Path(plan["folder"]).exists()
 
 
