@@ -31,7 +31,8 @@ def test_one_clip_is_learnt_by_heart(
     """
     row = ROWS["cartoon-v2v"]
     network = {**row.network, "dit": {**row.network["dit"], "num_layers": 4}}
-    monkeypatch.setitem(ROWS, row.name, replace(row, network=network))  # type: ignore[index]
+    values = {**row.defaults, "train.init": "random"}
+    monkeypatch.setitem(ROWS, row.name, replace(row, network=network, defaults=values))  # type: ignore[index]
     data = tmp_path / "data"
     for turn in range(4):
         shutil.copytree(prepared / "000001", data / f"00000{turn}")
