@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -21,6 +22,17 @@ os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 # Two processes of the suite share the machine, and its models are tiny: one thread each. Child processes
 # inherit this.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+# As `cli/start.py` does around the imports of a run: the suite's imports make a million objects that stay, and
+# every collection would walk over them.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 SLOW = (
