@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
 from avatarctl.cli import app
 from avatarctl.config import RunConfig, read_config
-from avatarctl.registry import ROWS
+from avatarctl.profiling import inference, training
+from avatarctl.profiling.account import Account
+from avatarctl.registry import ROWS, Row
 
 
 def typed(*words: str) -> Result:
@@ -28,8 +32,45 @@ def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(ROWS, name, replace(row, network=MappingProxyType(network)))  # type: ignore[index]
 
 
-def test_a_table_and_whether_it_fits(shallow: None) -> None:
-    words = ("train", "v2v", "--model", "cartoon-v2v", "--size", "16x16", "--frames", "5", "--fit")
+@pytest.fixture
+def once(shallow: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What several tests, or two commands of one, ask for is counted once."""
+    for module, name in ((inference, "profile_inference"), (training, "profile_training")):
+        monkeypatch.setattr(module, name, _remembered(getattr(module, name)))
+
+
+ACCOUNTS: dict[str, Account] = {}
+
+
+def _remembered(count: Callable[..., Account]) -> Callable[..., Account]:
+    def counted(row: Row, cfg: RunConfig, *words: Any, **more: Any) -> Account:
+        key = f"{count.__name__} {row} {cfg} {words} {more}"
+        if key not in ACCOUNTS:
+            ACCOUNTS[key] = count(row, cfg, *words, **more)
+        return ACCOUNTS[key]
+
+    return counted
+
+
+INFER = (
+    "infer",
+    "--model",
+    "cartoon-i2v",
+    "--size",
+    "16x16",
+    "-o",
+    "long_video.num_frames=5",
+    "--device",
+    "cpu",
+)
+TRAIN = (
+    "train", "v2v", "--model", "cartoon-v2v", "--size", "16x16", "--frames", "5", "--batch-size", "1",
+    "--device", "cpu",
+)  # fmt: skip
+
+
+def test_a_table_and_whether_it_fits(once: None) -> None:
+    words = (*TRAIN, "--fit")
     fits = typed(*words, "4090")
     assert fits.exit_code == 0, fits.output
     assert "backward" in fits.stdout and "moments" in fits.stdout and "trained numbers" in fits.stdout
@@ -42,9 +83,9 @@ def test_a_table_and_whether_it_fits(shallow: None) -> None:
     assert "Traceback" not in too_large.output
 
 
-def test_a_plan_is_written_as_a_configuration(shallow: None, tmp_path: Path) -> None:
+def test_a_plan_is_written_as_a_configuration(once: None, tmp_path: Path) -> None:
     """A smaller mode than asked for, and the file of it."""
-    words = ("infer", "--model", "cartoon-i2v", "--size", "16x16", "-o", "long_video.num_frames=5")
+    words = INFER
     whole = json.loads(typed(*words, "--json").stdout)
     card, plan = f"{whole['peak_bytes'] * 0.999 / 1e6:.3f}MB", tmp_path / "plan.yaml"
     found = typed(*words, "--fit", card, "--out", str(plan))
@@ -56,15 +97,15 @@ def test_a_plan_is_written_as_a_configuration(shallow: None, tmp_path: Path) -> 
         "output.height",
         "long_video.num_frames",
         "memory.mode",
+        "runtime.device",
     }
     assert f"avatarctl infer --config {plan}" in found.stdout and "given up: " in found.stdout
     again = typed("infer", "--config", str(plan), "--fit", card, "--out", str(plan))
     assert again.exit_code == 2 and "exists already" in again.stderr
 
 
-def test_json_is_one_document_with_what_was_measured_here(shallow: None) -> None:
-    words = ("--size", "16x16", "--json", "-o", "long_video.num_frames=5")
-    made = typed("infer", "--model", "cartoon-i2v", *words, "--device", "cpu", "--measure")
+def test_json_is_one_document_with_what_was_measured_here(once: None) -> None:
+    made = typed(*INFER, "--json", "--measure")
     assert made.exit_code == 0, made.output
     found = json.loads(made.stdout)
     measured = found["measured"]
@@ -103,10 +144,9 @@ def test_refused(words: tuple[str, ...], said: str) -> None:
     assert refused.exit_code == 2 and said in refused.stderr, refused.output
 
 
-def test_training_is_measured_phase_by_phase(shallow: None) -> None:
+def test_training_is_measured_phase_by_phase(once: None) -> None:
     """On a CPU the padding of a text is one row: a step takes less than a card's, and says so."""
-    words = ("--size", "16x16", "--frames", "5", "--batch-size", "1", "--device", "cpu", "--measure")
-    made = typed("train", "v2v", "--model", "cartoon-v2v", *words)
+    made = typed(*TRAIN, "--measure")
     assert made.exit_code == 0, made.output
     table = {line.split()[0]: line.split()[1:] for line in made.stdout.splitlines() if "," in line}
     assert table["load"][0] == table["load"][1] and len(table["load"]) == 2
@@ -116,7 +156,6 @@ def test_training_is_measured_phase_by_phase(shallow: None) -> None:
 
 def test_what_does_not_fit_here_is_not_measured(shallow: None, monkeypatch: pytest.MonkeyPatch) -> None:
     from avatarctl.cli import vram_profile
-    from avatarctl.profiling.account import Account
     from avatarctl.profiling.fit import Room
 
     account = Account({"load": 100 << 20}, {"dit": 10 << 20}, {}, 0)
@@ -139,8 +178,6 @@ def test_a_configuration_of_another_command_is_refused(tmp_path: Path) -> None:
 
 def test_a_host_below_what_waits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The card is large enough in a mode that leaves more on the host than was given."""
-    from avatarctl.profiling.account import Account
-
     needs = {"full": 400, "model": 300, "group": 200, "sequential": 100}
 
     def counted(row: object, cfg: RunConfig) -> Account:

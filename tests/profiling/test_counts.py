@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from types import MappingProxyType
 from typing import Any
 
@@ -33,7 +34,7 @@ TRAINED = [
         ),
     ),
 ]
-SMALL = ("data.width=16", "data.height=16", "data.num_frames=5")
+SMALL = ("data.width=16", "data.height=16", "data.num_frames=5", "train.batch_size=1")
 
 
 @pytest.mark.parametrize(("model", "words"), TRAINED)
@@ -49,20 +50,21 @@ def test_training_takes_what_was_counted(
     assert counted.stages["backward"] > counted.stages["load"] > 0
 
 
+CHUNKS = ("long_video.num_frames=5", "long_video.overlap_frames=1")
+WINDOWS = ("long_video.num_frames=9", "long_video.overlap_frames=5")
+
+
 @pytest.mark.parametrize(
-    ("model", "memory"),
+    ("model", "layers", "words"),
     [
-        ("cartoon-v2v", ("memory.mode=group", "memory.group_blocks=2")),
-        ("stableavatar-tiny", ("memory.mode=full",)),
+        ("cartoon-v2v", 4, (*CHUNKS, "memory.mode=group", "memory.group_blocks=1")),
+        ("stableavatar-tiny", 2, (*WINDOWS, "memory.mode=full")),
     ],
 )
-def test_inference_takes_what_was_counted(model: str, memory: tuple[str, ...]) -> None:
+def test_inference_takes_what_was_counted(model: str, layers: int, words: tuple[str, ...]) -> None:
     """What waits on the host is counted apart, where that is the device as well."""
-    words = ("output.width=16", "output.height=16", "long_video.num_frames=9", *memory)
-    row, cfg = (
-        wider(model, num_layers=4),
-        configure(f"model.name={model}", "long_video.overlap_frames=5", *words),
-    )
+    words = ("output.width=16", "output.height=16", *words)
+    row, cfg = wider(model, num_layers=layers), configure(f"model.name={model}", *words)
     counted, measured = profile_inference(row, cfg), profile_inference(row, cfg, "real")
     assert counted.stages == measured.stages
     assert counted.host == measured.host and (counted.host > 0) == (model == "cartoon-v2v")
@@ -108,13 +110,19 @@ def wider(model: str, **sizes: Any) -> Any:
     return replace(row, network=MappingProxyType(network))
 
 
+@cache
+def of_depth(layers: int) -> Account:
+    """Every block of a model of so many; two tests look at some of the same."""
+    cfg = configure("model.name=cartoon-v2v", *SMALL)
+    return profile_training(wider("cartoon-v2v", num_layers=layers), cfg, exact=True)
+
+
 def test_a_changed_network_changes_the_answer() -> None:
     """By a closed formula: a block of width d with f in between has 8 d (d + 1) numbers in its attentions,
     2 d f + f + d in its feed-forward, 12 d in norms and modulation."""
-    cfg = configure("model.name=cartoon-v2v", *SMALL)
     d, f = 96, 384
     block = 8 * d * (d + 1) + 2 * d * f + f + d + 6 * d + 4 * d + 2 * d
-    four, six = (profile_training(wider("cartoon-v2v", num_layers=n), cfg) for n in (4, 6))
+    four, six = of_depth(4), of_depth(6)
     audio = d * 32 + d  # one more projection
     assert six.trained - four.trained == 2 * block + audio
     assert six.weights["dit"] - four.weights["dit"] == 4 * (2 * block + audio)
@@ -142,26 +150,25 @@ def deep(monkeypatch: pytest.MonkeyPatch, depth: int) -> Any:
     return wider("cartoon-v2v", num_layers=depth)
 
 
-TINY = ("data.width=16", "data.height=16", "data.num_frames=5", "train.batch_size=1")
-
-
 def test_an_extended_network_is_the_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    row, cfg = deep(monkeypatch, 10), configure("model.name=cartoon-v2v", *TINY)
+    row, cfg = deep(monkeypatch, 10), configure("model.name=cartoon-v2v", *SMALL)
+    whole = {layers: of_depth(layers) for layers in (4, 6, 8, 10)}
     depths = []
-    counted = training._counted
 
-    def noted(row: Any, *rest: Any, **more: Any) -> Any:
-        depths.append(row.network["dit"]["num_layers"])
-        return counted(row, *rest, **more)
+    def noted(small: Any, settings: Any, mode: str, **_: Any) -> Account:
+        """A shallow one is counted block by block, as the whole one is."""
+        depths.append(small.network["dit"]["num_layers"])
+        assert (small, settings, mode) == (wider("cartoon-v2v", num_layers=depths[-1]), cfg, "fake")
+        return whole[depths[-1]]
 
     monkeypatch.setattr(training, "_counted", noted)
     extended = profile_training(row, cfg)
     assert depths == [4, 6, 8]
-    assert extended == profile_training(row, cfg, exact=True)
+    assert extended == whole[10]
 
 
 def test_a_block_made_different_in_the_middle_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    row, cfg = deep(monkeypatch, 10), configure("model.name=cartoon-v2v", *TINY)
+    row, cfg = deep(monkeypatch, 10), configure("model.name=cartoon-v2v", *SMALL)
     assert extension.sizes_of(row, cfg) is not None
     build = extension.build_on_meta
 
