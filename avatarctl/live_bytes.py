@@ -36,7 +36,7 @@ import re
 import sys
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -137,36 +137,35 @@ class LiveBytes(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        given = {
-            storage._cdata: storage for leaf in tree_leaves((args, kwargs)) for storage in _storages(leaf)
-        }
+        given = {storage._cdata: storage for storage in _held((args, kwargs))}
         result = func(*args, **kwargs)
         self._settle()
         for key, storage in given.items():
             if key in self._alive or func is _FRESH_FROM_PYTHON or is_of_host(storage):
                 self._count(storage)  # measured again: `resize_` or a mark may have changed it
-        for leaf in tree_leaves(result):
-            for storage in _storages(leaf):
-                if storage._cdata not in given:
-                    self._count(storage)
+        for storage in _held((result,)):
+            if storage._cdata not in given:
+                self._count(storage)
         self._peak = max(self._peak, self._current)
         self._host_peak = max(self._host_peak, self._host)
-        self._refuse(str(func))
+        self._refuse(func)
         return result
 
-    def _refuse(self, operation: str) -> None:
+    def _refuse(self, operation: Any) -> None:
         for place, alive in (("device", self._current), ("host", self._host)):
             limit = self._limits[place]
             if limit is not None and alive > limit:
-                raise OverLimit(operation, place, alive, limit)
+                raise OverLimit(str(operation), place, alive, limit)
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if key not in self._alive:
             self._alive[key] = weakref.ref(storage, partial(_bury, self._dead, key))
-        self._add(*self._sizes.pop(key, (0, False)), sign=-1)
-        self._sizes[key] = storage.nbytes(), is_of_host(storage)
-        self._add(*self._sizes[key])
+        before, now = self._sizes.get(key, (0, False)), (storage.nbytes(), is_of_host(storage))
+        self._sizes[key] = now
+        if before != now:
+            self._add(*before, sign=-1)
+            self._add(*now)
 
     def _add(self, size: int, on_host: bool, sign: int = 1) -> None:
         if on_host:
@@ -192,6 +191,18 @@ def _tensors_of_module(module: torch.nn.Module) -> Iterator[torch.Tensor]:
         if parameter.grad is not None:
             yield parameter.grad
     yield from module.buffers()
+
+
+def _held(things: Iterable[object]) -> Iterator[torch.UntypedStorage]:
+    """The storages in the inputs or results of an operation: tensors, and lists, tuples and dictionaries of
+    them. `tree_leaves` finds the same and takes as long as a small operation."""
+    for thing in things:
+        if isinstance(thing, (torch.Tensor, torch.UntypedStorage)):
+            yield from _storages(thing)
+        elif isinstance(thing, (list, tuple)):
+            yield from _held(thing)
+        elif isinstance(thing, dict):
+            yield from _held(thing.values())
 
 
 def _storages(leaf: object) -> Iterator[torch.UntypedStorage]:

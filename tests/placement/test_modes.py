@@ -23,13 +23,15 @@ from avatarctl.profiling.happened import Happened
 from avatarctl.profiling.inference import counted_modules
 from avatarctl.registry import configure, find_model
 
+SIZE = ("output.width=16", "output.height=16")
 CHUNKS = (
     "model.name=cartoon-i2v",
     "sampling.steps=2",
     "long_video.strategy=chunks",
     "long_video.num_frames=9",
+    *SIZE,
 )
-WINDOWS = ("model.name=stableavatar-tiny", "sampling.steps=2")
+WINDOWS = ("model.name=stableavatar-tiny", "sampling.steps=2", *SIZE)
 BLOCKS = {CHUNKS: 6, WINDOWS: 2}
 PASSES = 1 + 2 * 2
 """Over the blocks of the chunked job: keys and values of the text, then two steps of two chunks."""
