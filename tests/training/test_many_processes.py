@@ -28,7 +28,7 @@ from tests.training.running import QUICK, bits, forked, made_trainer, typed
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 
 LINE = (
-    "train", "v2v", "--size", "32x32", "--frames", "9", "--max-steps", "3", "--batch-size", "1", *QUICK,
+    "train", "v2v", "--size", "16x16", "--frames", "5", "--max-steps", "3", "--batch-size", "1", *QUICK,
     "-o", "checkpoint.every=1",
 )  # fmt: skip
 ONE = ("--gpus", "1", "--gradient-accumulation", "2")
