@@ -24,8 +24,8 @@ os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-# As `cli/start.py` does around the imports of a run: the suite's imports make a million objects that stay, and
-# every collection would walk over them.
+# As `cli/start.py` does around the imports of a run: the suite's imports make a million objects that stay,
+# and every collection would walk over them.
 gc.disable()
 
 

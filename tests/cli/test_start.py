@@ -65,15 +65,12 @@ def test_threads_are_told_to_sleep_before_torch_is_there(given: str | None, foun
 def test_nothing_is_collected_while_networks_are_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "diffusers", raising=False)
     frozen = gc.get_freeze_count()
-    try:
-        with importing_networks():
-            assert not gc.isenabled()
-        assert gc.isenabled() and gc.get_freeze_count() > frozen
-        with pytest.raises(ImportError), importing_networks():
-            raise ImportError
-        assert gc.isenabled(), "after an import that fails as well"
-    finally:
-        gc.unfreeze()
+    with importing_networks():
+        assert not gc.isenabled()
+    assert gc.isenabled() and gc.get_freeze_count() > frozen
+    with pytest.raises(ImportError), importing_networks():
+        raise ImportError
+    assert gc.isenabled(), "after an import that fails as well"
 
 
 def test_collection_goes_on_where_networks_are_there_already(monkeypatch: pytest.MonkeyPatch) -> None:
