@@ -75,10 +75,15 @@ def test_nothing_is_collected_while_networks_are_imported(monkeypatch: pytest.Mo
 
 def test_collection_goes_on_where_networks_are_there_already(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", gc)
-    frozen = gc.get_freeze_count()
+    frozen: list[None] = []
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(None))
     with importing_networks():
         assert gc.isenabled()
-    assert gc.get_freeze_count() == frozen
+    assert not frozen
+    monkeypatch.delitem(sys.modules, "diffusers")
+    with importing_networks():
+        assert not gc.isenabled()
+    assert frozen, "as it would be where they are not"
 
 
 def test_infer_imports_networks_that_way() -> None:
