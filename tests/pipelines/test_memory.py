@@ -15,7 +15,7 @@ FAMILIES = {
     "cartoon-i2v": ("sampling.steps=1", "long_video.num_frames=33", "long_video.audio_window=5"),
     "stableavatar-tiny": ("sampling.steps=2", "long_video.num_frames=17", "long_video.overlap_frames=5"),
 }
-SECONDS = {"cartoon-i2v": (11, 14), "stableavatar-tiny": (2, 7)}  # a piece of audio has 11 s with its margins
+SECONDS = {"cartoon-i2v": (11, 16), "stableavatar-tiny": (2, 7)}  # a piece of audio has 11 s with its margins
 # What is left after each block may differ by: one piece of features; nothing, until the last windows.
 LEFT = {"cartoon-i2v": (slice(5, None), 125 * 192 * 4), "stableavatar-tiny": (slice(5, -5), 0)}
 

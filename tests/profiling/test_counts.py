@@ -21,7 +21,7 @@ from avatarctl.registry import configure, find_model
 
 ADAPTED = ("train.mode=lora", "train.lora_rank=4")
 TRAINED = [
-    ("cartoon-v2v", ()),
+    ("cartoon-v2v", ("train.batch_size=2",)),
     ("cartoon-i2v", (*ADAPTED, "memory.activation_checkpointing=none")),
     (
         "cartoon-i2v",
