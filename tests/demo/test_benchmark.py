@@ -23,6 +23,25 @@ def test_an_image_scores_with_its_audio_and_not_with_another(monkeypatch: pytest
     assert 0.5 < found["slope"]["mean"] < 1.1 and found["colour_change"]["mean"] < 0.1
 
 
+def test_a_clip_scores_with_its_new_audio_and_stays_as_it_was_outside_the_mask(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(scores, "_FRAMES", {**scores._FRAMES, "v2v": 33})
+    found = scores.benchmark("v2v", find_model("cartoon-v2v"), range(HELD_OUT + 2003, HELD_OUT + 2005))
+    assert set(found) == {"r_opening", "r_shuffled", "slope", "outside_box"}
+    assert found["r_opening"]["mean"] > 0.85 > 0.5 > found["r_shuffled"]["mean"]
+    assert 0 < found["outside_box"]["mean"] <= 0.02
+
+
+def test_the_copy_that_a_clip_is_compared_with_is_cut_as_infer_cuts() -> None:
+    """In chunks of 33 that overlap by one: another cut makes other frames."""
+    each, row = clip(HELD_OUT + 2, 66), find_model("cartoon-v2v")
+    vae = scores._modules(row, each).vae
+    copy = scores._coded_in_chunks(vae, each.frames, scores._plan(row, each, each.speech.audio).video)
+    second = scores._bytes(scores._coded(vae, each.frames[32:65])[0])
+    assert len(copy) == 65 and np.array_equal(copy[33:], second[1:])
+
+
 def test_what_makes_the_frames_is_given_an_image_and_audio_alone() -> None:
     """Nothing of what the world knows of the mouth."""
     each = clip(HELD_OUT + 1, 9)
