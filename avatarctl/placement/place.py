@@ -53,12 +53,19 @@ def leaf_by_leaf(
     host: torch.device = HOST,
     moves: Moves | None = None,
 ) -> Visits:
-    """A network on the host -> each module's own parameters come for its forward alone."""
+    """A network on the host -> each module's own parameters come for its forward alone. Modules that share a
+    parameter are one unit, which comes for each of them: else each would hold a copy of it."""
     moves = moves or Moves()
     named = [(name, module) for name, module in leaves(network) if _frozen(module)]
-    units = [Unit(name, [module], device, host, moves) for name, module in named]
-    moved(network, device, [module for _, module in named])
-    return Visits(units, [(module, module) for _, module in named], ahead=0)
+    names = {id(module): name for name, module in named}
+    units: list[Unit] = []
+    doors: list[nn.Module] = []
+    for modules in _that_share([module for _, module in named]):
+        unit = Unit(names[id(modules[0])], modules, device, host, moves)
+        units += [unit] * len(modules)
+        doors += modules
+    moved(network, device, doors)
+    return Visits(units, [(module, module) for module in doors], ahead=0)
 
 
 def moved(network: nn.Module, device: torch.device, but: Sequence[nn.Module]) -> None:
@@ -77,6 +84,21 @@ def moved(network: nn.Module, device: torch.device, but: Sequence[nn.Module]) ->
 
 def _inside(blocks: Sequence[nn.Module]) -> list[nn.Module]:
     return [module for block in blocks for module in block.modules()]
+
+
+def _that_share(modules: Sequence[nn.Module]) -> list[list[nn.Module]]:
+    """Modules by what they share, in the order of the first of each; most share nothing."""
+    found: list[list[nn.Module]] = []
+    where: dict[int, list[nn.Module]] = {}
+    for module in modules:
+        held = [id(each) for each in module._parameters.values() if each is not None]
+        mine = next((where[key] for key in held if key in where), None)
+        if mine is None:
+            found.append(mine := [])
+        mine.append(module)
+        for key in held:
+            where.setdefault(key, mine)
+    return found
 
 
 def _frozen(module: nn.Module) -> bool:
