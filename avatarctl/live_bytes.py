@@ -114,6 +114,17 @@ class LiveBytes(TorchDispatchMode):
         """Let `peak` start again from what is alive now."""
         self._peak = self.current
 
+    def raise_peak(self, size: int) -> None:
+        """`peak` is at least `size` from now on: of work that is known and not done again."""
+        self._peak = max(self._peak, size)
+
+    def watched(self, storage: torch.UntypedStorage) -> tuple[weakref.ref[torch.UntypedStorage], int]:
+        """What tells whether a storage is alive, and the bytes of the device that are counted of it: 0 of one
+        that is not counted."""
+        self._settle()
+        size, on_host = self._sizes.get(storage._cdata, (0, True))
+        return weakref.ref(storage), 0 if on_host else size
+
     def track(self, *things: Any) -> int:
         """Count what existed before, and return the bytes that were added.
 

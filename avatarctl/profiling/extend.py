@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from avatarctl.config import RunConfig
     from avatarctl.registry import Row
 
-__all__ = ["Depths", "extend", "shifted", "sizes_of"]
+__all__ = ["Depths", "extend", "lists_of", "shifted", "signature", "sizes_of"]
 
 _DEPTHS: Final = (6, 8, 10)
 """Blocks; even numbers, as audio enters half of them. With 4 the largest moment of a backward pass is still
@@ -59,15 +59,20 @@ def _alike(row: Row, cfg: RunConfig) -> bool:
     """Whether the modules of every list in the network have the same classes, shapes and settings. A list
     inside another one is a part of its modules."""
     network = build_on_meta(row, cfg.model.channels)["dit"]
-    lists = [
+    return all(len({signature(each) for each in modules}) <= 1 for modules in lists_of(network))
+
+
+def lists_of(network: nn.Module) -> list[nn.ModuleList]:
+    """Those that are in no other."""
+    return [
         module
         for name, module in network.named_modules()
         if isinstance(module, nn.ModuleList) and not any(part.isdigit() for part in name.split("."))
     ]
-    return all(len({_signature(each) for each in modules}) <= 1 for modules in lists)
 
 
-def _signature(module: nn.Module) -> tuple[Any, ...]:
+def signature(module: nn.Module) -> tuple[Any, ...]:
+    """Classes, shapes and settings: modules that have the same do the same."""
     shapes = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in module.named_parameters())
     settings = tuple(
         (name, type(each).__qualname__, *((key, value) for key, value in vars(each).items() if _plain(value)))

@@ -27,6 +27,7 @@ from avatarctl.models.precision import is_float32_island
 from avatarctl.profiling.account import Account
 from avatarctl.profiling.fakes import Mode, fill, outside, slots, tensor_bytes, tensors
 from avatarctl.profiling.phases import Phases
+from avatarctl.profiling.repeats import Repeats
 from avatarctl.profiling.watched import watch
 from avatarctl.registry import Row
 from avatarctl.sampling.chunks import sample_chunks
@@ -89,17 +90,19 @@ def _stored(network: nn.Module, part: str, cfg: RunConfig) -> None:
         store_in_float8(network)
 
 
-def profile_inference(row: Row, cfg: RunConfig, mode: Mode = "fake", device: str = "cpu") -> Account:
+def profile_inference(
+    row: Row, cfg: RunConfig, mode: Mode = "fake", device: str = "cpu", *, exact: bool = False
+) -> Account:
     """Counts a run of two spans and two steps, networks where `memory.mode` has them.
 
     What is longer needs no more: nothing that is kept grows with the length of a video, and every step is
-    like the second.
+    like the second. exact: calls that are like one before are run again (`repeats`), as on real tensors.
     """
     cfg = _sized(cfg)
     family = family_named(row.family)
     inside = tensors(mode)
     if not is_full(cfg.memory):
-        return _placed(row, cfg, family, inside, mode, torch.device(device))
+        return _placed(row, cfg, family, inside, mode, torch.device(device), exact)
     if mode == "real" and device == "cpu":  # elsewhere zeros, as large as the published weights
         modules = Modules(**_random(row, cfg), device=torch.device("cpu"))
     else:
@@ -118,8 +121,9 @@ def profile_inference(row: Row, cfg: RunConfig, mode: Mode = "fake", device: str
         phases = Phases(live)
         with phases("load"):
             pass
+        repeats = None if exact or mode == "real" else Repeats(live)
         for part in PARTS:
-            watch(part, getattr(modules, part), phases)
+            watch(part, getattr(modules, part), phases, repeats)
         denoise = Denoiser(family, modules.dit, family.guidance(cfg), sigmas)
         inputs = _inputs(family.takes(cfg), cfg, samples)
         for block in _LOOPS[plan.kind](denoise, modules, inputs, plan, cfg):
@@ -147,7 +151,9 @@ def _random(row: Row, cfg: RunConfig) -> dict[str, Any]:
     return made
 
 
-def _placed(row: Row, cfg: RunConfig, family: Any, inside: Any, mode: Mode, device: torch.device) -> Account:
+def _placed(
+    row: Row, cfg: RunConfig, family: Any, inside: Any, mode: Mode, device: torch.device, exact: bool
+) -> Account:
     """The same with weights that wait on the host: on meta where they are only counted."""
     host = HOST if mode == "real" else torch.device("meta")
     random = mode == "real" and device.type == "cpu"
@@ -161,6 +167,7 @@ def _placed(row: Row, cfg: RunConfig, family: Any, inside: Any, mode: Mode, devi
         phases = Phases(live)
         with phases("load"):
             pass
+        repeats = None if exact or mode == "real" else Repeats(live)
 
         def build(part: Any, place: torch.device) -> Any:
             network = bare.pop(part, None)  # nobody else holds it
@@ -179,7 +186,7 @@ def _placed(row: Row, cfg: RunConfig, family: Any, inside: Any, mode: Mode, devi
                 weights[part] = tensor_bytes(network)
                 if place == device:
                     fill(network, nullcontext(), lambda _, old: old.dtype)
-            watch(part, network, phases)
+            watch(part, network, phases, repeats)
             return network
 
         modules = PlacedModules(PARTS, build, cfg.memory, device, silent, host)

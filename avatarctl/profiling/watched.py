@@ -9,7 +9,9 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
+from avatarctl.profiling.extend import lists_of, signature
 from avatarctl.profiling.phases import Phases
+from avatarctl.profiling.repeats import Repeats
 
 __all__ = ["watch"]
 
@@ -22,23 +24,48 @@ _ENTRANCES: Final = {
 }
 
 
-def watch(part: str, network: Any, phases: Phases) -> None:
-    """Hangs phases on the entrances of a network; nothing for a part that the model has not."""
+def watch(part: str, network: Any, phases: Phases, repeats: Repeats | None = None) -> None:
+    """Hangs phases on the entrances of a network; nothing for a part that the model has not. repeats: runs
+    what is like a call before once."""
 
     def of_dit(*_: Any, mode: str = "raw", **__: Any) -> str:
         return _DIT_PHASES[mode]
 
     if network is None:
         return
+
+    def once(method: str) -> Callable[..., Any]:
+        function = _weakly(network, method)
+        # Of the codec single latent frames are alike, see `_by_frame`.
+        return function if repeats is None or part == "vae" else repeats.wrapped(function)
+
+    if repeats is not None and part != "vae":
+        _by_block(network, repeats)
     if part == "dit":
-        network.forward = phases.wrapped(_weakly(network, "forward"), of_dit)
+        network.forward = phases.wrapped(once("forward"), of_dit)
         return
     phase = "image" if part in ("vae", "image") else part
     for method in _ENTRANCES[part]:
-        setattr(network, method, phases.wrapped(_weakly(network, method), phase))
+        setattr(network, method, phases.wrapped(once(method), phase))
+    if part == "vae" and repeats is not None:
+        _by_frame(network.vae, repeats)
     if part == "vae":
         fresh = _weakly(network, "decoder")
         network.decoder = lambda: _WatchedDecoder(fresh(), phases)
+
+
+def _by_frame(codec: Any, repeats: Repeats) -> None:
+    for network in (codec.encoder, codec.decoder):
+        network.forward = repeats.wrapped(_weakly(network, "forward"))
+
+
+def _by_block(network: nn.Module, repeats: Repeats) -> None:
+    """Modules of a list that are alike do the same with the same."""
+    known: dict[Any, dict[Any, Any]] = {}
+    for modules in lists_of(network):
+        for module in modules:
+            done = known.setdefault(signature(module), {})
+            module.forward = repeats.wrapped(_weakly(module, "forward"), done)
 
 
 def _weakly(network: nn.Module, method: str) -> Callable[..., Any]:
