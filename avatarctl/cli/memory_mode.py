@@ -171,16 +171,25 @@ def best_that_fits(row: Row, plan: JobPlan, room: Room, asked: Mapping[str, Any]
         cfg = replace(cfg, runtime=replace(cfg.runtime, device="cpu"))
     open_to_choice = {dotted: each for dotted, each in asked.items() if dotted != "memory.mode"}
     return fastest(
-        "infer", row.name, with_mode(cfg, "full"), open_to_choice, room, infer_counter(row, screen), screen
+        "infer",
+        row.name,
+        with_mode(cfg, "full"),
+        open_to_choice,
+        room,
+        infer_counter(row, screen, plan.samples),
+        screen,
     )
 
 
-def infer_counter(row: Row, screen: Screen) -> Callable[[RunConfig], Account]:
-    """What counts a configuration, unless that was done before."""
+def infer_counter(row: Row, screen: Screen, samples: int) -> Callable[[RunConfig], Account]:
+    """What counts a configuration, unless that was done before. samples: of the recording, at 16 kHz."""
     from avatarctl.profiling.inference import profile_inference
     from avatarctl.profiling.kept import kept
 
-    return lambda cfg: kept(_cache_folder(), row, cfg, lambda each: profile_inference(row, each), screen)
+    def count(cfg: RunConfig) -> Account:
+        return profile_inference(row, cfg, samples=samples)
+
+    return lambda cfg: kept(_cache_folder(), row, cfg, count, screen, samples)
 
 
 def countable(row: Row, plan: JobPlan) -> Row:

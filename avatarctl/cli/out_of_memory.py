@@ -82,7 +82,8 @@ def of_infer(plan: JobPlan, asked: Mapping[str, Any], screen: Screen) -> Answer:
         if cfg.memory.mode == "auto":  # of a command that settles nothing
             cfg = with_mode(cfg, "full")
         open_to_choice = {dotted: each for dotted, each in asked.items() if dotted != "memory.mode"}
-        return _fitting("infer", row, cfg, open_to_choice, room, infer_counter(row, screen), screen)
+        count = infer_counter(row, screen, plan.samples)
+        return _fitting("infer", row, cfg, open_to_choice, room, count, screen)
 
     return answer
 

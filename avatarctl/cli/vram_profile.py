@@ -22,6 +22,7 @@ from avatarctl.errors import DoesNotFit, NotYetSupported, OutputRefused, UsageEr
 from avatarctl.events import Notice, Stage
 from avatarctl.placement.seats import shown
 from avatarctl.registry import COMPAT, NOT_YET, PROFILED, PROFILED_MODEL, Row, configure, find_model
+from avatarctl.timeline import SAMPLE_RATE
 
 if TYPE_CHECKING:
     from avatarctl.profiling.account import Account
@@ -33,13 +34,11 @@ __all__ = ["vram_profile"]
 Job = Literal["infer", "train i2v", "train v2v"]
 
 _BAR: Final = 32
-_LONGEST: Final = 1001
-"""Pixel frames; each latent frame is coded by itself, which takes as long on tensors without numbers."""
 _ASSUMED: Final = (
     "counted on fake tensors by the code of the run; no card was asked",
-    "infer: networks where memory.mode has them; two chunks or windows of two steps, which others repeat",
+    "infer: networks where memory.mode has them; two chunks or windows, or those that --audio fills",
     "train: prepared samples; a step behind the first, as moments exist by then; every sample is judged",
-    "blocks that are alike are extended from three depths where that is exact (--exact runs all)",
+    "what is like something before is counted, not run; blocks of training are extended where that is exact",
     "the allowance for workspaces and rounding is a guess until it was measured on a card",
 )
 
@@ -90,7 +89,7 @@ def _command(name: Job, group: click.Group, short: str) -> None:
         click.Option(["--host"], metavar="SIZE", help="What may wait on the host, with --fit."),
         click.Option(["--out"], metavar="FILE", help="Write the plan that --fit finds as a configuration."),
         click.Option(["--measure"], is_flag=True, help="Do the same on real tensors here, and show both."),
-        click.Option(["--exact"], is_flag=True, help="Run every block of the network, and extend none."),
+        click.Option(["--exact"], is_flag=True, help="Run everything that is counted, and extend nothing."),
     ]
     made = click.command(
         name=name.split()[-1],
@@ -238,19 +237,26 @@ def _count(name: Job, row: Row, cfg: RunConfig, screen: Screen, *, exact: bool =
     training = name != "infer"
     if family is None or (training and not hasattr(family, "training_condition")):
         raise NotYetSupported(f"{row.name} has no code for it yet", where="model.name")
-    if name == "infer" and (cfg.long_video.num_frames or 0) > _LONGEST:
-        raise NotYetSupported(
-            f"a chunk or window of more than {_LONGEST} frames is not counted: it would take hours",
-            where="long_video.num_frames",
-            fix="leave it out: how long a video is changes nothing, as it is made in pieces",
-        )
     screen(Stage(f"counting {name} of {row.name}"))
     from avatarctl.profiling.inference import profile_inference
     from avatarctl.profiling.training import profile_training
 
     started = time.monotonic()
-    account = profile_training(row, cfg, exact=exact) if training else profile_inference(row, cfg)
+    if training:
+        account = profile_training(row, cfg, exact=exact)
+    else:
+        account = profile_inference(row, cfg, exact=exact, samples=_samples(cfg))
     return _Counted(name, row, cfg, account, time.monotonic() - started)
+
+
+def _samples(cfg: RunConfig) -> int | None:
+    """Of the recording that was given, with the silence in front of it, at 16 kHz; None where there is none.
+    Raises UnusableAudio."""
+    if cfg.input.audio is None:
+        return None
+    from avatarctl.media import open_audio, survey
+
+    return round(cfg.output.lead_silence * SAMPLE_RATE) + survey(open_audio(cfg.input.audio)).samples
 
 
 def _measure(counted: _Counted, screen: Screen) -> _Counted:
@@ -272,7 +278,7 @@ def _measure(counted: _Counted, screen: Screen) -> _Counted:
         )
     screen(Stage(f"measuring {counted.job} of {row.name} on {device}"))
     if counted.job == "infer":
-        measured = profile_inference(row, cfg, "real", str(device))
+        measured = profile_inference(row, cfg, "real", str(device), samples=_samples(cfg))
     else:
         measured = profile_training(row, cfg, "real", device=str(device))
     return replace(counted, measured=measured, place=str(device))

@@ -1,4 +1,4 @@
-"""The memory of `avatarctl infer`: a family's own loop, with fake networks, over two spans and two steps."""
+"""The memory of `avatarctl infer`: a family's own loop, with fake networks, over a few spans and steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from avatarctl.conditioning.masking import mask_tensor, mouth_mask
 from avatarctl.config import RunConfig
 from avatarctl.events import silent
 from avatarctl.families import family_named
-from avatarctl.family import Inputs, Modules, Source, VideoPlan
+from avatarctl.family import Inputs, Modules, Source
 from avatarctl.host import HOST
 from avatarctl.live_bytes import LiveBytes
 from avatarctl.loading.built_in import build_on_meta, build_random_modules
@@ -27,6 +27,7 @@ from avatarctl.models.precision import is_float32_island
 from avatarctl.profiling.account import Account
 from avatarctl.profiling.fakes import Mode, fill, outside, slots, tensor_bytes, tensors
 from avatarctl.profiling.phases import Phases
+from avatarctl.profiling.recordings import Recording, counted, shortest
 from avatarctl.profiling.repeats import Repeats
 from avatarctl.profiling.watched import watch
 from avatarctl.registry import Row
@@ -38,8 +39,6 @@ from avatarctl.timeline import SAMPLES_PER_FRAME
 __all__ = ["counted_modules", "profile_inference"]
 
 _LOOPS: Final[Mapping[str, Any]] = {"chunks": sample_chunks, "fused": sample_fused}
-_STEPS: Final = 2
-_SPANS: Final = 2
 
 
 class _Silence:
@@ -91,18 +90,35 @@ def _stored(network: nn.Module, part: str, cfg: RunConfig) -> None:
 
 
 def profile_inference(
-    row: Row, cfg: RunConfig, mode: Mode = "fake", device: str = "cpu", *, exact: bool = False
+    row: Row,
+    cfg: RunConfig,
+    mode: Mode = "fake",
+    device: str = "cpu",
+    *,
+    exact: bool = False,
+    samples: int | None = None,
 ) -> Account:
-    """Counts a run of two spans and two steps, networks where `memory.mode` has them.
+    """Counts a run, networks where `memory.mode` has them: of the shortest recording that has two spans, in
+    two steps, or of one of so many samples at 16 kHz (`recordings`).
 
-    What is longer needs no more: nothing that is kept grows with the length of a video, and every step is
-    like the second. exact: calls that are like one before are run again (`repeats`), as on real tensors.
+    exact: calls that are like one before are run again (`repeats`), as on real tensors.
     """
     cfg = _sized(cfg)
     family = family_named(row.family)
+
+    def count(cfg: RunConfig, recording: Recording) -> Account:
+        return _counted(row, cfg, recording, mode, device, exact)
+
+    if samples is None:
+        return count(cfg, shortest(family, cfg))
+    return counted(family, cfg, samples, count)
+
+
+def _counted(row: Row, cfg: RunConfig, recording: Recording, mode: Mode, device: str, exact: bool) -> Account:
+    family = family_named(row.family)
     inside = tensors(mode)
     if not is_full(cfg.memory):
-        return _placed(row, cfg, family, inside, mode, torch.device(device), exact)
+        return _placed(row, cfg, recording, inside, mode, torch.device(device), exact)
     if mode == "real" and device == "cpu":  # elsewhere zeros, as large as the published weights
         modules = Modules(**_random(row, cfg), device=torch.device("cpu"))
     else:
@@ -110,10 +126,10 @@ def profile_inference(
     weights = {part: tensor_bytes(getattr(modules, part)) for part in ("dit", "text", "vae", "audio")}
     if isinstance(modules.image, nn.Module):
         weights["image"] = tensor_bytes(modules.image)
-    plan, samples = _plan(family, cfg)
+    plan = family.plan(recording.samples, cfg)
     with outside(mode):
         assert cfg.sampling.shift is not None
-        sigmas = family.sigmas(_STEPS, cfg.sampling.shift).tolist()
+        sigmas = family.sigmas(recording.steps, cfg.sampling.shift).tolist()
     with inside, torch.no_grad(), LiveBytes() as live:
         for network in (modules.dit, modules.text, modules.vae, modules.audio, modules.image):
             if isinstance(network, nn.Module):
@@ -125,7 +141,7 @@ def profile_inference(
         for part in PARTS:
             watch(part, getattr(modules, part), phases, repeats)
         denoise = Denoiser(family, modules.dit, family.guidance(cfg), sigmas)
-        inputs = _inputs(family.takes(cfg), cfg, samples)
+        inputs = _inputs(family.takes(cfg), cfg, recording.samples)
         for block in _LOOPS[plan.kind](denoise, modules, inputs, plan, cfg):
             del block
         phases.end()
@@ -152,17 +168,18 @@ def _random(row: Row, cfg: RunConfig) -> dict[str, Any]:
 
 
 def _placed(
-    row: Row, cfg: RunConfig, family: Any, inside: Any, mode: Mode, device: torch.device, exact: bool
+    row: Row, cfg: RunConfig, recording: Recording, inside: Any, mode: Mode, device: torch.device, exact: bool
 ) -> Account:
     """The same with weights that wait on the host: on meta where they are only counted."""
+    family: Any = family_named(row.family)
     host = HOST if mode == "real" else torch.device("meta")
     random = mode == "real" and device.type == "cpu"
     bare: Any = _random(row, cfg) if random else build_on_meta(row, cfg.model.channels)
     weights: dict[str, int] = {}
-    plan, samples = _plan(family, cfg)
+    plan = family.plan(recording.samples, cfg)
     with outside(mode):
         assert cfg.sampling.shift is not None
-        sigmas = family.sigmas(_STEPS, cfg.sampling.shift).tolist()
+        sigmas = family.sigmas(recording.steps, cfg.sampling.shift).tolist()
     with inside, torch.no_grad(), LiveBytes() as live:
         phases = Phases(live)
         with phases("load"):
@@ -193,7 +210,7 @@ def _placed(
         if mode == "real":  # when what waits has gone to the host, which is the same memory here
             modules.tell(lambda _, network: live.track(network))
         denoise = Denoiser(family, modules.later("dit"), family.guidance(cfg), sigmas)
-        inputs = _inputs(family.takes(cfg), cfg, samples)
+        inputs = _inputs(family.takes(cfg), cfg, recording.samples)
         for block in _LOOPS[plan.kind](denoise, modules, inputs, plan, cfg):
             del block
         phases.end()
@@ -206,14 +223,6 @@ def _sized(cfg: RunConfig) -> RunConfig:
         return cfg
     width, height = cfg.data.width, cfg.data.height
     return replace(cfg, output=replace(cfg.output, width=width, height=height))
-
-
-def _plan(family: Any, cfg: RunConfig) -> tuple[VideoPlan, int]:
-    """The shortest audio that makes two spans, by doubling."""
-    samples = SAMPLES_PER_FRAME
-    while (plan := family.plan(samples, cfg)).count < _SPANS:
-        samples *= 2
-    return plan, samples
 
 
 def _inputs(takes: str, cfg: RunConfig, samples: int) -> Inputs:

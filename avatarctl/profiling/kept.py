@@ -30,11 +30,16 @@ _SHAPES: Final = ("input.prompt", "input.negative_prompt")
 
 
 def kept(
-    folder: Path, row: Row, cfg: RunConfig, count: Callable[[RunConfig], Account], emit: Emit
+    folder: Path,
+    row: Row,
+    cfg: RunConfig,
+    count: Callable[[RunConfig], Account],
+    emit: Emit,
+    samples: int | None = None,
 ) -> Account:
     """The account of a configuration of `infer`: read, or counted and written. A file that cannot be used is
-    counted again; a folder that cannot be written to is said."""
-    path = folder / f"{_name(row, cfg)}.json"
+    counted again; a folder that cannot be written to is said. samples: of the recording, at 16 kHz."""
+    path = folder / f"{_name(row, cfg, samples)}.json"
     try:
         numbers = json.loads(path.read_text(encoding="utf-8"))
         return Account(**{name: _checked(numbers[name]) for name in ("stages", "weights", "components")},
@@ -59,7 +64,7 @@ def _checked(sizes: Any) -> dict[str, int]:
     return made
 
 
-def _name(row: Row, cfg: RunConfig) -> str:
+def _name(row: Row, cfg: RunConfig, samples: int | None) -> str:
     """Of everything that the account depends on: settings, sizes of the networks, our code, its libraries."""
     values = {
         dotted: str(value_of(cfg, dotted))
@@ -68,7 +73,8 @@ def _name(row: Row, cfg: RunConfig) -> str:
     }
     sizes = {part: sorted(map(str, each.items())) for part, each in row.network.items()}
     libraries = [metadata.version(name) for name in ("torch", "diffusers", "transformers")]
-    told = json.dumps([row.family, values, sizes, libraries, avatarctl.__version__, _code()], sort_keys=True)
+    known = [row.family, values, sizes, samples, libraries, avatarctl.__version__, _code()]
+    told = json.dumps(known, sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()[:40]
 
 

@@ -42,7 +42,7 @@ def counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """Every mode that is counted, each with a known need and as much on the host as it saves."""
     seen: list[str] = []
 
-    def profile_inference(row: Any, cfg: Any) -> Account:
+    def profile_inference(row: Any, cfg: Any, samples: int) -> Account:
         seen.append(cfg.memory.mode)
         need = NEEDS[cfg.memory.mode]
         return Account({"step": need * MIB}, {}, {}, 0, (400 - need) * MIB)

@@ -1,7 +1,7 @@
 """Calls that are like one before are counted and not run.
 
-That whole runs come out as they are on real tensors, to the byte, is tested in `test_counts.py`, and for every
-mode in `tests/bench/counted_and_measured.py`.
+That whole runs come out as they are on real tensors, to the byte, is tested in `test_counts.py`, and for
+every mode in `tests/bench/counted_and_measured.py`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from avatarctl.live_bytes import LiveBytes
 from avatarctl.profiling.fakes import tensors
 from avatarctl.profiling.repeats import Repeats
+
 
 def counted(function: Any, *inputs: Any, times: int = 3) -> tuple[int, int, int, Any]:
     """Peak, bytes that are alive behind it, calls that were run, and the last result."""
