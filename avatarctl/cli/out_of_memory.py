@@ -121,7 +121,8 @@ def _fitting(
     own = room.need(count(cfg))
     screen(Notice(f"as it is: {shown(own)} counted"))
     tighter = replace(room, card=min(room.card, own - 1))
-    found = fastest(job, row.name, cfg, asked, tighter, count, screen)
+    blocks = row.network["dit"]["num_layers"] if job != "infer" else 0
+    found = fastest(job, row.name, cfg, asked, tighter, count, screen, blocks=blocks)
     words = " ".join(f"-o {dotted}={value}" for dotted, value in found.plan.changes.items())
     costs = f"; {found.plan.costs}" if found.plan.costs else ""
     return f"with {words} it takes {shown(room.need(found.account))}, as counted{costs}"

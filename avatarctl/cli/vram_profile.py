@@ -21,7 +21,7 @@ from avatarctl.config import RunConfig, Setting, dump_run
 from avatarctl.errors import DoesNotFit, NotYetSupported, OutputRefused, UsageError
 from avatarctl.events import Notice, Stage
 from avatarctl.placement.seats import shown
-from avatarctl.registry import COMPAT, NOT_YET, PROFILED, PROFILED_MODEL, Row, configure, find_model
+from avatarctl.registry import COMPAT, NOT_YET, PROFILED, PROFILED_MODEL, Row, based_on, configure, find_model
 from avatarctl.timeline import SAMPLE_RATE
 
 if TYPE_CHECKING:
@@ -102,8 +102,13 @@ def _command(name: Job, group: click.Group, short: str) -> None:
     group.add_command(made)
 
 
+def _row_of(name: Job) -> Callable[[str], Row]:
+    """The row of a model; training starts from a base as well."""
+    return find_model if name == "infer" else lambda model: based_on(model) or find_model(model)
+
+
 def _reader(name: Job) -> Callable[..., Request]:
-    def read(params: Mapping[str, Any], row_of: Callable[[str], Row] = find_model) -> Request:
+    def read(params: Mapping[str, Any], row_of: Callable[[str], Row] = _row_of(name)) -> Request:
         return read_request(name, params, lambda each: row_of(each).for_config, COMPAT, PROFILED_MODEL)
 
     return read
@@ -124,7 +129,7 @@ def _profile(name: Job, params: dict[str, Any]) -> None:
     request = _with_everything_there(_reader(name)(params))
     cfg = request.resolved.cfg
     assert cfg.model.name is not None
-    row = find_model(cfg.model.name)
+    row = _row_of(name)(cfg.model.name)
     with Screen(cfg.runtime.log_level) as screen:
         for notice in request.resolved.notices:
             screen(Notice(notice))
@@ -190,7 +195,9 @@ def _search(
             made.append(_count(job, row, cfg, screen, exact=exact))
         return made[-1].account
 
-    found = fastest(job, row.name, counted.cfg, request.resolved.asked, wanted.room, count, screen)
+    blocks = row.network["dit"].get("num_layers", 0)
+    found = fastest(job, row.name, counted.cfg, request.resolved.asked, wanted.room, count, screen,
+                    blocks=blocks, rounded=True)  # fmt: skip
     return found.plan, next(each for each in made if each.cfg == found.plan.cfg)
 
 

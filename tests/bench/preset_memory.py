@@ -3,7 +3,7 @@ counted as `avatarctl vram-profile COMMAND --config NAME` counts it.
 
     python tests/bench/preset_memory.py                    compares; ends with 1 where a line is another
     python tests/bench/preset_memory.py --write            writes the lines; then run docs/generate.py
-    python tests/bench/preset_memory.py --write 1.3b       those whose names hold the word
+    python tests/bench/preset_memory.py --write -24gb      those whose names end with one of the words
 
 Of `infer` at 720x400 for OmniAvatar and 480x832 for StableAvatar, the sizes that their publishers state
 figures for; of training at the size in the file. Most of an hour of one core, nearly all of it training.
@@ -33,7 +33,7 @@ def configured(name: str, command: str) -> tuple[Row, RunConfig]:
     file = read_config(preset_folder() / f"{name}.yaml", command=command)
     cfg = resolve(lambda each: (based_on(each) or find_model(each)).for_config, COMPAT, file, {}).cfg
     assert cfg.model.name is not None
-    return find_model(cfg.model.name), cfg
+    return based_on(cfg.model.name) or find_model(cfg.model.name), cfg
 
 
 def predicted(name: str) -> str:
@@ -61,10 +61,10 @@ def in_words(account: Account, frame: str) -> str:
 
 
 def main() -> int:
-    write, words = "--write" in sys.argv, [word for word in sys.argv[1:] if word != "--write"]
+    write, words = "--write" in sys.argv, tuple(word for word in sys.argv[1:] if word != "--write")
     others = 0
     for name in preset_names():
-        if not name.startswith(("infer/", "train/")) or not all(word in name for word in words):
+        if not name.startswith(("infer/", "train/")) or (words and not name.endswith(words)):
             continue
         begun = time.process_time()
         line = f"# Predicted: {predicted(name)}\n"

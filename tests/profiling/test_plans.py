@@ -33,7 +33,8 @@ def test_training_recomputes_before_it_cuts_the_batch_and_looks_at_fewer_frames_
 
 def test_what_was_asked_for_stays() -> None:
     cfg = configure("model.name=omniavatar-14b", "train.batch_size=4")
-    asked = dict.fromkeys(("memory.activation_checkpointing", "train.batch_size"))
+    settings = ("memory.activation_checkpointing", "memory.optimizer_device", "train.batch_size")
+    asked = dict.fromkeys(settings)
     assert not list(slower_plans("train v2v", cfg, asked)) and not list(faster_plans("train v2v", cfg, asked))
 
 
