@@ -42,6 +42,9 @@ __all__ = [
 
 UNDECIDED: Final = "decided at start"
 
+MODES: Final = ("full", "model", "group", "sequential")
+"""Of memory, from the fastest to the smallest."""
+
 _SIGNS_OF_A_CARD: Final = ("proc/driver/nvidia/version", "dev/nvidiactl", "dev/dxg", "dev/kfd")
 """Files of drivers, from the root of the file system: NVIDIA's, of Windows below Linux, AMD's."""
 
@@ -161,8 +164,10 @@ def _require_weights_fit(plan: JobPlan, room: Room) -> None:
 def best_that_fits(row: Row, plan: JobPlan, room: Room, asked: Mapping[str, Any], screen: Screen) -> Found:
     """The fastest mode that fits, counted.
 
-    Raises DoesNotFit with the smallest need.
+    Raises DoesNotFit with the smallest need: before anything is counted, where weights alone are too large in
+    every mode.
     """
+    _require_some_mode(plan, room)
     screen(Stage("counting what fits"))
     from avatarctl.profiling.fit import fastest
 
@@ -179,6 +184,23 @@ def best_that_fits(row: Row, plan: JobPlan, room: Room, asked: Mapping[str, Any]
         infer_counter(row, screen, plan.samples),
         screen,
     )
+
+
+def _require_some_mode(plan: JobPlan, room: Room) -> None:
+    """By arithmetic from shapes: what weights take of the card at once, and where that is the host's memory
+    as well what waits there. Raises DoesNotFit."""
+    least = {}
+    for mode in MODES:
+        seating = replace(plan, cfg=with_mode(plan.cfg, mode)).seating
+        least[mode] = max(seating.before, seating.after, seating.host if room.is_one else 0)
+    mode = min(least, key=lambda each: least[each])
+    if least[mode] > room.card:
+        raise DoesNotFit(
+            f"the weights alone take {shown(least[mode])} in memory.mode {mode}, which needs the least, and "
+            f"{shown(room.card)} are free",
+            where=room.where,
+            fix="more memory, or a smaller model",
+        )
 
 
 def infer_counter(row: Row, screen: Screen, samples: int) -> Callable[[RunConfig], Account]:

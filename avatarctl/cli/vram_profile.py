@@ -108,7 +108,9 @@ def _row_of(name: Job) -> Callable[[str], Row]:
 
 
 def _reader(name: Job) -> Callable[..., Request]:
-    def read(params: Mapping[str, Any], row_of: Callable[[str], Row] = _row_of(name)) -> Request:
+    own = _row_of(name)
+
+    def read(params: Mapping[str, Any], row_of: Callable[[str], Row] = own) -> Request:
         return read_request(name, params, lambda each: row_of(each).for_config, COMPAT, PROFILED_MODEL)
 
     return read

@@ -15,6 +15,7 @@ from avatarctl.cli import app, memory_mode
 from avatarctl.config import read_config
 from avatarctl.errors import DoesNotFit
 from avatarctl.events import silent
+from avatarctl.pipelines.at_most import weights_of
 from avatarctl.placement.host import HostMemory
 from avatarctl.profiling.account import Account
 from avatarctl.profiling.fit import Room
@@ -87,8 +88,8 @@ def test_a_cpu_with_room_for_the_weights_is_full_by_arithmetic(
 def test_a_cpu_without_room_is_counted_and_what_waits_counts_as_well(
     monkeypatch: pytest.MonkeyPatch, counts: list[str]
 ) -> None:
-    with_free(monkeypatch, MIB)
-    with pytest.raises(DoesNotFit, match=r"needs 4\d\d\.\d MiB at least .*, and 1\.0 MiB are free"):
+    with_free(monkeypatch, weights_of(plan_of(*CHUNKS, "runtime.device=cpu")) - 1)
+    with pytest.raises(DoesNotFit, match=r"needs 4\d\d\.\d MiB at least .*, and 14\.\d MiB are free"):
         settled("runtime.device=cpu")
     assert counts == ["full", "model", "group", "sequential"]
 
