@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
@@ -150,6 +151,9 @@ def _counted(row: Row, cfg: RunConfig, recording: Recording, mode: Mode, device:
 
 def _random(row: Row, cfg: RunConfig) -> dict[str, Any]:
     """The networks by their part, with numbers, in the dtypes of the run; on the CPU."""
+    if cfg.model.channels:
+        dit = {**row.network["dit"], "in_channels": cfg.model.channels}
+        row = replace(row, network=MappingProxyType({**row.network, "dit": dit}))
     modules = build_random_modules(row)
     made: dict[str, Any] = {
         part: network for part in PARTS if (network := getattr(modules, part)) is not None
