@@ -33,6 +33,7 @@ from avatarctl.pipelines import infer
 from avatarctl.registry import configure, find_model
 from tests.data.conftest import contents, joined, run
 from tests.perception.conftest import background, landscape, portrait
+from tests.repeats import repeats
 
 ALIGNED = ("--model", "cartoon-v2v", "--size", "64x64", "--frames", "9")
 WHOLE = ("--model", "cartoon-i2v", "--size", "64x64", "--frames", "9")
@@ -439,7 +440,7 @@ def test_rows_of_people_look_for_faces_and_drawn_ones_do_not() -> None:
         assert configure(f"model.name={name}").data.faces == faces
 
 
-@pytest.mark.parametrize("name", ["crop", "a"])
+@pytest.mark.parametrize("name", repeats(["crop"], ["a"]))
 def test_infer_shows_the_network_what_training_reads(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

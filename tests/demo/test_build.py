@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from avatarctl.demo.clips import HELD_OUT
+from avatarctl.demo.making import audio_learner, vae_learner
 from avatarctl.demo.making.audio_learner import AudioLearner
 from avatarctl.demo.making.drawn_set import UTTERANCE, draw_window
 from avatarctl.demo.making.judge_learner import JudgeLearner, right_cosines
@@ -33,6 +34,14 @@ def learner(part: str, steps: int = 2) -> Learner:
     if part == "audio":
         return AudioLearner(NETWORK["audio"], 3, steps, 100, watched=1)
     return JudgeLearner(NETWORK["syncnet"], 3, steps, 100, clips=2, watched=1)
+
+
+@pytest.fixture(autouse=True)
+def few_of_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of clips and voices that are as few as they can be, with frames that only fill the caches."""
+    monkeypatch.setattr(vae_learner, "_SHORT", ((1.0, 2, 5, 0),))
+    monkeypatch.setattr(vae_learner, "_LONG", ((1.0, 1, 4, 5),))
+    monkeypatch.setattr(audio_learner, "_VOICES", 4)
 
 
 @pytest.mark.parametrize("part", ["vae", "audio", "judge"])

@@ -17,7 +17,7 @@ from avatarctl.pipelines.job import Job, JobPlan, check_job
 from avatarctl.registry import configure, find_model
 
 FRAMES = 33  # one chunk
-CLIPS = 8
+CLIPS = 5
 
 Talk = Callable[[Clip, np.ndarray], np.ndarray]
 

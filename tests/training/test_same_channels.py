@@ -31,6 +31,7 @@ from avatarctl.family import Condition, Draw
 from avatarctl.media import FittedFrames, open_video, write_audio, write_clip
 from avatarctl.models.encode import frames_tensor
 from avatarctl.registry import ROWS, configure, find_model
+from tests.repeats import repeats
 from tests.training.running import typed
 
 NO_DROPOUT = ("train.text_dropout=0", "train.audio_dropout=0", "train.prefix_dropout=0")
@@ -103,11 +104,11 @@ def require_equal(ours: Condition, theirs: Condition) -> None:
 
 @pytest.mark.parametrize(
     ("model", "rule"),
-    [
-        ("cartoon-v2v", "first_keep"), ("cartoon-v2v", "all"), ("cartoon-v2v", "legacy_two_step"),
-        ("cartoon-65", "all"), ("cartoon-65", "first_keep"),
-    ],
-)  # fmt: skip
+    repeats(
+        [("cartoon-v2v", "first_keep"), ("cartoon-v2v", "legacy_two_step"), ("cartoon-65", "all")],
+        [("cartoon-v2v", "all"), ("cartoon-65", "first_keep")],
+    ),
+)
 def test_a_clip_of_a_video(
     model: str, rule: str, samples: Path, models: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
