@@ -53,7 +53,7 @@ bench: $(installed)
 
 # What `make test` tries two or three times, here many times over.
 TORTURES := kill_convert kill_prepare kill_training kill_build sharded_training training_mutations \
-	memory_mutations demo_mutations profile_mutations
+	memory_mutations demo_mutations profile_mutations repeats
 .PHONY: torture
 torture: $(installed)
 	@for name in $(TORTURES); do $(bin)/python tests/torture/$$name.py || exit 1; done

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from avatarctl.data.training_set import TrainingSample
 from avatarctl.training.aux_losses import AuxLosses
 from avatarctl.training.trainer import Trainer
+from tests.repeats import repeats
 
 
 class Halved(nn.Module):
@@ -50,7 +51,7 @@ def test_the_log_is_of_the_judged_samples_however_a_step_is_cut(trainer_of: Call
     words = ("aux.losses=lpips", "aux.frames=5", "aux.max_sigma=0.85")
     found = [
         logged(trainer_of(*words, f"train.batch_size={size}", f"train.gradient_accumulation={4 // size}"))
-        for size in (4, 2, 1)
+        for size in repeats([4, 2], [1])
     ]
     numbers = found[0][0]
     assert 0 < numbers["judged"] < 1, "some samples are judged, and some not"

@@ -7,6 +7,7 @@ files through the data set and a step of the trainer itself.
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -86,11 +87,16 @@ NO_DROPOUT = ("train.text_dropout=0", "train.audio_dropout=0", "train.prefix_dro
 SYNC = ("data.num_frames=17", "aux.losses=sync", "train.batch_size=1")
 
 
+@functools.cache
+def functions_of(file: str) -> set[str]:
+    tree = ast.parse((Path(__file__).parent / file).read_text(encoding="utf-8"))
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
 @pytest.mark.parametrize(("row", "test"), [(row, test) for row, tests in TESTS.items() for test in tests])
 def test_every_row_has_its_test(row: int, test: str) -> None:
     file, name = test.split("::")
-    tree = ast.parse((Path(__file__).parent / file).read_text(encoding="utf-8"))
-    assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    assert name in functions_of(file)
     page = ROOT.joinpath("docs", "spec", "omniavatar.md").read_text(encoding="utf-8")
     assert f"\n| {row} | " in page.partition("\n## j ")[2]
     assert f"\n| {row} | " in ROOT.joinpath("docs", "training.md").read_text(encoding="utf-8")
