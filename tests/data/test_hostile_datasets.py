@@ -40,8 +40,10 @@ def test_every_case_ends_as_it_should(
     cases = manifest if isinstance(manifest, list) else manifest["cases"]
     wrong: list[Any] = []
     for case in (case for case in cases if case["kind"] == "dataset"):
+        folder = (hostile / case["file"]).parent
+        size = () if any(folder.rglob("*.pt")) else ("--size", "32x32")  # artifacts there are of 64x64
         for command in ("precompute-latents", "precompute-audio"):
-            ended = run(command, "--data", hostile / case["file"], "--json")
+            ended = run(command, "--data", hostile / case["file"], *size, "--json")
             if ended.exit_code not in case["exit"]:
                 wrong.append((case["file"], command, ended.exit_code, ended.stderr))
             if ended.exit_code == 0:

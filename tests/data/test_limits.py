@@ -95,9 +95,7 @@ def test_cutting_holds_no_more_of_a_longer_source(tmp_path: Path) -> None:
     assert peaks[1] < peaks[0] + 300_000, peaks
 
 
-def test_an_hour_is_read_no_further_than_two_windows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_hour_is_read_no_further_than_two_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At one frame a second, so that 25 numbers are one frame."""
     draw = lambda number: numbered(number, 16, 16)  # noqa: E731
     (tmp_path / "in").mkdir()

@@ -25,6 +25,7 @@ from avatarctl.perception.separation import SpectralGate
 from tests.data.conftest import SMALL, contents, run, talking
 from tests.perception.mixes import mixed, si_sdr, voice
 from tests.perception.onnx_file import write_onnx
+from tests.repeats import repeats
 
 HOSTILE = Path(__file__).resolve().parents[3] / "shared" / "hostile"
 LONG = "audio/flac_bomb_25min_8ch.flac"
@@ -112,7 +113,7 @@ def test_none_gives_the_samples_of_our_reader(here: Path) -> None:
     assert soundfile.info("taken/speech.wav").samplerate == audio.rate
 
 
-@pytest.mark.parametrize("rate", [16_000, 44_100, 48_000])
+@pytest.mark.parametrize("rate", repeats([16_000, 44_100], [48_000]))
 def test_the_network_as_it_is_fetched(rate: int, here: Path) -> None:
     """One that changes nothing; in the folder that `models pull` fills, by an option or the environment."""
     pytest.importorskip("onnxruntime", reason="the extra `separate` is not installed")
@@ -344,7 +345,7 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> int:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="forks")
-@pytest.mark.parametrize("share", [0.01, 0.45, 0.6])
+@pytest.mark.parametrize("share", repeats([0.01, 0.6], [0.45]))
 def test_killed_at_any_moment(share: float, steps: int, here: Path) -> None:
     """Files are whole or absent under their names, and the same command finishes."""
     child = os.fork()

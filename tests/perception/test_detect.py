@@ -12,6 +12,7 @@ from avatarctl.models.face_networks import FaceNetworks
 from avatarctl.perception.crops import Region, crop_region
 from avatarctl.perception.detect import decode, overlap, suppress, tiles
 from avatarctl.perception.mesh import Face, find_faces
+from tests.repeats import repeats
 
 from .conftest import NAMES, background, landscape, portrait
 
@@ -20,11 +21,15 @@ def middle(face: Face) -> np.ndarray:
     return (face.box[:2] + face.box[2:]) / 2
 
 
+PLACES = ((12, 0, "whole"), (20, 30, "whole"), (20, -30, "whole"), (45, 0, "whole"), (6, 0, "near"))
+ALL = [(name, *place) for name in NAMES for place in PLACES]
+TELLING = [*ALL[:5], *ALL[6::6]]
+"""One face in every place, and each of the others in one place of its own."""
+
+
 @pytest.mark.parametrize(
-    ("percent", "angle", "look"),
-    [(12, 0, "whole"), (20, 30, "whole"), (20, -30, "whole"), (45, 0, "whole"), (6, 0, "near")],
+    ("name", "percent", "angle", "look"), repeats(TELLING, [each for each in ALL if each not in TELLING])
 )
-@pytest.mark.parametrize("name", NAMES)
 def test_a_portrait_is_found_where_it_is(
     name: str, percent: int, angle: int, look: str, networks: FaceNetworks
 ) -> None:

@@ -15,6 +15,7 @@ from avatarctl.errors import PathNotFound, UnusableWeights
 from avatarctl.perception import mdx_net
 from avatarctl.perception.mdx_net import CHUNK, RATE, STEP, TRIM, MdxNetwork, overlapped, stereo_signal
 from tests.perception.onnx_file import FLOAT16, write_onnx
+from tests.repeats import repeats
 
 Samples = NDArray[np.float32]
 
@@ -53,9 +54,11 @@ def tones(length: int) -> Samples:
 
 @pytest.mark.parametrize(
     "length",
-    [STEP - TRIM, STEP - TRIM + 1, CHUNK - 2 * TRIM, CHUNK - TRIM - 1, CHUNK - TRIM, CHUNK - TRIM + 1, CHUNK,
-     STEP + CHUNK - TRIM + 1],
-)  # fmt: skip
+    repeats(
+        [STEP - TRIM, STEP - TRIM + 1, CHUNK - TRIM, CHUNK - TRIM + 1, STEP + CHUNK - TRIM + 1],
+        [CHUNK - 2 * TRIM, CHUNK - TRIM - 1, CHUNK],
+    ),
+)
 def test_a_network_that_changes_nothing_changes_nothing(identity: MdxNetwork, length: int) -> None:
     mix = tones(length)
     given = together(overlapped(pieces(mix, 32_768), identity, float(np.abs(mix).max())))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,8 +29,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def prepared(samples: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with the artifacts of both families of commands, for 49 channels; nobody changes them."""
-    folder = tmp_path_factory.mktemp("prepared") / "samples"
-    write_samples(folder, range(4), 17, "audio.wav")
+    folder = Path(shutil.copytree(samples, tmp_path_factory.mktemp("prepared") / "samples"))
     for command in ("precompute-latents", "precompute-audio"):
         words = [command, "--data", str(folder), "--size", "32x32", "--frames", "9"]
         made = CliRunner().invoke(app, words, prog_name="avatarctl")

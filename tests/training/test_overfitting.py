@@ -17,7 +17,7 @@ from avatarctl.registry import ROWS
 from avatarctl.training.objective import flow_step
 from avatarctl.training.trainer import Trainer
 
-STEPS = 90
+STEPS = 65
 
 
 def test_one_clip_is_learnt_by_heart(
