@@ -11,13 +11,12 @@ tensor is in memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import nn
-from torch.nn import init
 
 from avatarctl.errors import UnusableWeights
 from avatarctl.files.finite import nonfinite, nonfinite_file
@@ -39,17 +38,10 @@ _BITS: Final = {"BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2
 def on_meta() -> Iterator[None]:
     """Modules built inside have shapes and no memory.
 
-    The global random generator is given back as it was: some constructors draw from it even here. Those that
-    begin with `torch.nn.init` draw nothing: it took half of the time of building a network.
+    The global random generator is given back as it was: some constructors draw from it even here.
     """
-    with torch.random.fork_rng(devices=[]), torch.device("meta"), ExitStack() as held:
-        for name in _INITIALISERS:
-            held.callback(setattr, init, name, getattr(init, name))
-            setattr(init, name, lambda tensor, *arguments, **more: tensor)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
         yield
-
-
-_INITIALISERS: Final = tuple(name for name in dir(init) if name.endswith("_") and not name.startswith("_"))
 
 
 def fill(
