@@ -174,7 +174,8 @@ def test_off_is_one_window_and_names_the_way_out() -> None:
 
 def test_values_the_model_was_not_trained_for_get_one_line_each() -> None:
     lines: list[str] = []
-    planned(job(), "long_video.overlap_frames=9", emit=lambda e: lines.append(getattr(e, "text", "")))
+    words = ("long_video.num_frames=13", "long_video.overlap_frames=9")
+    planned(job(), *words, emit=lambda e: lines.append(getattr(e, "text", "")))
     assert sum("not trained for" in line for line in lines) == 3  # size, chunk length, overlap
 
 
