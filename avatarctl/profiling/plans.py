@@ -21,6 +21,7 @@ _MODES: Final = ("full", "model", "group", "sequential")
 _CHECKPOINTS: Final = ("none", "block")
 _GRADIENTS: Final = ("full", "checkpoint", "segment", "offload")
 
+_READ: Final = "networks are read one after another, each when the one before has left"
 _COPIED: Final = "weights are copied to the device again and again"
 _ROUNDED: Final = (
     "the transformer is stored in eight bits: its matrices are rounded, and the result is another"
@@ -79,12 +80,13 @@ def _modes(
     if asked.keys() & {"memory.mode", "memory.swap_blocks"}:
         return
     costs = _ROUNDED if more else _COPIED
+    first = _ROUNDED if more else _READ
     for mode in _MODES[_mode(cfg) + 1 :]:
         if mode == "group" and blocks:
             yield _swaps(cfg, blocks, {"memory.mode": "model", **more}, costs)
         if mode == stop:
             return
-        yield _plan(cfg, {"memory.mode": mode, **more}, "" if mode == "model" and not more else costs)
+        yield _plan(cfg, {"memory.mode": mode, **more}, first if mode == "model" else costs)
 
 
 def _of_training(

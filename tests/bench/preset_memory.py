@@ -18,7 +18,8 @@ from dataclasses import replace
 
 from avatarctl.config import RunConfig, preset_folder, preset_names, read_config, resolve
 from avatarctl.errors import NotYetSupported
-from avatarctl.placement.seats import shown
+from avatarctl.loading.weighed import weighed
+from avatarctl.placement.seats import seated, shown
 from avatarctl.profiling.account import Account
 from avatarctl.profiling.inference import profile_inference
 from avatarctl.profiling.training import profile_training
@@ -51,12 +52,16 @@ def predicted(name: str) -> str:
     mode = "full" if cfg.memory.mode == "auto" else cfg.memory.mode
     cfg = replace(cfg, output=replace(cfg.output, width=width, height=height),
                   memory=replace(cfg.memory, mode=mode))  # fmt: skip
-    return in_words(profile_inference(row, cfg), f"{width}x{height}")
+    packing = seated(weighed(row, None, cfg)[0], cfg.memory).packing
+    return in_words(profile_inference(row, cfg), f"{width}x{height}", packing)
 
 
-def in_words(account: Account, frame: str) -> str:
+def in_words(account: Account, frame: str, packing: int = 0) -> str:
     peak = shown(account.peak_bytes).removesuffix(" GiB")
     waits = f"; {shown(account.host)} wait on the host" if account.host else ""
+    if account.host and packing:
+        packed = shown(account.host + packing).removesuffix(" GiB")
+        waits += f", {packed} while they are packed"
     return f"{shown(account.live_bytes)} live at {frame}, {peak} with the allowance{waits}"
 
 

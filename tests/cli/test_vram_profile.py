@@ -158,7 +158,7 @@ def test_what_does_not_fit_here_is_not_measured(shallow: None, monkeypatch: pyte
     from avatarctl.profiling.fit import Room
 
     account = Account({"load": 100 << 20}, {"dit": 10 << 20}, {}, 0)
-    monkeypatch.setattr("avatarctl.profiling.inference.profile_inference", lambda row, cfg: account)
+    monkeypatch.setattr("avatarctl.profiling.inference.profile_inference", lambda *_, **__: account)
     room = Room(125 << 20, is_one=True, where="the container (/sys/fs/cgroup/job/memory.max)")
     monkeypatch.setattr(vram_profile, "free_room", lambda device: room)
     refused = typed("infer", "--model", "cartoon-i2v", "--device", "cpu", "--measure")
@@ -179,7 +179,7 @@ def test_a_host_below_what_waits_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     """The card is large enough in a mode that leaves more on the host than was given."""
     needs = {"full": 400, "model": 300, "group": 200, "sequential": 100}
 
-    def counted(row: object, cfg: RunConfig) -> Account:
+    def counted(row: object, cfg: RunConfig, **_: object) -> Account:
         need = needs[cfg.memory.mode]
         return Account({"step": need << 20}, {}, {}, 0, (400 - need) << 20)
 

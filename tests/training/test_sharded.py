@@ -137,8 +137,8 @@ def test_two_processes_with_half_of_everything_train_as_one(
             for rank, (found, share, stored, _) in enumerate(each[model] for each in both):
                 assert 0.45 < share < 0.55 and stored == (model == "cartoon-i2v")
                 assert found.keys() == one.keys() and torch.allclose(found["norm"], one["norm"], rtol=1e-6)
-                weights = one.keys() - {"norm"}
-                assert rank or all(torch.allclose(found[n], one[n], rtol=0, atol=1e-6) for n in weights), model
+                held = one.keys() - {"norm"}
+                assert rank or all(torch.allclose(found[n], one[n], rtol=0, atol=1e-6) for n in held), model
     settings = (*LORA, "train.ema=0.5", "train.batch_size=2", "train.gradient_accumulation=2", SHARD)
     alone = made_trainer(tmp_path / "alone", prepared, *settings, model="cartoon-i2v")
     told = [event.text for event in alone.events if isinstance(event, Notice)]  # type: ignore[attr-defined]
