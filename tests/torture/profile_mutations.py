@@ -48,6 +48,27 @@ MUTATIONS = (
         "profiling/test_counts.py::test_attention_is_counted_without_a_matrix_of_tokens_by_tokens",
     ),
     Mutation(
+        "what a call that is not run again would take is forgotten",
+        "profiling/repeats.py",
+        "        self._live.raise_peak(self._live.current + done.most)\n",
+        "        self._live.raise_peak(self._live.current)\n",
+        "profiling/test_repeats.py::test_a_call_that_is_like_one_before_adds_its_bytes",
+    ),
+    Mutation(
+        "a call that leaves something behind is not run again",
+        "profiling/repeats.py",
+        "        if more != sum(",
+        "        if False and more != sum(",
+        "profiling/test_repeats.py::test_what_leaves_something_behind_is_run_each_time",
+    ),
+    Mutation(
+        "one block more than needed leaves",
+        "profiling/fit.py",
+        "        while many - few > 1:\n",
+        "        while many - few > 2:\n",
+        "profiling/test_swaps.py::test_as_few_blocks_leave_as_fit_and_few_are_counted",
+    ),
+    Mutation(
         "a limit is passed by what comes in one piece",
         "live_bytes.py",
         "            if limit is not None and alive > limit:\n",
