@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import signal
 import time
@@ -26,6 +27,13 @@ from avatarctl.training.order import Order, own_slots
 from tests.training.running import QUICK, bits, forked, made_trainer, typed
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> None:
+    """A decoder that another test left and that is freed in a fork waits for threads that it has not."""
+    gc.collect()
+
 
 LINE = (
     "train", "v2v", "--size", "16x16", "--frames", "5", "--max-steps", "3", "--batch-size", "1", *QUICK,
