@@ -80,8 +80,7 @@ def demo(
     cfg = configure(*asked)
     refuse_existing(cfg, row)
     with Screen("info") as screen:
-        untrained = "" if row.trained else ", untrained: the mouth will be noise"
-        screen(Notice(f"model: {row.name}{untrained}"))
+        screen(Notice(f"model: {row.name}"))
         plan = check_job(cfg, row, _job(cfg, audio, character, dub=dub), screen)
         sheet = _sheet(plan, known=audio is None)
         path = Path(cfg.output.path) if cfg.output.path else fresh_path(row, "demo")
@@ -180,11 +179,7 @@ def benchmark(
 
     with Screen("info") as screen:
         for each in chosen:
-            row = row_of(each)
-            if not row.trained or (each == "sync" and "cartoon/syncnet.safetensors" not in row.files):
-                screen(Notice(f"{each}: {row.name} is untrained; it has no score"))
-                continue
-            found[each] = scores.benchmark(each, row, range(seed, seed + clips), screen)
+            found[each] = scores.benchmark(each, row_of(each), range(seed, seed + clips), screen)
         for audio in recordings:
             found[f"speech {audio.name}"] = scores.spoken(row_of("i2v"), audio, range(seed, seed + 4), screen)
     if as_json:

@@ -42,9 +42,6 @@ __all__ = [
 
 UNDECIDED: Final = "decided at start"
 
-MODES: Final = ("full", "model", "group", "sequential")
-"""Of memory, from the fastest to the smallest."""
-
 _SIGNS_OF_A_CARD: Final = ("proc/driver/nvidia/version", "dev/nvidiactl", "dev/dxg", "dev/kfd")
 """Files of drivers, from the root of the file system: NVIDIA's, of Windows below Linux, AMD's."""
 
@@ -189,6 +186,8 @@ def best_that_fits(row: Row, plan: JobPlan, room: Room, asked: Mapping[str, Any]
 def _require_some_mode(plan: JobPlan, room: Room) -> None:
     """By arithmetic from shapes: what weights take of the card at once, and where that is the host's memory
     as well what waits there. Raises DoesNotFit."""
+    from avatarctl.profiling.plans import MODES
+
     least = {}
     for mode in MODES:
         seating = replace(plan, cfg=with_mode(plan.cfg, mode)).seating

@@ -45,13 +45,15 @@ _ASSUMED: Final = (
 
 @dataclass(frozen=True)
 class _Counted:
-    """measured: the account of real tensors on `place`, where that was asked for."""
+    """samples: of the recording, see `_samples`; measured: the account of real tensors on `place`, where that
+    was asked for."""
 
     job: Job
     row: Row
     cfg: RunConfig
     account: Account
     seconds: float
+    samples: int | None = None
     measured: Account | None = None
     place: str = ""
 
@@ -135,7 +137,8 @@ def _profile(name: Job, params: dict[str, Any]) -> None:
     with Screen(cfg.runtime.log_level) as screen:
         for notice in request.resolved.notices:
             screen(Notice(notice))
-        counted = _count(name, row, cfg, screen, exact=exact)
+        samples = _samples(cfg) if name == "infer" else None
+        counted = _count(name, row, cfg, screen, samples, exact=exact)
         if measure:
             counted = _measure(counted, screen)
         if not request.json:
@@ -194,7 +197,7 @@ def _search(
 
     def count(cfg: RunConfig) -> Account:
         if cfg != counted.cfg:
-            made.append(_count(job, row, cfg, screen, exact=exact))
+            made.append(_count(job, row, cfg, screen, counted.samples, exact=exact))
         return made[-1].account
 
     blocks = row.network["dit"].get("num_layers", 0)
@@ -238,7 +241,9 @@ def _word(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def _count(name: Job, row: Row, cfg: RunConfig, screen: Screen, *, exact: bool = False) -> _Counted:
+def _count(
+    name: Job, row: Row, cfg: RunConfig, screen: Screen, samples: int | None = None, *, exact: bool = False
+) -> _Counted:
     """Raises NotYetSupported for what has no code."""
     from avatarctl.families import family_named
 
@@ -254,8 +259,8 @@ def _count(name: Job, row: Row, cfg: RunConfig, screen: Screen, *, exact: bool =
     if training:
         account = profile_training(row, cfg, exact=exact)
     else:
-        account = profile_inference(row, cfg, exact=exact, samples=_samples(cfg))
-    return _Counted(name, row, cfg, account, time.monotonic() - started)
+        account = profile_inference(row, cfg, exact=exact, samples=samples)
+    return _Counted(name, row, cfg, account, time.monotonic() - started, samples)
 
 
 def _samples(cfg: RunConfig) -> int | None:
@@ -287,7 +292,7 @@ def _measure(counted: _Counted, screen: Screen) -> _Counted:
         )
     screen(Stage(f"measuring {counted.job} of {row.name} on {device}"))
     if counted.job == "infer":
-        measured = profile_inference(row, cfg, "real", str(device), samples=_samples(cfg))
+        measured = profile_inference(row, cfg, "real", str(device), samples=counted.samples)
     else:
         measured = profile_training(row, cfg, "real", device=str(device))
     return replace(counted, measured=measured, place=str(device))

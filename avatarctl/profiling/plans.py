@@ -15,9 +15,10 @@ from avatarctl.config import keys
 if TYPE_CHECKING:
     from avatarctl.config import RunConfig
 
-__all__ = ["Plan", "Swaps", "faster_plans", "slower_plans"]
+__all__ = ["MODES", "Plan", "Swaps", "faster_plans", "slower_plans"]
 
-_MODES: Final = ("full", "model", "group", "sequential")
+MODES: Final = ("full", "model", "group", "sequential")
+"""Of `memory.mode`, from the fastest to the smallest."""
 _CHECKPOINTS: Final = ("none", "block")
 _GRADIENTS: Final = ("full", "checkpoint", "segment", "offload")
 
@@ -81,7 +82,7 @@ def _modes(
         return
     costs = _ROUNDED if more else _COPIED
     first = _ROUNDED if more else _READ
-    for mode in _MODES[_mode(cfg) + 1 :]:
+    for mode in MODES[_mode(cfg) + 1 :]:
         if mode == "group" and blocks:
             yield _swaps(cfg, blocks, {"memory.mode": "model", **more}, costs)
         if mode == stop:
@@ -155,7 +156,7 @@ def faster_plans(job: str, cfg: RunConfig, asked: Mapping[str, Any], blocks: int
         if _mode(cfg) and not asked.keys() & {"memory.mode", "memory.swap_blocks"}:
             yield _plan(cfg, {"memory.mode": "full"}, "")
             full = _plan(cfg, {"memory.mode": "full"}, "").cfg
-            for step in _modes(full, asked, blocks, {}, stop=_MODES[_mode(cfg)]):
+            for step in _modes(full, asked, blocks, {}, stop=MODES[_mode(cfg)]):
                 yield _changed(cfg, step)
         return
     for changes in _ways(job, cfg, asked):
@@ -171,8 +172,8 @@ def _changed(cfg: RunConfig, step: Step) -> Step:
 
 
 def _mode(cfg: RunConfig) -> int:
-    """The place in `_MODES`; what nobody has settled yet is counted as the first."""
-    return 0 if cfg.memory.mode == "auto" else _MODES.index(cfg.memory.mode)
+    """The place in `MODES`; what nobody has settled yet is counted as the first."""
+    return 0 if cfg.memory.mode == "auto" else MODES.index(cfg.memory.mode)
 
 
 def _ways(job: str, cfg: RunConfig, asked: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -9,11 +9,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
 from avatarctl.cli import app
 from avatarctl.config import RunConfig, read_config
+from avatarctl.media import Audio, survey, write_audio
 from avatarctl.profiling import inference, training
 from avatarctl.profiling.account import Account
 from avatarctl.registry import ROWS, Row
@@ -197,3 +199,24 @@ def test_ten_thousand_frames_are_counted_by_the_same_operations(shallow: None) -
     counted = json.loads(typed("train", "v2v", "--model", "cartoon-v2v", *words).stdout)
     features = 4 * 10001 * 192
     assert counted["stages"]["condition"] - counted["stages"]["load"] > features
+
+
+def test_a_recording_is_read_once_however_many_plans_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_audio(tmp_path / "voice.wav", np.zeros(32_000, np.float32), 16_000)
+    read, counted = [], []
+
+    def surveyed(audio: Audio) -> Any:
+        read.append(audio.name)
+        return survey(audio)
+
+    def count(row: object, cfg: RunConfig, **more: Any) -> Account:
+        counted.append(more["samples"])
+        return Account({"step": 1 << 30}, {}, {}, 0)
+
+    monkeypatch.setattr("avatarctl.media.survey", surveyed)
+    monkeypatch.setattr("avatarctl.profiling.inference.profile_inference", count)
+    words = ("infer", "--model", "cartoon-i2v", "--audio", str(tmp_path / "voice.wav"), "--fit", "1MB")
+    assert typed(*words).exit_code == 5
+    assert len(read) == 1 and len(counted) > 2 and set(counted) == {32_000}
