@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from avatarctl.demo.clips import HELD_OUT
 from avatarctl.demo.making import audio_learner, vae_learner
 from avatarctl.demo.making.audio_learner import AudioLearner
+from avatarctl.demo.making.build import Build
 from avatarctl.demo.making.drawn_set import UTTERANCE, draw_window
 from avatarctl.demo.making.judge_learner import JudgeLearner, right_cosines
 from avatarctl.demo.making.learning import Learner, learn
@@ -21,7 +22,7 @@ from avatarctl.demo.making.transformers import read_standardised
 from avatarctl.demo.making.vae_learner import VaeLearner
 from avatarctl.errors import Interrupted, UnusableWeights
 from avatarctl.events import silent
-from avatarctl.registry import find_model
+from avatarctl.registry import ASSETS, find_model
 
 NETWORK = find_model("cartoon-i2v").network
 
@@ -58,6 +59,17 @@ def test_a_part_that_was_stopped_becomes_what_it_would_have_been(part: str, tmp_
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     one, other = (load_file(tmp_path / name / "state.safetensors") for name in ("whole", "stopped"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("name", ["audio.safetensors", "dit_v2v.safetensors", "syncnet.safetensors"])
+def test_the_same_tensors_are_the_same_bytes(name: str, tmp_path: Path) -> None:
+    """Those that are shipped, whatever the order that they come in."""
+    shipped = ASSETS / "cartoon" / name
+    tensors = load_file(shipped)
+    Build(tmp_path, 1, SHORT, silent)._write(
+        name, {key: tensors[key] for key in sorted(tensors, reverse=True)}
+    )
+    assert (tmp_path / "cartoon" / name).read_bytes() == shipped.read_bytes()
 
 
 def test_a_state_of_another_recipe_or_a_damaged_one_is_not_gone_on_with(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
-from avatarctl.atomic import atomic_write_bytes, atomic_write_text
+from avatarctl.atomic import atomic_path, atomic_write_bytes, atomic_write_text
 from avatarctl.conditioning.masking import mouth_mask
 from avatarctl.demo.making.audio_learner import AudioLearner, feature_statistics
 from avatarctl.demo.making.card import card_text
@@ -39,11 +39,13 @@ from avatarctl.errors import UsageError
 from avatarctl.events import Emit, Notice, Stage
 from avatarctl.families import family_named
 from avatarctl.files.strict_json import read_object
+from avatarctl.files.writer import write_safetensors
 from avatarctl.loading.built_in import build_random_modules
 from avatarctl.loading.modules import SomeModules, load_parts
 from avatarctl.loading.sources import find_sources
 from avatarctl.registry import ROWS, Row
 from avatarctl.training.run_folder import RunFolder
+from avatarctl.training.weights_file import stored
 
 if TYPE_CHECKING:
     from avatarctl.family import Modules
@@ -53,6 +55,7 @@ __all__ = ["Build", "built_row"]
 
 ROW_OF: Final[Mapping[Which, str]] = {"i2v": "cartoon-i2v", "v2v": "cartoon-v2v"}
 _HOME: Final = "cartoon"
+_METADATA: Final = {"format": "pt", "world": "cartoon 64x64"}
 _FIRST_SEED: Final = 100_000  # of the clips that the transformers learn from
 _ENCODERS: Final = ("vae.safetensors", "config.json", "audio.safetensors", "text.safetensors")
 CARD: Final = "build.json"
@@ -152,11 +155,11 @@ class Build:
             "train__max_steps": self.recipe.transformer_steps,
             "train__batch_size": self.recipe.batch_size,
         }
-        mask = (
-            self.folder / f"mask_{which}.png"
-        )  # the loss has to know where mouths are, of an image as of a video
+        # The loss has to know where mouths are, of an image as of a video.
+        mask = self.folder / f"mask_{which}.png"
         if not mask.is_file():
-            Image.fromarray(mouth_mask()).save(mask)
+            with atomic_path(mask) as temporary:
+                Image.fromarray(mouth_mask()).save(temporary, "PNG")
         more |= {"data__num_frames": self.recipe.frames, "data__mask": str(mask.absolute())}
         resolved = settings_of(which, row, self.seed, **more)
         last = train_transformer(which, row, resolved, self._drawn(which), folder, self.emit, should_stop)
@@ -205,10 +208,10 @@ class Build:
         return self.folder / _HOME
 
     def _write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """A file as it is shipped."""
+        """A file as it is shipped, of the same bytes for the same tensors: large elements first, then by name."""
         self._home.mkdir(exist_ok=True)
-        contiguous = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
-        atomic_write_bytes(self._home / name, save(contiguous, {"format": "pt", "world": "cartoon 64x64"}))
+        names = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
+        write_safetensors(self._home / name, {key: stored(tensors[key]) for key in names}, _METADATA)
 
     def _made(self, part: Part) -> Path:
         return self.folder / "made" / part
