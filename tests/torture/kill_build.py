@@ -23,6 +23,8 @@ SHORT = ("--short", "--threads", "1", "--seed", "3")
 STOPS = ("vae", "v2v", "judge")
 """Parts in whose middle a build is stopped."""
 KILLS = 3
+LATE = (0.1, 3.0)
+"""Seconds behind the beginning of a part, whose networks are imported by then."""
 QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
 
@@ -56,8 +58,13 @@ def stopped_in(out: Path, part: str) -> None:
 
 
 def killed(out: Path, part: str, seconds: float) -> bool:
-    """Whether a process that makes `part` was killed, not done."""
+    """Whether a process was killed so many seconds behind the beginning of its part; not where that was done
+    before."""
+    if is_made(out, part):
+        return False
     with subprocess.Popen(line(out, "--part", part), **QUIET) as child:
+        while child.poll() is None and not (out / "made" / part).is_dir():
+            time.sleep(0.001)
         try:
             child.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -74,9 +81,8 @@ def finish(*lines: list[str]) -> None:
 
 
 def torture(base: Path, draw: random.Random) -> str:
-    started = time.monotonic()
     finish(line(base / "whole"))
-    took, wanted = time.monotonic() - started, made(base / "whole")
+    wanted = made(base / "whole")
     for part in STOPS:
         stopped_in(base / "stopped", part)
     finish(line(base / "stopped"))
@@ -84,8 +90,10 @@ def torture(base: Path, draw: random.Random) -> str:
         raise Torn("stopped three times, it ended otherwise")
     count, out = 0, base / "killed"
     for _ in range(KILLS):
-        count += killed(out, "vae", draw.random() * took / 2)
-        count += killed(out, "judge", draw.random() * took / 2)
+        count += killed(out, "vae", draw.uniform(*LATE))
+        count += killed(out, "judge", draw.uniform(*LATE))
+    if not count:
+        raise Torn("every part was done before it was killed")
     finish(line(out, "--part", "vae"), line(out, "--part", "judge"))
     finish(line(out))
     if made(out) != wanted:

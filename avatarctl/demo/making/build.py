@@ -208,7 +208,7 @@ class Build:
         return self.folder / _HOME
 
     def _write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """A file as it is shipped, of the same bytes for the same tensors: large elements first, then by name."""
+        """A file as it is shipped: the same bytes for the same tensors, by size of elements, then by name."""
         self._home.mkdir(exist_ok=True)
         names = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
         write_safetensors(self._home / name, {key: stored(tensors[key]) for key in names}, _METADATA)
