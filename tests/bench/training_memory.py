@@ -24,9 +24,12 @@ LEAN = (
     "memory.vae_gradient=offload", "memory.activation_checkpointing=block_offload",
     "memory.swap_blocks=40", "memory.optimizer_device=cpu",
 )  # fmt: skip
+FP8 = "memory.base_precision=fp8"
 ROWS = {
     "default": ((JUDGED,), 76e9),
     "lean": ((JUDGED, *LEAN), 44e9),
+    "eight bits": ((JUDGED, FP8), 76e9),
+    "lean, eight bits": ((JUDGED, *LEAN, FP8), 44e9),
     "small, rank 32": (("train.lora_rank=32", *LEAN), 22e9),
 }
 PHASES = ("load", "forward", "aux", "aux backward", "backward", "optimizer")

@@ -3,8 +3,9 @@
     python tests/torture/sharded_training.py
 
 On four prepared clips and a CPU, with an average and validations. One process trains; two that share do, and
-their losses, scores and weights are those of one up to rounding; again two, of which the second is killed
-while the first waits for its part of a block: all end with 6 and one line, within a minute. Two go on to the
+their losses, scores and weights are those of one up to rounding; again two, of which the second is killed,
+or meets an error, while the first waits for its part of a block: all end within a minute, with 6 or the exit
+code of the error. Two go on to the
 bits of those that nobody disturbed, one to numbers beside them. Takes five minutes of a core.
 """
 
@@ -17,12 +18,14 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from avatarctl.demo.samples import write_samples
+from avatarctl.errors import UnusableFile
 from avatarctl.loading.trained import TRAINED
 from avatarctl.training import trainer
 from avatarctl.training.weights_file import read_trained
@@ -32,22 +35,35 @@ from tests.training.running import bits, forked, typed
 from tests.training.test_many_processes import LINE, ONE, TWO, VALIDATED, _forking
 
 
-def second_dies_within_a_pass() -> None:
+def second_meets(happening: Callable[[], None]) -> Callable[[], None]:
     """Rank 1, behind the third block of the second step."""
-    _forking()
-    accumulate = trainer.Trainer.accumulate
 
-    def watched(self: trainer.Trainer, batch: list[trainer.TrainingSample]) -> dict[str, float]:
-        if self.step == 1 and self.world.rank == 1:
-            blocks: Any = self.network.dit.blocks
+    def prepare() -> None:
+        _forking()
+        accumulate = trainer.Trainer.accumulate
 
-            def kill(*_: Any) -> None:
-                os.kill(os.getpid(), signal.SIGKILL)
+        def watched(self: trainer.Trainer, batch: list[trainer.TrainingSample]) -> dict[str, float]:
+            if self.step == 1 and self.world.rank == 1:
+                blocks: Any = self.network.dit.blocks
+                blocks[2].register_forward_hook(lambda *_: happening())
+            return accumulate(self, batch)
 
-            blocks[2].register_forward_hook(kill)
-        return accumulate(self, batch)
+        trainer.Trainer.accumulate = watched  # type: ignore[method-assign]
 
-    trainer.Trainer.accumulate = watched  # type: ignore[method-assign]
+    return prepare
+
+
+def death() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def error() -> None:
+    """One of ours, as a sample may raise it that is encoded within the step."""
+    raise UnusableFile("cannot be read", where="clip")
+
+
+def defect() -> None:
+    raise RuntimeError("shapes do not fit")
 
 
 def apart(one: Path, other: Path) -> float:
@@ -77,11 +93,21 @@ def run_all(folder: Path) -> None:
     print(f"losses of one and of two that share: {pairs}; weights {apart(one, whole):.2g} apart")
     assert all(abs(a / b - 1) < 1e-4 for a, b in pairs)
     began = time.monotonic()
-    code = forked(second_dies_within_a_pass, *shared, "--out", run, said=said)
+    code = forked(second_meets(death), *shared, "--out", run, said=said)
     text = said.read_text()
     assert code == 6 and "Traceback" not in text and text.count("error") == 1, (code, text)
     print(f"killed within a pass: exit 6 in {time.monotonic() - began:.0f} s of wall clock, all of it")
     assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-1"]
+    for happening, expected, told in ((error, 3, "clip: cannot be read"), (defect, 1, "shapes do not fit")):
+        shutil.copytree(run, other)
+        began = time.monotonic()
+        code = forked(second_meets(happening), *shared, "--out", other, said=said)
+        text = said.read_text()
+        seconds = time.monotonic() - began
+        print(f"{happening.__name__} within a pass: exit {code} in {seconds:.0f} s, all of it")
+        assert code == expected and told in text and seconds < 60, (code, text)
+        assert happening is defect or ("Traceback" not in text and text.count("error: ") == 1), text
+        shutil.rmtree(other)
     shutil.copytree(run, other)
     assert forked(_forking, *shared, "--out", run, said=said) == 0, said.read_text()
     assert "resumed behind step 1" in said.read_text()
