@@ -22,7 +22,7 @@ MUTATIONS = (
         "placement/units.py",
         "if self._turns and _is_backward() else index + step\n",
         "if self._turns and _is_backward() else index + step + 1\n",
-        "placement/test_modes.py::test_each_pass_moves_what_is_away_once_and_two_groups_are_here_at_most",
+        "placement/test_modes.py::test_each_step_moves_what_is_away_once_and_two_groups_are_here_at_most",
     ),
     Mutation(
         "a frame decoded before its last window is final",

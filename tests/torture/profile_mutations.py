@@ -35,8 +35,8 @@ MUTATIONS = (
     Mutation(
         "what waits on the host is counted on the device",
         "live_bytes.py",
-        "        self._sizes[key] = storage.nbytes(), is_of_host(storage)\n",
-        "        self._sizes[key] = storage.nbytes(), False\n",
+        "(storage.nbytes(), is_of_host(storage))",
+        "(storage.nbytes(), False)",
         "training/test_lean_steps.py::test_what_waits_on_the_host_is_counted_there",
     ),
     Mutation(

@@ -1,4 +1,4 @@
-"""Eleven known mistakes of training, made on purpose in a copy of the source: each is caught by its test.
+"""Known mistakes of training, made on purpose in a copy of the source: each is caught by its test.
 
     python tests/torture/training_mutations.py
 
@@ -121,7 +121,7 @@ MUTATIONS = (
         "            self.back(between, frames - behind, max(room - 1, 0))\n",
         "            self.back(between, frames - behind, max(room - 1, 0))\n"
         "            self._of_caches = [[None] * cell.slots for cell in self._plan.cells]\n",
-        "../models/test_vae_gradient.py::test_checkpointing_changes_no_bit",
+        "models/test_vae_gradient.py::test_checkpointing_changes_no_bit",
     ),
     Mutation(
         "moments missing from the account of a step",
@@ -136,6 +136,20 @@ MUTATIONS = (
         '            case "block":\n                dit.enable_gradient_checkpointing()\n',
         '            case "block":\n                dit.disable_gradient_checkpointing()\n',
         "test_lean_steps.py::test_blocks_are_still_made_again_behind_a_validation_and_in_a_run_that_goes_on",
+    ),
+    Mutation(
+        "the rank in the key of a random number",
+        "training/order.py",
+        "Draw(self._seed, step, slot, self._slots) for slot",
+        "Draw(self._seed + self._own.start, step, slot, self._slots) for slot",
+        "test_many_processes.py::test_a_step_of_two_processes_is_that_of_one",
+    ),
+    Mutation(
+        "what a validation exchanged left on the trainer",
+        "training/network.py",
+        "            yield\n        finally:\n            self._exchange()\n",
+        "            yield\n        finally:\n            pass\n",
+        "test_validation.py::test_training_does_not_notice",
     ),
 )
 
@@ -181,7 +195,7 @@ def main(name: str, mutations: Sequence[Mutation]) -> int:
                 shutil.copy(place, copy)
         done = tested(copy, *dict.fromkeys(mutation.test for mutation in mutations))
         if done.returncode:
-            print(f"{name}: FAILED without any mistake:\n{done.stdout[-3000:]}", file=sys.stderr)
+            print(f"{name}: FAILED without any mistake:\n{done.stdout[-3000:]}{done.stderr[-500:]}", file=sys.stderr)
             return 1
         missed = 0
         for mutation in mutations:
