@@ -39,8 +39,17 @@ _ASSUMED: Final = (
     "infer: networks where memory.mode has them; two chunks or windows, or those that --audio fills",
     "train: prepared samples; a step behind the first, as moments exist by then; every sample is judged",
     "what is like something before is counted, not run; blocks of training are extended where that is exact",
+    "what saving a checkpoint and validating take is not counted",
     "the allowance for workspaces and rounding is a guess until it was measured on a card",
 )
+
+
+_PHASES: Final = (
+    "load", "text", "image", "audio", "condition", "forward", "aux", "aux backward", "backward", "optimizer",
+    "step", "decode",
+)  # fmt: skip
+_BETWEEN: Final = "between them"
+"""What is outside of all phases."""
 
 
 @dataclass(frozen=True)
@@ -303,12 +312,12 @@ def _comparison(counted: _Counted) -> list[str]:
     measured = counted.measured
     if measured is None:
         return []
-    rows = [*((name, size, measured.stages.get(name, 0)) for name, size in counted.account.stages.items())]
+    rows = [(name, size, _size_of(measured.stages, name)) for name, size in _in_order(counted.account.stages)]
     rows.append(("on the host", counted.account.host, measured.host))
-    lines = [f"  {'on ' + counted.place:12} {'predicted':>14} {'measured':>14}  bytes"]
+    lines = [f"  {'on ' + counted.place:13} {'predicted':>14} {'measured':>14}  bytes"]
     for name, one, other in rows:
         off = f"{(other - one) / one:+.1%}" if one and one != other else ""
-        lines.append(f"  {name:12} {one:>14,} {other:>14,}  {off}".rstrip())
+        lines.append(f"  {name:13} {one:>14,} {other:>14,}  {off}".rstrip())
     return [*lines, ""]
 
 
@@ -348,20 +357,34 @@ def _table(counted: _Counted) -> list[str]:
     account = counted.account
     largest = account.live_bytes
     lines = [f"{counted.job} of {counted.row.name}, {_frame(counted)}", ""]
-    for name, size in account.stages.items():
+    for name, size in _in_order(account.stages):
         bar = "#" * round(_BAR * size / largest)
-        lines.append(f"  {name:10} {shown(size):>12}  {bar}")
+        lines.append(f"  {name:13} {shown(size):>12}  {bar}")
     lines.append("")
-    for part, size in account.weights.items():
-        lines.append(f"  weights of {part:6} {shown(size):>12}")
-    for part, size in {**account.components, **account.rest}.items():
-        lines.append(f"  {part:17} {shown(size):>12}")
+    parts = {f"weights of {part}": size for part, size in account.weights.items()} | account.held
     if account.host:
-        lines.append(f"  waits on the host {shown(account.host):>12}")
+        parts["waits on the host"] = account.host
+    lines += [f"  {part:25} {shown(size):>12}" for part, size in parts.items()]
     if account.trained:
-        lines.append(f"  trained numbers   {account.trained:>12,}")
+        lines.append(f"  {'trained numbers':25} {account.trained:>12,}")
     lines += ["", f"live at most {shown(largest)}; with the allowance {shown(account.peak_bytes)}", ""]
-    return [*lines, *_comparison(counted), *(f"- {line}" for line in _ASSUMED)]
+    return [*lines, *_comparison(counted), *(f"- {line}" for line in _assumed(counted.job))]
+
+
+def _in_order(stages: Mapping[str, int]) -> list[tuple[str, int]]:
+    """Phases as a run goes through them; what is outside of all comes last, by a name that people know."""
+    names = sorted(stages, key=lambda name: _PHASES.index(name) if name in _PHASES else len(_PHASES))
+    return [(_BETWEEN if name == "loop" else name, stages[name]) for name in names]
+
+
+def _size_of(stages: Mapping[str, int], name: str) -> int:
+    return stages.get("loop" if name == _BETWEEN else name, 0)
+
+
+def _assumed(job: Job) -> list[str]:
+    """Without what is about other commands."""
+    others = "train:" if job == "infer" else "infer:"
+    return [line for line in _ASSUMED if not line.startswith(others)]
 
 
 def _measured(place: str, account: Account) -> dict[str, Any]:
@@ -377,7 +400,7 @@ def _document(counted: _Counted) -> dict[str, Any]:
         **counted.account.summary(),
         **({} if counted.measured is None else {"measured": _measured(counted.place, counted.measured)}),
         "seconds": round(counted.seconds, 3),
-        "assumptions": list(_ASSUMED),
+        "assumptions": _assumed(counted.job),
     }
 
 

@@ -29,13 +29,15 @@ _META: Final = torch.device("meta")
 
 @dataclass
 class Moves:
-    """What was moved, for whoever asks. host_bytes: held there, packed; host_peak: at most so far;
-    unpinned_bytes: what the system would not lock for a GPU."""
+    """What was moved, for whoever asks. host_bytes: held there, packed; host_peak: at most so far; largest:
+    of what was held, the largest unit, which is there twice while it is packed; unpinned_bytes: what the
+    system would not lock for a GPU."""
 
     copies: int = 0
     copied_bytes: int = 0
     host_bytes: int = 0
     host_peak: int = 0
+    largest: int = 0
     unpinned_bytes: int = 0
     order: list[str] = field(default_factory=list)
 
@@ -43,6 +45,7 @@ class Moves:
         """Counts what is held on the host; negative where it is forgotten."""
         self.host_bytes += size
         self.host_peak = max(self.host_peak, self.host_bytes)
+        self.largest = max(self.largest, size)
 
 
 @dataclass(frozen=True)

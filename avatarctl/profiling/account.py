@@ -14,13 +14,15 @@ __all__ = ["Account"]
 @dataclass(frozen=True)
 class Account:
     """stages: the largest number of live bytes in each phase; weights: bytes of each network; components:
-    other bytes by what they are; trained: numbers that are trained; host: bytes that wait on the host."""
+    other bytes by what they are; trained: numbers that are trained; host: bytes that wait on the host;
+    packing: those of the largest unit, which the host holds twice while it is packed."""
 
     stages: Mapping[str, int]
     weights: Mapping[str, int]
     components: Mapping[str, int]
     trained: int
     host: int = 0
+    packing: int = 0
 
     @property
     def live_bytes(self) -> int:
@@ -33,13 +35,15 @@ class Account:
         return round(self.live_bytes * (1 + ALLOWANCE))
 
     @property
-    def rest(self) -> dict[str, int]:
-        """Of a training step: what else is alive at its worst moment, gradients made by then included. Where
-        things wait on the host, nobody knows which of them are there at that moment."""
+    def held(self) -> dict[str, int]:
+        """Beside the weights, what is alive at the worst moment: with them the live bytes. Of a training step
+        gradients count as far as they are made by then. Where things wait on the host, nobody knows which of
+        them are there at that moment: components alone."""
         if "moments" not in self.components or self.host:
-            return {}
-        held = sum(self.weights.values()) + self.components["moments"]
-        return {"activations and gradients": self.live_bytes - held}
+            return dict(self.components)
+        moments = self.components["moments"]
+        rest = self.live_bytes - sum(self.weights.values()) - moments
+        return {"moments": moments, "activations and gradients": rest}
 
     def summary(self) -> dict[str, Any]:
         """As `--json` shows it."""
@@ -49,8 +53,7 @@ class Account:
             "stages": dict(self.stages),
             "components": {
                 **{f"weights of {part}": size for part, size in self.weights.items()},
-                **self.components,
-                **self.rest,
+                **self.held,
             },
             "trained": self.trained,
             "host_bytes": self.host,

@@ -114,7 +114,7 @@ def _numbers(account: Account) -> dict[tuple[str, str], int]:
         "stages": account.stages,
         "weights": account.weights,
         "components": account.components,
-        "": {"trained": account.trained, "host": account.host},
+        "": {"trained": account.trained, "host": account.host, "packing": account.packing},
     }
     return {(part, name): size for part, sizes in parts.items() for name, size in sizes.items()}
 
@@ -123,4 +123,4 @@ def _account(numbers: Mapping[tuple[str, str], int]) -> Account:
     def of(wanted: str) -> dict[str, int]:
         return {name: size for (part, name), size in numbers.items() if part == wanted}
 
-    return Account(of("stages"), of("weights"), of("components"), of("")["trained"], of("")["host"])
+    return Account(of("stages"), of("weights"), of("components"), **of(""))

@@ -37,7 +37,8 @@ class Room:
 
     def holds(self, account: Account) -> bool:
         """Whether both have room."""
-        return self.need(account) <= self.card and (self.host is None or account.host <= self.host)
+        waits = account.host + account.packing
+        return self.need(account) <= self.card and (self.host is None or waits <= self.host)
 
 
 @dataclass(frozen=True)
@@ -159,10 +160,11 @@ def _too_large(job: str, model: str, tried: list[Found], room: Room) -> DoesNotF
             fix="a smaller --size or fewer frames",
         )
     assert room.host is not None
-    least = min(each.account.host for each in tried if room.need(each.account) <= room.card)
+    fitting = [each.account for each in tried if room.need(each.account) <= room.card]
+    least = min(account.host + account.packing for account in fitting)
     given = "were given" if room.where == "--fit" else "are free there"
     return DoesNotFit(
-        f"{shown(least)} have to wait on the host, and {shown(room.host)} {given}",
+        f"{shown(least)} are needed on the host, and {shown(room.host)} {given}",
         where="--host" if room.where == "--fit" else room.where,
         fix="a larger card, or more memory of the host",
     )

@@ -146,7 +146,8 @@ def _counted(row: Row, cfg: RunConfig, recording: Recording, mode: Mode, device:
         for block in _LOOPS[plan.kind](denoise, modules, inputs, plan, cfg):
             del block
         phases.end()
-    return Account(phases.peaks, weights, {}, 0)
+    rest = max(phases.peaks.values()) - sum(weights.values())
+    return Account(phases.peaks, weights, {"activations and caches": rest}, 0)
 
 
 def _random(row: Row, cfg: RunConfig) -> dict[str, Any]:
@@ -218,7 +219,8 @@ def _placed(
         for block in _LOOPS[plan.kind](denoise, modules, inputs, plan, cfg):
             del block
         phases.end()
-    return Account(phases.peaks, weights, {}, 0, modules.moves.host_peak)
+    moves = modules.moves
+    return Account(phases.peaks, weights, {}, 0, moves.host_peak, moves.largest)
 
 
 def _sized(cfg: RunConfig) -> RunConfig:

@@ -42,8 +42,11 @@ def kept(
     path = folder / f"{_name(row, cfg, samples)}.json"
     try:
         numbers = json.loads(path.read_text(encoding="utf-8"))
-        return Account(**{name: _checked(numbers[name]) for name in ("stages", "weights", "components")},
-                       trained=int(numbers["trained"]), host=int(numbers["host"]))  # fmt: skip
+        stages, weights, components = (
+            _checked(numbers[name]) for name in ("stages", "weights", "components")
+        )
+        trained, host, packing = (int(numbers[name]) for name in ("trained", "host", "packing"))
+        return Account(stages, weights, components, trained, host, packing)
     except (OSError, ValueError, KeyError, TypeError):  # not counted yet, or not ours
         account = count(cfg)
     try:
@@ -51,6 +54,7 @@ def kept(
         atomic_write_text(path, json.dumps({
             "stages": dict(account.stages), "weights": dict(account.weights),
             "components": dict(account.components), "trained": account.trained, "host": account.host,
+            "packing": account.packing,
         }))  # fmt: skip
     except (OSError, AvatarctlError) as error:
         emit(Notice(f"what was counted is not kept: {error}", "warning"))

@@ -5,15 +5,12 @@ Moments exist from the first step of the optimizer on, so the second step is the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from avatarctl.conditioning.masking import mask_tensor, mouth_mask
 from avatarctl.config import RunConfig
 from avatarctl.errors import NotYetSupported
 from avatarctl.families import family_named
@@ -30,8 +27,8 @@ from avatarctl.profiling.auxiliary import CountedAux, aux_step, without_caches
 from avatarctl.profiling.extend import extend, shifted, sizes_of
 from avatarctl.profiling.fakes import Mode, fill, outside, tensor_bytes, tensors
 from avatarctl.profiling.phases import Phases
+from avatarctl.profiling.prepared import Prepared
 from avatarctl.registry import Row
-from avatarctl.timeline import latent_frames, pixel_frames
 from avatarctl.training.aux_losses import active_losses
 from avatarctl.training.network import Network
 from avatarctl.training.objective import flow_step
@@ -43,17 +40,6 @@ from avatarctl.weights.layouts import LAYOUTS
 __all__ = ["profile_training"]
 
 _STEPS: Final = 2
-_PROMPT_ROWS: Final = 128
-"""Of a prompt; the network reads 512 rows whatever it is."""
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    frames: int  # latent
-    height: int  # latent
-    width: int  # latent
-    audio: int
-    text: int
 
 
 def profile_training(
@@ -88,7 +74,8 @@ def _counted(row: Row, cfg: RunConfig, mode: Mode, *, judge: bool = True, device
     family: Any = family_named(row.family)
     layout = next(each for each in LAYOUTS if each.family == row.family)
     inside = tensors(mode)
-    dit = build_on_meta(row, cfg.model.channels)["dit"]
+    parts = build_on_meta(row, cfg.model.channels)
+    dit, prepared = parts["dit"], Prepared(family, cfg, parts)
     # On meta, as adapters cannot be put into a network of fakes; then every weight becomes one.
     with on_meta():  # or PEFT would draw gigabytes of numbers that nobody reads
         trainables = make_trainable(dit, layout, cfg.train, cfg.runtime.seed)
@@ -127,24 +114,11 @@ def _counted(row: Row, cfg: RunConfig, mode: Mode, *, judge: bool = True, device
             _make_moments(optimizer, trainables, phases)
             first = 1
         for step in range(first, _STEPS):
-            _step(family, network, optimizer, cfg, _sizes(row, cfg), step, phases, mode, aux, judge)
+            _step(family, network, optimizer, cfg, prepared, step, phases, mode, aux, judge)
         phases.end()
         waits = live.host_peak
     components = {"moments": 8 * trained, "gradients": 4 * trained}
     return Account(phases.peaks, weights, components, trained, waits)
-
-
-def _sizes(row: Row, cfg: RunConfig) -> _Sizes:
-    data = cfg.data
-    assert data.num_frames is not None and data.height is not None and data.width is not None
-    dit: Mapping[str, Any] = row.network["dit"]
-    return _Sizes(
-        latent_frames(data.num_frames),
-        data.height // 8,
-        data.width // 8,
-        dit["audio_input_dim"],
-        dit["text_dim"],
-    )
 
 
 def _step(
@@ -152,7 +126,7 @@ def _step(
     network: Network,
     optimizer: Optimizer,
     cfg: RunConfig,
-    sizes: _Sizes,
+    prepared: Prepared,
     step: int,
     phases: Phases,
     mode: Mode,
@@ -165,18 +139,18 @@ def _step(
     for first in range(0, slots, cfg.train.batch_size):
         part = draws[first : first + cfg.train.batch_size]
         with phases("condition"):
-            condition = family.training_condition(
-                _samples(sizes, cfg, len(part), place), _constants(sizes, place), part, cfg
-            )
+            samples, constants = prepared.samples(len(part), place), prepared.constants(place)
+            condition = family.training_condition(samples, constants, part, cfg)
+            del samples, constants
+            assert condition.clean is not None
             with outside(mode):
-                drawn = family.sample_timesteps(part, sizes.frames, cfg)
+                drawn = family.sample_timesteps(part, condition.clean.shape[2], cfg)
             # Moved as the trainer moves them: what is made outside is not counted.
             fields = (getattr(drawn, name) for name in ("id", "t", "sigma", "weight"))
             timesteps = type(drawn)(
                 *(torch.zeros(each.shape, dtype=each.dtype, device=place) for each in fields)
             )
             del drawn
-            assert condition.clean is not None
             noise = torch.zeros_like(condition.clean)
         with phases("forward"), network.autocast():
             made = flow_step(family, network.dit, condition, timesteps, noise, cfg)
@@ -202,30 +176,3 @@ def _make_moments(optimizer: Optimizer, trainables: Trainables, phases: Phases) 
     with phases("optimizer"):
         optimizer.clip()
         optimizer.step(0)
-
-
-def _samples(
-    sizes: _Sizes, cfg: RunConfig, count: int, place: torch.device
-) -> Sequence[Mapping[str, Tensor]]:
-    """As they are read from files: bfloat16 numbers as float32."""
-    video = (16, sizes.frames, sizes.height, sizes.width)
-    return [
-        {
-            "latents": torch.zeros(video, device=place),
-            "audio_features": torch.zeros(pixel_frames(sizes.frames), sizes.audio, device=place),
-            "text": torch.zeros(_PROMPT_ROWS, sizes.text, device=place),
-            **(
-                {"masked_latents": torch.zeros(video, device=place)} if cfg.model.channels in (49, 65) else {}
-            ),
-            **({"reference_sequence": torch.zeros(video, device=place)} if cfg.model.channels == 65 else {}),
-        }
-        for _ in range(count)
-    ]
-
-
-def _constants(sizes: _Sizes, place: torch.device) -> Mapping[str, Tensor]:
-    return {
-        "silence": torch.zeros(pixel_frames(sizes.frames), sizes.audio, device=place),
-        "empty_prompt": torch.zeros(1, sizes.text, device=place),
-        "mask": mask_tensor(mouth_mask()).to(place),
-    }

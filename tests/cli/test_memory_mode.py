@@ -106,7 +106,7 @@ def test_a_card_gets_the_fastest_mode_that_fits(monkeypatch: pytest.MonkeyPatch,
     assert counts == ["full", "model", "group"]
     assert settled() == "group" and len(counts) == 3, "kept in the cache folder"
     on_a_card(monkeypatch, 213 * MIB, host=199 * MIB)
-    with pytest.raises(DoesNotFit, match=r"cuda: 200\.0 MiB have to wait on the host, and 199"):
+    with pytest.raises(DoesNotFit, match=r"cuda: 200\.0 MiB are needed on the host, and 199"):
         settled()
 
 

@@ -126,7 +126,7 @@ def test_json_is_one_document_with_what_was_measured_here(once: None) -> None:
     assert found["components"]["weights of dit"] > 0 and found["assumptions"]
 
 
-@pytest.mark.parametrize("size", ["0", "-1GB", "12 bananas", "nan", "", "1e9GB", "٣GB"])
+@pytest.mark.parametrize("size", ["0", "-1GB", "12 bananas", "nan", "", "1e9GB", "٣GB", "4091"])
 def test_no_size(size: str) -> None:
     refused = typed("infer", "--model", "cartoon-i2v", "--fit", size)
     assert refused.exit_code == 2 and "no size of memory" in refused.stderr
@@ -198,7 +198,7 @@ def test_a_host_below_what_waits_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     words = ("infer", "--model", "cartoon-i2v", "--fit", "220MiB", "--host")
     refused = typed(*words, "100MiB")
     assert refused.exit_code == 5
-    assert "--host: 200.0 MiB have to wait on the host, and 100.0 MiB were given" in refused.stderr
+    assert "--host: 200.0 MiB are needed on the host, and 100.0 MiB were given" in refused.stderr
     assert typed(*words, "200MiB").exit_code == 0
 
 

@@ -34,9 +34,9 @@ class ToyFamily:
         return (
             Artifact("stills", "vae", "sample", ("video",), keys, (16, FRAMES, *plane)),
             Artifact("face_stills", "vae", "sample", ("video", "masks"), keys, (16, FRAMES, *plane)),
-            Artifact("clip_tokens", "audio", "sample", ("audio",), (), (None, None)),
+            Artifact("clip_tokens", "audio", "sample", ("audio",), (), (None, 48)),
             Artifact("words", "text", "prompt", ("prompt",), (), (None, None)),
-            Artifact("hush", "audio", "data set", (), (), (None, None)),
+            Artifact("hush", "audio", "data set", (), (), (None, 48)),
         )
 
     def frames_read(

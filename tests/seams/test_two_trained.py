@@ -28,6 +28,8 @@ from avatarctl.config import RunConfig
 from avatarctl.demo.samples import write_samples
 from avatarctl.family import Artifact, Clip, Condition, Draw, Modules, Timesteps
 from avatarctl.loading import assemble, parts
+from avatarctl.profiling import training
+from avatarctl.profiling.training import profile_training
 from avatarctl.training import start
 from avatarctl.weights.key_map import KeyMap
 from avatarctl.weights.layout import WeightLayout
@@ -206,7 +208,7 @@ def known() -> Iterator[None]:
             patch.setitem(registry.ROWS, row.name, row)
             patch.setitem(parts.TRANSFORMERS, family.name, network)
         known = (layout_of("masked"), layout_of("frames"), *start.LAYOUTS)
-        for module in (start, assemble):
+        for module in (start, assemble, training):
             patch.setattr(module, "LAYOUTS", known)
         yield
 
@@ -293,3 +295,16 @@ def test_masks_reach_the_loss(samples: Path, tmp_path: Path) -> None:
     shares = [entry["loss"] / other["loss"] for entry, other in zip(masked, white, strict=True)]
     assert (shares[0] == 1) == (0.4 <= chosen[0] < 0.5)  # a step that sees faces alone
     assert min(shares) < 0.95, (shares, chosen)
+
+
+@pytest.mark.parametrize(("family", "channels", "given"), [("masked", 49, 32), ("frames", 33, 16)])
+def test_its_training_is_counted_like_any_other(family: str, channels: int, given: int) -> None:
+    """On fakes as on real tensors, to the byte; the profiler has no line for it."""
+    row = registry.ROWS[f"{family}-tiny"]
+    words = ("data.width=32", "data.height=16", "train.batch_size=2")
+    cfg = registry.configure(f"model.name={row.name}", *words, "data.num_frames=5")
+    counted, measured = (profile_training(row, cfg, mode) for mode in ("fake", "real"))
+    assert counted.stages == measured.stages
+    numbers = 16 * (given + 1) + 16 * (48 + 1) + 16 * (1 + 1)
+    assert counted.trained == numbers and counted.components["moments"] == 8 * numbers
+    assert counted.stages["backward"] > counted.stages["load"] == 4 * numbers

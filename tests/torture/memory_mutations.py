@@ -13,8 +13,8 @@ MUTATIONS = (
     Mutation(
         "a part that stays",
         "loading/placed.py",
-        "                    self.drop(name)\n",
-        "                    pass\n",
+        "                self.drop(name)\n",
+        "                pass\n",
         "placement/test_modes.py::test_the_text_encoder_is_gone_before_the_transformer_is_read",
     ),
     Mutation(

@@ -195,7 +195,8 @@ def main(name: str, mutations: Sequence[Mutation]) -> int:
                 shutil.copy(place, copy)
         done = tested(copy, *dict.fromkeys(mutation.test for mutation in mutations))
         if done.returncode:
-            print(f"{name}: FAILED without any mistake:\n{done.stdout[-3000:]}{done.stderr[-500:]}", file=sys.stderr)
+            said = done.stdout[-3000:] + done.stderr[-500:]
+            print(f"{name}: FAILED without any mistake:\n{said}", file=sys.stderr)
             return 1
         missed = 0
         for mutation in mutations:
