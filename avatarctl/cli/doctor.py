@@ -19,6 +19,7 @@ import click
 import avatarctl
 from avatarctl.cli.command import Command
 from avatarctl.cli.launch import meeting_place
+from avatarctl.cli.memory_mode import counts_folder
 from avatarctl.cli.options import WEIGHTS_VARIABLE
 from avatarctl.cli.screen import Screen
 from avatarctl.errors import AvatarctlError, EnvironmentMissing, UsageError, printable
@@ -197,7 +198,7 @@ def _folders(root: str | None) -> Iterator[Found]:
     from avatarctl.hub.locate import hub_cache
     from avatarctl.profiling.trials import Found
 
-    named = [("hub cache", hub_cache(), "HF_HOME")]
+    named = [("hub cache", hub_cache(), "HF_HOME"), ("counts", counts_folder(), "XDG_CACHE_HOME")]
     if root is not None:
         named.append(("weights root", expanded(root), WEIGHTS_VARIABLE))
     for name, path, variable in named:
@@ -208,7 +209,7 @@ def _folders(root: str | None) -> Iterator[Found]:
             yield Found(name, "ok", text)
         else:
             fix = f"set {variable} to a folder that can be written"
-            yield Found(name, "note", f"{text}: nothing can be fetched to it", fix)
+            yield Found(name, "note", f"{text}: nothing can be written to it", fix)
 
 
 def _keys() -> Iterator[Found]:

@@ -33,6 +33,7 @@ __all__ = [
     "UNDECIDED",
     "best_that_fits",
     "countable",
+    "counts_folder",
     "decided_without_torch",
     "free_room",
     "infer_counter",
@@ -210,7 +211,7 @@ def infer_counter(row: Row, screen: Screen, samples: int) -> Callable[[RunConfig
     def count(cfg: RunConfig) -> Account:
         return profile_inference(row, cfg, samples=samples)
 
-    return lambda cfg: kept(_cache_folder(), row, cfg, count, screen, samples)
+    return lambda cfg: kept(counts_folder(), row, cfg, count, screen, samples)
 
 
 def countable(row: Row, plan: JobPlan) -> Row:
@@ -230,7 +231,7 @@ def countable(row: Row, plan: JobPlan) -> Row:
     return replace(row, network={**like.network, "dit": dit})
 
 
-def _cache_folder() -> Path:
-    """Of what was counted."""
+def counts_folder() -> Path:
+    """Where accounts are kept that were counted before."""
     home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
     return (Path(home) if home else Path.home() / ".cache") / "avatarctl" / "memory"

@@ -9,7 +9,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+    unset_fake_temporarily,
+)
+
+from avatarctl.errors import AvatarctlError
 
 __all__ = ["Mode", "fill", "outside", "slots", "tensor_bytes", "tensors"]
 
@@ -30,8 +38,25 @@ def slots(network: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
 
 
 def tensors(mode: Mode) -> AbstractContextManager[Any]:
-    """Where tensors of this kind are made; audio, token ids and sigmas are real numbers in either."""
-    return nullcontext() if mode == "real" else FakeTensorMode(allow_non_fake_inputs=True)
+    """Where tensors of this kind are made; audio, token ids and sigmas are real numbers in either. Raises
+    AvatarctlError for an operator that works on real ones alone."""
+    return nullcontext() if mode == "real" else _Fakes(allow_non_fake_inputs=True)
+
+
+class _Fakes(FakeTensorMode):
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        super().__exit__(kind, error, trace)
+        if isinstance(error, _NO_FAKE) or (isinstance(error, RuntimeError) and _UNKNOWN in str(error)):
+            raise AvatarctlError(
+                f"cannot be counted: {' '.join(str(error).split())[:120]} works on real numbers alone",
+                where="an operator",
+                fix="please report it, with the command that was typed",
+            ) from error
+
+
+_NO_FAKE = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
+_UNKNOWN = "no fake impl"
+"""In the words of torch, for an operator that another library registered."""
 
 
 def outside(mode: Mode) -> AbstractContextManager[Any]:

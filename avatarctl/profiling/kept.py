@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["kept"]
 
+_SIZES: Final = ("stages", "weights", "components")
 _NO_MATTER: Final = (
     "input.", "output.path", "model.weights", "model.lora", "runtime.seed", "runtime.log_level",
 )  # fmt: skip
@@ -42,11 +43,9 @@ def kept(
     path = folder / f"{_name(row, cfg, samples)}.json"
     try:
         numbers = json.loads(path.read_text(encoding="utf-8"))
-        stages, weights, components = (
-            _checked(numbers[name]) for name in ("stages", "weights", "components")
-        )
+        stages, weights, parts = (_checked(numbers[name]) for name in _SIZES)
         trained, host, packing = (int(numbers[name]) for name in ("trained", "host", "packing"))
-        return Account(stages, weights, components, trained, host, packing)
+        return Account(stages, weights, parts, trained, host, packing)
     except (OSError, ValueError, KeyError, TypeError):  # not counted yet, or not ours
         account = count(cfg)
     try:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from avatarctl.errors import AvatarctlError
 from avatarctl.live_bytes import LiveBytes
 from avatarctl.profiling import extend as extension
 from avatarctl.profiling import inference, training
@@ -102,6 +103,44 @@ def test_real_networks_are_as_large_as_counted_ones(device: str) -> None:
     assert sizes == {part: tensor_bytes(getattr(counted, part)) for part in sizes} and len(sizes) == 5
     numbers = sum(each.numel() for each in real["vae"].parameters())
     assert sizes["vae"] >= numbers * (4 if device == "cpu" else 2)
+
+
+def test_an_operator_that_needs_numbers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose result has a size that only numbers decide, in the middle of a step."""
+    row, cfg = find_model("cartoon-v2v"), configure("model.name=cartoon-v2v", *SMALL)
+    step = training.flow_step
+
+    def with_another(*inputs: Any) -> Any:
+        made = step(*inputs)
+        made.loss.nonzero()
+        return made
+
+    monkeypatch.setattr(training, "flow_step", with_another)
+    with pytest.raises(
+        AvatarctlError, match=r"an operator: cannot be counted: aten\.nonzero.*please report"
+    ) as caught:
+        profile_training(row, cfg)
+    assert caught.value.exit_code == 1
+
+
+def test_a_tensor_that_stays_is_counted_by_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A known one that a step keeps, predicted and measured."""
+    monkeypatch.setattr("avatarctl.models.omniavatar.without_padding", lambda text: (text, None))
+    row, cfg = wider("cartoon-v2v", num_layers=4), configure("model.name=cartoon-v2v", *SMALL)
+    before = of_depth(4)
+    step = training.flow_step
+
+    def keeping(*inputs: Any) -> Any:
+        tensor = torch.zeros(12_345)
+        made = step(*inputs)
+        made.velocity.register_hook(lambda _, kept=tensor: None)  # as long as the graph
+        return made
+
+    monkeypatch.setattr(training, "flow_step", keeping)
+    counted, measured = profile_training(row, cfg, exact=True), profile_training(row, cfg, "real")
+    assert counted.stages == measured.stages
+    for phase in ("forward", "backward"):
+        assert counted.stages[phase] - before.stages[phase] == 4 * 12_345
 
 
 def wider(model: str, **sizes: Any) -> Any:
