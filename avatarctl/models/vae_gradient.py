@@ -219,7 +219,7 @@ class _Walk:
                 del start
                 for index in range(first, between):
                     snapshot = _one(self._plan.cells, self._frame(index), snapshot)[1]
-                self._starts[between] = self._plan.kept(snapshot) if room else snapshot
+                self._starts[between] = self._plan.kept(snapshot)
                 del snapshot
             self.back(between, frames - behind, max(room - 1, 0))
             frames = behind
@@ -253,10 +253,11 @@ class _Walk:
 
 
 def _one(cells: list[Cell], latents: Tensor, snapshot: Snapshot) -> tuple[Tensor, Snapshot]:
-    """One latent frame's pixels, and the snapshot behind it; the one before is left as it is."""
+    """One latent frame's pixels, and the snapshot behind it; the one before is used up, cell by cell, so that
+    what nobody keeps of it makes room."""
     after, x = [], latents
-    for cell, own in zip(cells, snapshot, strict=True):
-        caches = list(own)
+    for place, cell in enumerate(cells):
+        caches, snapshot[place] = list(snapshot[place]), []
         x = cell.run(x, caches)
         after.append(caches)
     return x, after
