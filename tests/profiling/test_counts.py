@@ -12,6 +12,7 @@ import torch
 
 from avatarctl.errors import AvatarctlError
 from avatarctl.live_bytes import LiveBytes
+from avatarctl.loading.built_in import build_on_meta
 from avatarctl.profiling import extend as extension
 from avatarctl.profiling import inference, training
 from avatarctl.profiling.account import Account
@@ -141,6 +142,13 @@ def test_a_tensor_that_stays_is_counted_by_its_bytes(monkeypatch: pytest.MonkeyP
     assert counted.stages == measured.stages
     for phase in ("forward", "backward"):
         assert counted.stages[phase] - before.stages[phase] == 4 * 12_345
+
+
+@pytest.mark.parametrize(("part", "published"), [("dit", 28.6e9), ("text", 11.4e9)])
+def test_published_networks_have_the_published_size(part: str, published: float) -> None:
+    """In bfloat16 (spec/building-blocks.md 10)."""
+    networks = build_on_meta(find_model("omniavatar-14b"), 49)
+    assert 2 * sum(each.numel() for each in networks[part].parameters()) == pytest.approx(published, rel=5e-3)
 
 
 def wider(model: str, **sizes: Any) -> Any:
