@@ -59,9 +59,10 @@ def slower_plans(
 ) -> Iterator[Step]:
     """Behind `cfg` itself, each smaller than the one before as a rule. What was asked for stays.
 
-    blocks: of the transformer, 0 where none is to be swapped; rounded: plans that store it in eight bits are
-    among them, behind all that leave the result as it is.
+    blocks: of the transformer, 0 where none is to be swapped; rounded: plans that change the result are among
+    them, behind all that leave it as it is: the transformer in eight bits, and shorter chunks or windows.
     """
+    another = rounded
     rounded &= "memory.base_precision" not in asked and cfg.memory.base_precision != "fp8"
     if job == "infer":
         yield from _modes(cfg, asked, blocks, {})
@@ -69,6 +70,8 @@ def slower_plans(
             stored = {"memory.base_precision": "fp8"}
             yield _plan(cfg, stored, _ROUNDED)
             yield from _modes(cfg, asked, blocks, stored)
+        if another:
+            yield from _shorter(cfg, asked)
         return
     yield from _of_training(job, cfg, asked, blocks, rounded)
 
@@ -88,6 +91,25 @@ def _modes(
         if mode == stop:
             return
         yield _plan(cfg, {"memory.mode": mode, **more}, first if mode == "model" else costs)
+
+
+def _shorter(cfg: RunConfig, asked: Mapping[str, Any]) -> Iterator[Plan]:
+    """With fewer frames in a chunk or window, in the smallest mode that is open."""
+    now, overlap = cfg.long_video.num_frames, cfg.long_video.overlap_frames
+    if now is None or overlap is None or "long_video.num_frames" in asked:
+        return
+    fixed = asked.keys() & {"memory.mode", "memory.swap_blocks"}
+    mode = {} if fixed else {"memory.mode": MODES[-1]}
+    what = "windows" if cfg.long_video.strategy == "fused" else "chunks"
+    for frames in _FRAMES:
+        if overlap + _LATENT < frames < now:
+            costs = f"{what} of {frames} frames in place of {now}: another video"
+            yield _plan(cfg, {**mode, "long_video.num_frames": frames}, costs)
+
+
+_FRAMES: Final = (65, 49, 33)
+_LATENT: Final = 4
+"""Pixel frames of a latent frame: less than one of them new in a chunk is no chunk."""
 
 
 def _of_training(

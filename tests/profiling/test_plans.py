@@ -17,6 +17,17 @@ def test_modes_of_infer_from_the_fastest_to_the_smallest() -> None:
     assert str(next(faster_plans("infer", slow, {}))) == "memory.mode full"
 
 
+def test_what_changes_the_video_comes_last_and_says_so() -> None:
+    cfg = configure("model.name=omniavatar-14b", "long_video.num_frames=57")
+    plans = list(slower_plans("infer", cfg, {}, rounded=True))
+    eight_bits = [plan.cfg.memory.base_precision == "fp8" for plan in plans]
+    assert eight_bits == [False] * 3 + [True] * 4 + [False] * 2
+    assert [plan.cfg.long_video.num_frames for plan in plans[-2:]] == [49, 33]
+    assert plans[-1].costs == "chunks of 33 frames in place of 57: another video"
+    kept = slower_plans("infer", cfg, {"long_video.num_frames": 57}, rounded=True)
+    assert {plan.cfg.long_video.num_frames for plan in kept} == {57}
+
+
 def test_training_recomputes_before_it_cuts_the_batch_and_looks_at_fewer_frames_last() -> None:
     cfg = configure("model.name=omniavatar-14b", AUX, "train.batch_size=4", "memory.vae_gradient=full",
                     "memory.activation_checkpointing=none", "data.num_frames=81")  # fmt: skip
