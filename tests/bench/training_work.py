@@ -55,7 +55,7 @@ from avatarctl.weights.layout import Sizes
 from avatarctl.weights.layouts import OMNIAVATAR
 
 MODEL = "cartoon-v2v"
-STEPS = 2
+STEPS = 6
 WIDE = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 4}
 PLAIN = ("train.timestep_weight=none", "memory.activation_checkpointing=none")
 
@@ -167,7 +167,8 @@ def public_order(base: Path) -> list[tuple[str, ...]]:
     side, frames = 64, 33
     data = prepared(base / "small", 2, side, frames)
     words = ("aux.losses=sync,lpips", "train.batch_size=1", "train.max_steps=9", *PLAIN)
-    ours = trainer_on(data, base / "ours", side, frames, *words, "aux.frames=16")
+    ours = trainer_on(data, base / "ours", side, frames, *words)
+    window = trainer_on(data, base / "window", side, frames, *words, "aux.frames=16")
     (sample,) = (each for each in ours.data.read([0]) if isinstance(each, TrainingSample))
     stored = {**sample.tensors, "text": torch.zeros(1, 512, 4096)}
     for name, tensor in stored.items():
@@ -200,18 +201,27 @@ def public_order(base: Path) -> list[tuple[str, ...]]:
         sync = sync_loss(sync_cosines(judges.sync, made, waveform, 8), "logits").mean()  # type: ignore[arg-type]
         (0.1 * sync + 0.1 * lpips_loss(judges.lpips, made, real).mean()).backward()  # type: ignore[arg-type]
 
-    def judged_ours() -> None:
+    def judged(trainer: Trainer) -> None:
         batch = _aux_batch(step, [sample], draws, condition, timesteps, torch.device("cpu"))
-        ours.aux(replace(batch, velocity=velocity)).total.sum().backward()  # type: ignore[misc]
+        trainer.aux(replace(batch, velocity=velocity)).total.sum().backward()  # type: ignore[misc]
 
-    rows = []
+    def network() -> None:
+        flow_step(ours.family, ours.network.dit, condition, timesteps, noise, ours.cfg).loss.sum().backward()
+
+    rows, took = [], {}
     for what, theirs, own in (
-        ("reading a sample, CPU ms, public order / ours", read_public, read_ours),
-        ("sync and LPIPS of 33 frames / of a window of 16, CPU ms", judged_public, judged_ours),
+        ("reading a sample", read_public, read_ours),
+        ("the network, forward and backward", network, network),
+        ("sync and LPIPS of all 33 frames", judged_public, lambda: judged(ours)),
+        ("the same of a window of 16 (`aux.frames 16`)", judged_public, lambda: judged(window)),
     ):
         pairs = [(cpu(theirs), cpu(own)) for _ in range(4)][1:]
-        a, b = (min(each) * 1000 for each in zip(*pairs, strict=True))
-        rows.append((what, f"{a:.1f} / {b:.1f}", f"{a / b:.2f} x", "", ""))
+        took[what] = tuple(min(each) * 1000 for each in zip(*pairs, strict=True))
+    read, net, whole, part = took.values()
+    took["a step of these parts"] = (read[0] + net[0] + whole[0], read[1] + net[1] + whole[1])
+    took["a step with the window"] = (read[0] + net[0] + whole[0], read[1] + net[1] + part[1])
+    for what, (a, b) in took.items():
+        rows.append((f"{what}, CPU ms, public order / ours", f"{a:.1f} / {b:.1f}", f"{a / b:.2f} x", "", ""))
     return rows
 
 

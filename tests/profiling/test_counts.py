@@ -158,18 +158,20 @@ def wider(model: str, **sizes: Any) -> Any:
 
 
 @cache
-def of_depth(layers: int) -> Account:
+def of_depth(layers: int, heads: int = 4) -> Account:
     """Every block of a model of so many; two tests look at some of the same."""
     cfg = configure("model.name=cartoon-v2v", *SMALL)
-    return profile_training(wider("cartoon-v2v", num_layers=layers), cfg, exact=True)
+    row = wider("cartoon-v2v", num_layers=layers, num_attention_heads=heads)
+    return profile_training(row, cfg, exact=True)
 
 
-def test_a_changed_network_changes_the_answer() -> None:
+@pytest.mark.parametrize("heads", [4, 2])
+def test_a_changed_network_changes_the_answer(heads: int) -> None:
     """By a closed formula: a block of width d with f in between has 8 d (d + 1) numbers in its attentions,
     2 d f + f + d in its feed-forward, 12 d in norms and modulation."""
-    d, f = 96, 384
+    d, f = 24 * heads, 384
     block = 8 * d * (d + 1) + 2 * d * f + f + d + 6 * d + 4 * d + 2 * d
-    four, six = of_depth(4), of_depth(6)
+    four, six = of_depth(4, heads), of_depth(6, heads)
     audio = d * 32 + d  # one more projection
     assert six.trained - four.trained == 2 * block + audio
     assert six.weights["dit"] - four.weights["dit"] == 4 * (2 * block + audio)
