@@ -41,6 +41,7 @@ __all__ = [
     "flush_file",
     "flush_folder",
     "held_folder",
+    "remove_folder",
     "remove_left_behind",
     "removed_after_failure",
 ]
@@ -131,6 +132,13 @@ def held_folder(parent: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)  # the next run in this folder tries again, and says so
         if lock is not None:
             os.close(lock)
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder at once, for whoever looks for its name: it is hidden before it is emptied, so that a
+    kill leaves no half of it. Raises OSError."""
+    with held_folder(folder.parent) as hidden:
+        folder.rename(hidden / folder.name)
 
 
 def _make_held(parent: Path) -> tuple[Path, int | None]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from avatarctl.atomic import disk_errors, flush_file, flush_folder, held_folder
+from avatarctl.atomic import disk_errors, flush_file, flush_folder, held_folder, remove_folder
 from avatarctl.errors import AvatarctlError
 from avatarctl.files.strict_json import read_object
 from avatarctl.files.writer import write_safetensors
@@ -62,7 +62,7 @@ def keep_best(
         _write(run, run / f"best-{metric}-{step}", state, files)
         for path in before:
             if path.name != f"best-{metric}-{step}":
-                shutil.rmtree(path)
+                remove_folder(path)
         improved.append(metric)
     return improved
 
@@ -104,7 +104,7 @@ def _write(
             flush_file(path)
         flush_folder(folder)
         if final.is_dir():  # damaged, or measured on something else
-            shutil.rmtree(final)
+            remove_folder(final)
         folder.rename(final)
         flush_folder(run)
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from avatarctl.atomic import disk_errors, flush_file, flush_folder, held_folder
+from avatarctl.atomic import disk_errors, flush_file, flush_folder, held_folder, remove_folder
 from avatarctl.errors import PathNotFound, UnusableWeights, WriteFailed
 from avatarctl.files.strict_json import read_object
 from avatarctl.files.tensors import StoredTensor
@@ -139,7 +139,7 @@ def rotate(run: Path, keep: int) -> Iterator[Path]:
         what = f"was not written as it should be: {wrong}"
         raise WriteFailed(what, where=held[-1][1], fix="older ones stay")
     for _, path in held[:-keep]:
-        shutil.rmtree(path)
+        remove_folder(path)
         yield path
 
 

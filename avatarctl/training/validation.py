@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from avatarctl.atomic import disk_errors, ensure_writable_folder, held_folder
+from avatarctl.atomic import disk_errors, ensure_writable_folder, held_folder, remove_folder
 from avatarctl.conditioning.masking import mask_tensor
 from avatarctl.data.checking import run_mask
 from avatarctl.data.windows import VIDEO_SUFFIXES
@@ -147,7 +146,7 @@ class Validation:
         entry = self._entry(step, scored)
         self._draw(folder / SHEET, step, entry, scored)
         if final.is_dir():
-            shutil.rmtree(final)
+            remove_folder(final)
         folder.rename(final)
         self.folder.write(VALIDATION, entry)
         draw_curves(self.folder.path / "curves.png", self.folder.entries())

@@ -2,8 +2,9 @@
 
     python tests/torture/kill_training.py [SEED]
 
-Real processes train 8 steps on four prepared clips: from scratch with an average, and an adapter of the
-built-in image model under accumulation. First undisturbed; then 4 steps, a kill, and the rest; then 2, a
+Real processes train 8 steps: with auxiliary losses on the clips that are drawn where no data is named; and
+on four clips from scratch with an average, and an adapter of the built-in image model under accumulation.
+First undisturbed; then 4 steps, a kill, and the rest; then 2, a
 kill, 2, a kill, and 4, so that a resumed run is resumed; then killed many times anywhere: while it starts,
 between steps, while a checkpoint is written, renamed, or an older one removed. Each goes on with
 `--resume auto`, with another number of reading processes every time, and nobody removes a lock. After each
@@ -28,12 +29,13 @@ from avatarctl.demo.samples import write_samples
 from avatarctl.loading.trained import checkpoints, damage
 
 STEPS, KILLS = 8, 6
-SMALL = ("--size", "32x32", "--frames", "9", "--max-steps", str(STEPS), "--keep-last", "2")
+FIXED = ("--size", "32x32", "--max-steps", str(STEPS), "--keep-last", "2", "-o", "checkpoint.every=1")
 CASES = {
-    "v2v, full, average": ("v2v", "--batch-size", "2", "--ema", "0.9"),
+    "as typed, on the drawn clips": ("v2v", "--aux", "sync,lpips", "--frames", "17"),
+    "v2v, full, average": ("v2v", "--batch-size", "2", "--ema", "0.9", "--frames", "9"),
     "i2v, adapter, accumulated": (
         "i2v", "--mode", "lora", "--lora-rank", "2", "--batch-size", "1",
-        "-o", "train.gradient_accumulation=2",
+        "-o", "train.gradient_accumulation=2", "--frames", "9",
     ),
 }  # fmt: skip
 COMPARED = ("trainable_weights.safetensors", "ema_weights.safetensors", "optimizer.safetensors")
@@ -46,8 +48,9 @@ class Torn(Exception):
 
 def line(data: Path, run: Path, case: tuple[str, ...], workers: int) -> list[str]:
     which, *words = case
-    fixed = ["--data", str(data), "--out", str(run), *SMALL, "-o", "checkpoint.every=1", "--resume", "auto"]
-    return [sys.executable, "-m", "avatarctl", "train", which, *words, *fixed, "--workers", str(workers)]
+    words += [] if "--aux" in words else ["--data", str(data)]
+    fixed = ["--out", str(run), *FIXED, "--resume", "auto", "--workers", str(workers)]
+    return [sys.executable, "-m", "avatarctl", "train", which, *words, *fixed]
 
 
 def bits(run: Path) -> list[bytes]:

@@ -189,6 +189,21 @@ def test_the_newest_are_kept_by_number(copied: Path, prepared: Path, train: Trai
     assert [path.name for path in copied.glob("checkpoint-*")] == ["checkpoint-10"]
 
 
+def test_a_kill_while_an_old_one_is_removed_leaves_no_half_of_it(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(folder: Path, **_: object) -> None:
+        next(folder.rglob("*.safetensors")).unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        list(checkpoints.rotate(copied, 1))
+    left = checkpoints.checkpoints(copied)
+    assert [number for number, _ in left] == [2, 3]
+    assert not any(checkpoints.damage(path) for _, path in left)
+
+
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
