@@ -19,8 +19,9 @@ from avatarctl.errors import AvatarctlError, UnusableVideo
 from avatarctl.events import Emit, Notice
 from avatarctl.family import TrainableFamily
 from avatarctl.media import open_video
+from avatarctl.media.files import file_sha256
 from avatarctl.perception.align import crop_size, template
-from avatarctl.perception.face_file import FACE_FILE, VERSION
+from avatarctl.perception.face_file import FACE_FILE, VERSION, Clip, read_face_file
 
 __all__ = ["AlignedFaces"]
 
@@ -39,12 +40,15 @@ class AlignedFaces:
         self._elsewhere: list[str] = []
 
     def problem(self, sample: Sample) -> AvatarctlError | None:
-        """Why a sample cannot be used. Those that were cut here, or have a map to their face, are not looked
-        at, nor is any under `--faces none`."""
+        """Why a sample cannot be used. Those that were cut here, or have a map to their face that is of this
+        clip, are not looked at, nor is any under `--faces none`."""
         if not self._wanted:
             return None
         try:
-            if (sample.folder / FACE_FILE).is_file() or sample_source(sample.folder) is not None:
+            if sample_source(sample.folder) is not None:
+                return None
+            if (path := sample.folder / FACE_FILE).is_file():
+                read_face_file(path, Clip(**self._known.facts(sample.video, "clip", _clip)))
                 return None
             kind = f"face {VERSION} {self._length}"
             off = self._known.facts(sample.video, kind, self._look)["off"]
@@ -81,6 +85,13 @@ class AlignedFaces:
             offs = [_off(reader.read(at, at + 1)[0]) for at in sorted({0, count // 2, count - 1})]
         found = [each for each in offs if each is not None]
         return {"off": round(min(found), 4) if found else None}
+
+
+def _clip(video: Path) -> dict[str, Any]:
+    """What a map to a face says of the video that it belongs to."""
+    with open_video(video) as reader:
+        size = {"frames": reader.frames, "width": reader.width, "height": reader.height}
+    return {"sha256": file_sha256(video), **size}
 
 
 def _off(frame: np.ndarray) -> float | None:

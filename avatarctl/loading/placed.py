@@ -52,7 +52,7 @@ class PlacedModules(SomeModules):
     ) -> None:
         super().__init__(wanted, self._placed, device)
         self._read, self._memory, self._emit, self._host = build, memory, emit, host
-        self.moves = Moves()
+        self.moves, self._unpinned_said = Moves(), False
         self.loads: list[Part] = []
 
     def _placed(self, part: Part) -> Any:
@@ -69,8 +69,8 @@ class PlacedModules(SomeModules):
             leaf_by_leaf(network, self.device, host=self._host, moves=self.moves)
         elif in_blocks:
             self._in_blocks(network)
-        if unpinned := self.moves.unpinned_bytes:
-            self.moves.unpinned_bytes = 0
+        if (unpinned := self.moves.unpinned_bytes) and not self._unpinned_said:
+            self._unpinned_said = True
             line = f"memory: {unpinned / 2**30:.1f} GiB on the host could not be pinned; copies take longer"
             self._emit(Notice(line, "warning"))
         return network

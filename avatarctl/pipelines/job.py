@@ -212,11 +212,11 @@ def check_job(cfg: RunConfig, row: Row, job: Job, emit: Emit) -> JobPlan:
     raise.
     """
     require_supported(cfg, "infer")
-    if cfg.memory.swap_blocks and cfg.memory.mode in ("group", "sequential"):
+    if cfg.memory.swap_blocks and cfg.memory.mode in ("full", "group", "sequential"):
         raise UsageError(
-            f"mode {cfg.memory.mode} already says which blocks leave",
+            f"memory.mode {cfg.memory.mode} already says which blocks leave",
             where="memory.swap_blocks",
-            fix="leave one of the two out",
+            fix="--memory model with it, or leave it out",
         )
     family = family_named(row.family)
     takes = family.takes(cfg)

@@ -75,6 +75,8 @@ class Unit:
         self._waiting: dict[torch.dtype, Tensor] = {}
         self._arrived: dict[torch.dtype, Tensor] | None = None
         self._event: Any = None
+        self.left: Any = None
+        """On a GPU an event behind the last computation with these weights."""
         self._pack(modules, host)
         weakref.finalize(self, moves.hold, -self.nbytes)
         self.leave()
@@ -128,6 +130,8 @@ class Unit:
             for place in places:
                 empty = torch.empty(place.shape, dtype=place.dtype, device=_META)
                 place.holder[place.name] = nn.Parameter(empty, requires_grad=False)
+        if self._arrived is not None:
+            self.left = _event(self.device)
         self._arrived = self._event = None
 
     def _pack(self, modules: Sequence[nn.Module], host: torch.device) -> None:
@@ -145,10 +149,9 @@ class Unit:
             offset = -(-ends.get(parameter.dtype, 0) // step) * step
             where[key], ends[parameter.dtype] = offset, offset + parameter.numel()
         for dtype, length in ends.items():
-            pin = self.device.type == "cuda" and host.type == "cpu"
-            self._waiting[dtype] = flat = _room(length, dtype, host, pin)
+            self._waiting[dtype] = flat = _room(length, dtype, host)
             mark(flat)
-            if pin and not flat.is_pinned():
+            if self.device.type == "cuda" and host.type == "cpu" and not _locked(flat):
                 self._moves.unpinned_bytes += length * dtype.itemsize
             self._moves.hold(length * dtype.itemsize)
         for key, parameter in tensors.items():
@@ -165,25 +168,56 @@ class Unit:
             )
 
 
-def _room(length: int, dtype: torch.dtype, host: torch.device, pin: bool) -> Tensor:
-    """A buffer on the host, pinned where the system lets it.
+def _room(length: int, dtype: torch.dtype, host: torch.device) -> Tensor:
+    """A buffer on the host.
 
     On a real host it is made outside of what counts live bytes: `Moves` counts it, so that host and device
     are told apart on a CPU as well.
     """
     if host.type == "cpu":
         with _disable_current_modes():
-            return _on_host(length, dtype, host, pin)
+            return torch.empty(length, dtype=dtype, device=host)
     return torch.empty(length, dtype=dtype, device=host)
 
 
-def _on_host(length: int, dtype: torch.dtype, host: torch.device, pin: bool) -> Tensor:
-    if pin:
-        try:
-            return torch.empty(length, dtype=dtype, device=host, pin_memory=True)
-        except RuntimeError:  # the limit of locked memory; a copy takes longer, and is the same
-            pass
-    return torch.empty(length, dtype=dtype, device=host)
+def _locked(flat: Tensor) -> bool:
+    """Whether the system locks a buffer for a card: a copy from it then goes on beside what computes.
+
+    It is registered as it is. The allocator of pinned memory would round each up to a power of two: 40 GiB
+    for the 26 of 14B (c10 `AllocatorConfig`, spec/building-blocks.md 5).
+    """
+    if not flat.numel():
+        return True
+    runtime, place = _cuda_runtime(), flat.data_ptr()
+    if int(runtime.cudaHostRegister(place, flat.numel() * flat.element_size(), 0)):
+        _forget_error()
+        return False
+    weakref.finalize(flat.untyped_storage(), _unlock, runtime, place)
+    return True
+
+
+def _unlock(runtime: Any, place: int) -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # a copy may be under way
+    runtime.cudaHostUnregister(place)
+
+
+def _cuda_runtime() -> Any:
+    return torch.cuda.cudart()
+
+
+def _forget_error() -> None:
+    """What failed is known; torch would tell it of the next kernel, as if that had run out of memory."""
+    try:
+        torch.zeros(1, device="cuda").add_(1)
+        torch.cuda.synchronize()
+    except RuntimeError:
+        pass
+
+
+def _event(device: torch.device) -> Any:
+    """Behind what the device was told to compute so far; None where it has done that already."""
+    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
 def _copied(flat: Tensor, device: torch.device) -> Tensor:
@@ -209,6 +243,7 @@ class Visits:
     ) -> None:
         self._units, self._ahead, self._turns = units, min(ahead, len(units) - 1), turns
         device = units[0].device if units else torch.device("cpu")
+        self._last: Any = None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" and ahead else None
         for index, (first, last) in enumerate(doors):
             first.register_forward_pre_hook(self._opening(index))
@@ -220,6 +255,7 @@ class Visits:
             for step in range(1, self._ahead + 1):
                 place = index - step if self._turns and _is_backward() else index + step
                 if not self._turns or 0 <= place < len(self._units):
+                    self._wait()
                     self._units[place % len(self._units)].start(self._stream)
 
         return come
@@ -227,8 +263,16 @@ class Visits:
     def _closing(self, index: int) -> Any:
         def go(module: nn.Module, inputs: Any, output: Any) -> None:
             self._units[index].leave()
+            self._last = self._units[index].left
 
         return go
+
+    def _wait(self) -> None:
+        """Until the card is done with the unit that left last. The program is far ahead of a card: without
+        this each copy would get memory of its own, as none is free yet."""
+        if self._last is not None:
+            self._last.synchronize()
+            self._last = None
 
 
 def _is_backward() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ from avatarctl.data.samples import Sample
 from avatarctl.events import Notice
 from avatarctl.families import family_named
 from avatarctl.media import write_audio, write_clip
+from avatarctl.media.files import file_sha256
 from avatarctl.perception.align import Aligner, align
+from avatarctl.perception.face_file import Clip, FaceFileWriter
 from avatarctl.perception.mesh import alignment_points
 from avatarctl.registry import configure
 from tests.data.conftest import run
 from tests.perception.conftest import background, landscape, portrait
+from tests.perception.test_face_file import face
 
 SCENE = np.asarray(portrait("crop").put(background(384, 216), 250, 108, 90))
 
@@ -77,14 +81,28 @@ def test_what_was_found_is_known_the_next_time(tmp_path: Path, monkeypatch: pyte
         assert faces.problem(drawn) is not None
 
 
-def test_a_sample_with_a_map_to_its_face_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sample_with_a_map_to_its_face_is_taken_and_none_with_another_clips(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(aligned, "cpu_networks", None)
     family: Any = family_named("omniavatar")
     cfg = configure("model.name=cartoon-v2v", "data.faces=auto")
     mapped = sample(tmp_path, "drawn")
-    (mapped.folder / "face.safetensors").write_bytes(b"")
-    faces = AlignedFaces(cfg, family, Known(tmp_path / "known", tmp_path, "test"), lambda event: None)
-    assert faces.problem(mapped) is None
+    path = mapped.folder / "face.safetensors"
+    height, width = SHOWN["drawn"].shape[:2]
+    own = Clip(file_sha256(mapped.video), 9, width, height)
+    for clip in (own, replace(own, sha256="ab" * 32)):
+        path.unlink(missing_ok=True)
+        with FaceFileWriter(path, clip, 256, "test-detector") as writer:
+            for number in range(9):
+                writer.add(face(0), starts_scene=number == 0)
+            writer.close()
+        faces = AlignedFaces(cfg, family, Known(tmp_path / "known", tmp_path, "test"), lambda event: None)
+        problem = faces.problem(mapped)
+        assert problem is None if clip == own else "belongs to another clip" in str(problem)
+    path.write_bytes(b"")
+    broken = AlignedFaces(cfg, family, Known(tmp_path / "known", tmp_path, "test"), lambda event: None)
+    assert broken.problem(mapped) is not None
 
 
 def test_a_folder_without_faces_ends_with_3_and_says_what_takes_it(tmp_path: Path) -> None:

@@ -196,7 +196,7 @@ def test_swapped_blocks_are_the_last_ones() -> None:
     assert there == ["cpu"] * 4 + ["meta"] * 2
 
 
-@pytest.mark.parametrize("mode", ["group", "sequential"])
+@pytest.mark.parametrize("mode", ["full", "group", "sequential"])
 def test_a_mode_that_moves_blocks_takes_no_number_of_swapped_ones(mode: str) -> None:
     with pytest.raises(UsageError, match="already says which blocks leave"):
         plan_of(*CHUNKS, f"memory.mode={mode}", "memory.swap_blocks=1")
