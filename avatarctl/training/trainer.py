@@ -155,14 +155,15 @@ class Trainer:
                 stop = True
                 if not save:
                     self.save()
-            if stop and self.step < train.max_steps:
+            if stop and (self.step < train.max_steps or self._validation_is_due):
                 with self.world.together():
                     raise self._stopped()
 
     def _validate(self, should_stop: Callable[[], bool]) -> bool:
         """Validates where that is due; whether it came to its end."""
-        if self.validation is None or not self.validation.is_due(self.step):
+        if not self._validation_is_due:
             return True
+        assert self.validation is not None
         try:
             with self.phase("validation"):
                 self.validation.run(self.step, should_stop)
@@ -171,9 +172,17 @@ class Trainer:
             return False
         return True
 
+    @property
+    def _validation_is_due(self) -> bool:
+        """All have to ask."""
+        return self.validation is not None and self.validation.is_due(self.step)
+
     def _stopped(self) -> Interrupted:
-        fix = "the same command with --resume auto goes on"
-        return Interrupted(f"stopped after step {self.step}, which is saved", fix=fix)
+        fix = "the same command with --resume auto"
+        if self.step < self.cfg.train.max_steps:
+            return Interrupted(f"stopped after step {self.step}, which is saved", fix=f"{fix} goes on")
+        what = f"all {self.step} steps are made and saved, but not the last validation"
+        return Interrupted(what, fix=f"{fix} makes it")
 
     def save(self) -> Path:
         """A checkpoint of the step that was last made, which the main process writes. All have to call it:

@@ -146,6 +146,34 @@ def test_a_stopped_validation_is_made_when_the_run_goes_on(
     assert not trainer.validation.is_due(2)  # nothing is validated twice
 
 
+@pytest.mark.parametrize("where", ["in the last step", "in its validation"])
+def test_a_stop_before_the_last_validation_is_said(
+    where: str, trainer_of: Any, samples: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(
+        "validation.every=1", f"validation.sets={samples}", "validation.samples=1", "train.max_steps=1",
+        "validation.metrics=flow",
+    )  # fmt: skip
+    stopped: list[int] = []
+
+    def in_validation(*rest: Any) -> None:
+        stopped.append(1)
+        raise Interrupted("stopped by a signal")
+
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(Interrupted, match="not the last validation") as told,
+    ):
+        patched.setattr(trainer.validation, "run", in_validation)
+        trainer.train(lambda: where == "in the last step" and trainer.step == 1)
+    assert told.value.exit_code == 6 and "--resume auto makes it" in str(told.value)
+    assert (trainer.folder.path / "checkpoint-1").is_dir() and bool(stopped) == (where == "in its validation")
+    seen: list[int] = []
+    monkeypatch.setattr(trainer.validation, "run", lambda step, should_stop: seen.append(step))
+    trainer.train(lambda: False)
+    assert seen == [1]
+
+
 def test_it_stops_within_a_sampling_step_and_puts_everything_back(trainer_of: Any, samples: Path) -> None:
     trainer = trainer_of(
         "validation.every=1", f"validation.sets={samples}", "validation.samples=1", "validation.steps=9",
