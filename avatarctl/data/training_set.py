@@ -22,7 +22,7 @@ from avatarctl.data.known import Known
 from avatarctl.data.media import ReadFrames, read_sample, video_facts
 from avatarctl.data.samples import Sample, find_samples, prompt_of
 from avatarctl.data.workers import Outcome, encoding_threads, run_jobs
-from avatarctl.errors import AvatarctlError, UnusableAudio, UnusableFile, UnusableVideo
+from avatarctl.errors import AvatarctlError, Interrupted, UnusableAudio, UnusableFile, UnusableVideo
 from avatarctl.events import Emit, Notice, Stage
 from avatarctl.family import Artifact, TrainableFamily
 from avatarctl.files.named_path import expanded
@@ -38,10 +38,21 @@ if TYPE_CHECKING:
 
     from avatarctl.loading.modules import Part
 
-__all__ = ["ToFace", "TrainingData", "TrainingSample", "TrainingSet"]
+__all__ = ["ToFace", "TrainingData", "TrainingSample", "TrainingSet", "require_going"]
 
 _KEPT_BYTES: Final = 256 << 20
 """Of what was encoded while training, in memory: all of a small set, and of a large one its first samples."""
+
+
+def _never() -> bool:
+    return False
+
+
+def require_going(should_stop: Callable[[], bool]) -> None:
+    """Raises Interrupted once somebody asked for an end; before training, when there is nothing to save."""
+    if should_stop():
+        fix = "the same command with --resume auto goes on"
+        raise Interrupted("stopped before training began", fix=fix)
 
 
 @dataclass(frozen=True)
@@ -114,7 +125,8 @@ class TrainingSet:
     with_faces: with what aligns their faces, and one without it is bad; shortest: pixel frames that a clip
     needs. constants: artifacts of the whole set, float32, and "mask" where the run has one.
     choose: which samples of the set are meant, all unless given; encoders: those of another set, to be
-    shared; instead: what is said of a bad sample.
+    shared; instead: what is said of a bad sample. should_stop: is asked between samples, and between texts,
+    as long as training has not begun.
     """
 
     cfg: RunConfig
@@ -131,6 +143,7 @@ class TrainingSet:
     choose: Callable[[Sequence[Sample]], tuple[Sample, ...]] | None = None
     encoders: Encoders | None = None
     instead: str = "other samples take its turns"
+    should_stop: Callable[[], bool] = _never
 
     def __post_init__(self) -> None:
         assert self.cfg.data.path is not None
@@ -164,9 +177,10 @@ class TrainingSet:
 
     def check(self) -> None:
         """Looks at every sample. Raises UnusableFile where none can be used, WeightsMissing where something
-        has to be encoded and its encoder is not here."""
+        has to be encoded and its encoder is not here, Interrupted."""
         self.emit(Stage("looking at samples"))
         for sample in self._set.samples:
+            require_going(self.should_stop)
             checked = self._checker.check(sample)
             if checked.problem is None:
                 try:
@@ -204,7 +218,10 @@ class TrainingSet:
         return count
 
     def prepare(self) -> None:
-        """Reads or makes what all samples share: constants and prompts. The text encoder is dropped then."""
+        """Reads or makes what all samples share: constants and prompts. The text encoder is dropped then.
+
+        Raises Interrupted.
+        """
         import torch
 
         wanted = tuple(self._checker.missing_constants())
@@ -212,6 +229,7 @@ class TrainingSet:
             if artifact.name not in wanted:
                 path = constant_path(self._set.own, artifact)
                 self.constants[artifact.name] = torch.from_numpy(_read(path, artifact.name))
+        require_going(self.should_stop)
         if wanted:
             assert self.cfg.data.num_frames is not None
             frames = self.cfg.data.num_frames
@@ -331,6 +349,7 @@ class TrainingSet:
                 path = artifact_path(self._set.own, artifact, checked.sample, prompt)
                 self._prompts[prompt] = torch.from_numpy(_read(path, artifact.name))
         for prompt, checked in missing.items():
+            require_going(self.should_stop)
             assert checked.todo is not None
             nothing: tuple[ReadFrames, dict[str, np.ndarray]] = (ReadFrames(0, ()), {})
             with encoding_threads(), self._checker.clip(checked.todo, *nothing) as clip:

@@ -15,7 +15,7 @@ from avatarctl.conditioning.masking import mask_name
 from avatarctl.config import RunConfig, value_of
 from avatarctl.data.checking import run_mask
 from avatarctl.data.holdout import trained_on
-from avatarctl.data.training_set import TrainingData, TrainingSet
+from avatarctl.data.training_set import TrainingData, TrainingSet, require_going
 from avatarctl.errors import ConfigError, PartlyFailed, UnusableFile, UnusableWeights, UsageError
 from avatarctl.events import Emit, Notice
 from avatarctl.family import TrainableFamily
@@ -101,19 +101,21 @@ class TrainingRun:
             raise UsageError("has no weights that training could start from", where=row.name, fix=fix)
         self._start: StartPlan | None = None
         self._validation: ValidationSets | None = None
+        self._should_stop: Callable[[], bool] = lambda: False
         if cfg.train.init == "random" or (self.sources.dit and not self.sources.missing):
             from avatarctl.training.start import plan_start
 
             self._start = plan_start(row, self.sources, cfg, emit)
 
     def open_data(self) -> TrainingSet:
-        """The data set, looked at. Raises UnusableFile, WeightsMissing, UsageError."""
+        """The data set, looked at. Raises UnusableFile, WeightsMissing, UsageError, Interrupted."""
         needs = _judged(self.cfg)
         with_audio = "sync" in needs.names
         with_faces = with_audio and self._whole_frames
         data = TrainingSet(
             self.cfg, self.row, self.family, self._emit, with_audio, with_faces, needs.shortest,
             choose=functools.partial(trained_on, share=self.cfg.validation.holdout),
+            should_stop=self._should_stop,
         )  # fmt: skip
         data.check()
         from avatarctl.training.order import samples_per_step
@@ -139,7 +141,10 @@ class TrainingRun:
         with_faces = self._whole_frames and "sync" in self.cfg.validation.metrics
         assert data.encoders is not None
         data.encoders.require()  # clips are made with them
-        return open_sets(self.cfg, self.row, self.family, data.encoders, self._emit, with_faces=with_faces)
+        return open_sets(
+            self.cfg, self.row, self.family, data.encoders, self._emit, with_faces=with_faces,
+            should_stop=self._should_stop,
+        )  # fmt: skip
 
     @property
     def _whole_frames(self) -> bool:
@@ -156,11 +161,12 @@ class TrainingRun:
         """Trains. run_text: of the run file; draw: makes the data set where none was given, in a folder that
         is this run's alone; data: to learn from, in place of the data set of the settings.
 
-        Raises Interrupted (the step is saved), and what a start, a checkpoint or the disk raises.
+        Raises Interrupted (a step that was made is saved), and what a start, a checkpoint or the disk raises.
         """
         if self._start is None:  # before a folder is made
             raise weights_missing(self.row, self.sources)
         world = self._world
+        self._should_stop = world.stops(should_stop)
         with ExitStack() as held:
             with world.together():
                 if world.is_main:
@@ -176,6 +182,7 @@ class TrainingRun:
             if self._watch is not None:
                 self._watch(trainer)
             with world.together():
+                require_going(self._should_stop)
                 if world.is_main:
                     self.folder.begin(run_text)  # not before everything is there: what is refused is no run
             begun = trainer.step
@@ -229,26 +236,30 @@ class TrainingRun:
                 raise UnusableFile("is not the same for all processes of this run", where=data.base)
 
     def _trainer(self, data: TrainingData) -> Trainer:
+        from avatarctl.models.device import resolve_device
+
+        device = resolve_device(self.cfg.runtime.device)
         with self._world.together():
-            trainer = self._made(data)
+            validation = self._validates(data, device)
+            data.prepare()
+            require_going(self._should_stop)
+        # Apart: those that share a network wait for each other while it is built.
+        with self._world.together():
+            trainer = self._made(data, device)
+        trainer.validation = None if validation is None else validation(trainer.network)
         self._go_on(trainer, data)
         return trainer
 
-    def _made(self, data: TrainingData) -> Trainer:
-        from avatarctl.models.device import resolve_device
+    def _made(self, data: TrainingData, device: torch.device) -> Trainer:
         from avatarctl.training.building import build_network
         from avatarctl.training.trainer import Trainer
 
         cfg = self.cfg
-        device = resolve_device(cfg.runtime.device)
-        validation = self._validates(data, device)
-        data.prepare()
         assert self._start is not None
         network, begun = build_network(self._start, cfg, device, self._mask_facts(), self._emit, self._world)
+        require_going(self._should_stop)
         aux = self._aux(data, device)
-        trainer = Trainer(self.folder, cfg, self.family, network, data, self._emit, aux, begun, self._world)
-        trainer.validation = None if validation is None else validation(network)
-        return trainer
+        return Trainer(self.folder, cfg, self.family, network, data, self._emit, aux, begun, self._world)
 
     def _validates(self, data: TrainingData, device: torch.device) -> Callable[[Network], Validation] | None:
         """What makes validations of a network; None where none is asked for."""

@@ -134,14 +134,15 @@ class Trainer:
     def train(self, should_stop: Callable[[], bool]) -> None:
         """Trains up to `train.max_steps`. Saves before it raises Interrupted; raises UnusableFile where
         losses stay without a finite value, the last checkpoint untouched."""
-        if not self._validate(should_stop):  # the one that was due when the run stopped
-            raise self._stopped()
+        # First the validation that was due when the run stopped.
+        self._end_if(self.world.any(should_stop()) or not self._validate(should_stop))
         train, started, begun = self.cfg.train, time.monotonic(), self.step
+        asked = self.world.stops(should_stop)
         samples = self.data.read(self._order.from_step(self.step, train.max_steps))
         while self.step < train.max_steps:
             clock = time.monotonic()
             with self.world.together():
-                batch = self._next(samples)
+                batch = self._next(samples, asked if self.step == begun else None)
             waited = time.monotonic() - clock
             self._one_step(batch, waited, clock)
             now = time.monotonic()
@@ -155,9 +156,13 @@ class Trainer:
                 stop = True
                 if not save:
                     self.save()
-            if stop and (self.step < train.max_steps or self._validation_is_due):
-                with self.world.together():
-                    raise self._stopped()
+            self._end_if(stop)
+
+    def _end_if(self, stop: bool) -> None:
+        """Raises Interrupted where that leaves something to be made. All have to call it."""
+        if stop and (self.step < self.cfg.train.max_steps or self._validation_is_due):
+            with self.world.together():
+                raise self._stopped()
 
     def _validate(self, should_stop: Callable[[], bool]) -> bool:
         """Validates where that is due; whether it came to its end."""
@@ -180,7 +185,8 @@ class Trainer:
     def _stopped(self) -> Interrupted:
         fix = "the same command with --resume auto"
         if self.step < self.cfg.train.max_steps:
-            return Interrupted(f"stopped after step {self.step}, which is saved", fix=f"{fix} goes on")
+            what = f"stopped after step {self.step}, which is saved" if self.step else "stopped before a step"
+            return Interrupted(what, fix=f"{fix} goes on")
         what = f"all {self.step} steps are made and saved, but not the last validation"
         return Interrupted(what, fix=f"{fix} makes it")
 
@@ -218,10 +224,19 @@ class Trainer:
             self.emit(Notice(f"removed {gone.name}", "info"))
         draw_curves(self.folder.path / "curves.png", self.folder.entries())
 
-    def _next(self, samples: Iterator[TrainingSample | AvatarctlError]) -> list[TrainingSample]:
-        """The samples of a step. The turn of one that turns out to be unusable goes to the next good one."""
+    def _next(
+        self,
+        samples: Iterator[TrainingSample | AvatarctlError],
+        should_stop: Callable[[], bool] | None = None,
+    ) -> list[TrainingSample]:
+        """The samples of a step. The turn of one that turns out to be unusable goes to the next good one.
+
+        should_stop: of a step before which there is nothing to save; Interrupted is raised between samples.
+        """
         batch = []
         for place in self._order.places(self.step):
+            if should_stop is not None and should_stop():
+                raise self._stopped()
             found = next(samples)
             tried = place
             while not isinstance(found, TrainingSample):

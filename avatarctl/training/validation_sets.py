@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from avatarctl.data.checking import audio_of
 from avatarctl.data.holdout import clip_of, held_out
 from avatarctl.data.samples import Sample, prompt_of, read_entries
-from avatarctl.data.training_set import TrainingSample, TrainingSet
+from avatarctl.data.training_set import TrainingSample, TrainingSet, require_going
 from avatarctl.errors import AvatarctlError, UnusableFile, UsageError
 from avatarctl.events import Emit, Notice
 from avatarctl.files.named_path import expanded
@@ -66,7 +66,10 @@ class ValidationSets:
 
     def items(self) -> tuple[list[Item], dict[str, Any]]:
         """The clips in a fixed order, recon before mixed, and the constants of their sets. One whose
-        artifacts cannot be read is named and left out. Raises UnusableFile where none is left."""
+        artifacts cannot be read is named and left out.
+
+        Raises UnusableFile where none is left, Interrupted between two of them.
+        """
         found: list[Item] = []
         constants: dict[str, Any] = {}
         for each in self.sets:
@@ -88,6 +91,7 @@ class ValidationSets:
                 continue
             text = self._prompt(sample)
             own[sample.name] = Item(sample.name, "recon", sample.video, audio_of(sample), text, learnt)
+            require_going(data.should_stop)
         mixed = [
             replace(own[name], name=f"{name} with {other}", group="mixed", audio=own[other].audio)
             for name, other in _partners(samples).items()
@@ -110,10 +114,12 @@ def open_sets(
     emit: Emit,
     *,
     with_faces: bool = False,
+    should_stop: Callable[[], bool],
 ) -> ValidationSets:
     """The sets that a run asks for, looked at: `validation.sets`, else what it holds out.
 
     encoders: those that training has. with_faces: whether a sample needs a map to its aligned face.
+    should_stop: see `TrainingSet`.
     Raises UsageError where nothing is named and nothing held out, PathNotFound, UnusableFile and
     WeightsMissing for sets that cannot be used.
     """
@@ -127,7 +133,7 @@ def open_sets(
     quiet = replace(cfg, data=replace(cfg.data, workers=0, force=False))
     of_set = functools.partial(
         TrainingSet, row=row, family=family, emit=emit, encoders=encoders, with_faces=with_faces,
-        instead="validation leaves it out",
+        instead="validation leaves it out", should_stop=should_stop,
     )  # fmt: skip
     sets: list[TrainingSet] = []
     pairs: list[Item] = []

@@ -16,14 +16,16 @@ import torch
 from click.testing import Result
 from safetensors import safe_open
 
+from avatarctl.data.checking import Checker
 from avatarctl.data.encoders import Encoders
 from avatarctl.data.training_set import ToFace
 from avatarctl.demo.samples import write_samples
+from avatarctl.families.omniavatar import OmniAvatar
 from avatarctl.media.files import file_sha256
 from avatarctl.perception.face_file import Clip, FaceFileWriter
 from avatarctl.perception.smooth import TrackedFace
 from avatarctl.placement.units import Unit
-from avatarctl.training import checkpoints, trainer
+from avatarctl.training import building, checkpoints, trainer
 from tests.training.running import COMPARED, QUICK, SMALL, bits, forked, typed
 
 Train = Callable[..., Result]
@@ -149,6 +151,38 @@ def test_a_stopped_run_saves_its_step(finished: Path, prepared: Path, train: Tra
     resumed = train("v2v", "--data", prepared, *QUICK, "--out", run, "--resume", "auto")
     assert resumed.exit_code == 0 and "resumed behind step 2" in resumed.output
     assert bits(run, 3) == bits(finished, 3)
+
+
+@pytest.mark.parametrize("where", ["a sample", "a text", "a clip to validate on", "the network", "a clip"])
+def test_a_stop_before_the_first_step_is_obeyed_at_once(
+    where: str, samples: Path, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM in the first of what is looked at, encoded or loaded: there is no second, and no step."""
+    encoded = {"a text": "text", "a clip to validate on": "latents", "a clip": "latents"}
+    at: dict[str, tuple[Any, str]] = {
+        "a sample": (Checker, "check"), "the network": (building, "build_network")
+    }  # fmt: skip
+    place, name = at.get(where, (OmniAvatar, "encode_clip"))
+    seen: list[int] = []
+    original = getattr(place, name)
+
+    def stopping(*given: Any, **named: Any) -> Any:
+        if where not in encoded or encoded[where] in given[3]:
+            seen.append(1)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*given, **named)
+
+    monkeypatch.setattr(place, name, stopping)
+    monkeypatch.setattr(trainer.Trainer, "accumulate", lambda *rest: pytest.fail("a step is made"))
+    (samples_here := tmp_path / "samples").mkdir()
+    for each in ("000000", "000001"):
+        shutil.copytree(samples / each, samples_here / each)
+        (samples_here / each / "prompt.txt").write_text(f"somebody speaks {each}")
+    words = ("--sets", samples, "-o", "validation.every=9") if where == "a clip to validate on" else ()
+    run = tmp_path / "run"
+    stopped = train("v2v", "--data", samples_here, *QUICK, *words, "--out", run)
+    assert stopped.exit_code == 6 and "stopped before" in stopped.output, stopped.output
+    assert len(seen) == 1 and (where == "a clip" or not run.exists())
 
 
 @pytest.fixture
