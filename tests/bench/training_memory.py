@@ -1,7 +1,7 @@
 """The table of docs/memory.md on training: live bytes of two optimizer steps on prepared samples, by phase
 and by what holds them, counted on fake tensors by the code of the step.
 
-    python tests/bench/training_memory.py            all rows, about half an hour of one core
+    python tests/bench/training_memory.py            all rows, three to six minutes of one core
     python tests/bench/training_memory.py small      those whose names hold the word
 
 OmniAvatar 14B with 49 channels at 512x512 and 81 frames. Targets, live: at most 76e9 bytes by default with
