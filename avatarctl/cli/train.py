@@ -25,7 +25,14 @@ from avatarctl.cli.run_file import with_absolute_paths
 from avatarctl.cli.screen import Screen
 from avatarctl.cli.video_output import leaving_no_empty_folder
 from avatarctl.config import RunConfig, dump_run, require_supported
-from avatarctl.errors import AvatarctlError, NotYetSupported, PathNotFound, UsageError, printable
+from avatarctl.errors import (
+    AvatarctlError,
+    NotYetSupported,
+    PathNotFound,
+    UsageError,
+    WeightsMissing,
+    printable,
+)
 from avatarctl.events import Notice
 from avatarctl.registry import COMPAT, NOT_YET, ROWS, Row
 
@@ -179,7 +186,8 @@ def _run_here(
         built_in = "" if "model.name" in request.resolved.asked else " (built in; --model names another)"
         known = row.name == cfg.model.name
         named = f"model: {row.name}{built_in}" if known else f"model: {cfg.model.name} ({row.title})"
-        for notice in filter(None, (named, *request.resolved.notices, offset)):
+        shown = "" if request.dry_run and not request.json else named  # the plan says it
+        for notice in filter(None, (shown, *request.resolved.notices, offset)):
             screen(Notice(notice))
         tell_checkpoint(asked, screen)
         for each in found:
@@ -216,7 +224,7 @@ def _run_here(
         if request.dry_run:
             with world.together():
                 if world.is_main:
-                    _show_plan(command, run, request.json, screen)
+                    _show_plan(command, run, named, request.json, screen)
             return
         answer = of_training(command, row, cfg, request.resolved.asked, screen)
         with (
@@ -377,20 +385,39 @@ def _drawing(cfg: RunConfig, row: Row, folder: Path, screen: Screen) -> Callable
     return draw
 
 
-def _show_plan(command: Name, run: TrainingRun, as_json: bool, screen: Screen) -> None:
-    from avatarctl.loading.sources import missing_line
+def _show_plan(command: Name, run: TrainingRun, named: str, as_json: bool, screen: Screen) -> None:
+    """named: the line that says which model it is. Raises WeightsMissing, behind the plan, where samples
+    cannot be encoded."""
+    from avatarctl.loading.sources import missing_line, weights_missing
 
-    if missing := run.sources.missing:
-        screen(Notice(missing_line(missing), "warning"))
+    lacks: WeightsMissing | None = None
     if run.cfg.data.path is None:  # they are drawn when training begins
         summary = run.summary(len(_DRAWN), 0, {})
     else:
-        data = run.open_data()
+        data = run.open_data(complete=False)
         summary = run.summary(len(data.names) - len(data.bad), len(data.bad), data.lacking)
+        try:
+            run.require_encoders(data)
+        except WeightsMissing:
+            lacks = weights_missing(run.row, run.sources)  # with all the others, once
+    if run.sources.missing and lacks is None:
+        screen(Notice(missing_line(run.sources.missing), "warning"))
     if as_json:
         click.echo(json.dumps({"command": command, "dry_run": True, **summary}))
-        return
+    else:
+        _show_summary(summary, named)
+    if lacks is not None:
+        raise lacks
+
+
+def _show_summary(summary: Mapping[str, Any], named: str) -> None:
+    click.echo(printable(named))
     for name, value in summary.items():
+        # A start that was found has said what it is, and `train.init` is nothing to complete weights.
+        if name == "model" or (name == "start" and summary["trained_numbers"] is not None):
+            continue
+        if name == "missing_weights" and value:
+            value = f"{len(value)} files"  # another line names them
         if value not in (None, [], {}, 0) or name in ("samples", "audio_offset"):
             click.echo(f"{name.replace('_', ' ')}: {printable(_told(value))}")
 

@@ -337,7 +337,7 @@ class Checker:
             raise UnusableVideo(
                 "was not cut from a longer video, so there are no other frames for data.references",
                 where=todo.sample.name,
-                fix="--references 0",
+                fix="data.references 0, typed as --references 0, shows the first frame of the clip instead",
             )
         return cut
 

@@ -38,14 +38,22 @@ if TYPE_CHECKING:
 
     from avatarctl.loading.modules import Part
 
-__all__ = ["ToFace", "TrainingData", "TrainingSample", "TrainingSet", "require_going"]
+__all__ = ["ToFace", "TrainingData", "TrainingSample", "TrainingSet", "of_sample", "require_going"]
 
 _KEPT_BYTES: Final = 256 << 20
 """Of what was encoded while training, in memory: all of a small set, and of a large one its first samples."""
+_NAMED: Final = 5
+"""Samples that cannot be used and are named each; one setting may be wrong for ten thousand."""
 
 
 def _never() -> bool:
     return False
+
+
+def of_sample(name: str, problem: AvatarctlError) -> str:
+    """What is wrong with a sample, under its name, which the problem may say itself."""
+    said = str(problem)
+    return said if said.startswith(f"{name}: ") else f"{name}: {said}"
 
 
 def require_going(should_stop: Callable[[], bool]) -> None:
@@ -125,8 +133,8 @@ class TrainingSet:
     with_faces: with what aligns their faces, and one without it is bad; shortest: pixel frames that a clip
     needs. constants: artifacts of the whole set, float32, and "mask" where the run has one.
     choose: which samples of the set are meant, all unless given; encoders: those of another set, to be
-    shared; instead: what is said of a bad sample. should_stop: is asked between samples, and between texts,
-    as long as training has not begun.
+    shared; instead: what is said of a bad sample; called: what messages call them. should_stop: is asked
+    between samples, and between texts, as long as training has not begun.
     """
 
     cfg: RunConfig
@@ -143,6 +151,7 @@ class TrainingSet:
     choose: Callable[[Sequence[Sample]], tuple[Sample, ...]] | None = None
     encoders: Encoders | None = None
     instead: str = "other samples take its turns"
+    called: str = "samples"
     should_stop: Callable[[], bool] = _never
 
     def __post_init__(self) -> None:
@@ -176,9 +185,8 @@ class TrainingSet:
         return [checked.sample for checked in self._checked]
 
     def check(self) -> None:
-        """Looks at every sample. Raises UnusableFile where none can be used, WeightsMissing where something
-        has to be encoded and its encoder is not here, Interrupted."""
-        self.emit(Stage("looking at samples"))
+        """Looks at every sample. Raises UnusableFile where none can be used, Interrupted."""
+        self.emit(Stage(f"looking at {self.called}"))
         for sample in self._set.samples:
             require_going(self.should_stop)
             checked = self._checker.check(sample)
@@ -197,14 +205,18 @@ class TrainingSet:
             if checked.problem is not None:
                 self.lengths.append(0)
                 self.bad[sample.name] = checked.problem
-                self.emit(Notice(f"{sample.name}: {checked.problem}; {self.instead}", "warning"))
+                if len(self.bad) <= _NAMED:
+                    self.emit(Notice(f"{of_sample(sample.name, checked.problem)}; {self.instead}", "warning"))
             else:
                 self.lengths.append(self._length(checked.frames))
+        if (more := len(self.bad) - _NAMED) > 0:
+            self.emit(Notice(f"{more:,} more of the {len(self.names):,} cannot be used either", "warning"))
         if len(self.bad) == len(self.names):
-            first, problem = next(iter(self.bad.items()))
-            raise UnusableFile(
-                f"no sample could be used; the first: {first}: {problem}", where=self._set.base
-            )
+            first = of_sample(*next(iter(self.bad.items())))
+            raise UnusableFile(f"no sample could be used; the first: {first}", where=self._set.base)
+
+    def require_encoders(self) -> None:
+        """Raises WeightsMissing where something has to be encoded and its encoder is not here."""
         if self.lacking:
             self._encoders.require()
 

@@ -15,7 +15,7 @@ from avatarctl.conditioning.masking import mask_name
 from avatarctl.config import RunConfig, value_of
 from avatarctl.data.checking import run_mask
 from avatarctl.data.holdout import trained_on
-from avatarctl.data.training_set import TrainingData, TrainingSet, require_going
+from avatarctl.data.training_set import TrainingData, TrainingSet, of_sample, require_going
 from avatarctl.errors import ConfigError, PartlyFailed, UnusableFile, UnusableWeights, UsageError
 from avatarctl.events import Emit, Notice
 from avatarctl.family import TrainableFamily
@@ -107,8 +107,11 @@ class TrainingRun:
 
             self._start = plan_start(row, self.sources, cfg, emit)
 
-    def open_data(self) -> TrainingSet:
-        """The data set, looked at. Raises UnusableFile, WeightsMissing, UsageError, Interrupted."""
+    def open_data(self, *, complete: bool = True) -> TrainingSet:
+        """The data set, looked at. complete: whether what encodes has to be here.
+
+        Raises UnusableFile, WeightsMissing, UsageError, Interrupted.
+        """
         needs = _judged(self.cfg)
         with_audio = "sync" in needs.names
         with_faces = with_audio and self._whole_frames
@@ -132,15 +135,22 @@ class TrainingRun:
             )
         if self.cfg.validation.every:
             self._validation = self._open_validation(data)
+        if complete:
+            self.require_encoders(data)
         return data
 
+    def require_encoders(self, data: TrainingSet) -> None:
+        """Raises WeightsMissing where samples or clips of validations have to be encoded and cannot be."""
+        data.require_encoders()
+        if self._validation is not None:  # clips are made with them
+            assert data.encoders is not None
+            data.encoders.require()
+
     def _open_validation(self, data: TrainingSet) -> ValidationSets:
-        """What validations look at. Raises UsageError, PathNotFound, UnusableFile, WeightsMissing."""
+        """What validations look at. Raises UsageError, PathNotFound, UnusableFile."""
         from avatarctl.training.validation_sets import open_sets
 
         with_faces = self._whole_frames and "sync" in self.cfg.validation.metrics
-        assert data.encoders is not None
-        data.encoders.require()  # clips are made with them
         return open_sets(
             self.cfg, self.row, self.family, data.encoders, self._emit, with_faces=with_faces,
             should_stop=self._should_stop,
@@ -405,10 +415,10 @@ def _partly(data: TrainingData, trainer: Trainer) -> PartlyFailed | None:
     failed = {**data.bad, **trainer.failed}
     if not failed:
         return None
-    first, problem = next(iter(failed.items()))
+    first = of_sample(*next(iter(failed.items())))
     return PartlyFailed(
         f"trained to step {trainer.step}; {len(failed)} of {len(data.names)} samples could not be used; the "
-        f"first: {first}: {problem}"
+        f"first: {first}"
     )
 
 

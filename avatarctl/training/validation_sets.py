@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from avatarctl.data.checking import audio_of
 from avatarctl.data.holdout import clip_of, held_out
 from avatarctl.data.samples import Sample, prompt_of, read_entries
-from avatarctl.data.training_set import TrainingSample, TrainingSet, require_going
+from avatarctl.data.training_set import TrainingSample, TrainingSet, of_sample, require_going
 from avatarctl.errors import AvatarctlError, UnusableFile, UsageError
 from avatarctl.events import Emit, Notice
 from avatarctl.files.named_path import expanded
@@ -87,7 +87,7 @@ class ValidationSets:
         read = data.read(range(len(samples)))
         for sample, learnt in zip(samples, read, strict=True):
             if isinstance(learnt, AvatarctlError):
-                self.emit(Notice(f"{sample.name}: {learnt}; validation leaves it out", "warning"))
+                self.emit(Notice(f"{of_sample(sample.name, learnt)}; validation leaves it out", "warning"))
                 continue
             text = self._prompt(sample)
             own[sample.name] = Item(sample.name, "recon", sample.video, audio_of(sample), text, learnt)
@@ -120,8 +120,8 @@ def open_sets(
 
     encoders: those that training has. with_faces: whether a sample needs a map to its aligned face.
     should_stop: see `TrainingSet`.
-    Raises UsageError where nothing is named and nothing held out, PathNotFound, UnusableFile and
-    WeightsMissing for sets that cannot be used.
+    Raises UsageError where nothing is named and nothing held out, PathNotFound and UnusableFile for sets
+    that cannot be used.
     """
     wanted = cfg.validation
     if not wanted.sets and not wanted.holdout:
@@ -133,7 +133,7 @@ def open_sets(
     quiet = replace(cfg, data=replace(cfg.data, workers=0, force=False))
     of_set = functools.partial(
         TrainingSet, row=row, family=family, emit=emit, encoders=encoders, with_faces=with_faces,
-        instead="validation leaves it out", should_stop=should_stop,
+        instead="validation leaves it out", called="clips to validate on", should_stop=should_stop,
     )  # fmt: skip
     sets: list[TrainingSet] = []
     pairs: list[Item] = []

@@ -3,6 +3,7 @@ cut here have it, and others are told so before the first step."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,16 @@ def test_a_folder_that_was_not_cut_here_says_so_before_the_first_step(samples: P
         opened(samples, "data.references=2")
     assert caught.value.exit_code == 3
     assert len(opened(samples).names) == 4, "the default asks for none"
+
+
+def test_one_wrong_setting_is_no_line_for_each_of_many_samples(samples: Path, tmp_path: Path) -> None:
+    """Five are named, once each, and the others are counted."""
+    for number in range(9):
+        shutil.copytree(samples / "000000", tmp_path / "data" / f"{number:06d}")
+    words = ("--data", tmp_path / "data", "--references", "2", "--size", "32x32", "--frames", "9")
+    told = typed("train", "v2v", *words, "--out", tmp_path / "run", "--dry-run").stderr.splitlines()
+    warnings = [line for line in told if line.startswith("warning")]
+    named = [line.partition(": was not cut")[0] for line in warnings[:-1]]
+    assert named == [f"warning: {number:06d}" for number in range(5)], told
+    assert warnings[-1] == "warning: 4 more of the 9 cannot be used either"
+    assert "the first: 000000: was not cut" in told[-1] and "data.references 0" in told[-1]

@@ -342,6 +342,24 @@ def test_dry_run_counts_and_makes_nothing(samples: Path, train: Train, tmp_path:
     assert not (tmp_path / "run").exists()
 
 
+def test_the_plan_of_what_is_typed_says_each_thing_once(train: Train) -> None:
+    told = train("v2v", "--dry-run", small=False)
+    names = [line.partition(":")[0] for line in (told.stdout + told.stderr).splitlines()]
+    assert told.exit_code == 0 and len(set(names)) == len(names) and "start" in names, told.output
+    assert told.stdout.startswith("model: cartoon-v2v (built in; --model names another)\n")
+
+
+def test_a_plan_without_weights_is_shown_and_the_files_are_named_once(
+    train: Train, samples: Path, tmp_path: Path
+) -> None:
+    words = ("--model", "omniavatar-1.3b", "--channels", "49", "--weights-root", tmp_path, "--data", samples)
+    told = train("v2v", *words, "--out", tmp_path / "run", "--dry-run")
+    assert told.exit_code == 4 and not (tmp_path / "run").exists(), told.output
+    assert "samples: 4" in told.stdout and "encoded while training: " in told.stdout
+    assert "missing weights: " in told.stdout
+    assert told.output.count("Wan2.1_VAE.pth") == 1 and "models pull omniavatar-1.3b" in told.stderr
+
+
 def test_a_trained_model_is_used_by_the_command_that_is_printed(finished: Path, tmp_path: Path) -> None:
     """Of a run folder and of a checkpoint; a full model on a built-in row."""
     for place in (finished, finished / "checkpoint-2"):
