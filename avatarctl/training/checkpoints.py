@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -32,6 +33,8 @@ __all__ = ["Checkpoint", "find_checkpoint", "rotate", "set_aside", "write_checkp
 _OPTIMIZER: Final = "optimizer.safetensors"
 _RUN: Final = "run.yaml"
 _LONGEST_STATE: Final = 1 << 20
+_OF_A_STEP: Final = re.compile(r"(?:checkpoint|best-[a-z]+|validation/step)-(\d{1,9})")
+"""Folders of a run that belong to one of its steps."""
 
 Weights = tuple[Mapping[str, StoredTensor], Mapping[str, str]]
 """Tensors and header of a weight file."""
@@ -144,18 +147,28 @@ def rotate(run: Path, keep: int) -> Iterator[Path]:
 
 
 def set_aside(run: Path, step: int) -> tuple[Path, ...]:
-    """Moves checkpoints behind `step` into a folder `aside-N`, where neither resuming nor rotation finds
-    them; their new places."""
-    newer = [path for number, path in checkpoints(run) if number > step]
+    """Moves what was made behind `step` into a folder `aside-N`: checkpoints, which neither resuming nor
+    rotation finds there, weights that nothing is to be compared with any more, and validations; their new
+    places."""
+    newer = list(_behind(run, step))
     if not newer:
         return ()
     place = _aside(run)
     moved = []
     for path in newer:
-        path.rename(place / path.name)
-        moved.append(place / path.name)
+        target = place / path.relative_to(run)
+        target.parent.mkdir(exist_ok=True)
+        path.rename(target)
+        moved.append(target)
     flush_folder(run)
     return tuple(moved)
+
+
+def _behind(run: Path, step: int) -> Iterator[Path]:
+    for path in sorted((*run.glob("*-*"), *run.glob("validation/*"))):
+        match = _OF_A_STEP.fullmatch(path.relative_to(run).as_posix())
+        if match and int(match[1]) > step and path.is_dir():
+            yield path
 
 
 def _aside(run: Path) -> Path:

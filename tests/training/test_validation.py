@@ -21,6 +21,7 @@ from avatarctl.errors import Interrupted, UnusableAudio, UsageError
 from avatarctl.events import Notice
 from avatarctl.training import validation as of_validation
 from avatarctl.training.best import keep_best
+from avatarctl.training.checkpoints import set_aside
 from avatarctl.training.validation_scores import best_offset, mouth_box, psnr, sync_curve
 from tests.training.running import COMPARED, QUICK, SMALL, bits, typed
 
@@ -121,6 +122,25 @@ def test_only_what_is_better_on_the_same_clips_replaces_the_best(validated: Path
     assert [path.name for path in run.glob("best-flow-*")] == ["best-flow-3"]
     resumed = typed("train", "v2v", "--resume", run / "best-flow-3")
     assert resumed.exit_code == 2 and "no state of training" in resumed.output
+
+
+def test_what_was_best_behind_the_step_that_is_gone_back_to_is_set_aside(
+    validated: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(validated, tmp_path / "run"))
+
+    def offered(step: int, flow: float) -> list[str]:
+        return keep_best(run, step, {"flow": flow}, "these", lambda: pytest.fail("a checkpoint has them"))
+
+    assert offered(3, -1.0) == ["flow"] and (run / "best-flow-3").is_dir()
+    before = {path.name for path in run.glob("best-*")}
+    moved = set_aside(run, 2)
+    aside = run / "aside-1"
+    assert {"checkpoint-3", "best-flow-3"} <= {path.name for path in moved}
+    assert (aside / "validation/step-3/sheet.png").is_file() and (run / "validation/step-2").is_dir()
+    assert not (run / "validation/step-3").exists() and not list(run.glob("*-3"))
+    assert before == {path.name for path in (*run.glob("best-*"), *aside.glob("best-*"))}
+    assert offered(2, 5.0) == ["flow"], "nothing is compared with what was set aside"
 
 
 def test_a_stopped_validation_is_made_when_the_run_goes_on(
