@@ -92,7 +92,8 @@ def demo(
             what = "how loud the audio is" if audio else "what the audio calls for"
             screen(Notice(f"the mouth and {what}: r = {agreement:.2f}"))
     if as_json:
-        told = {"path": finished.path, "frames": finished.frames, "r_opening": agreement}
+        told = {"path": finished.path, "frames": finished.frames}
+        told["r_loudness" if audio else "r_opening"] = agreement
         click.echo(json.dumps({"command": "demo", **told, "sheet": str(sheet_path(path).absolute())}))
     else:
         click.echo(printable(finished.path))

@@ -28,6 +28,8 @@ _LINE: Final = 20  # of text
 _PAPER, _INK, _PALE = "#ffffff", "#1f2933", "#cbd2d9"
 _FULLY_OPEN: Final = 12.0  # what the meter shows for it
 
+_STEADY: Final = 1e-3  # of 1, the loudest: less is no movement that a mouth could follow
+
 
 class ContactSheet:
     """Gathers a video as it is made, eight frames and one number per frame; `save` draws it.
@@ -57,9 +59,10 @@ class ContactSheet:
         self._done += len(frames)
 
     def agreement(self) -> float | None:
-        """r of the measured opening and the true one, or the loudness; None where nothing was measured."""
+        """r of the measured opening and the true one, or the loudness; None where nothing was measured, and
+        for audio that is as loud all the time."""
         measured = np.array(self._measured)
-        if self._wanted is None or len(measured) != len(self._wanted):
+        if self._wanted is None or len(measured) != len(self._wanted) or np.ptp(self._wanted) < _STEADY:
             return None
         return correlation(measured, self._wanted)
 

@@ -13,6 +13,7 @@ from avatarctl.timeline import FPS, SAMPLES_PER_FRAME
 __all__ = ["loudness"]
 
 _RANGE: Final = 40.0  # dB below the loudest frame that count as silence
+_SILENT: Final = -70.0  # dB below full scale, whatever the loudest is: nobody hears it
 _SMOOTH: Final = 5  # frames
 _BLOCK: Final = 60 * FPS  # frames that are read at a time
 
@@ -34,6 +35,8 @@ def _levels(samples: NDArray[np.floating]) -> NDArray[np.float64]:
 
 
 def _smoothed(level: NDArray[np.float64]) -> NDArray[np.float64]:
-    """dB over the least that counts."""
-    above = np.maximum(level - level.max() + _RANGE, 0)
-    return np.convolve(above, np.ones(_SMOOTH) / _SMOOTH, "same")
+    """dB over the least that counts, of each frame and those around it that are there."""
+    above = np.where(level < _SILENT, 0, np.maximum(level - level.max() + _RANGE, 0))
+    half = _SMOOTH // 2
+    total, there = (np.convolve(each, np.ones(_SMOOTH)) for each in (above, np.ones(len(above))))
+    return (total / there)[half : half + len(above)]
