@@ -20,6 +20,7 @@ import click
 from avatarctl.cli.app import CommandGroup
 from avatarctl.cli.infer import _row, tell_checkpoint
 from avatarctl.cli.launch import Place, found_place, ignored_precision, joined, listening, start_processes
+from avatarctl.cli.memory_mode import free_room
 from avatarctl.cli.options import EXAMPLE_MODEL, ConfigCommand, Request, config_options, read_request
 from avatarctl.cli.run_file import with_absolute_paths
 from avatarctl.cli.screen import Screen
@@ -27,6 +28,7 @@ from avatarctl.cli.video_output import leaving_no_empty_folder
 from avatarctl.config import RunConfig, dump_run, require_supported
 from avatarctl.errors import (
     AvatarctlError,
+    DoesNotFit,
     NotYetSupported,
     PathNotFound,
     UsageError,
@@ -34,6 +36,7 @@ from avatarctl.errors import (
     printable,
 )
 from avatarctl.events import Notice
+from avatarctl.placement.seats import shown
 from avatarctl.registry import COMPAT, NOT_YET, ROWS, Row
 
 if TYPE_CHECKING:
@@ -226,6 +229,8 @@ def _run_here(
                 if world.is_main:
                     _show_plan(command, run, named, request.json, screen)
             return
+        with world.together():
+            _require_weights_fit(command, run)
         answer = of_training(command, row, cfg, request.resolved.asked, screen)
         with (
             answered(f"{command} of {row.name}", lambda: account.failed, own.runtime.device, answer, screen),
@@ -239,6 +244,22 @@ def _run_here(
     _show_result(command, result, request.json)
     if result.partly is not None:  # not before: what was trained can be used
         raise result.partly
+
+
+def _require_weights_fit(command: Name, run: TrainingRun) -> None:
+    """What a card surely has no room for is not begun. Raises DoesNotFit."""
+    from avatarctl.models.device import resolve_device
+
+    device = resolve_device(run.cfg.runtime.device)
+    if device.type != "cuda" or run.weights is None:
+        return
+    room = free_room(device)
+    if run.weights > room.card:
+        raise DoesNotFit(
+            f"the weights alone take {shown(run.weights)}, and {shown(room.card)} are free",
+            where=f"{command} of {run.row.name} on {room.where}",
+            fix=f"`avatarctl vram-profile {command} ... --fit {room.card >> 20}MiB` finds settings that fit",
+        )
 
 
 @contextlib.contextmanager

@@ -214,6 +214,11 @@ class TrainingRun:
         finally:
             trackers.finish()
 
+    @property
+    def weights(self) -> int | None:
+        """Bytes of the weights on the device of each process; None where they are not here."""
+        return None if self._start is None else self._start.weights(self.cfg)
+
     def summary(self, samples: int, bad: int, lacking: Mapping[str, int]) -> dict[str, Any]:
         """What `--dry-run` shows, of a data set with that many samples, unusable ones beside them, and what
         it lacks (`TrainingSet.lacking`)."""

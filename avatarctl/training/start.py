@@ -4,6 +4,7 @@ weights that are complete (spec/omniavatar.md g.4)."""
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from avatarctl.loading.parts import TRANSFORMERS, transformer
 from avatarctl.loading.sources import Sources, check_base, check_packaged
 from avatarctl.loading.trained import base_of
 from avatarctl.media.files import file_sha256
+from avatarctl.models.device import dtype_of
 from avatarctl.models.precision import cast
 from avatarctl.registry import Row
 from avatarctl.rng import generator, stable_hash
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 __all__ = ["Start", "StartPlan", "plan_start", "start_network"]
 
 _PATCH: Final = "patch_embedding.weight"
+_TRAINED_BYTES: Final = 4
+_BLOCK: Final = re.compile(r"blocks\.(\d+)\.")
 _GAIN: Final = 0.05
 """Of Xavier's uniform distribution, for what a base lacks."""
 
@@ -85,6 +89,21 @@ class StartPlan:
             if name.endswith(".weight") and len(shape) == 2 and module.endswith(_ends(train)):
                 count += train.lora_rank * sum(shape)
         return count
+
+    def weights(self, cfg: RunConfig) -> int:
+        """Bytes of weights that surely lie on the device of each process while a step is made: arithmetic
+        from shapes. What is trained is float32; frozen blocks may wait on the host."""
+        total = _TRAINED_BYTES * self.trained(cfg.train)
+        if cfg.train.mode == "lora":
+            plain = dtype_of(cfg.runtime).itemsize
+            stored = 1 if cfg.memory.base_precision == "fp8" else plain
+            blocks = {name: int(match[1]) for name in self.shapes if (match := _BLOCK.match(name))}
+            stay = max(blocks.values(), default=-1) + 1 - cfg.memory.swap_blocks
+            for name, shape in self.shapes.items():
+                if not self.layout.is_replaced(name) and blocks.get(name, -1) < stay:
+                    size = stored if name in blocks and len(shape) == 2 else plain
+                    total += size * math.prod(shape)
+        return total // (cfg.runtime.gpus if cfg.memory.shard != "none" else 1)
 
 
 def plan_start(row: Row, sources: Sources, cfg: RunConfig, emit: Emit) -> StartPlan:

@@ -18,7 +18,9 @@ from avatarctl.live_bytes import LiveBytes
 from avatarctl.loading.modules import PARTS
 from avatarctl.pipelines import infer
 from avatarctl.profiling import inference, training
+from avatarctl.profiling.fit import Room
 from avatarctl.registry import configure, find_model
+from avatarctl.training.run import TrainingResult, TrainingRun
 from avatarctl.training.trainer import Trainer
 from tests.placement.test_failures import fails
 from tests.training.running import typed
@@ -120,3 +122,21 @@ def test_training_names_the_phase_and_the_plan_that_fits(
     assert re.match(r"error: train v2v of cartoon-v2v, phase backward: out of memory: aten\.", line), line
     assert "with -o train.batch_size=1 -o train.gradient_accumulation=2 it takes " in line
     assert line.endswith("as counted; the same samples in more passes; last digits differ)")
+
+
+@pytest.mark.parametrize(("free", "code"), [(1 << 20, 5), (1 << 40, 0)])
+def test_weights_that_a_card_has_no_room_for_are_not_loaded(
+    free: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`train` looks before it loads, and not for a dry run."""
+    loaded, result = list[int](), TrainingResult(tmp_path, 1, None)
+    monkeypatch.setattr("avatarctl.models.device.resolve_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("avatarctl.cli.train.free_room", lambda device: Room(free, where=str(device)))
+    monkeypatch.setattr(TrainingRun, "run", lambda *rest: loaded.append(1) or result)
+    words = ("train", "v2v", "--out", tmp_path / "run")
+    told = typed(*words)
+    assert told.exit_code == code and bool(loaded) == (code == 0), told.output
+    assert ("the weights alone take 4.0 MiB, and 1.0 MiB are free" in told.stderr) == (code == 5)
+    assert ("vram-profile train v2v ... --fit 1MiB" in told.stderr) == (code == 5)
+    assert not (tmp_path / "run").exists()
+    assert typed(*words, "--dry-run").exit_code == 0

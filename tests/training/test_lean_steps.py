@@ -16,14 +16,18 @@ from torch import Tensor, nn
 
 from avatarctl.config.sections import Train
 from avatarctl.errors import ExtraMissing, UsageError
+from avatarctl.events import silent
 from avatarctl.live_bytes import LiveBytes
+from avatarctl.loading.sources import find_sources
 from avatarctl.models.fp8 import STORED
 from avatarctl.models.recompute import again
 from avatarctl.placement.units import Moves
+from avatarctl.registry import find_model
 from avatarctl.training import swapping
 from avatarctl.training.checkpoints import Checkpoint
 from avatarctl.training.optimizer import Optimizer
 from avatarctl.training.run_folder import changed
+from avatarctl.training.start import plan_start
 from avatarctl.training.trainer import Trainer
 from tests.training.running import ADAPTED as RUN_ADAPTED
 from tests.training.running import bits, typed
@@ -64,6 +68,18 @@ def test_no_saving_changes_a_bit(plain: Mapping[str, Tensor], trainer_of: Traine
         assert found.keys() == plain.keys(), name
         assert all(torch.equal(found[key], plain[key]) for key in plain), name
     assert any("exp_avg" in key for key in plain)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("train.mode=full",), LORA, (*LORA, "memory.activation_checkpointing=block", AWAY)],
+    ids=["full", "lora", "blocks that wait"],
+)
+def test_weights_by_arithmetic_are_those_there(words: tuple[str, ...], trainer_of: TrainerOf) -> None:
+    trainer, row = trainer_of(*words, model=ADAPTED), find_model(ADAPTED)
+    plan = plan_start(row, find_sources(row, trainer.cfg.model), trainer.cfg, silent)
+    held = sum(each.nbytes for each in trainer.network.dit.parameters() if each.device.type != "meta")
+    assert plan.weights(trainer.cfg) == held
 
 
 def test_blocks_come_for_both_passes_in_the_order_in_which_they_are_needed(
