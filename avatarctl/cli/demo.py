@@ -64,8 +64,8 @@ def demo(
 ) -> None:
     """Let a face of the built-in cartoon world speak: nothing is downloaded, nobody is drawn.
 
-    Beside the video stands a page that shows it: frames at eight times, and how far the mouth is open against
-    what the audio calls for.
+    Beside the video stands a page that shows it: frames at eight moments, and how far the mouth is open
+    against what the audio calls for.
     """
     if ctx.invoked_subcommand is not None:
         return

@@ -111,7 +111,7 @@ def infer(**params: Any) -> None:
         if sheet is not None:
             inputs = (Path(each.name).name for each in (plan.job.visual, plan.job.audio))
             sheet.save(sheet_path(path), f"{path.name}: {', '.join(inputs)}")
-            screen(Notice(f"frames at eight times: {sheet_path(path)}"))
+            screen(Notice(f"frames at eight moments: {sheet_path(path)}"))
 
 
 def _introduction(request: Request, row: Row) -> list[str]:

@@ -1,4 +1,4 @@
-"""One page that shows a video: frames at eight times, and below them how far the mouth is open over time."""
+"""One page that shows a video: frames at eight moments, and below how far the mouth is open over time."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from avatarctl.timeline import FPS, SAMPLES_PER_FRAME
 __all__ = ["loudness"]
 
 _RANGE: Final = 40.0  # dB below the loudest frame that count as silence
-_SILENT: Final = -70.0  # dB below full scale, whatever the loudest is: nobody hears it
+_SILENT: Final = -70.0  # dB below full scale, whatever the loudest is
 _SMOOTH: Final = 5  # frames
 _BLOCK: Final = 60 * FPS  # frames that are read at a time
 

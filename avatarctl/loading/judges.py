@@ -1,7 +1,8 @@
 """The networks of auxiliary losses: which files they are, and from these to frozen networks in float32.
 
-Rows with tiny judges of their own (`Row.network`) get them, with random weights, unless a file is named: what
-these say means nothing, and every command runs.
+Rows with tiny judges of their own (`Row.network`) get them unless a file is named: the judge of sync with the
+weights that come with the program, the others with random ones. What these say means nothing, and every
+command runs.
 """
 
 from __future__ import annotations

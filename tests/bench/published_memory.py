@@ -5,7 +5,7 @@
 49 channels, 512x512, 81 frames, rank 128, the second optimizer step, live bytes counted on fake tensors. Each
 row has what the row before has, and one saving less. The published figures are peaks on a card, with what
 its allocator keeps; how that trainer decodes is known from its code alone (spec/omniavatar.md g.5,
-spec/field.md 3b).
+spec/losses-and-eval.md 4.2).
 """
 
 from __future__ import annotations
