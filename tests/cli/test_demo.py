@@ -35,7 +35,7 @@ def test_a_face_says_a_recording(voice: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.stderr
     told = json.loads(result.stdout)
-    assert told["frames"] == 13 and -1 <= told["r_opening"] <= 1
+    assert told["frames"] == 13 and -1 <= told["r_loudness"] <= 1
     with av.open(str(out)) as file:
         assert sum(1 for _ in file.decode(video=0)) == 13
     assert Image.open(told["sheet"]).height > 250, "frames, and both curves below them"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from avatarctl.events import silent
 from avatarctl.live_bytes import LiveBytes
 from avatarctl.loading.built_in import build_random_modules
 from avatarctl.models.fp8 import store_in_float8
+from avatarctl.models.wan_blocks import AvatarBlock
 from avatarctl.pipelines.infer import generate, load
 from avatarctl.pipelines.job import Job, JobPlan, check_job
 from avatarctl.placement.place import in_groups, leaf_by_leaf
@@ -187,11 +189,41 @@ def test_the_account_of_a_run_says_what_was_read_and_moved() -> None:
     assert moves.startswith(f"moves: {PASSES * 3 + 1} copies to the device")
 
 
+def calls_of(monkeypatch: pytest.MonkeyPatch, counts: Callable[[torch.nn.Module], bool]) -> list[int]:
+    """How many calls of modules there were, of those that count; counted at the modules themselves."""
+    calls, call = [0], torch.nn.Module._call_impl
+
+    def counted(self: torch.nn.Module, *inputs: Any, **more: Any) -> Any:
+        calls[0] += counts(self)
+        return call(self, *inputs, **more)
+
+    monkeypatch.setattr(torch.nn.Module, "_call_impl", counted)
+    return calls
+
+
+def test_sequential_copies_a_module_once_for_each_of_its_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = calls_of(monkeypatch, lambda each: any(held is not None for held in each._parameters.values()))
+    plan = plan_of(*CHUNKS, "memory.mode=sequential")
+    modules: Any = load(plan)
+    made(plan, modules)
+    assert modules.moves.copies == calls[0] > 100
+
+
+def test_windows_move_each_group_once_for_each_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass for each window of a step; the branches of a window enter a block together."""
+    calls = calls_of(monkeypatch, lambda each: isinstance(each, AvatarBlock))
+    plan = plan_of(*WINDOWS, "memory.mode=group", "memory.group_blocks=1")
+    modules: Any = load(plan)
+    made(plan, modules)
+    assert modules.moves.copies == calls[0] + 1 > BLOCKS[WINDOWS]
+
+
 def test_swapped_blocks_are_the_last_ones() -> None:
     plan = plan_of(*CHUNKS, "memory.swap_blocks=2")
     modules: Any = load(plan)
     made(plan, modules)
     assert set(modules.moves.order) == {"blocks 4", "blocks 5"}
+    assert modules.moves.copies == PASSES * 2 + 1, "each once a pass, and the first again for the next one"
     there = [next(block.parameters()).device.type for block in modules.dit.blocks]
     assert there == ["cpu"] * 4 + ["meta"] * 2
 
