@@ -18,13 +18,11 @@ from avatarctl.atomic import atomic_path, disk_errors
 from avatarctl.media.audio_readers import Samples
 from avatarctl.media.bt709 import state_colours, to_yuv
 from avatarctl.media.waveform import MODEL_RATE
+from avatarctl.media.x264 import repeatable
 
 __all__ = ["write_clip"]
 
 _CRF = "10"  # of x264; from 12 down no difference is seen
-_REPEATABLE = "lookahead-threads=1:mbtree=0"
-"""Its macroblock tree reads memory that nobody wrote where a frame is 64 pixels wide or less and the
-processor has AVX-512: of 14 files of the same frames there were four kinds."""
 _AAC_BITS = 128_000  # per second and channel
 
 
@@ -102,7 +100,8 @@ class _Clip:
             self._container.mux(self._track.encode(None))
 
     def _open_image(self, width: int, height: int) -> VideoStream:
-        options = {"preset": "medium", "crf": _CRF, "threads": "1", "x264-params": _REPEATABLE}
+        x264 = repeatable("lookahead-threads=1")
+        options = {"preset": "medium", "crf": _CRF, "threads": "1", "x264-params": x264}
         stream = self._container.add_stream("libx264", rate=self._fps, options=options)
         context = stream.codec_context
         context.width, context.height = width, height

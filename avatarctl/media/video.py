@@ -40,6 +40,7 @@ from avatarctl.media.audio_feed import AudioBlocks, AudioFeed
 from avatarctl.media.bt709 import state_colours, to_yuv
 from avatarctl.media.finish import copy_packets
 from avatarctl.media.growing_file import GrowingFile, check_video_name
+from avatarctl.media.x264 import repeatable
 
 __all__ = ["LATENCY_FRAMES", "AudioBlocks", "VideoWriter"]
 
@@ -128,7 +129,7 @@ class VideoWriter:
                 "bf": "0",
                 "rc-lookahead": str(_LOOKAHEAD_FRAMES),
                 "threads": "4",  # fixed: the number of slices changes the bytes
-                "x264-params": "sync-lookahead=0:sliced-threads=1",
+                "x264-params": repeatable("sync-lookahead=0:sliced-threads=1"),
             },
         )
         context = self._image.codec_context

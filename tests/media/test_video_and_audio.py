@@ -184,14 +184,15 @@ def test_a_clip_is_read_back_frame_for_frame_with_its_audio(tmp_path: Path) -> N
     assert np.abs(np.array(clicked) - [1, 2, 3]).max() < 0.003
 
 
-def test_small_clips_have_the_same_bytes_whatever_memory_held_before(tmp_path: Path) -> None:
-    """Seen with AVX-512: what the encoder decides of frames this small came out of memory nobody wrote."""
+def test_the_same_frames_are_the_same_bytes_whatever_memory_held_before(tmp_path: Path) -> None:
+    """Seen with AVX-512: what the encoder decides came out of memory that nobody wrote. A
+    clip's full lookahead shows it at once, a video's of five frames in one of thirty files."""
     rng = np.random.default_rng(0)
-    wide = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).resize((128, 128))
-    drifting = np.stack([np.asarray(wide)[i : i + 48, 2 * i : 2 * i + 48] for i in range(22)]).astype(int)
+    wide = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).resize((176, 176))
+    drifting = np.stack([np.asarray(wide)[i : i + 96, 2 * i : 2 * i + 96] for i in range(22)]).astype(int)
     frames = np.clip(drifting + rng.integers(-3, 4, drifting.shape), 0, 255).astype(np.uint8)
     made, held = set(), []
-    for _ in range(10):
+    for _ in range(8):
         held.append(rng.bytes(rng.integers(1, 3_000_000)))
         del held[:-5]
         write_clip(tmp_path / "a.mp4", [frames])
