@@ -52,7 +52,7 @@ CARTOON: Final[Defaults] = {
     "sampling.guidance_scale": 1.0,
     "sampling.shift": 5.0,
     "long_video.num_frames": 33,
-    "long_video.overlap_frames": 1,
+    "long_video.overlap_frames": 5,  # r of I2V 0.943 for 0.939 with 1, and real speech follows better
     "output.width": 64,
     "output.height": 64,
     "data.num_frames": 33,

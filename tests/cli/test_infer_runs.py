@@ -41,7 +41,7 @@ def test_run_file_repeats_the_run_to_the_bit(run: Run, voice: Path, face: Path, 
     assert record["command"] == "infer"
     assert record["asked"]["runtime"] == {"seed": 5}
     assert record["asked"]["output"]["path"] == str(here / "a.mp4")
-    assert record["sampling"]["steps"] == 1 and record["long_video"]["overlap_frames"] == 1
+    assert record["sampling"]["steps"] == 1 and record["long_video"]["overlap_frames"] == 5
 
     again = run("infer", "--config", "a.run.yaml")
     assert again.exit_code == 2 and "a.mp4: exists" in again.stderr  # the name was asked for

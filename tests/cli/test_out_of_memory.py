@@ -25,8 +25,19 @@ from avatarctl.training.trainer import Trainer
 from tests.placement.test_failures import fails
 from tests.training.running import typed
 
-SIZE = ("output.width=16", "output.height=16", "long_video.num_frames=5")
-WORDS = ("--size", "16x16", "-o", "long_video.num_frames=5", "--steps", "1", "--device", "cpu")
+SIZE = ("output.width=16", "output.height=16", "long_video.num_frames=5", "long_video.overlap_frames=1")
+WORDS = (
+    "--size",
+    "16x16",
+    "-o",
+    "long_video.num_frames=5",
+    "--overlap",
+    "1",
+    "--steps",
+    "1",
+    "--device",
+    "cpu",
+)
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,7 @@ from tests.helpers_video import count_frames, probe_video
 
 SMALL = ("-o", "output.width=16", "-o", "output.height=16", "--num-frames", "9")
 TINY = (*SMALL, "--steps", "1")
-CHUNKS = (*SMALL, "--model", "cartoon-i2v")
+CHUNKS = (*SMALL, "--model", "cartoon-i2v", "--overlap", "1")
 """Chunks of 9 frames; each later one brings 8."""
 WINDOWS = (*SMALL, "--model", "stableavatar-tiny")
 """Windows of 9 frames that share 5; the first frame is final first, then 4 at a time."""

@@ -71,6 +71,8 @@ INFER = (
     "16x16",
     "-o",
     "long_video.num_frames=5",
+    "--overlap",
+    "1",
     "--device",
     "cpu",
 )
@@ -107,6 +109,7 @@ def test_a_plan_is_written_as_a_configuration(on_real_tensors: None, tmp_path: P
         "output.width",
         "output.height",
         "long_video.num_frames",
+        "long_video.overlap_frames",
         "memory.mode",
         "runtime.device",
     }

@@ -78,7 +78,7 @@ def learnt(folder: Path, audio: Audio = "own", **more: Any) -> Row:
     """The row of a model that learnt from `CLIPS` clips. more: settings, their dots two underscores."""
     row, device = find_model("cartoon-i2v"), torch.device("cpu")
     sizes = {**row.network["dit"], "num_layers": LAYERS}
-    values = {**row.defaults, "long_video.num_frames": FRAMES}
+    values = {**row.defaults, "long_video.num_frames": FRAMES, "long_video.overlap_frames": 1}
     row = replace(row, network={**row.network, "dit": sizes}, defaults=values)
     family: Any = family_named(row.family)
     Image.fromarray(mouth_mask()).save(folder / "mask.png")

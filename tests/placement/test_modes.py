@@ -31,6 +31,7 @@ CHUNKS = (
     "sampling.steps=2",
     "long_video.strategy=chunks",
     "long_video.num_frames=9",
+    "long_video.overlap_frames=1",
     *SIZE,
 )
 WINDOWS = ("model.name=stableavatar-tiny", "sampling.steps=2", *SIZE)
