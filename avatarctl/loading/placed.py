@@ -100,6 +100,9 @@ class PlacedModules(SomeModules):
             in_groups(network, self.device, group=1, away=away, host=self._host, moves=self.moves)
             return
         group = memory.group_blocks
+        if group >= count > 1:
+            line = f"memory: a group of {group} holds all {count} blocks, and saves nothing while they compute"
+            self._emit(Notice(f"{line}; memory.group_blocks {-(-count // 4)} would", "warning"))
         in_groups(network, self.device, group=group, host=self._host, moves=self.moves)
 
 

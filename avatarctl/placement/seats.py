@@ -90,7 +90,8 @@ class Seating:
         if self.before:
             moments = f"{shown(self.before)} of weights on the device before the transformer is read, "
             moments += f"{shown(self.after)} from then on"
-        return [*made, f"{moments}; {shown(self.host)} wait on the host" if self.host else moments]
+        waiting = f"; {shown(self.host)} wait on the host" if self.host else ""
+        return [*made, moments + waiting, "activations come on top: avatarctl vram-profile infer counts them"]
 
 
 def seated(parts: Sequence[Part], memory: Memory, unknown: Sequence[str] = ()) -> Seating:

@@ -30,21 +30,25 @@ _META: Final = torch.device("meta")
 @dataclass
 class Moves:
     """What was moved, for whoever asks. host_bytes: held there, packed; host_peak: at most so far; largest:
-    of what was held, the largest unit, which is there twice while it is packed; unpinned_bytes: what the
-    system would not lock for a GPU."""
+    of what was held, the largest unit, which is there twice while it is packed; pinned_peak: at most so far
+    that was locked for a GPU; unpinned_bytes: what the system would not lock for one."""
 
     copies: int = 0
     copied_bytes: int = 0
     host_bytes: int = 0
     host_peak: int = 0
     largest: int = 0
+    pinned_bytes: int = 0
+    pinned_peak: int = 0
     unpinned_bytes: int = 0
     order: list[str] = field(default_factory=list)
 
-    def hold(self, size: int) -> None:
-        """Counts what is held on the host; negative where it is forgotten."""
+    def hold(self, size: int, pinned: int) -> None:
+        """Counts what is held on the host, and how much of it is pinned; negative where it is forgotten."""
         self.host_bytes += size
         self.host_peak = max(self.host_peak, self.host_bytes)
+        self.pinned_bytes += pinned
+        self.pinned_peak = max(self.pinned_peak, self.pinned_bytes)
         self.largest = max(self.largest, size)
 
 
@@ -77,8 +81,8 @@ class Unit:
         self._event: Any = None
         self.left: Any = None
         """On a GPU an event behind the last computation with these weights."""
-        self._pack(modules, host)
-        weakref.finalize(self, moves.hold, -self.nbytes)
+        pinned = self._pack(modules, host)
+        weakref.finalize(self, moves.hold, -self.nbytes, -pinned)
         self.leave()
 
     @property
@@ -134,7 +138,9 @@ class Unit:
             self.left = _event(self.device)
         self._arrived = self._event = None
 
-    def _pack(self, modules: Sequence[nn.Module], host: torch.device) -> None:
+    def _pack(self, modules: Sequence[nn.Module], host: torch.device) -> int:
+        """Fills the buffers. Returns how many of their bytes are pinned."""
+        pinned = 0
         found: dict[int, list[tuple[dict[str, Any], str]]] = {}
         tensors: dict[int, nn.Parameter] = {}
         for module in modules:
@@ -151,9 +157,12 @@ class Unit:
         for dtype, length in ends.items():
             self._waiting[dtype] = flat = _room(length, dtype, host)
             mark(flat)
-            if self.device.type == "cuda" and host.type == "cpu" and not _locked(flat):
-                self._moves.unpinned_bytes += length * dtype.itemsize
-            self._moves.hold(length * dtype.itemsize)
+            size, locked = length * dtype.itemsize, 0
+            if self.device.type == "cuda" and host.type == "cpu":
+                locked = size if _locked(flat) else 0
+                self._moves.unpinned_bytes += size - locked
+            self._moves.hold(size, locked)
+            pinned += locked
         for key, parameter in tensors.items():
             flat, offset = self._waiting[parameter.dtype], where[key]
             stride = parameter.stride()
@@ -166,6 +175,7 @@ class Unit:
                     for holder, name in found[key]
                 )
             )
+        return pinned
 
 
 def _room(length: int, dtype: torch.dtype, host: torch.device) -> Tensor:

@@ -147,5 +147,6 @@ class Happened(_Account):
         rows.append(
             f"moves: {moves.copies} copies to the device, {shown(moves.copied_bytes)}; "
             f"{shown(moves.host_peak)} waited on the host"
+            + (f", {shown(moves.pinned_peak)} of it pinned" if moves.pinned_peak else "")
         )
         return rows

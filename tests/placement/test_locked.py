@@ -54,9 +54,10 @@ def test_exactly_what_waits_is_locked_and_unlocked_again(
     made = unit(runtime, monkeypatch, blocks.blocks[0], moves)
     assert runtime.asked == [24 * 24 * 4] == [made.nbytes] and moves.unpinned_bytes == 0
     assert list(runtime.locked.values()) == runtime.asked
+    assert moves.pinned_bytes == moves.host_bytes == made.nbytes
     del made
     gc.collect()
-    assert not runtime.locked
+    assert not runtime.locked and moves.pinned_bytes == 0 and moves.pinned_peak == 24 * 24 * 4
 
 
 def test_what_the_system_does_not_lock_is_counted_and_works(
@@ -65,7 +66,7 @@ def test_what_the_system_does_not_lock_is_counted_and_works(
     runtime, moves = _Runtime(room=1), Moves()
     expected = blocks.blocks[1].weight.clone()
     held = [unit(runtime, monkeypatch, block, moves) for block in blocks.blocks[:2]]
-    assert len(runtime.asked) == 2 and moves.unpinned_bytes == 24 * 24 * 4 == moves.host_bytes / 2
+    assert len(runtime.asked) == 2 and moves.unpinned_bytes == 24 * 24 * 4 == moves.pinned_bytes == moves.host_bytes / 2
     held[1].device = torch.device("cpu")
     held[1].arrive()
     assert torch.equal(blocks.blocks[1].weight, expected)

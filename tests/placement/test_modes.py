@@ -134,8 +134,15 @@ def test_float8_is_counted_as_it_is() -> None:
     assert live.peak == 2 * packed + widened + 2 * 64 * 4, "two blocks, a matrix, input, output"
 
 
-def test_the_text_encoder_is_gone_before_the_transformer_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = plan_of(*CHUNKS, "memory.mode=model")
+@pytest.mark.parametrize(
+    ("settings", "loads"),
+    [(CHUNKS, ["text", "vae", "audio", "dit"]), (WINDOWS, ["image", "vae", "text", "audio", "dit"])],
+    ids=["chunks", "windows"],
+)
+def test_the_text_encoder_is_gone_before_the_transformer_is_read(
+    settings: tuple[str, ...], loads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(*settings, "memory.mode=model")
     modules: Any = load(plan)
     read, text = modules._read, []
 
@@ -149,7 +156,7 @@ def test_the_text_encoder_is_gone_before_the_transformer_is_read(monkeypatch: py
 
     monkeypatch.setattr(modules, "_read", watched)
     made(plan, modules)
-    assert modules.loads == ["text", "vae", "audio", "dit"], "each once, none before it is needed"
+    assert modules.loads == loads, "each once, none before it is needed"
 
 
 @pytest.mark.parametrize(("guidance", "passes"), [((), PASSES), (GUIDED, PASSES + 1)], ids=["one", "three"])
@@ -208,6 +215,16 @@ def test_sequential_copies_a_module_once_for_each_of_its_calls(monkeypatch: pyte
     modules: Any = load(plan)
     made(plan, modules)
     assert modules.moves.copies == calls[0] > 100
+
+
+def test_a_group_that_holds_all_blocks_is_told() -> None:
+    lines: list[str] = []
+    plan = plan_of(*WINDOWS, "memory.mode=group", "memory.group_blocks=3")
+    assert load(plan, emit=lambda event: lines.append(getattr(event, "text", ""))).dit is not None
+    assert [line for line in lines if "memory" in line] == [
+        "memory: a group of 3 holds all 2 blocks, and saves nothing while they compute; memory.group_blocks 1 "
+        "would"
+    ]
 
 
 def test_windows_move_each_group_once_for_each_pass(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,8 +112,10 @@ def test_a_dry_run_shows_the_table() -> None:
     words = ["infer", "--memory", "group", "--dry-run"]
     shown = CliRunner().invoke(app, words)
     assert shown.exit_code == 0, shown.output
-    table = shown.stdout.splitlines()[-6:]
-    assert shown.stdout.splitlines()[-7] == "memory: group"
+    *_, mode, title, text, vae, audio, dit, moments, more = shown.stdout.splitlines()
+    assert mode == "memory: group" and title.split()[:2] == ["weights", "of"] and "wait on the host" in moments
+    assert more.strip() == "activations come on top: avatarctl vram-profile infer counts them"
+    table = [title, text, vae, audio, dit]
     assert table[4].split()[0] == "transformer" and table[4].endswith("2 groups, one and the next")
     document = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)["memory"]
     assert [part["part"] for part in document["parts"]] == [
