@@ -101,7 +101,7 @@ class PlacedModules(SomeModules):
             return
         group = memory.group_blocks
         if group >= count > 1:
-            line = f"memory: a group of {group} holds all {count} blocks, and saves nothing while they compute"
+            line = f"memory: a group of {group} holds all {count} blocks, so that a step saves nothing"
             self._emit(Notice(f"{line}; memory.group_blocks {-(-count // 4)} would", "warning"))
         in_groups(network, self.device, group=group, host=self._host, moves=self.moves)
 

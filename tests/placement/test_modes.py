@@ -222,8 +222,7 @@ def test_a_group_that_holds_all_blocks_is_told() -> None:
     plan = plan_of(*WINDOWS, "memory.mode=group", "memory.group_blocks=3")
     assert load(plan, emit=lambda event: lines.append(getattr(event, "text", ""))).dit is not None
     assert [line for line in lines if "memory" in line] == [
-        "memory: a group of 3 holds all 2 blocks, and saves nothing while they compute; memory.group_blocks 1 "
-        "would"
+        "memory: a group of 3 holds all 2 blocks, so that a step saves nothing; memory.group_blocks 1 would"
     ]
 
 

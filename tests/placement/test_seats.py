@@ -113,7 +113,7 @@ def test_a_dry_run_shows_the_table() -> None:
     shown = CliRunner().invoke(app, words)
     assert shown.exit_code == 0, shown.output
     *_, mode, title, text, vae, audio, dit, moments, more = shown.stdout.splitlines()
-    assert mode == "memory: group" and title.split()[:2] == ["weights", "of"] and "wait on the host" in moments
+    assert mode == "memory: group" and title.startswith("  weights of") and "wait on the host" in moments
     assert more.strip() == "activations come on top: avatarctl vram-profile infer counts them"
     table = [title, text, vae, audio, dit]
     assert table[4].split()[0] == "transformer" and table[4].endswith("2 groups, one and the next")
