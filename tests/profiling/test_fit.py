@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from types import MappingProxyType
+from typing import Any
 
 import pytest
+from torch.utils._python_dispatch import _disable_current_modes
 
 from avatarctl.config import RunConfig
 from avatarctl.demo.sample import sample_audio, sample_image
 from avatarctl.errors import DoesNotFit
 from avatarctl.events import silent
 from avatarctl.live_bytes import LiveBytes, OverLimit
+from avatarctl.loading.modules import PARTS
+from avatarctl.loading.placed import PlacedModules
 from avatarctl.pipelines.infer import generate, load
 from avatarctl.pipelines.job import Job, check_job
 from avatarctl.profiling.account import Account
@@ -48,12 +53,27 @@ def of_mode(mode: str) -> Account:
 
 
 def job(cfg: RunConfig, limit: int, host_limit: int) -> None:
-    """A whole run, loading included, with the prompts of the settings."""
+    """A whole run with the prompts of the settings. What is read is counted where it is put, as pages of a
+    mapped file are: a network that is made from a seed is in memory first."""
     given = Job(sample_image(), sample_audio(0.4), cfg.input.prompt or "", cfg.input.negative_prompt or "")
     plan = check_job(cfg, ROW, given, silent)
-    with LiveBytes(limit=limit, host_limit=host_limit):
-        for block in generate(plan, modules=load(plan)):
+    modules: Any = load(plan)
+    with LiveBytes(limit=limit, host_limit=host_limit) as live:
+        if isinstance(modules, PlacedModules):
+            modules._read = uncounted(modules._read)
+            modules.tell(lambda part, network: live.track(network))
+        else:
+            live.track([getattr(modules, part) for part in PARTS if hasattr(modules, part)])
+        for block in generate(plan, modules=modules):
             del block
+
+
+def uncounted(read: Callable[..., Any]) -> Callable[..., Any]:
+    def made(*where: Any) -> Any:
+        with _disable_current_modes():
+            return read(*where)
+
+    return made
 
 
 def fit(cfg: RunConfig, card: int) -> RunConfig:
@@ -68,6 +88,9 @@ def test_a_plan_runs_under_its_own_prediction_and_the_next_faster_one_does_not(m
     assert found.memory.mode == mode
     account = count(found)
     job(found, account.live_bytes, account.host)  # to the byte
+    if account.host:
+        with pytest.raises(OverLimit, match="bytes of the host"):
+            job(found, account.live_bytes, account.host - 1)
     if mode in FASTER:
         faster = configure(*WORDS, f"memory.mode={FASTER[mode]}")
         with pytest.raises(OverLimit, match="bytes of the device"):
