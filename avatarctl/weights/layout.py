@@ -49,7 +49,8 @@ class OffsetRule:
     """The audio offset of a file that does not state one; holds where all conditions hold that are given.
 
     offset, why: frames, and the reason for people; assumed: nothing speaks for it. channels: input channels;
-    config: a field of the config and its value, None for any; file: pattern of the name of a weight file.
+    config: a field of the config or of the header and its value, None for any; file: pattern of the name of
+    a weight file.
     """
 
     offset: int

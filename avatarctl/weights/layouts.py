@@ -139,6 +139,7 @@ OMNIAVATAR: Final = WeightLayout(
     # Published image-to-video weights have offset 1, those of the trainer and of video to video 0. The
     # names of tensors are the same, so that only file names tell them apart (spec/omniavatar.md g.6).
     offsets=(
+        OffsetRule(0, "a model of the cartoon world", config=("world", None)),
         OffsetRule(0, "video to video", channels=(49, 65)),
         OffsetRule(0, "video to video", config=("v2v", True)),
         OffsetRule(0, "a trainer's file, by its name", file=r"step-\w+(-\d+)?\.pt|trainable_weights\.pt"),

@@ -336,5 +336,6 @@ def _audio_offset(raw: RawWeights, layout: WeightLayout, sizes: Sizes) -> tuple[
     if stated in (0, 1):
         return int(stated), "the file's metadata", False
     names = [file.name for file in raw.files]
-    rule = next(each for each in layout.offsets if each.holds(sizes.in_channels, raw.config, names))
+    fields = {**raw.metadata, **raw.config}
+    rule = next(each for each in layout.offsets if each.holds(sizes.in_channels, fields, names))
     return rule.offset, rule.why, rule.assumed

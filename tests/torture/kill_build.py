@@ -4,14 +4,15 @@
 
 Real processes make everything on the short schedule, with one thread: first undisturbed; then stopped
 (SIGTERM) in the middle of the VAE, of a transformer and of the judge, each time gone on with by the same
-command; then with two parts at once, each killed (SIGKILL) at a random moment. What is shipped is byte-equal
-in the end; the card tells of minutes, and is not compared. Some minutes on two cores; needs 50 MB in the
-system's temporary folder.
+command; then on a disk that is full when the audio encoder is to be saved, and with two parts at once, each
+killed (SIGKILL) at a random moment. What is shipped is byte-equal in the end; the card tells of minutes, and is
+not compared. Some minutes on two cores; needs 50 MB in the system's temporary folder.
 """
 
 from __future__ import annotations
 
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -73,6 +74,21 @@ def killed(out: Path, part: str, seconds: float) -> bool:
     return False
 
 
+def on_a_full_disk(out: Path, part: str) -> None:
+    """No file may be larger than what a part saves: it ends with a line, and leaves nothing half written."""
+
+    def little() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    words = line(out, "--part", part)
+    ended = subprocess.run(words, preexec_fn=little, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    said = ended.stderr.decode().splitlines()
+    if ended.returncode != 3 or not said[-1].startswith("error: ") or "no space left" not in said[-1]:
+        raise Torn(f"{part} on a full disk: ended with {ended.returncode}, {said[-1:]}")
+    if is_made(out, part) or list(out.rglob("*.safetensors")):
+        raise Torn(f"{part} on a full disk left files")
+
+
 def finish(*lines: list[str]) -> None:
     """Runs them beside each other."""
     children = [subprocess.Popen(words, **QUIET) for words in lines]
@@ -89,6 +105,7 @@ def torture(base: Path, draw: random.Random) -> str:
     if made(base / "stopped") != wanted:
         raise Torn("stopped three times, it ended otherwise")
     count, out = 0, base / "killed"
+    on_a_full_disk(out, "audio")
     for _ in range(KILLS):
         count += killed(out, "vae", draw.uniform(*LATE))
         count += killed(out, "judge", draw.uniform(*LATE))
@@ -98,7 +115,7 @@ def torture(base: Path, draw: random.Random) -> str:
     finish(line(out))
     if made(out) != wanted:
         raise Torn("killed, and made by two processes, it ended otherwise")
-    return f"{len(STOPS)} stops and {count} kills: {len(wanted)} files are the same"
+    return f"{len(STOPS)} stops, a full disk and {count} kills: {len(wanted)} files are the same"
 
 
 def main() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Final
 
 import torch
@@ -45,12 +46,18 @@ def card_text(seed: int, recipe: Recipe, facts: Mapping[str, Any], digests: Mapp
     files = _table(("file", "what it is", "stored as"), _FILES)
     top = _TOP.format(files=files, seed=seed, version=torch.__version__)
     told = [(part, ", ".join(f"{name} {value}" for name, value in facts[part].items())) for part in PARTS]
+    asked = [(name.replace("_", " "), _told(value)) for name, value in asdict(recipe).items()]
     hashes = [(f"`{name}`", f"`{digest}`") for name, digest in digests.items()]
     return (
-        f"{top}{_table(('part', 'what came out'), told)}\n\nRecipe: {recipe}\n\n## SHA-256\n\n"
+        f"{top}{_table(('part', 'what came out'), told)}\n\n{_table(('recipe', ''), asked)}\n\n## SHA-256\n\n"
         f"{_table(('file', 'digest'), hashes)}\n\nScores of the whole, and what is still wrong with them: "
         "docs/benchmarks.md of the toolkit.\n"
     )
+
+
+def _told(value: Any) -> str:
+    """A number, or the pairs of frames and clips that were watched."""
+    return str(value) if isinstance(value, int) else ", ".join(f"{n} of {frames}" for frames, n in value)
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
