@@ -86,20 +86,23 @@ def timed_process(command: Sequence[str], clock: Callable[[], float]) -> Used:
 
 
 def write_voice(path: Path, seconds: int, rate: int = 16_000, channels: int = 1) -> Path:
-    """A WAV of the built-in voice: ten-second takes one after another, each with its own seed.
+    """A WAV of voices of the cartoon world: ten-second takes one after another, each of its own seed.
 
     A longer file begins with the samples of a shorter one. `rate` is a multiple of 100.
     """
     import soxr
 
-    from avatarctl.demo.sample import VOICE_RATE, voice_samples
+    from avatarctl.demo.clips import HELD_OUT
+    from avatarctl.demo.voices import speech
     from avatarctl.media import write_audio
+    from avatarctl.timeline import FPS, SAMPLE_RATE
 
     def takes() -> Iterator[np.ndarray]:
         for take, start in enumerate(range(0, seconds, 10)):
-            voice = voice_samples(min(10, seconds - start), seed=take)
-            if rate != VOICE_RATE:
-                voice = soxr.resample(voice, VOICE_RATE, rate)
+            length = min(10, seconds - start) * SAMPLE_RATE
+            voice = speech(HELD_OUT + take, 10 * FPS).audio[:length]
+            if rate != SAMPLE_RATE:
+                voice = soxr.resample(voice, SAMPLE_RATE, rate)
             yield np.repeat(voice[:, None], channels, axis=1)
 
     write_audio(path, takes(), rate)

@@ -5,8 +5,8 @@
 Real processes make everything on the short schedule, with one thread: first undisturbed; then stopped
 (SIGTERM) in the middle of the VAE, of a transformer and of the judge, each time gone on with by the same
 command; then on a disk that is full when the audio encoder is to be saved, and with two parts at once, each
-killed (SIGKILL) at a random moment. What is shipped is byte-equal in the end; the card tells of minutes, and is
-not compared. Some minutes on two cores; needs 50 MB in the system's temporary folder.
+killed (SIGKILL) at a random moment. What is shipped is byte-equal in the end; the card tells of minutes, and
+is not compared. Some minutes on two cores; needs 50 MB in the system's temporary folder.
 """
 
 from __future__ import annotations
