@@ -50,6 +50,7 @@ BENCHES := help_cpu start_cpu memory_against_length outside_networks audio_windo
 .PHONY: bench
 bench: $(installed)
 	@for name in $(BENCHES); do $(bin)/python tests/bench/$$name.py || exit 1; done
+	@$(bin)/python tests/bench/counted_and_measured.py large
 
 # What `make test` tries two or three times, here many times over.
 TORTURES := kill_convert kill_prepare kill_training kill_build sharded_training training_mutations \

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from avatarctl.cli.memory_mode import UNDECIDED, decided_without_torch, settled, with_mode
+from avatarctl.cli.memory_mode import UNDECIDED, decided_without_torch, settled, tell_seats, with_mode
 from avatarctl.cli.options import EXAMPLE_MODEL, ConfigCommand, Request, config_options, read_request
 from avatarctl.cli.run_file import with_absolute_paths
 from avatarctl.cli.screen import Screen
@@ -99,6 +99,7 @@ def infer(**params: Any) -> None:
             return
         plan.require_weights()  # before what is free is asked, which may take seconds
         plan = settled(plan, request.resolved.asked, screen)
+        tell_seats(plan, screen)
         path = Path(cfg.output.path) if cfg.output.path else fresh_path(row)
         sheet = _contact_sheet(plan)
         finished = make_video(plan, path, screen, sheet, request.resolved.asked)

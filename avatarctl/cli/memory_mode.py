@@ -38,6 +38,7 @@ __all__ = [
     "free_room",
     "infer_counter",
     "settled",
+    "tell_seats",
     "with_mode",
 ]
 
@@ -94,6 +95,14 @@ def _in_mode(plan: JobPlan, mode: str, why: str, screen: Screen) -> JobPlan:
         return plan
     screen(Notice(f"memory: {mode} (auto; {why})"))
     return replace(plan, cfg=with_mode(plan.cfg, mode))
+
+
+def tell_seats(plan: JobPlan, screen: Screen) -> None:
+    """What sits where and when, before a run in which anything leaves."""
+    if plan.seating.mode != "full":
+        screen(Notice(f"memory: {plan.seating.mode}"))
+        for line in plan.seating.lines():
+            screen(Notice(f"  {line}"))
 
 
 def _on_cpu(device: str, root: Path = Path("/")) -> bool:

@@ -2,7 +2,7 @@
 of real ones, at most 2 % apart; and accounts that leave work out beside those that do not, equal to the byte.
 
     python tests/bench/counted_and_measured.py             the twelve, and what is left out on small models
-    python tests/bench/counted_and_measured.py large       what is left out at 1.3B and 14B, half an hour
+    python tests/bench/counted_and_measured.py large       what is left out at 1.3B and 14B, five minutes
 
 Inference with 33, 36, 49 and 65 input channels, training with 33, 49 and 65; batches of one and two; each
 gradient mode of the decoder, each auxiliary loss, each memory mode.

@@ -73,6 +73,12 @@ def test_without_a_name_every_run_gets_a_fresh_folder(
     assert len(files(here)) == 6
 
 
+def test_what_sits_where_is_said_before_a_run_in_which_something_leaves(run: Run, voice: Path) -> None:
+    said = run("infer", *TINY, "--audio", str(voice), "--memory", "group", "--out", "a.mp4").stderr
+    table, _, work = said.partition("loading the model")
+    assert "memory: group" in table and "2 groups, one and the next" in table and "chunk 2 of 2" in work
+
+
 def test_json_is_one_document_that_names_the_video(run: Run, voice: Path, here: Path) -> None:
     result = run("infer", *TINY, "--audio", str(voice), "--out", "ä b.mp4", "--json")
     assert result.exit_code == 0, result.stderr

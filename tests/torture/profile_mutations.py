@@ -42,9 +42,9 @@ MUTATIONS = (
     Mutation(
         "attention by matrices of tokens by tokens",
         "profiling/fakes.py",
-        '    return nullcontext() if mode == "real" else FakeTensorMode(allow_non_fake_inputs=True)\n',
+        '    return nullcontext() if mode == "real" else _Fakes(allow_non_fake_inputs=True)\n',
         "    torch.backends.cuda.enable_flash_sdp(False)\n"
-        '    return nullcontext() if mode == "real" else FakeTensorMode(allow_non_fake_inputs=True)\n',
+        '    return nullcontext() if mode == "real" else _Fakes(allow_non_fake_inputs=True)\n',
         "profiling/test_counts.py::test_attention_is_counted_without_a_matrix_of_tokens_by_tokens",
     ),
     Mutation(
