@@ -25,6 +25,7 @@ Anything else that reaches the top of a command is a bug: exit 1, and the only t
 from __future__ import annotations
 
 import unicodedata
+from pathlib import PurePath
 
 __all__ = [
     "AvatarctlError",
@@ -46,6 +47,7 @@ __all__ = [
     "WeightsMissing",
     "WriteFailed",
     "printable",
+    "under_name",
 ]
 
 
@@ -151,3 +153,10 @@ class Interrupted(AvatarctlError):
 
 class PartlyFailed(AvatarctlError):
     exit_code = 7
+
+
+def under_name(name: str, problem: AvatarctlError) -> str:
+    """What is wrong with the file or sample of this name, once: the path in the problem may end with it or
+    lead through it."""
+    said = "" if problem.where is None else PurePath(str(problem.where)).as_posix()
+    return str(problem) if f"/{name}/" in f"/{said}/" else printable(f"{name}: {problem}")

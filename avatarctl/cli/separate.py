@@ -104,8 +104,6 @@ def separate(**params: Any) -> None:
             screen(Notice(str(error), "warning"))
             _show_plan(None, mixes, params["as_json"])
             return
-        if separator.warning:
-            screen(Notice(separator.warning, "warning"))
         if params["weights"] is not None and (doubt := _doubt(separator)):
             screen(Notice(doubt, "warning"))
         with stop_on_signals() as should_stop:

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 
@@ -34,9 +34,10 @@ from avatarctl.errors import (
     UnusableFile,
     UnusableWeights,
     WriteFailed,
+    under_name,
 )
 from avatarctl.events import Emit, Notice, PartDone
-from avatarctl.media.audio import comment_of, frames_of, open_audio, write_audio
+from avatarctl.media.audio import comment_of, frames_of, open_audio, stated_seconds, write_audio
 from avatarctl.media.audio_readers import Audio, Samples
 from avatarctl.media.audio_survey import AudioSurvey, survey
 from avatarctl.media.waveform import MODEL_RATE, model_signal
@@ -47,6 +48,7 @@ __all__ = ["Separated", "Separation", "conclude"]
 _MADE_BY: Final = "avatarctl separate"
 _VERSION: Final = 2  # of what a method computes; another makes everything anew
 _HARDLY_ANY: Final = 0.01  # -20 dB of the mix's energy
+_A_BYTE: Final = 1 / 32_000  # s of audio in 16 bits at 16 kHz, where no header states a length
 _OFTEN: Final = 0.2  # s between two words of progress
 
 
@@ -80,6 +82,7 @@ class Separation:
     ) -> None:
         self._separator, self._emit, self._should_stop = separator, emit, should_stop
         self._overwrite = overwrite
+        self._unsaid = separator.warning  # said with the first mix that is separated
         self._stems = () if not stems else ("speech",) if separator.compensate is None else ("speech", "rest")
 
     def run(self, mixes: Sequence[Mix]) -> list[Separated]:
@@ -87,7 +90,7 @@ class Separation:
 
         Raises Interrupted, WriteFailed for a full disk, and UnusableWeights, which would fail them all.
         """
-        clock = _Clock([_size(mix.path) for mix in mixes], self._emit)
+        clock = _Clock(self._lengths(mixes), self._emit)
         results: list[Separated] = []
         for number, mix in enumerate(mixes):
             clock.begin(number, mix.name)
@@ -97,8 +100,9 @@ class Separation:
             except (WriteFailed, UnusableWeights, Interrupted):
                 raise
             except AvatarctlError as error:
+                clock.passed_over()
                 if len(mixes) > 1:
-                    self._emit(Notice(f"{mix.name}: {error}", "warning"))
+                    self._emit(Notice(under_name(mix.name, error), "warning"))
                 results.append(Separated(mix.name, "failed", error=error))
         return results
 
@@ -115,6 +119,7 @@ class Separation:
         making = self._making(audio)
         if self._stands(mix, making):
             seconds = frames_of(mix.vocal) / MODEL_RATE
+            clock.passed_over()
             return Separated(mix.name, "skipped", self._files(mix), seconds)
         found = survey(audio)
         for warning in found.warnings:
@@ -123,6 +128,9 @@ class Separation:
         ensure_writable_folder(home)
         for line in remove_left_behind(home):
             self._emit(Notice(line))
+        if self._unsaid:
+            self._emit(Notice(self._unsaid, "warning"))
+            self._unsaid = ""
         with disk_errors(mix.vocal), held_folder(home) as hidden:
             made = self._write(mix.name, audio, found, hidden, making, clock)
             for path in made:
@@ -139,15 +147,37 @@ class Separation:
 
     def _making(self, audio: Audio) -> str:
         """What decides the bytes of a result."""
-        return json.dumps(
-            {
-                "made by": _MADE_BY,
-                "version": _VERSION,
-                "method": self._separator.method,
-                "weights": self._separator.identity,
-                "source": audio.sha256(),
-            }
-        )
+        return json.dumps({**self._way, "source": audio.sha256()})
+
+    @property
+    def _way(self) -> dict[str, Any]:
+        """The part of `_making` that all mixes share."""
+        return {
+            "made by": _MADE_BY,
+            "version": _VERSION,
+            "method": self._separator.method,
+            "weights": self._separator.identity,
+        }
+
+    def _lengths(self, mixes: Sequence[Mix]) -> list[float]:
+        """Seconds of audio that are to be separated of each, by what headers state; where one states nothing,
+        by the bytes that a second takes in the others."""
+        stated: list[float | None] = []
+        for mix in mixes:
+            self._stop_if_asked()
+            passed = mix.problem is not None or self._seems_done(mix)
+            stated.append(0.0 if passed else stated_seconds(mix.path))
+        known = [(each, _size(mix.path)) for mix, each in zip(mixes, stated, strict=True) if each]
+        a_byte = sum(each for each, _ in known) / max(1, sum(size for _, size in known)) or _A_BYTE
+        return [
+            _size(mix.path) * a_byte if each is None else each
+            for mix, each in zip(mixes, stated, strict=True)
+        ]
+
+    def _seems_done(self, mix: Mix) -> bool:
+        """By its results alone: whether they are of the present source is known once that is read."""
+        begins = json.dumps(self._way)[:-1]
+        return not self._overwrite and all(comment_of(path).startswith(begins) for path in self._files(mix))
 
     def _stands(self, mix: Mix, making: str) -> bool:
         """Whether all is there as it would be made. Raises OutputRefused for files that others wrote."""
@@ -170,7 +200,7 @@ class Separation:
         file, and the others are made of that: their numbers are the same as without."""
         rate = self._separator.rate(audio)
         total = found.native_samples * rate / audio.rate
-        clock.separating()
+        clock.separating(found.native_samples / audio.rate)
         peak = found.peak if audio.channels <= 2 else found.mono_peak  # of what `mix` gives
         left = _Left(self._separator.compensate)
         separated = self._separator.speech(left.of_mix(self._separator.mix(audio)), rate, peak)
@@ -223,34 +253,44 @@ def conclude(results: Sequence[Separated]) -> None:
     assert first is not None
     if len(results) == 1:
         raise first
-    words = f"the first: {failed[0].name}: {first}"
+    words = f"the first: {under_name(failed[0].name, first)}"
     if len(failed) == len(results):
         raise UnusableFile(f"no audio could be used: {words}")
     raise PartlyFailed(f"{len(failed)} of {len(results)} files failed; {words}")
 
 
 class _Clock:
-    """Progress over all mixes, weighed by the size of their files, and the seconds that are left."""
+    """Progress over all mixes, weighed by their seconds of audio, and the seconds of time that are left.
 
-    def __init__(self, sizes: list[int], emit: Emit) -> None:
-        self._sizes, self._emit = sizes, emit
+    lengths: of each mix in seconds, 0 for one that is passed over.
+    """
+
+    def __init__(self, lengths: list[float], emit: Emit) -> None:
+        self._lengths, self._emit = lengths, emit
         self._begun = self._separating = self._said = time.monotonic()
-        self._passed = self._made = (
-            0  # bytes of the mixes before the present one, and of those that took time
-        )
+        self._worked = 0.0  # s that the finished mixes took, without those that were passed over
+        self._separated = 0.0  # s of these that were not spent on looking at them
+        self._shown = 0.0
         self._number, self._name = 0, ""
 
     def begin(self, number: int, name: str) -> None:
         self._number, self._name = number, name
-        self._passed = sum(self._sizes[:number])
+        self._begun = time.monotonic()
 
-    def separating(self) -> None:
-        """The present one was looked at, and is separated from now on."""
-        self._separating = time.monotonic()
+    def separating(self, seconds: float) -> None:
+        """The present one was looked at, has so many seconds, and is separated from now on."""
+        self._lengths[self._number] = seconds
+        # Its first block says little of its pace: `tell` waits for a few.
+        self._separating = self._said = time.monotonic()
 
     def made(self) -> None:
-        """The present one is finished, and was not passed over."""
-        self._made += self._sizes[self._number]
+        now = time.monotonic()
+        self._worked += now - self._begun
+        self._separated += now - self._separating
+
+    def passed_over(self) -> None:
+        """The present one is done already, or cannot be used."""
+        self._lengths[self._number] = 0.0
 
     def tell(self, share: float) -> None:
         """`share` of the present one is separated."""
@@ -258,14 +298,17 @@ class _Clock:
         if now - self._said < _OFTEN or share <= 0:
             return
         self._said = now
-        share, size, total = min(1.0, share), self._sizes[self._number], sum(self._sizes)
-        whole = (now - self._separating) / share
-        behind = total - self._passed - size
-        a_byte = (self._separating - self._begun + whole) / (self._made + size)
-        left = whole * (1 - share) + a_byte * behind
-        count = len(self._sizes)
+        share, length, total = min(1.0, share), self._lengths[self._number], sum(self._lengths)
+        before = sum(self._lengths[: self._number])
+        rest = length * (1 - share)
+        rest *= (self._separated + now - self._separating) / (before + length * share)
+        a_second = (self._worked + now - self._begun + rest) / (before + length)
+        left = rest + a_second * (total - before - length)
+        count = len(self._lengths)
         what = self._name if count == 1 else f"{self._number + 1} of {count}: {self._name}"
-        self._emit(PartDone(what, (self._passed + size * share) / total, left))
+        # A header that stated too little or too much never lets it go back.
+        self._shown = max(self._shown, (before + length * share) / total)
+        self._emit(PartDone(what, self._shown, left))
 
 
 class _Left:

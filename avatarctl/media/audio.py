@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import av
 import numpy as np
 import soundfile
 
-from avatarctl.errors import OutputRefused, UnusableAudio, WriteFailed
+from avatarctl.errors import AvatarctlError, OutputRefused, UnusableAudio, WriteFailed
 from avatarctl.media.audio_header import ogg_is_complete, read_header
 from avatarctl.media.audio_readers import (
     ArrayAudio,
@@ -18,9 +20,18 @@ from avatarctl.media.audio_readers import (
     Samples,
     check_format,
 )
+from avatarctl.media.containers import open_container
 from avatarctl.media.files import check_regular_file
 
-__all__ = ["Audio", "audio_from_array", "comment_of", "frames_of", "open_audio", "write_audio"]
+__all__ = [
+    "Audio",
+    "audio_from_array",
+    "comment_of",
+    "frames_of",
+    "open_audio",
+    "stated_seconds",
+    "write_audio",
+]
 
 _W64_MAGIC = b"riff\x2e\x91\xcf\x11"
 _OGG_MAGIC = b"OggS"
@@ -148,6 +159,24 @@ def frames_of(path: Path) -> int:
         return int(soundfile.info(str(path)).frames)
     except (soundfile.LibsndfileError, OSError):
         return 0
+
+
+def stated_seconds(path: Path) -> float | None:
+    """How long a file of audio or video is, by its header alone, so that thousands can be asked. 0 for one
+    that cannot be read or has no audio, None where nothing is stated."""
+    try:
+        checked = check_regular_file(path, UnusableAudio)
+        with checked.open("rb") as handle:
+            start = handle.read(len(_W64_MAGIC))
+        if start.startswith(_LIBSNDFILE_MAGIC):
+            with contextlib.suppress(soundfile.LibsndfileError):
+                return float(soundfile.info(str(checked)).duration) or None
+        with open_container(checked, UnusableAudio, "an audio file") as container:
+            if not container.streams.audio:
+                return 0.0
+            return max(0, container.duration or 0) / av.time_base or None
+    except (AvatarctlError, OSError):
+        return 0.0
 
 
 def _write_blocks(source: Iterable[Samples]) -> Iterator[Samples]:

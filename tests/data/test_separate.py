@@ -175,7 +175,8 @@ def test_one_bad_file_among_others(here: Path) -> None:
     (here / "talks/notes.txt").write_text("not looked at")
     ended = separate("talks", "--out", "talks/voices", "--backend", "none", "--json")
     assert ended.exit_code == 7, ended.output
-    assert "warning: bad.mp3: " in ended.stderr and "error: 1 of 3 files failed" in ended.stderr
+    assert "warning: talks/bad.mp3: " in ended.stderr and "error: 1 of 3 files failed" in ended.stderr
+    assert all(line.count("bad.mp3") == 1 for line in ended.stderr.splitlines()), "named once in a line"
     told = json.loads(ended.stdout)
     assert [each["state"] for each in told["files"]] == ["failed", "done", "done"]
     made = {path.relative_to("talks/voices").as_posix() for path in Path("talks/voices").rglob("*.wav")}
@@ -190,7 +191,7 @@ def test_nothing_but_bad_files(here: Path) -> None:
     for name in ("a.wav", "b.wav"):
         (here / "talks").mkdir(exist_ok=True)
         (here / "talks" / name).write_text("no audio at all")
-    assert "no audio could be used: the first: a.wav" in refused(
+    assert "no audio could be used: the first: talks/a.wav: not an" in refused(
         3, "talks", "--out", "o", "--backend", "none"
     )
     assert not (here / "o").exists()
@@ -375,7 +376,7 @@ def test_stopped_by_a_signal(here: Path, steps: int) -> None:
 
 
 def test_progress_over_all_files(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weighed by size: half of the work is done with the first of two equal files."""
+    """Half of the work is done with the first of two equal files."""
     monkeypatch.setattr("avatarctl.data.separate._OFTEN", 0.0)
     told: list[PartDone] = []
     long_work(here, lambda: False, told)
@@ -385,3 +386,51 @@ def test_progress_over_all_files(here: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert all(each.seconds_left >= 0 for each in told) and told[-1].seconds_left == pytest.approx(
         0, abs=1e-6
     )
+
+
+def test_progress_goes_by_seconds_of_audio(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither by bytes, of which stereo has twice as many, nor by files: what is done already or cannot be
+    used is no work, and a length that a header leaves open is told by the bytes."""
+    monkeypatch.setattr("avatarctl.data.separate._OFTEN", 0.0)
+    wav(here / "talks/a.wav", hum(6.0))
+    wav(here / "talks/b.wav", hum(6.0, channels=2))
+    wav(here / "talks/done.wav", hum(6.0))
+    (here / "talks/bad.wav").write_bytes(b"no audio at all" * 10_000)
+    told: list[PartDone] = []
+
+    def emit(event: Event) -> None:
+        if isinstance(event, PartDone):
+            told.append(event)
+
+    def run_all(names: tuple[str, ...]) -> dict[str, float]:
+        """How much of the work was done with the last word about each."""
+        told.clear()
+        mixes = find_mixes(here / "talks", here / "out", "audio.wav", silent)
+        chosen = [mix for mix in mixes if mix.name in names]
+        Separation(SpectralGate(), emit, lambda: False).run(chosen)
+        assert [each.done for each in told] == sorted(each.done for each in told)
+        return {each.what.split(": ")[1]: each.done for each in told if ": " in each.what}
+
+    assert run_all(("done.wav",)) == {}  # of one alone the file's name is all that is said
+    shares = run_all(("a.wav", "b.wav", "bad.wav", "done.wav"))
+    assert shares == {"a.wav": pytest.approx(0.5, abs=0.01), "b.wav": pytest.approx(1.0, abs=1e-3)}
+    header = bytearray((here / "talks/a.wav").read_bytes())
+    header[4:8] = header[40:44] = bytes(4)  # as a recorder leaves it that was interrupted
+    (here / "talks/c.wav").write_bytes(header)
+    wav(here / "talks/d.wav", hum(6.1))
+    shares = run_all(("c.wav", "d.wav", "done.wav"))
+    assert shares == {"c.wav": pytest.approx(0.5, abs=0.01), "d.wav": pytest.approx(1.0, abs=1e-3)}
+
+
+def test_demo_quality_is_said_once_where_something_is_made(here: Path) -> None:
+    for name in ("a.wav", "b.wav"):
+        wav(here / "talks" / name, hum())
+    words = ("talks", "--out", "o", "--backend", "dsp")
+    said = "demo-quality"
+    assert said not in separate(*words, "--dry-run").stderr
+    assert separate(*words).stderr.count(said) == 1
+    assert said not in separate(*words).stderr, "all of it is done already"
+    wav(here / "talks/c.wav", hum())
+    assert separate(*words).stderr.count(said) == 1
+    (here / "bad.wav").write_text("no audio at all")
+    assert said not in separate("bad.wav", "--out", "bad.vocal.wav", "--backend", "dsp").stderr
