@@ -122,9 +122,7 @@ def _introduction(request: Request, row: Row) -> list[str]:
     lines = [f"model: {row.name}{title}{asked}{untrained}", *request.resolved.notices]
     given = request.resolved.cfg.input
     if row.world and (given.image or given.video):
-        lines.append(
-            f"{row.name} knows only the drawn faces of the {row.world} world; others will look wrong"
-        )
+        lines.append(f"{row.scope}; others will look wrong")
     return lines
 
 

@@ -98,6 +98,7 @@ def _run(command: Name, params: Mapping[str, Any]) -> None:
             screen(Notice(notice))
         tell_checkpoint(row, screen)
         preparation = Preparation(command, cfg, row, family, screen, dry_run=request.dry_run)  # type: ignore[arg-type]
+        preparation.doubt_world()
         if request.dry_run:
             _show_plan(command, preparation, request.json, screen)
             return

@@ -14,11 +14,20 @@ from PIL import Image, UnidentifiedImageError
 
 from avatarctl.data.samples import Sample
 from avatarctl.data.windows import Cutting, RawVideo, make_samples
-from avatarctl.errors import UnusableVideo
+from avatarctl.errors import AvatarctlError, UnusableVideo
 from avatarctl.media import FittedFrames, open_audio, open_video, survey
+from avatarctl.media.containers import open_container
 from avatarctl.media.files import check_regular_file, file_sha256
 
-__all__ = ["ReadFrames", "audio_facts", "bytes_facts", "cut_source", "read_sample", "video_facts"]
+__all__ = [
+    "ReadFrames",
+    "audio_facts",
+    "bytes_facts",
+    "cut_source",
+    "read_sample",
+    "stated_size",
+    "video_facts",
+]
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,15 @@ class ReadFrames:
             if first <= start <= stop <= first + len(held):
                 return held[start - first : stop - first]
         raise ValueError(f"frames {start} to {stop} were not asked for")
+
+
+def stated_size(path: Path) -> tuple[int, int] | None:
+    """Width and height of a video by its header alone; None where it cannot be read or has none."""
+    try:
+        with open_container(check_regular_file(path, UnusableVideo), UnusableVideo, "a video") as container:
+            return next(((each.width, each.height) for each in container.streams.video), None)
+    except AvatarctlError:
+        return None
 
 
 def video_facts(path: Path) -> dict[str, Any]:

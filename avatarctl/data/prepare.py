@@ -20,7 +20,7 @@ from avatarctl.data.aligned import AlignedFaces
 from avatarctl.data.checking import Checked, Checker, Todo, run_mask
 from avatarctl.data.encoders import Encoders
 from avatarctl.data.known import Known
-from avatarctl.data.media import bytes_facts, cut_source, read_sample
+from avatarctl.data.media import bytes_facts, cut_source, read_sample, stated_size
 from avatarctl.data.report import Done, write_index, write_report
 from avatarctl.data.samples import OWN, Sample, find_samples
 from avatarctl.data.storing import Store
@@ -150,6 +150,17 @@ class Preparation:
                 samples = samples_of(self.path, raw, record, self.cfg.data.audio_name)
                 checked += [checker.check(sample) for sample in samples]
         return waiting, checked
+
+    def doubt_world(self) -> None:
+        """Says once that a model of a drawn world is of no use for people: where a video has another size
+        than that world's clips have, which are taken without a word."""
+        if not self.row.world or self.command != "precompute-latents":
+            return
+        of_data = self.data.samples if self.data is not None else ()
+        sizes = (stated_size(each.video) for each in (*(self.raws or ()), *of_data) if each.problem is None)
+        if any(size is not None and size not in self.row.trained_for.sizes for size in sizes):
+            use = "latents that it makes of people are of no use to other models (--model names one)"
+            self._emit(Notice(f"{self.row.scope}; {use}", "warning"))
 
     def _finished(self, raw: RawVideo) -> dict[str, Any] | None:
         """The record of a source that is cut already; what is wrong with one comes to light when it is read.

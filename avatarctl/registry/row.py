@@ -137,6 +137,11 @@ class Row:
         """Name of the folder that holds its files below a weights root."""
         return self.hub_id.rpartition("/")[2] or self.name
 
+    @property
+    def scope(self) -> str:
+        """What a model of a made-up world knows, as the beginning of a sentence; empty for one of people."""
+        return f"{self.name} knows only the drawn faces of the {self.world} world" if self.world else ""
+
     def accepted(self, names: str) -> str:
         """A name of `files` with what may stand in for it on a disk, as "a|b"; a hub has the former only."""
         return f"{names}|{self.stand_ins[names]}" if names in self.stand_ins else names

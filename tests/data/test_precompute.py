@@ -423,3 +423,21 @@ def test_a_sample_of_a_list_keeps_its_artifacts_beside_the_list(talks: Path, tmp
         hashes.append(contents(own))
     assert hashes[0] == hashes[1] == hashes[2] and len(hashes[0]) == 11
     assert sorted(path.name for path in (tmp_path / "clips").iterdir()) == ["x.mp4", "y.mp4", "y.wav"]
+
+
+def test_the_model_of_drawn_faces_says_that_people_are_outside(talks: Path, tmp_path: Path) -> None:
+    """Once, of a folder with a video of another size than drawn clips have, and of their latents alone."""
+
+    def doubts(folder: Path, *words: str, command: str = "precompute-latents") -> int:
+        words = ("--from-videos", str(folder), "--data", str(tmp_path / "out"), "--dry-run", *words)
+        told = run(command, *words)
+        assert told.exit_code == 0, told.output
+        return told.stderr.count("warning: cartoon-v2v knows only the drawn faces of the cartoon world; ")
+
+    assert doubts(talks) == 0
+    mixed = Path(shutil.copytree(talks, tmp_path / "talks"))
+    for name in ("filmed.mp4", "other.mp4"):
+        joined(mixed / name, np.zeros((9, 96, 128, 3), np.uint8))
+    assert doubts(mixed) == 1
+    assert doubts(mixed, command="precompute-audio") == 0
+    assert doubts(mixed, "--model", "omniavatar-14b", "--faces", "none") == 0
