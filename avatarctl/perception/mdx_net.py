@@ -37,6 +37,7 @@ _FRAMES: Final = 256
 _MUTED: Final = 3  # lowest bands
 _CODES: Final = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .* failed:)?")
 _PEAK: Final = 0.9  # of what the network is given
+_FAINTEST: Final = float(np.finfo(np.float32).tiny)  # below it a scale to this peak is no float32 any more
 CHUNK: Final = _HOP * (_FRAMES - 1)
 TRIM: Final = _FFT // 2
 STEP: Final = CHUNK * 3 // 4
@@ -139,7 +140,7 @@ def overlapped(blocks: Iterable[Samples], network: Any, peak: float) -> Iterator
     many behind, and are weighted by a Hann window. What is divided by the sum of the weights lies within the
     mix, where this sum is never zero. A chunk that begins behind the mix has no weight in it and is not made.
     """
-    scale = np.float32(_PEAK / peak if peak > 0 else 1.0)
+    scale = np.float32(_PEAK / peak if peak >= _FAINTEST else 1.0)
     length = 0
     summed, weights = np.zeros((CHUNK, 2), np.float32), np.zeros((CHUNK, 1), np.float32)
     start = -TRIM  # of the chunk, counted from the first sample of the mix

@@ -302,12 +302,22 @@ def rows() -> list[Any]:
     return [pytest.param(row, id=row["file"]) for row in every if "separate" in row["consumers"]]
 
 
-@pytest.mark.parametrize("backend", ["dsp", "none"])
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that changes nothing."""
+    return write_onnx(tmp_path_factory.mktemp("network") / "net.onnx")
+
+
+@pytest.mark.parametrize("backend", ["mdx-onnx", "dsp", "none"])
 @pytest.mark.parametrize("row", rows())
-def test_hostile_audio(row: dict[str, Any], backend: str, here: Path) -> None:
+def test_hostile_audio(row: dict[str, Any], backend: str, here: Path, network: Path) -> None:
     if row["file"] == LONG:
         pytest.skip("25 minutes of 8 channels take half a minute; their memory is that of any length")
-    ended = separate(HOSTILE / row["file"], "--out", "vocal.wav", "--backend", backend)
+    weights: tuple[str, ...] = ()
+    if backend == "mdx-onnx":
+        pytest.importorskip("onnxruntime", reason="the extra `separate` is not installed")
+        weights = ("--weights", f"mdx={network}")
+    ended = separate(HOSTILE / row["file"], "--out", "vocal.wav", "--backend", backend, *weights)
     assert ended.exit_code in row["exit"], ended.output
     for raw in row.get("output_must_not_contain", []):
         assert raw not in ended.output

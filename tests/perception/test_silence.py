@@ -58,6 +58,24 @@ def test_the_network_is_not_asked_about_silence() -> None:
     assert network.asked == 1 and given[0, 0] > 0 and not given[mdx_net.CHUNK :].any()
 
 
+@pytest.mark.parametrize("peak", [1e-44, 3e-42, 1.1e-38, 1.2e-38, 1e-20])
+def test_what_is_nearly_silent_reaches_the_network_as_numbers(peak: float) -> None:
+    """Also where no float32 is large enough to bring it to full scale."""
+
+    class Same:
+        loudest = 0.0
+
+        def vocals(self, chunk: np.ndarray) -> np.ndarray:
+            self.loudest = max(self.loudest, float(np.abs(chunk).max()))
+            return chunk
+
+    network = Same()
+    faint = np.full((1000, 2), peak, np.float32)
+    given = np.concatenate(list(mdx_net.overlapped(iter([faint]), network, float(faint.max()))))
+    assert np.isfinite(given).all() and float(np.abs(given).max()) <= 2 * float(faint.max())
+    assert network.loudest == pytest.approx(0.9 if peak > 1.15e-38 else float(faint.max()), rel=1e-3)
+
+
 def test_many_channels_become_their_mean() -> None:
     block = np.random.default_rng(0).uniform(-1, 1, (1000, 8)).astype(np.float32)
     (mono,) = _at_most_stereo([block])
