@@ -136,12 +136,26 @@ def test_one_that_is_asked_to_stop_stops_all_and_two_go_on_to_the_bits_of_one(
 # --- a step of two processes, seen from inside ----------------------------------------------------
 
 
-def _gradients(made: trainer.Trainer) -> torch.Tensor:
-    for parameter in made.network.trainables.parameters.values():
-        parameter.data = parameter.data.double()
-    own = made.data.read(made._order.places(0))
-    made.accumulate([sample for sample in own if isinstance(sample, trainer.TrainingSample)])
-    return torch.cat([p.grad.flatten() for p in made.network.trainables.parameters.values()])  # type: ignore[union-attr]
+RUNS = {
+    "full": ("cartoon-v2v", "train.mode=full"),
+    "lora": ("cartoon-i2v", "train.mode=lora", "train.lora_rank=2", "train.lora_targets=q"),
+}
+"""What is trained: model and settings."""
+
+
+def _moved(made: trainer.Trainer) -> torch.Tensor:
+    """How far two steps of SGD in float64 take all weights that are trained; in the first one the half of
+    a LoRA has no gradient. They are left as if none was made."""
+    weights = list(made.network.trainables.parameters.values())
+    for weight in weights:
+        weight.data = weight.data.double()
+    before, sgd = [weight.detach().clone() for weight in weights], torch.optim.SGD(weights, lr=0.1)
+    for made.step in range(2):
+        made.accumulate(made._next(made.data.read(made._order.places(made.step))))
+        sgd.step()
+        sgd.zero_grad()
+    made.step = 0
+    return torch.cat([(w.detach() - b).flatten() for w, b in zip(weights, before, strict=True)])
 
 
 def _inside(folder: Path, prepared: Path, place: Place) -> None:
@@ -150,9 +164,10 @@ def _inside(folder: Path, prepared: Path, place: Place) -> None:
     world = World(place.rank, place.size, place.local)
     world.join(place.meeting, "cpu")
     words = ("train.batch_size=1", "train.gradient_accumulation=2", "runtime.gpus=2")
-    made = made_trainer(folder / f"run-{place.rank}", prepared, *words, world=world)
-    found: dict[str, Any] = {"gradient": _gradients(made)}
-    made._optimizer.drop_gradients()
+    found: dict[str, Any] = {}
+    for mode, (model, *own) in reversed(RUNS.items()):
+        made = made_trainer(folder / f"{mode}-{place.rank}", prepared, *own, *words, model=model, world=world)
+        found[mode] = _moved(made)
     read = made.data.read
 
     def broken(places: Any) -> Any:
@@ -186,25 +201,26 @@ def _inside(folder: Path, prepared: Path, place: Place) -> None:
     while not stop() and time.monotonic() < patience:
         time.sleep(0.01)
     found["stopped"] = stop()  # also the one that nobody asked
-    found["wrote"] = (folder / f"run-{place.rank}" / "log.jsonl").is_file()
+    found["wrote"] = (folder / f"full-{place.rank}" / "log.jsonl").is_file()
     world.leave()
     torch.save(found, folder / f"found-{place.rank}.pt")
 
 
 def test_a_step_of_two_processes_is_that_of_one(prepared: Path, tmp_path: Path) -> None:
-    """In each two forward passes, in float64; a sample whose numbers are not finite, a bad one, an error."""
+    """A pair of passes in each, of all weights and a LoRA; numbers that are not finite, a sample, errors."""
     assert start_processes(2, _inside, (tmp_path, prepared), method="fork") == 0
     both = [torch.load(tmp_path / f"found-{rank}.pt") for rank in range(2)]
-    alone = made_trainer(tmp_path / "alone", prepared, "train.batch_size=1", "train.gradient_accumulation=4")
-    whole = _gradients(alone)
+    for mode, (model, *own) in RUNS.items():
+        words = (*own, "train.batch_size=1", "train.gradient_accumulation=4")
+        whole = _moved(made_trainer(tmp_path / mode, prepared, *words, model=model))
+        assert float((both[0][mode] - whole).norm() / whole.norm()) < 1e-6, mode
+        assert torch.equal(both[0][mode], both[1][mode]), mode
     for found in both:
-        assert float((found["gradient"] - whole).norm() / whole.norm()) < 1e-6
         assert not found["moved"]
         assert sorted(found["skipped"].split(", ")) == sorted(both[1]["broken"])
         assert found["failed"] == ["b"]
         assert found["stopped"]
         assert found["error"] == ("here: one cannot go on (do)", True)
-    assert torch.equal(both[0]["gradient"], both[1]["gradient"])
     assert "b: is gone; another sample takes its turns" in both[0]["told"]
     assert [found["wrote"] for found in both] == [True, False]
 
