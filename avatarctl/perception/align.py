@@ -151,7 +151,9 @@ def _sources(matrices: Tensor, size: tuple[int, int]) -> Tensor:
         torch.arange(size[0], dtype=torch.float64), torch.arange(size[1], dtype=torch.float64), indexing="ij"
     )
     places = torch.stack([x, y], -1).to(matrices.device).reshape(1, -1, 2) - matrices[:, None, :, 2]
-    turned: Tensor = places @ torch.linalg.inv(matrices[:, :, :2]).transpose(1, 2)
+    # `inv` waits for the device, to ask it whether there is an inverse.
+    way_back, _ = torch.linalg.inv_ex(matrices[:, :, :2])
+    turned: Tensor = places @ way_back.transpose(1, 2)
     return turned.reshape(-1, *size, 2)
 
 
