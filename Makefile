@@ -46,7 +46,7 @@ clean:
 # The figures of docs/benchmarks.md; about two hours on two idle cores.
 BENCHES := help_cpu start_cpu memory_against_length outside_networks audio_windows demo_time convert_speed load_time \
 	stableavatar_work batched_branches cpu_convolution prepare_work face_tracking training_work training_memory \
-	plans_that_fit learning build_time decoder_gradient memory_modes counted_and_measured preset_memory
+	plans_that_fit learning build_time decoder_gradient savings_time memory_modes counted_and_measured preset_memory
 .PHONY: bench
 bench: $(installed)
 	@for name in $(BENCHES); do $(bin)/python tests/bench/$$name.py || exit 1; done

@@ -23,7 +23,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -91,8 +91,8 @@ def trainer_on(data: Path, run: Path, side: int, frames: int, *words: str) -> Tr
 
 
 @contextmanager
-def wide_network() -> Any:
-    """The cartoon model's encoders, and a transformer as wide as the 1.3B's."""
+def wide_network(sizes: Mapping[str, int] = WIDE, blocks: int = 2) -> Any:
+    """The cartoon model's encoders, and a transformer as wide as the 1.3B's, or of other sizes."""
 
     row = find_model(MODEL)
 
@@ -101,8 +101,8 @@ def wide_network() -> Any:
 
     def make(_: start.StartPlan, cfg: Any, *__: Any) -> start.Start:
         small = {name: list(v) if isinstance(v, tuple) else v for name, v in row.network["dit"].items()}
-        dit = OmniAvatarTransformer(**{**small, **WIDE, "in_channels": cfg.model.channels}).eval()
-        del dit.blocks[2:]  # fewer than four have no audio layer
+        dit = OmniAvatarTransformer(**{**small, **sizes, "in_channels": cfg.model.channels}).eval()
+        del dit.blocks[blocks:]  # fewer than four have no audio layer
         return start.Start(dit, OMNIAVATAR, {"model": row.name}, {})
 
     with (
