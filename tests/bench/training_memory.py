@@ -12,17 +12,21 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 
 from reporting import print_table, verdict
 
+from avatarctl.profiling.account import Account
+from avatarctl.profiling.fakes import Mode
 from avatarctl.profiling.training import profile_training
 from avatarctl.registry import configure, find_model
 
-COMMON = ("model.name=omniavatar-14b", "model.channels=49", "model.audio_offset=0", "runtime.dtype=bfloat16")
+MODEL = "omniavatar-14b"
+COMMON = ("model.channels=49", "model.audio_offset=0", "runtime.dtype=bfloat16", "train.mode=lora")
 JUDGED = "aux.losses=sync,lpips,trepa"
 LEAN = (
     "memory.vae_gradient=offload", "memory.activation_checkpointing=block_offload",
-    "memory.swap_blocks=40", "memory.optimizer_device=cpu",
+    "memory.swap_blocks={blocks}", "memory.optimizer_device=cpu",
 )  # fmt: skip
 FP8 = "memory.base_precision=fp8"
 ROWS = {
@@ -32,7 +36,20 @@ ROWS = {
     "lean, eight bits": ((JUDGED, *LEAN, FP8), 44e9),
     "small, rank 32": (("train.lora_rank=32", *LEAN), 22e9),
 }
+"""By name: settings, {blocks} being all that the transformer has, and the target in bytes.
+`tests/gpu/train.py` measures the same rows on a card."""
 PHASES = ("load", "forward", "aux", "aux backward", "backward", "optimizer")
+
+
+def settings(words: Sequence[str], model: str = MODEL) -> list[str]:
+    """Of a row, for one model."""
+    blocks = find_model(model).network["dit"]["num_layers"]
+    return [f"model.name={model}", *COMMON, *(word.format(blocks=blocks) for word in words)]
+
+
+def counted(words: Sequence[str], mode: Mode = "fake", device: str = "cpu", model: str = MODEL) -> Account:
+    """Two optimizer steps with the settings of a row."""
+    return profile_training(find_model(model), configure(*settings(words, model)), mode, device=device)
 
 
 def main() -> int:
@@ -42,7 +59,7 @@ def main() -> int:
         if wanted not in name:
             continue
         started = time.process_time()
-        account = profile_training(find_model("omniavatar-14b"), configure(*COMMON, *words))
+        account = counted(words)
         live = account.live_bytes
         kept &= live <= limit
         by_phase = [f"{account.stages.get(phase, 0) / 1e9:.1f}" for phase in PHASES]
@@ -51,7 +68,7 @@ def main() -> int:
         held = {**account.weights, **account.components}
         shares = ", ".join(f"{what} {size / 1e9:.1f}" for what, size in held.items())
         seconds = time.process_time() - started
-        notes.append(f"{name}: {' '.join(words)}; GB of {shares}; {seconds:.0f} CPU seconds.")
+        notes.append(f"{name}: {' '.join(settings(words))}; GB of {shares}; {seconds:.0f} CPU seconds.")
     print_table(
         "Memory of training, predicted", ["", *PHASES, "on the host", "live, GB", "target", ""], rows, *notes
     )
