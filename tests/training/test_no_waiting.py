@@ -100,13 +100,14 @@ def test_a_step_asks_when_all_passes_are_done(
     cut: tuple[str, str], trainer_of: Callable[..., Trainer], samples: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For all its numbers at once, and for the gradient's norm, however it is cut: both decide whether the
-    weights move. With all auxiliary losses, on faces that are aligned first, as of a clip that shows more."""
+    weights move. With all auxiliary losses, on faces that are aligned first, as of clips that show more; the
+    sigma of one sample is too high for them."""
     # As on a GPU, which reads all rows of a text.
     monkeypatch.setattr("avatarctl.models.omniavatar.without_padding", lambda text: (text, None))
     size, passes = cut
     trainer = trainer_of(
         f"train.batch_size={size}", f"train.gradient_accumulation={passes}", "aux.losses=sync,lpips,trepa",
-        "memory.vae_gradient=segment", "data.num_frames=17", data=samples,
+        "memory.vae_gradient=segment", "data.num_frames=17", "aux.max_sigma=0.8", data=samples,
     )  # fmt: skip
     to_face = ToFace(0.9 * torch.eye(2, 3).repeat(17, 1, 1), 32)
     read = [each for each in trainer.data.read(range(2)) if isinstance(each, TrainingSample)]
@@ -116,4 +117,4 @@ def test_a_step_asks_when_all_passes_are_done(
     with questions() as found:
         trainer._one_step(batch, 0.0, 0.0)
     assert found == ["tolist", "_local_scalar_dense"]
-    assert {"sync", "lpips", "trepa"} <= trainer.last.keys() and trainer.last["judged"] == 1
+    assert {"sync", "lpips", "trepa"} <= trainer.last.keys() and trainer.last["judged"] == 0.5
