@@ -104,8 +104,6 @@ def separate(**params: Any) -> None:
             screen(Notice(str(error), "warning"))
             _show_plan(None, mixes, params["as_json"])
             return
-        if params["weights"] is not None and (doubt := _doubt(separator)):
-            screen(Notice(doubt, "warning"))
         with stop_on_signals() as should_stop:
             work = Separation(
                 separator, screen, should_stop, stems=params["stems"], overwrite=params["overwrite"]
@@ -135,16 +133,6 @@ def _separator(backend: str, weights: str | None, weights_root: str | None) -> S
         return MdxOnnx(path)
     except ExtraMissing as error:
         raise ExtraMissing(error.what, where=MDX, fix=f"{error.fix}; {OTHERS}") from error
-
-
-def _doubt(separator: Separator) -> str:
-    from avatarctl.perception.separation import PUBLISHED
-
-    if separator.identity == PUBLISHED:
-        return ""
-    return (
-        "--weights: is not the published Kim_Vocal_2.onnx by its SHA-256; it is run with that one's constants"
-    )
 
 
 def _named(weights: str) -> Path:

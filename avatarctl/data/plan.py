@@ -8,7 +8,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
 from avatarctl.data.windows import RawVideo
-from avatarctl.errors import AvatarctlError
+from avatarctl.errors import AvatarctlError, under_name
 from avatarctl.events import Emit, Notice
 from avatarctl.media import open_video
 
@@ -30,7 +30,7 @@ def plan_summary(preparation: Preparation, emit: Emit) -> dict[str, Any]:
     raws, checked = preparation.plan()
     for each in checked:
         if each.problem is not None:
-            emit(Notice(f"{each.sample.name}: {each.problem}", "warning"))
+            emit(Notice(under_name(each.sample.name, each.problem), "warning"))
     windows = [_windows(raw, preparation, emit) for raw in raws]
     lacking = Counter(name for each in checked if each.todo for name in each.todo.names)
     of_sample = [each for each in preparation.artifacts if each.of == "sample"]
@@ -63,7 +63,7 @@ def _windows(raw: RawVideo, preparation: Preparation, emit: Emit) -> int:
         with open_video(raw.video) as reader:
             count = max(0, (reader.frames - cutting.window) // cutting.stride + 1)
     except AvatarctlError as problem:
-        emit(Notice(f"{raw.name}: {problem}", "warning"))
+        emit(Notice(under_name(raw.name, problem), "warning"))
         return 0
     return count if cutting.max_windows is None else min(count, cutting.max_windows)
 

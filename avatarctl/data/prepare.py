@@ -43,6 +43,7 @@ from avatarctl.errors import (
     UnusableFile,
     UsageError,
     WriteFailed,
+    under_name,
 )
 from avatarctl.events import Emit, Notice, SampleFinished, Stage
 from avatarctl.family import TrainableFamily
@@ -389,7 +390,7 @@ class Preparation:
         store.write_constants(wanted, made)
 
     def _failed(self, done: Done, problem: AvatarctlError) -> Done:
-        self._emit(Notice(f"{done.name}: {problem}", "warning"))
+        self._emit(Notice(under_name(done.name, problem), "warning"))
         return replace(done, state="failed", reason=str(problem))
 
     def _stopping(self, items: Any, should_stop: Callable[[], bool]) -> Iterator[Any]:

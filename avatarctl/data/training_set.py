@@ -22,7 +22,14 @@ from avatarctl.data.known import Known
 from avatarctl.data.media import ReadFrames, read_sample, video_facts
 from avatarctl.data.samples import Sample, find_samples, prompt_of
 from avatarctl.data.workers import Outcome, encoding_threads, run_jobs
-from avatarctl.errors import AvatarctlError, Interrupted, UnusableAudio, UnusableFile, UnusableVideo
+from avatarctl.errors import (
+    AvatarctlError,
+    Interrupted,
+    UnusableAudio,
+    UnusableFile,
+    UnusableVideo,
+    under_name,
+)
 from avatarctl.events import Emit, Notice, Stage
 from avatarctl.family import Artifact, TrainableFamily
 from avatarctl.files.named_path import expanded
@@ -38,7 +45,7 @@ if TYPE_CHECKING:
 
     from avatarctl.loading.modules import Part
 
-__all__ = ["ToFace", "TrainingData", "TrainingSample", "TrainingSet", "of_sample", "require_going"]
+__all__ = ["ToFace", "TrainingData", "TrainingSample", "TrainingSet", "require_going"]
 
 _KEPT_BYTES: Final = 256 << 20
 """Of what was encoded while training, in memory: all of a small set, and of a large one its first samples."""
@@ -48,12 +55,6 @@ _NAMED: Final = 5
 
 def _never() -> bool:
     return False
-
-
-def of_sample(name: str, problem: AvatarctlError) -> str:
-    """What is wrong with a sample, under its name, which the problem may say itself."""
-    said = str(problem)
-    return said if said.startswith(f"{name}: ") else f"{name}: {said}"
 
 
 def require_going(should_stop: Callable[[], bool]) -> None:
@@ -206,13 +207,15 @@ class TrainingSet:
                 self.lengths.append(0)
                 self.bad[sample.name] = checked.problem
                 if len(self.bad) <= _NAMED:
-                    self.emit(Notice(f"{of_sample(sample.name, checked.problem)}; {self.instead}", "warning"))
+                    self.emit(
+                        Notice(f"{under_name(sample.name, checked.problem)}; {self.instead}", "warning")
+                    )
             else:
                 self.lengths.append(self._length(checked.frames))
         if (more := len(self.bad) - _NAMED) > 0:
             self.emit(Notice(f"{more:,} more of the {len(self.names):,} cannot be used either", "warning"))
         if len(self.bad) == len(self.names):
-            first = of_sample(*next(iter(self.bad.items())))
+            first = under_name(*next(iter(self.bad.items())))
             raise UnusableFile(f"no sample could be used; the first: {first}", where=self._set.base)
 
     def require_encoders(self) -> None:

@@ -21,6 +21,8 @@ PUBLISHED: Final = "ce74ef3b6a6024ce44211a07be9cf8bc6d87728cc852a68ab34eb8e58cde
 """SHA-256 of Kim_Vocal_2.onnx, 66,759,214 bytes, in the release `all_public_uvr_models` of TRvlvr/model_repo,
 as programs that fetch it state; it has not been fetched here."""
 
+_ANOTHER: Final = "is not the published Kim_Vocal_2.onnx by its SHA-256; it is run with that one's constants"
+
 
 class Separator(Protocol):
     """One way of separating; it holds nothing of one audio for the next.
@@ -89,12 +91,12 @@ class MdxOnnx:
     """Kim_Vocal_2 by onnxruntime at 44.1 kHz. Raises as `MdxNetwork`."""
 
     method = "mdx-onnx"
-    warning = ""
     compensate: float | None = COMPENSATE
 
     def __init__(self, path: Path) -> None:
         self._network = MdxNetwork(path)
         self.identity = file_sha256(path)
+        self.warning = "" if self.identity == PUBLISHED else f"{path}: {_ANOTHER}"
 
     def rate(self, audio: Audio) -> int:
         return RATE

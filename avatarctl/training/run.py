@@ -15,8 +15,8 @@ from avatarctl.conditioning.masking import mask_name
 from avatarctl.config import RunConfig, value_of
 from avatarctl.data.checking import run_mask
 from avatarctl.data.holdout import trained_on
-from avatarctl.data.training_set import TrainingData, TrainingSet, of_sample, require_going
-from avatarctl.errors import ConfigError, PartlyFailed, UnusableFile, UnusableWeights, UsageError
+from avatarctl.data.training_set import TrainingData, TrainingSet, require_going
+from avatarctl.errors import ConfigError, PartlyFailed, UnusableFile, UnusableWeights, UsageError, under_name
 from avatarctl.events import Emit, Notice
 from avatarctl.family import TrainableFamily
 from avatarctl.loading.judges import find_judges, judges_missing, load_judges
@@ -420,7 +420,7 @@ def _partly(data: TrainingData, trainer: Trainer) -> PartlyFailed | None:
     failed = {**data.bad, **trainer.failed}
     if not failed:
         return None
-    first = of_sample(*next(iter(failed.items())))
+    first = under_name(*next(iter(failed.items())))
     return PartlyFailed(
         f"trained to step {trainer.step}; {len(failed)} of {len(data.names)} samples could not be used; the "
         f"first: {first}"

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from avatarctl.config import value_of
-from avatarctl.data.training_set import TrainingData, TrainingSample, of_sample
-from avatarctl.errors import AvatarctlError, Interrupted, UnusableFile
+from avatarctl.data.training_set import TrainingData, TrainingSample
+from avatarctl.errors import AvatarctlError, Interrupted, UnusableFile, under_name
 from avatarctl.events import Emit, Notice, TrainingStepFinished
 from avatarctl.loading.trained import checkpoints
 from avatarctl.models.device import peak_memory
@@ -246,14 +246,14 @@ class Trainer:
                     self._news[name] = found
                 self.failed[name] = found
                 if len(self.failed) == len(self.data.names):
-                    raise UnusableFile(f"no sample can be used any more; the last: {of_sample(name, found)}")
+                    raise UnusableFile(f"no sample can be used any more; the last: {under_name(name, found)}")
                 tried = (tried + 1) % len(self.data.names)
                 found = next(self.data.read([tried]))
             batch.append(found)
         return batch
 
     def _tell_failed(self, name: str, problem: AvatarctlError) -> None:
-        self.emit(Notice(f"{of_sample(name, problem)}; another sample takes its turns", "warning"))
+        self.emit(Notice(f"{under_name(name, problem)}; another sample takes its turns", "warning"))
 
     def accumulate(self, batch: list[TrainingSample]) -> dict[str, float]:
         """Gradients of one optimizer step, in as many forward passes as the run asks for; the numbers of the

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from avatarctl.data.checking import audio_of
 from avatarctl.data.holdout import clip_of, held_out
 from avatarctl.data.samples import Sample, prompt_of, read_entries
-from avatarctl.data.training_set import TrainingSample, TrainingSet, of_sample, require_going
-from avatarctl.errors import AvatarctlError, UnusableFile, UsageError
+from avatarctl.data.training_set import TrainingSample, TrainingSet, require_going
+from avatarctl.errors import AvatarctlError, UnusableFile, UsageError, under_name
 from avatarctl.events import Emit, Notice
 from avatarctl.files.named_path import expanded
 
@@ -87,7 +87,7 @@ class ValidationSets:
         read = data.read(range(len(samples)))
         for sample, learnt in zip(samples, read, strict=True):
             if isinstance(learnt, AvatarctlError):
-                self.emit(Notice(f"{of_sample(sample.name, learnt)}; validation leaves it out", "warning"))
+                self.emit(Notice(f"{under_name(sample.name, learnt)}; validation leaves it out", "warning"))
                 continue
             text = self._prompt(sample)
             own[sample.name] = Item(sample.name, "recon", sample.video, audio_of(sample), text, learnt)

@@ -261,7 +261,7 @@ def test_the_turns_of_a_bad_sample_go_to_the_next(prepared: Path, tmp_path: Path
         for steps in lengths:
             made = typed(*line, "--out", tmp_path / run, "--max-steps", steps)
             assert made.exit_code == 7, made.output
-            assert made.output.count("000001: ") == 2  # when it is looked at, and at the end
+            assert made.output.count("data/000001/audio.wav: ") == 2  # when it is looked at, and at the end
             assert f"to use it: avatarctl infer --model {tmp_path / run}" in made.stderr
             assert json.loads(made.stdout)["steps"] == steps
     assert bits(tmp_path / "whole", 2) == bits(tmp_path / "resumed", 2)
