@@ -13,25 +13,25 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-__all__ = ["HOST", "is_of_host", "mark", "to_device", "to_host"]
+__all__ = ["HOST", "is_of_host", "mark", "to_device", "to_host", "waits_as"]
 
 HOST: Final = torch.device("cpu")
 
 _MARK: Final = "waits_on_the_host"
 
 
-def to_host(tensor: Tensor, host: torch.device = HOST) -> Tensor:
+def to_host(tensor: Tensor, host: torch.device = HOST, what: str = "activations") -> Tensor:
     """A copy on the host, of the same strides: kernels may sum in another order where these differ. From a
-    card it is pinned where the system lets it, and under way when this returns."""
+    card it is pinned where the system lets it, and under way when this returns. what: for whoever counts."""
     with torch.no_grad():
         if host.type == "meta":
             there = tensor.to(host)
-            mark(there)
+            mark(there, what)
             return there.detach()  # an operation more: whoever counts sees the mark
         stride = torch.empty_like(tensor, device="meta").stride()
         # Empty at first: what it holds is counted when it is marked already.
         flat = _room(tensor, host)
-        mark(flat)
+        mark(flat, what)
         if flat.numel() < tensor.numel():
             flat.resize_(tensor.numel())
         there = flat.as_strided(tensor.shape, stride)
@@ -44,15 +44,20 @@ def to_device(there: Tensor, device: torch.device) -> Tensor:
     return there.to(device, non_blocking=True, copy=True)
 
 
-def mark(tensor: Tensor) -> None:
-    """What the tensor holds is the host's from now on."""
+def mark(tensor: Tensor, what: str) -> None:
+    """What the tensor holds is the host's from now on. what: it is, for whoever counts."""
     storage: Any = tensor.untyped_storage()
-    setattr(storage, _MARK, True)
+    setattr(storage, _MARK, what)
 
 
 def is_of_host(storage: torch.UntypedStorage) -> bool:
     """Whether somebody put it there to wait."""
-    return getattr(storage, _MARK, False)
+    return waits_as(storage) is not None
+
+
+def waits_as(storage: torch.UntypedStorage) -> str | None:
+    """What it is that waits there; None for what is not the host's."""
+    return getattr(storage, _MARK, None)
 
 
 def _room(tensor: Tensor, host: torch.device) -> Tensor:

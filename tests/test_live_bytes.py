@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
-from avatarctl.host import to_host
-from avatarctl.live_bytes import LiveBytes, OverLimit, process_peak_bytes
+from avatarctl.host import to_device, to_host
+from avatarctl.live_bytes import Component, LiveBytes, OverLimit, process_peak_bytes
 
 KB = 1024  # bytes of a [16, 16] float32 tensor
 
@@ -211,6 +211,38 @@ def test_reset_peak_starts_from_what_is_alive(tensors) -> None:
         x @ x
         assert live.peak == 2 * KB
     del x
+
+
+def test_a_storage_belongs_to_what_was_charged_or_assigned(tensors) -> None:
+    with LiveBytes() as live, torch.no_grad():
+        work = Component("work")
+        assert live.charge(work).name == "made"
+        a, b = square(), square()
+        live.assign([a.view(-1)], "kept")
+        assert live.parts == {"kept": KB, "work": KB}
+        live.charge(Component("later"))
+        work.name = "left"  # what is alive goes along
+        c = square()
+        assert live.at_peak == {"kept": KB, "left": KB, "later": KB}
+        del a, b
+        b = square()
+        del c
+        assert live.parts == {"later": KB} and sum(live.at_peak.values()) == live.peak == 3 * KB
+    del b
+    assert live.parts == {}
+
+
+def test_what_waits_on_the_host_keeps_its_component_there_and_back() -> None:
+    with LiveBytes() as live, torch.no_grad():
+        moments = square()
+        there = to_host(moments, what="moments")
+        del moments
+        assert (live.parts, live.host_at_peak) == ({}, {"moments": KB})
+        back = to_device(there, torch.device("cpu"))
+        assert live.parts == {"moments": KB} and live.host == KB
+        live.assign([there], "others")
+        assert live.parts == {"moments": KB} and live.host_at_peak == {"moments": KB}
+    del back
 
 
 def test_an_exception_leaves_the_mode_and_its_numbers_usable(tensors) -> None:

@@ -361,14 +361,23 @@ def _table(counted: _Counted) -> list[str]:
         bar = "#" * round(_BAR * size / largest)
         lines.append(f"  {name:13} {shown(size):>12}  {bar}")
     lines.append("")
-    parts = {f"weights of {part}": size for part, size in account.weights.items()} | account.held
-    if account.host:
-        parts["waits on the host"] = account.host
-    lines += [f"  {part:25} {shown(size):>12}" for part, size in parts.items()]
-    if account.trained:
-        lines.append(f"  {'trained numbers':25} {account.trained:>12,}")
+    lines += _components(account)
     lines += ["", f"live at most {shown(largest)}; with the allowance {shown(account.peak_bytes)}", ""]
     return [*lines, *_comparison(counted), *(f"- {line}" for line in _assumed(counted.job))]
+
+
+def _components(account: Account) -> list[str]:
+    """What the largest moment is made of, and what waits on the host at its own."""
+    largest = max(account.stages, key=lambda name: account.stages[name])
+    here, there = account.components, account.host_parts
+    head = f"  {'at the largest, in ' + largest:32} {'device':>12}"
+    lines = [head + (f" {'host':>12}" if there else "")]
+    for part in sorted({**here, **there}, key=lambda part: -here.get(part, 0)):
+        waits = f" {shown(there[part]):>12}" if part in there else ""
+        lines.append(f"  {part:32} {shown(here.get(part, 0)):>12}{waits}")
+    if account.trained:
+        lines.append(f"  {'trained numbers':32} {account.trained:>12,}")
+    return lines
 
 
 def _in_order(stages: Mapping[str, int]) -> list[tuple[str, int]]:

@@ -18,7 +18,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from avatarctl.host import mark
 
-__all__ = ["Moves", "Unit", "Visits", "leaves"]
+__all__ = ["WEIGHTS", "Moves", "Unit", "Visits", "leaves"]
+
+WEIGHTS: Final = "weights that come and go"
+"""What the packed buffers are, for whoever counts."""
 
 _ALIGNED: Final = 64
 """Bytes between the places of two tensors in a buffer, as an allocator would give them: kernels may sum in
@@ -156,7 +159,7 @@ class Unit:
             where[key], ends[parameter.dtype] = offset, offset + parameter.numel()
         for dtype, length in ends.items():
             self._waiting[dtype] = flat = _room(length, dtype, host)
-            mark(flat)
+            mark(flat, WEIGHTS)
             size, locked = length * dtype.itemsize, 0
             if self.device.type == "cuda" and host.type == "cpu":
                 locked = size if _locked(flat) else 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from avatarctl.placement.seats import ALLOWANCE
@@ -13,16 +13,18 @@ __all__ = ["Account"]
 
 @dataclass(frozen=True)
 class Account:
-    """stages: the largest number of live bytes in each phase; weights: bytes of each network; components:
-    other bytes by what they are; trained: numbers that are trained; host: bytes that wait on the host;
-    packing: those of the largest unit, which the host holds twice while it is packed."""
+    """stages: the largest number of live bytes in each phase; weights: bytes of each network, wherever they
+    are; parts: of each phase, what it was made of at its largest, by component; trained: numbers that are
+    trained; host: bytes that waited on the host at most; packing: those of the largest unit, which the host
+    holds twice while it is packed; host_parts: of `host`, by component."""
 
     stages: Mapping[str, int]
     weights: Mapping[str, int]
-    components: Mapping[str, int]
+    parts: Mapping[str, Mapping[str, int]]
     trained: int
     host: int = 0
     packing: int = 0
+    host_parts: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def live_bytes(self) -> int:
@@ -35,15 +37,10 @@ class Account:
         return round(self.live_bytes * (1 + ALLOWANCE))
 
     @property
-    def held(self) -> dict[str, int]:
-        """Beside the weights, what is alive at the worst moment: with them the live bytes. Of a training step
-        gradients count as far as they are made by then. Where things wait on the host, nobody knows which of
-        them are there at that moment: components alone."""
-        if "moments" not in self.components or self.host:
-            return dict(self.components)
-        moments = self.components["moments"]
-        rest = self.live_bytes - sum(self.weights.values()) - moments
-        return {"moments": moments, "activations and gradients": rest}
+    def components(self) -> dict[str, int]:
+        """What is alive at the worst moment; their sum is `live_bytes`. Gradients count as far as they are
+        made by then."""
+        return dict(self.parts[max(self.stages, key=lambda name: self.stages[name])])
 
     def summary(self) -> dict[str, Any]:
         """As `--json` shows it."""
@@ -51,10 +48,10 @@ class Account:
             "live_bytes": self.live_bytes,
             "peak_bytes": self.peak_bytes,
             "stages": dict(self.stages),
-            "components": {
-                **{f"weights of {part}": size for part, size in self.weights.items()},
-                **self.held,
-            },
+            "components": self.components,
+            "components_by_stage": {stage: dict(parts) for stage, parts in self.parts.items()},
+            "weights": dict(self.weights),
             "trained": self.trained,
             "host_bytes": self.host,
+            "host_components": dict(self.host_parts),
         }

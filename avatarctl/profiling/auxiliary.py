@@ -48,16 +48,15 @@ class CountedAux(AuxStep):
     clip, which most frames are decoded for.
 
     face: pixels of a side of an aligned face, 0 where frames are aligned faces. weights: bytes of each
-    network; networks: all of them, frozen.
+    network; networks: all of them by part, frozen.
     """
 
     def __init__(
         self, losses: AuxLosses, vae: WanVae, judges: Mapping[str, nn.Module], face: int, host: torch.device
     ) -> None:
         super().__init__(losses, vae, host)
-        self.networks = (vae, *judges.values())
-        parts = {"vae": vae, **judges}
-        self.weights = {part: tensor_bytes(network) for part, network in parts.items()}
+        self.networks: dict[str, nn.Module] = {"vae": vae, **judges}
+        self.weights = {part: tensor_bytes(network) for part, network in self.networks.items()}
         self._face = face
 
     def _choose(self, batch: AuxBatch, clip: int) -> tuple[list[int], list[int]]:
@@ -68,7 +67,7 @@ class CountedAux(AuxStep):
         """Those that judges make once and keep, so that every step finds them."""
         if "sync" in self.losses.names:
             mel_filters()
-        for network in self.networks:
+        for network in self.networks.values():
             if isinstance(network, VideoMae):
                 projection: Any = network.patch_embed["proj"]
                 tokens = (network.image_size // projection.kernel_size[1]) ** 2

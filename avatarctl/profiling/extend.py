@@ -31,6 +31,7 @@ _WORTH: Final = sum(_DEPTHS)
 """Blocks from which counting three networks is less work than counting the whole one."""
 
 _DEPTH: Final = "num_layers"
+_PARTS_OF: Final = "parts of "
 
 
 @dataclass(frozen=True)
@@ -106,21 +107,25 @@ def extend(small: Sequence[Account], sizes: Depths) -> Account | None:
 def shifted(account: Account, before: Account, after: Account) -> Account:
     """`account` and what `after` has more than `before`, number by number."""
     one, less, more = (_numbers(each) for each in (account, before, after))
-    return _account({name: one[name] + more[name] - less[name] for name in one})
+    names = {**one, **more}
+    return _account({name: one.get(name, 0) + more.get(name, 0) - less.get(name, 0) for name in names})
 
 
 def _numbers(account: Account) -> dict[tuple[str, str], int]:
-    parts: Mapping[str, Mapping[str, int]] = {
+    kinds: dict[str, Mapping[str, int]] = {
         "stages": account.stages,
         "weights": account.weights,
-        "components": account.components,
+        "host_parts": account.host_parts,
         "": {"trained": account.trained, "host": account.host, "packing": account.packing},
     }
-    return {(part, name): size for part, sizes in parts.items() for name, size in sizes.items()}
+    kinds |= {f"{_PARTS_OF}{stage}": parts for stage, parts in account.parts.items()}
+    return {(kind, name): size for kind, sizes in kinds.items() for name, size in sizes.items()}
 
 
 def _account(numbers: Mapping[tuple[str, str], int]) -> Account:
     def of(wanted: str) -> dict[str, int]:
-        return {name: size for (part, name), size in numbers.items() if part == wanted}
+        return {name: size for (kind, name), size in numbers.items() if kind == wanted}
 
-    return Account(of("stages"), of("weights"), of("components"), **of(""))
+    stages = of("stages")
+    parts = {stage: of(f"{_PARTS_OF}{stage}") for stage in stages}
+    return Account(stages, of("weights"), parts, host_parts=of("host_parts"), **of(""))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Happened", "TrainingHappened"]
 
 
-class _CardBytes:
+class _CardBytes(Counter):
     """Of a CUDA device, as its allocator counts them."""
 
     def __init__(self, device: torch.device) -> None:
@@ -44,7 +44,7 @@ class _CardBytes:
         torch.cuda.reset_peak_memory_stats(self._device)
 
 
-class _NotCounted:
+class _NotCounted(Counter):
     current = peak = 0
 
     def reset_peak(self) -> None:

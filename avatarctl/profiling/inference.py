@@ -25,9 +25,10 @@ from avatarctl.loading.placed import PlacedModules, is_full
 from avatarctl.models.device import dtype_of
 from avatarctl.models.fp8 import store_in_float8
 from avatarctl.models.precision import is_float32_island
+from avatarctl.placement.units import WEIGHTS
 from avatarctl.profiling.account import Account
 from avatarctl.profiling.fakes import Mode, fill, outside, slots, tensor_bytes, tensors
-from avatarctl.profiling.phases import Phases
+from avatarctl.profiling.phases import Phases, weights_of
 from avatarctl.profiling.recordings import Recording, counted, shortest
 from avatarctl.profiling.repeats import Repeats
 from avatarctl.profiling.watched import watch
@@ -132,9 +133,9 @@ def _counted(row: Row, cfg: RunConfig, recording: Recording, mode: Mode, device:
         assert cfg.sampling.shift is not None
         sigmas = family.sigmas(recording.steps, cfg.sampling.shift).tolist()
     with inside, torch.no_grad(), LiveBytes() as live:
-        for network in (modules.dit, modules.text, modules.vae, modules.audio, modules.image):
-            if isinstance(network, nn.Module):
-                live.track(network)
+        for part in PARTS:
+            if isinstance(network := getattr(modules, part), nn.Module):
+                live.track(network, name=weights_of(part))
         phases = Phases(live)
         with phases("load"):
             pass
@@ -146,8 +147,7 @@ def _counted(row: Row, cfg: RunConfig, recording: Recording, mode: Mode, device:
         for block in _LOOPS[plan.kind](denoise, modules, inputs, plan, cfg):
             del block
         phases.end()
-    rest = max(phases.peaks.values()) - sum(weights.values())
-    return Account(phases.peaks, weights, {"activations and caches": rest}, 0)
+    return Account(phases.peaks, weights, phases.parts, 0)
 
 
 def _random(row: Row, cfg: RunConfig) -> dict[str, Any]:
@@ -212,15 +212,16 @@ def _placed(
             return network
 
         modules = PlacedModules(PARTS, build, cfg.memory, device, silent, host)
-        if mode == "real":  # when what waits has gone to the host, which is the same memory here
-            modules.tell(lambda _, network: live.track(network))
+        # When what waits has gone to the host, which is the same memory where tensors are real.
+        modules.tell(lambda part, network: live.track(network, name=weights_of(part)))
         denoise = Denoiser(family, modules.later("dit"), family.guidance(cfg), sigmas)
         inputs = _inputs(family.takes(cfg), cfg, recording.samples)
         for block in _LOOPS[plan.kind](denoise, modules, inputs, plan, cfg):
             del block
         phases.end()
     moves = modules.moves
-    return Account(phases.peaks, weights, {}, 0, moves.host_peak, moves.largest)
+    waits = {WEIGHTS: moves.host_peak} if moves.host_peak else {}
+    return Account(phases.peaks, weights, phases.parts, 0, moves.host_peak, moves.largest, waits)
 
 
 def _sized(cfg: RunConfig) -> RunConfig:

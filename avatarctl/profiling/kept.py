@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["kept"]
 
-_SIZES: Final = ("stages", "weights", "components")
+_SIZES: Final = ("stages", "weights", "host_parts")
 _NO_MATTER: Final = (
     "input.", "output.path", "model.weights", "model.lora", "runtime.seed", "runtime.log_level",
 )  # fmt: skip
@@ -43,16 +43,18 @@ def kept(
     path = folder / f"{_name(row, cfg, samples)}.json"
     try:
         numbers = json.loads(path.read_text(encoding="utf-8"))
-        stages, weights, parts = (_checked(numbers[name]) for name in _SIZES)
+        stages, weights, waits = (_checked(numbers[name]) for name in _SIZES)
+        parts = {stage: _checked(numbers["parts"][stage]) for stage in stages}
         trained, host, packing = (int(numbers[name]) for name in ("trained", "host", "packing"))
-        return Account(stages, weights, parts, trained, host, packing)
+        return Account(stages, weights, parts, trained, host, packing, waits)
     except (OSError, ValueError, KeyError, TypeError):  # not counted yet, or not ours
         account = count(cfg)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write_text(path, json.dumps({
             "stages": dict(account.stages), "weights": dict(account.weights),
-            "components": dict(account.components), "trained": account.trained, "host": account.host,
+            "parts": {stage: dict(parts) for stage, parts in account.parts.items()},
+            "host_parts": dict(account.host_parts), "trained": account.trained, "host": account.host,
             "packing": account.packing,
         }))  # fmt: skip
     except (OSError, AvatarctlError) as error:

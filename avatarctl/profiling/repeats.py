@@ -44,12 +44,13 @@ class _View:
 class Done:
     """What a call did. result, lists: with `_View` for tensors; lists: what each list among the inputs holds
     behind it, None where that is like before; made: bytes and device of each storage; most: bytes at most
-    beside those that were alive."""
+    beside those that were alive; parts: by component, less than nothing where it let go of some."""
 
     result: Any
     lists: tuple[Any, ...]
     made: tuple[tuple[int, torch.device], ...]
     most: int
+    parts: dict[str, int]
 
 
 class Repeats:
@@ -78,14 +79,14 @@ class Repeats:
             if inputs.signature in known:
                 self.skipped += 1
                 return self._again(known[inputs.signature], (args, kwargs))
-            live, outer = self._live, self._live.peak
+            live, outer, outer_parts = self._live, self._live.peak, self._live.at_peak
             live.reset_peak()
-            before = live.current
+            before, before_parts = live.current, live.at_peak
             result = function(*args, **kwargs)
             self.run += 1
-            most = live.peak - before
-            live.raise_peak(outer)
-            done = inputs.done(result, (args, kwargs), most, live.current - before)
+            most, parts = live.peak - before, _added(live.at_peak, before_parts, -1)
+            live.raise_peak(outer, outer_parts, first=True)
+            done = inputs.done(result, (args, kwargs), most, parts, live.current - before)
             if done is not None:
                 known[inputs.signature] = done
             return result
@@ -93,7 +94,8 @@ class Repeats:
         return call
 
     def _again(self, done: Done, inputs: Any) -> Any:
-        self._live.raise_peak(self._live.current + done.most)
+        live = self._live
+        live.raise_peak(live.current + done.most, _added(live.parts, done.parts))
         changed = [
             (held, new) for held, new in zip(_lists(inputs), done.lists, strict=True) if new is not None
         ]
@@ -125,11 +127,12 @@ class _Inputs:
         place = self._storages.setdefault(storage._cdata, len(self._storages))
         if place == len(self._watched):
             self._watched.append(self._live.watched(storage))
-        return place, self._tensors.setdefault(id(tensor), len(self._tensors)), _layout(tensor)
+        of = self._live.name_of(storage)  # which is less when the call lets go of it
+        return place, self._tensors.setdefault(id(tensor), len(self._tensors)), of, _layout(tensor)
 
-    def done(self, result: Any, inputs: Any, most: int, more: int) -> Done | None:
+    def done(self, result: Any, inputs: Any, most: int, parts: dict[str, int], more: int) -> Done | None:
         """None for a call that changed more than its result and its lists, or gave back what it was given.
-        more: bytes alive since it began."""
+        most, parts: as of `Done`; more: bytes alive since it began."""
         made: dict[int, tuple[torch.UntypedStorage, torch.device]] = {}  # of a fake, the storage is on meta
 
         def view(tensor: Tensor) -> _View:
@@ -162,12 +165,17 @@ class _Inputs:
         freed = sum(size for held, size in self._watched if held() is None)
         if more != sum(self._live.watched(each)[1] for each in fresh) - freed:
             return None
-        return Done(shown, written, storages, most)
+        return Done(shown, written, storages, most, parts)
 
     def _is_there(self, storage: torch.UntypedStorage) -> bool:
         """Whether it is one of the inputs': an address may be another's, once these have gone."""
         place = self._storages.get(storage._cdata)
         return place is not None and self._watched[place][0]() is not None
+
+
+def _added(some: dict[str, int], more: dict[str, int], sign: int = 1) -> dict[str, int]:
+    sums = {name: some.get(name, 0) + sign * more.get(name, 0) for name in {**some, **more}}
+    return {name: size for name, size in sums.items() if size}
 
 
 def _layout(tensor: Tensor) -> Hashable:

@@ -26,13 +26,13 @@ from avatarctl.profiling.account import Account
 from avatarctl.profiling.auxiliary import CountedAux, aux_step, without_caches
 from avatarctl.profiling.extend import extend, shifted, sizes_of
 from avatarctl.profiling.fakes import Mode, fill, outside, tensor_bytes, tensors
-from avatarctl.profiling.phases import Phases
+from avatarctl.profiling.phases import GRADIENTS, Phases, weights_of
 from avatarctl.profiling.prepared import Prepared
 from avatarctl.registry import Row
 from avatarctl.training.aux_losses import active_losses
 from avatarctl.training.network import Network
 from avatarctl.training.objective import flow_step
-from avatarctl.training.optimizer import Optimizer, moments_place
+from avatarctl.training.optimizer import MOMENTS, Optimizer, moments_place
 from avatarctl.training.swapping import swap_blocks
 from avatarctl.training.trainables import Trainables, make_trainable
 from avatarctl.weights.layouts import LAYOUTS
@@ -101,7 +101,10 @@ def _counted(row: Row, cfg: RunConfig, mode: Mode, *, judge: bool = True, device
     with inside, LiveBytes() as live, without_caches():
         if swaps:
             trainables = swap_blocks(dit, trainables, swaps, torch.device(device), host)
-        live.track(dit, *(aux.networks if aux is not None else ()))
+        live.track(dit, name=weights_of("dit"))
+        for part, judge_network in aux.networks.items() if aux is not None else ():
+            live.track(judge_network, name=weights_of(part))
+        _watch_gradients(trainables, live)
         live.reset_peak()
         phases = Phases(live)
         with phases("load"):
@@ -116,9 +119,13 @@ def _counted(row: Row, cfg: RunConfig, mode: Mode, *, judge: bool = True, device
         for step in range(first, _STEPS):
             _step(family, network, optimizer, cfg, prepared, step, phases, mode, aux, judge)
         phases.end()
-        waits = live.host_peak
-    components = {"moments": 8 * trained, "gradients": 4 * trained}
-    return Account(phases.peaks, weights, components, trained, waits)
+    return Account(phases.peaks, weights, phases.parts, trained, live.host_peak, host_parts=live.host_at_peak)
+
+
+def _watch_gradients(trainables: Trainables, live: LiveBytes) -> None:
+    """A gradient is one as soon as it is whole; before, it is what the backward pass works with."""
+    for parameter in trainables.parameters.values():
+        parameter.register_post_accumulate_grad_hook(lambda held: live.assign(held.grad, GRADIENTS))
 
 
 def _step(
@@ -167,12 +174,15 @@ def _step(
     with phases("optimizer"):
         optimizer.clip()
         optimizer.step(step)
+        phases.live.assign(optimizer.tensors(), MOMENTS)
 
 
 def _make_moments(optimizer: Optimizer, trainables: Trainables, phases: Phases) -> None:
     """What the first step leaves: its gradients are put there, not computed, as they are the second one's."""
     for parameter in trainables.parameters.values():
         parameter.grad = torch.zeros_like(parameter)
+        phases.live.assign(parameter.grad, GRADIENTS)
     with phases("optimizer"):
         optimizer.clip()
         optimizer.step(0)
+        phases.live.assign(optimizer.tensors(), MOMENTS)

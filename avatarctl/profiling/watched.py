@@ -10,7 +10,7 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 from avatarctl.profiling.extend import lists_of, signature
-from avatarctl.profiling.phases import Phases
+from avatarctl.profiling.phases import CACHES, FRAMES, Phases
 from avatarctl.profiling.repeats import Repeats
 
 __all__ = ["watch"]
@@ -47,16 +47,27 @@ def watch(part: str, network: Any, phases: Phases, repeats: Repeats | None = Non
     phase = "image" if part in ("vae", "image") else part
     for method in _ENTRANCES[part]:
         setattr(network, method, phases.wrapped(once(method), phase))
-    if part == "vae" and repeats is not None:
-        _by_frame(network.vae, repeats)
     if part == "vae":
+        _by_frame(network.vae, phases, repeats)
         fresh = _weakly(network, "decoder")
         network.decoder = lambda: _WatchedDecoder(fresh(), phases)
 
 
-def _by_frame(codec: Any, repeats: Repeats) -> None:
+def _by_frame(codec: Any, phases: Phases, repeats: Repeats | None) -> None:
+    """The caches that one latent frame leaves for the next are told apart."""
     for network in (codec.encoder, codec.decoder):
-        network.forward = repeats.wrapped(_weakly(network, "forward"))
+        forward = _weakly(network, "forward")
+        network.forward = _with_caches(forward if repeats is None else repeats.wrapped(forward), phases)
+
+
+def _with_caches(forward: Callable[..., Any], phases: Phases) -> Callable[..., Any]:
+    def run(*inputs: Any, feat_cache: Any = None, **more: Any) -> Any:
+        frames = forward(*inputs, feat_cache=feat_cache, **more)
+        if feat_cache is not None:
+            phases.live.assign([each for each in feat_cache if isinstance(each, Tensor)], CACHES)
+        return frames
+
+    return run
 
 
 def _by_block(network: nn.Module, repeats: Repeats) -> None:
@@ -85,4 +96,5 @@ class _WatchedDecoder:
     def push(self, latents: Tensor) -> Tensor:
         with self.phases("decode"):
             pixels: Tensor = self.decoder.push(latents)
+            self.phases.live.assign(pixels, FRAMES)
             return pixels

@@ -18,7 +18,10 @@ from avatarctl.parallel.sharded import part_like, whole
 if TYPE_CHECKING:
     from avatarctl.config.sections import Memory, Train
 
-__all__ = ["Optimizer", "learning_rate", "moments_place", "require_optimizer"]
+__all__ = ["MOMENTS", "Optimizer", "learning_rate", "moments_place", "require_optimizer"]
+
+MOMENTS: Final = "moments"
+"""What they are, for whoever counts."""
 
 _AT_ONCE: Final = 1 << 25
 """Numbers whose moments come to the device together, where they wait on the host: 256 MiB of them."""
@@ -114,7 +117,7 @@ class Optimizer:
             for name in _moments(held):
                 place = waiting.get((parameter, name))
                 if place is None:
-                    held[name] = to_host(held[name], host)
+                    held[name] = to_host(held[name], host, MOMENTS)
                 else:
                     held[name] = place.copy_(held[name], non_blocking=True)
 
@@ -162,7 +165,7 @@ class Optimizer:
     def _placed(self, key: str, tensor: Tensor, parameter: Tensor) -> Any:
         if key == "step":
             return int(tensor) if self._train.optimizer == "adamw8bit" else tensor.to("cpu")
-        return part_like(tensor, parameter) if self._host is None else to_host(tensor, self._host)
+        return part_like(tensor, parameter) if self._host is None else to_host(tensor, self._host, MOMENTS)
 
 
 def _made(parameters: Sequence[nn.Parameter], train: Train) -> torch.optim.Optimizer:

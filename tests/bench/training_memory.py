@@ -65,10 +65,12 @@ def main() -> int:
         by_phase = [f"{account.stages.get(phase, 0) / 1e9:.1f}" for phase in PHASES]
         totals = [f"{each / 1e9:.1f}" for each in (account.host, live, limit)]
         rows.append([name, *by_phase, *totals, verdict(live, limit)])
-        held = {**account.weights, **account.components}
-        shares = ", ".join(f"{what} {size / 1e9:.1f}" for what, size in held.items())
+        held = sorted(account.components.items(), key=lambda each: -each[1])
+        shares = ", ".join(f"{what} {size / 1e9:.1f}" for what, size in held if size >= 5e7)
         seconds = time.process_time() - started
-        notes.append(f"{name}: {' '.join(settings(words))}; GB of {shares}; {seconds:.0f} CPU seconds.")
+        notes.append(
+            f"{name}: {' '.join(settings(words))}; at the largest moment GB of {shares}; {seconds:.0f} CPU seconds."
+        )
     print_table(
         "Memory of training, predicted", ["", *PHASES, "on the host", "live, GB", "target", ""], rows, *notes
     )

@@ -21,6 +21,7 @@ from avatarctl.profiling.account import Account
 from avatarctl.profiling.fit import Room
 from avatarctl.profiling.kept import kept
 from avatarctl.registry import configure, find_model
+from tests.accounts import account
 from tests.placement.test_modes import CHUNKS, plan_of
 
 MIB = 1 << 20
@@ -46,7 +47,7 @@ def counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     def profile_inference(row: Any, cfg: Any, samples: int) -> Account:
         seen.append(cfg.memory.mode)
         need = NEEDS[cfg.memory.mode]
-        return Account({"step": need * MIB}, {}, {}, 0, (400 - need) * MIB)
+        return account({"step": need * MIB}, host=(400 - need) * MIB)
 
     monkeypatch.setattr("avatarctl.profiling.inference.profile_inference", profile_inference)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -166,7 +167,7 @@ def test_what_was_counted_is_kept_by_configuration(tmp_path: Path) -> None:
 
     def count(cfg: Any) -> Account:
         counted.append(cfg)
-        return Account({"step": 5}, {"dit": 3}, {"moments": 1}, 2, 4)
+        return Account({"step": 5}, {"dit": 3}, {"step": {"moments": 5}}, 2, 4, 6, {"moments": 4})
 
     row = find_model("cartoon-i2v")
     cfg = configure(*CHUNKS)

@@ -20,6 +20,7 @@ from avatarctl.media import Audio, survey, write_audio
 from avatarctl.profiling import inference, training
 from avatarctl.profiling.account import Account
 from avatarctl.registry import ROWS, Row
+from tests.accounts import account
 
 
 def typed(*words: str) -> Result:
@@ -171,8 +172,8 @@ def test_what_does_not_fit_here_is_not_measured(shallow: None, monkeypatch: pyte
     from avatarctl.cli import vram_profile
     from avatarctl.profiling.fit import Room
 
-    account = Account({"load": 100 << 20}, {"dit": 10 << 20}, {}, 0)
-    monkeypatch.setattr("avatarctl.profiling.inference.profile_inference", lambda *_, **__: account)
+    loaded = account({"load": 100 << 20}, {"dit": 10 << 20})
+    monkeypatch.setattr("avatarctl.profiling.inference.profile_inference", lambda *_, **__: loaded)
     room = Room(125 << 20, is_one=True, where="the container (/sys/fs/cgroup/job/memory.max)")
     monkeypatch.setattr(vram_profile, "free_room", lambda device: room)
     refused = typed("infer", "--model", "cartoon-i2v", "--device", "cpu", "--measure")
@@ -195,7 +196,7 @@ def test_a_host_below_what_waits_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
     def counted(row: object, cfg: RunConfig, **_: object) -> Account:
         need = needs[cfg.memory.mode]
-        return Account({"step": need << 20}, {}, {}, 0, (400 - need) << 20)
+        return account({"step": need << 20}, host=(400 - need) << 20)
 
     monkeypatch.setattr("avatarctl.profiling.inference.profile_inference", counted)
     words = ("infer", "--model", "cartoon-i2v", "--fit", "220MiB", "--host")
@@ -225,7 +226,7 @@ def test_a_recording_is_read_once_however_many_plans_are_counted(
 
     def count(row: object, cfg: RunConfig, **more: Any) -> Account:
         counted.append(more["samples"])
-        return Account({"step": 1 << 30}, {}, {}, 0)
+        return account({"step": 1 << 30})
 
     monkeypatch.setattr("avatarctl.media.survey", surveyed)
     monkeypatch.setattr("avatarctl.profiling.inference.profile_inference", count)

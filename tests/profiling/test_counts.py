@@ -20,6 +20,7 @@ from avatarctl.profiling.fakes import tensor_bytes, tensors
 from avatarctl.profiling.inference import counted_modules, profile_inference
 from avatarctl.profiling.training import profile_training
 from avatarctl.registry import configure, find_model
+from tests.accounts import account
 
 ADAPTED = ("train.mode=lora", "train.lora_rank=4")
 TRAINED = [
@@ -47,9 +48,24 @@ def test_training_takes_what_was_counted(
     monkeypatch.setattr("avatarctl.models.omniavatar.without_padding", lambda text: (text, None))
     row, cfg = wider(model, num_layers=4), configure(f"model.name={model}", *SMALL, *words)
     counted, measured = profile_training(row, cfg), profile_training(row, cfg, "real")
-    assert counted.stages == measured.stages
-    assert counted.host == measured.host
+    require_same(counted, measured)
     assert counted.stages["backward"] > counted.stages["load"] > 0
+    backward, optimizer, numbers = counted.parts["backward"], counted.parts["optimizer"], counted.trained
+    assert 0 < backward["gradients"] <= optimizer["gradients"] == 4 * numbers
+    assert optimizer["moments"] == 8 * numbers
+    waits = "memory.optimizer_device=cpu" in words
+    assert ("moments" in backward) != waits
+    assert (counted.host_parts.get("moments") == 8 * numbers) == waits
+
+
+def require_same(counted: Account, measured: Account) -> None:
+    """To the byte, by phase and by what each was made of; and nothing is left over."""
+    assert counted.stages == measured.stages and counted.parts == measured.parts
+    assert counted.host == measured.host and counted.host_parts == measured.host_parts
+    for stage, size in counted.stages.items():
+        sizes = counted.parts[stage].values()
+        assert sum(sizes) == size and min(sizes, default=1) > 0
+    assert sum(counted.host_parts.values()) == counted.host
 
 
 CHUNKS = ("long_video.num_frames=5", "long_video.overlap_frames=1")
@@ -68,9 +84,15 @@ def test_inference_takes_what_was_counted(model: str, layers: int, words: tuple[
     words = ("output.width=16", "output.height=16", *words)
     row, cfg = wider(model, num_layers=layers), configure(f"model.name={model}", *words)
     counted, measured = profile_inference(row, cfg), profile_inference(row, cfg, "real")
-    assert counted.stages == measured.stages
-    assert counted.host == measured.host and (counted.host > 0) == (model == "cartoon-v2v")
+    require_same(counted, measured)
+    assert (counted.host > 0) == (model == "cartoon-v2v")
     assert {"text", "audio", "image", "condition", "step", "decode"} <= counted.stages.keys()
+    away = "weights that come and go" in counted.parts["step"]
+    assert away == (model == "cartoon-v2v") and ("weights of text" in counted.parts["step"]) != away
+    assert counted.parts["step"]["weights of vae"] == counted.weights["vae"]
+    assert "text embeddings" in counted.parts["step"] and "caches" in counted.parts["decode"]
+    # A frame waits for whoever writes it: float32 of three colours; one, or as many as a window has.
+    assert counted.parts["loop"]["frames"] % (4 * 3 * 16 * 16) == 0
 
 
 def test_activations_that_are_made_again_are_not_kept() -> None:
@@ -81,7 +103,7 @@ def test_activations_that_are_made_again_are_not_kept() -> None:
         profile_training(row, configure("model.name=cartoon-v2v", *words, f"memory.{setting}"), "real")
         for setting in ("activation_checkpointing=none", "activation_checkpointing=block")
     )
-    held = whole.weights["dit"] + whole.components["moments"]
+    held = whole.weights["dit"] + whole.parts["backward"]["moments"]
     assert again.stages["forward"] - held < 0.5 * (whole.stages["forward"] - held)
 
 
@@ -142,6 +164,7 @@ def test_a_tensor_that_stays_is_counted_by_its_bytes(monkeypatch: pytest.MonkeyP
     assert counted.stages == measured.stages
     for phase in ("forward", "backward"):
         assert counted.stages[phase] - before.stages[phase] == 4 * 12_345
+        assert counted.parts[phase]["activations"] - before.parts[phase]["activations"] == 4 * 12_345
 
 
 @pytest.mark.parametrize(("part", "published"), [("dit", 28.6e9), ("text", 11.4e9)])
@@ -175,7 +198,7 @@ def test_a_changed_network_changes_the_answer(heads: int) -> None:
     audio = d * 32 + d  # one more projection
     assert six.trained - four.trained == 2 * block + audio
     assert six.weights["dit"] - four.weights["dit"] == 4 * (2 * block + audio)
-    assert six.components["moments"] == 8 * six.trained
+    assert six.parts["backward"]["moments"] == 8 * six.trained
     # The second step is counted: in its backward pass weights, gradients and moments are all there.
     assert six.stages["backward"] >= 4 * 4 * six.trained
 
@@ -186,7 +209,8 @@ def test_auxiliary_losses_take_what_was_counted(monkeypatch: pytest.MonkeyPatch)
     words = ("data.width=32", "data.height=32", "data.num_frames=5", "train.batch_size=1", "aux.losses=lpips")
     row, cfg = wider("cartoon-v2v", num_layers=4), configure("model.name=cartoon-v2v", *words)
     counted, measured = profile_training(row, cfg), profile_training(row, cfg, "real")
-    assert counted.stages == measured.stages
+    require_same(counted, measured)
+    assert counted.parts["aux"]["weights of lpips_vgg"] == counted.weights["lpips_vgg"]
     assert counted.stages["aux"] > counted.stages["forward"]
     assert counted.stages["aux backward"] > counted.stages["backward"]
     assert {"vae", "lpips_vgg"} <= counted.weights.keys()
@@ -230,13 +254,9 @@ def test_a_block_made_different_in_the_middle_is_run(monkeypatch: pytest.MonkeyP
     assert extension.sizes_of(row, cfg) is None
 
 
-def account(**stages: int) -> Account:
-    return Account(stages, {}, {}, 0)
-
-
 def test_numbers_that_do_not_lie_on_a_line_are_not_extended() -> None:
     depths = extension.Depths((), (6, 8, 10), 40)
-    line = [account(step=size) for size in (60, 80, 100)]
-    assert extension.extend(line, depths) == account(step=400)
-    bent = [account(step=size) for size in (60, 80, 101)]
+    line = [account({"step": size}) for size in (60, 80, 100)]
+    assert extension.extend(line, depths) == account({"step": 400})
+    bent = [account({"step": size}) for size in (60, 80, 101)]
     assert extension.extend(bent, depths) is None

@@ -25,6 +25,7 @@ from avatarctl.profiling.fakes import Mode
 from avatarctl.profiling.fit import Room, fastest
 from avatarctl.profiling.inference import profile_inference
 from avatarctl.registry import configure, find_model
+from tests.accounts import account
 
 WORDS = (
     "model.name=stableavatar-tiny", "memory.mode=full", "memory.group_blocks=1", "runtime.device=cpu",
@@ -101,7 +102,7 @@ def test_where_nothing_fits_the_smallest_need_is_named() -> None:
     needs = {"full": 400, "model": 300, "group": 200, "sequential": 100}
 
     def count(cfg: RunConfig) -> Account:
-        return Account({"step": needs[cfg.memory.mode] << 20}, {}, {}, 0, 500 - needs[cfg.memory.mode] << 20)
+        return account({"step": needs[cfg.memory.mode] << 20}, host=500 - needs[cfg.memory.mode] << 20)
 
     cfg = configure(*WORDS)
     room = Room(99 << 20, where="the card")
@@ -114,6 +115,6 @@ def test_where_nothing_fits_the_smallest_need_is_named() -> None:
     with pytest.raises(DoesNotFit, match=r"400\.0 MiB are needed on the host, and 399\.0 MiB"):
         fastest("infer", ROW.name, cfg, {}, Room(110 << 20, 399 << 20), count, silent)
     # While a unit is packed the host holds it twice, and a run asks for that before it begins.
-    packed = Account({"step": 100 << 20}, {}, {}, 0, 400 << 20, 40 << 20)
+    packed = account({"step": 100 << 20}, host=400 << 20, packing=40 << 20)
     with pytest.raises(DoesNotFit, match=r"440\.0 MiB are needed on the host, and 439\.0 MiB"):
         fastest("infer", ROW.name, cfg, {}, Room(110 << 20, 439 << 20), lambda _: packed, silent)

@@ -8,6 +8,7 @@ from avatarctl.families import family_named
 from avatarctl.profiling.account import Account
 from avatarctl.profiling.recordings import Recording, counted, shortest
 from avatarctl.registry import configure
+from tests.accounts import account
 
 SECOND = 16_000
 WINDOWS = ("model.name=stableavatar-tiny", "output.width=16", "output.height=16", "long_video.num_frames=9",
@@ -24,7 +25,7 @@ def accounts(cfg: Any, samples: int, more: int = 0) -> tuple[list[tuple[int, int
         windows = family.plan(recording.samples, each).count
         seen.append((windows, recording.steps))
         bent = more if len(seen) == 3 else 0
-        return Account({"step": 3 * windows + 5 * recording.steps + bent}, {}, {}, 0)
+        return account({"step": 3 * windows + 5 * recording.steps + bent})
 
     return seen, counted(family, cfg, samples, count)
 
@@ -57,7 +58,7 @@ def test_a_wavefront_follows_from_three_numbers_of_steps() -> None:
 
 def test_chunks_are_counted_for_two_windows_of_audio_at_most() -> None:
     cfg = configure(*CHUNKS)
-    count = lambda cfg, recording: Account({"step": recording.samples}, {}, {}, 0)  # noqa: E731
+    count = lambda cfg, recording: account({"step": recording.samples})  # noqa: E731
     family: Any = family_named("omniavatar")
     assert counted(family, cfg, 12 * SECOND, count).live_bytes == 12 * SECOND
     assert counted(family, cfg, 3600 * SECOND, count).live_bytes == 60 * SECOND

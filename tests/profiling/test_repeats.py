@@ -54,6 +54,43 @@ def test_a_list_that_is_written_holds_what_was_made() -> None:
     assert current == 4 * (4 + 6 + 4)
 
 
+def test_what_a_peak_is_made_of_is_the_same_where_calls_are_not_run_again() -> None:
+    """A call lets go of a cache and makes another: at its largest there is less of the one component."""
+
+    def step(x: torch.Tensor, caches: list[Any]) -> torch.Tensor:
+        caches[0] = None
+        large = x.repeat(10)
+        caches[0] = large[:100].clone()
+        return large
+
+    found = []
+    for once in (False, True):
+        with tensors("fake"), torch.no_grad(), LiveBytes() as live:
+            repeats = Repeats(live)
+            call = repeats.wrapped(step) if once else step
+            x, caches = torch.zeros(100), [torch.zeros(100)]
+            live.assign(x, "latents")
+            live.assign(caches, "caches")
+            for _ in range(3):
+                live.reset_peak()
+                call(x, caches)
+                live.assign(caches, "caches")
+                found.append(live.at_peak)
+            assert not once or repeats.run == 1
+    assert found[:3] == found[3:] == 3 * [{"made": 4400, "latents": 400}]
+
+
+def test_an_input_of_another_component_is_run_again() -> None:
+    with tensors("fake"), torch.no_grad(), LiveBytes() as live:
+        repeats = Repeats(live)
+        call = repeats.wrapped(lambda x: x + 1)
+        for name in ("latents", "frames", "latents"):
+            x = torch.zeros(8)
+            live.assign(x, name)
+            call(x)
+        assert repeats.run == 2 and repeats.skipped == 1
+
+
 def test_what_leaves_something_behind_is_run_each_time() -> None:
     kept = []
 

@@ -13,6 +13,7 @@ from avatarctl.profiling.account import Account
 from avatarctl.profiling.fit import Found, Room, fastest
 from avatarctl.profiling.plans import Plan, Swaps, faster_plans, slower_plans
 from avatarctl.registry import configure
+from tests.accounts import account
 
 MIB = 1 << 20
 BLOCKS, BLOCK = 40, 16  # and their MiB
@@ -38,7 +39,7 @@ class Counts(list[str]):
         memory = cfg.memory
         self.append(f"{memory.mode} {memory.swap_blocks} {memory.base_precision}")
         here = need(cfg)
-        return Account({"step": here * MIB}, {}, {}, 0, max(0, 740 - here) * MIB)
+        return account({"step": here * MIB}, host=max(0, 740 - here) * MIB)
 
 
 def found(
@@ -129,7 +130,7 @@ def test_weights_that_are_too_large_are_not_counted_again() -> None:
     def count(each: RunConfig) -> Account:
         counts.append(each)
         here = 900 - 20 * each.memory.swap_blocks
-        return Account({"forward": here * MIB}, {"dit": 800 * MIB}, {}, 0, 0)
+        return account({"forward": here * MIB}, {"dit": 800 * MIB})
 
     best = fastest("train v2v", "m", cfg, {}, Room(700 * MIB), count, silent, blocks=BLOCKS)
     assert best.plan.cfg.memory.swap_blocks == 12  # 900 - 240 is the first below 700 / 1.06

@@ -35,8 +35,8 @@ MUTATIONS = (
     Mutation(
         "what waits on the host is counted on the device",
         "live_bytes.py",
-        "(storage.nbytes(), is_of_host(storage))",
-        "(storage.nbytes(), False)",
+        "storage.nbytes(), waits is not None, component",
+        "storage.nbytes(), False, component",
         "training/test_lean_steps.py::test_what_waits_on_the_host_is_counted_there",
     ),
     Mutation(
@@ -50,8 +50,8 @@ MUTATIONS = (
     Mutation(
         "what a call that is not run again would take is forgotten",
         "profiling/repeats.py",
-        "        self._live.raise_peak(self._live.current + done.most)\n",
-        "        self._live.raise_peak(self._live.current)\n",
+        "live.raise_peak(live.current + done.most,",
+        "live.raise_peak(live.current,",
         "profiling/test_repeats.py::test_a_call_that_is_like_one_before_adds_its_bytes",
     ),
     Mutation(
