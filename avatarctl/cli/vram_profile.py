@@ -48,6 +48,8 @@ _PHASES: Final = (
     "load", "text", "image", "audio", "condition", "forward", "aux", "aux backward", "backward", "optimizer",
     "step", "decode",
 )  # fmt: skip
+_TOLD: Final = 1 << 16
+"""Bytes from which a component has a line."""
 _BETWEEN: Final = "between them"
 """What is outside of all phases."""
 
@@ -367,12 +369,14 @@ def _table(counted: _Counted) -> list[str]:
 
 
 def _components(account: Account) -> list[str]:
-    """What the largest moment is made of, and what waits on the host at its own."""
+    """What the largest moment is made of, and what waits on the host at its own; crumbs are left out."""
     largest = max(account.stages, key=lambda name: account.stages[name])
     here, there = account.components, account.host_parts
     head = f"  {'at the largest, in ' + largest:32} {'device':>12}"
     lines = [head + (f" {'host':>12}" if there else "")]
     for part in sorted({**here, **there}, key=lambda part: -here.get(part, 0)):
+        if max(here.get(part, 0), there.get(part, 0)) < _TOLD:
+            continue
         waits = f" {shown(there[part]):>12}" if part in there else ""
         lines.append(f"  {part:32} {shown(here.get(part, 0)):>12}{waits}")
     if account.trained:

@@ -69,7 +69,7 @@ def main() -> int:
         shares = ", ".join(f"{what} {size / 1e9:.1f}" for what, size in held if size >= 5e7)
         seconds = time.process_time() - started
         notes.append(
-            f"{name}: {' '.join(settings(words))}; at the largest moment GB of {shares}; {seconds:.0f} CPU seconds."
+            f"{name}: {' '.join(settings(words))}; GB at the largest: {shares}; {seconds:.0f} CPU seconds."
         )
     print_table(
         "Memory of training, predicted", ["", *PHASES, "on the host", "live, GB", "target", ""], rows, *notes
