@@ -38,15 +38,16 @@ _ASSUMED: Final = (
     "counted on fake tensors by the code of the run; no card was asked",
     "infer: networks where memory.mode has them; two chunks or windows, or those that --audio fills",
     "train: prepared samples; a step behind the first, as moments exist by then; every sample is judged",
+    "train: a validation where validation.every asks for one, with all judges that it names",
     "what is like something before is counted, not run; blocks of training are extended where that is exact",
-    "what saving a checkpoint and validating take is not counted",
     "the allowance for workspaces and rounding is a guess until it was measured on a card",
 )
 
 
 _PHASES: Final = (
     "load", "text", "image", "audio", "condition", "forward", "aux", "aux backward", "backward", "optimizer",
-    "step", "decode",
+    "step", "decode", "checkpoint", "validation text", "validation image", "validation audio",
+    "validation condition", "validation step", "validation decode", "validation judges", "validation",
 )  # fmt: skip
 _TOLD: Final = 1 << 16
 """Bytes from which a component has a line."""
@@ -316,10 +317,11 @@ def _comparison(counted: _Counted) -> list[str]:
         return []
     rows = [(name, size, _size_of(measured.stages, name)) for name, size in _in_order(counted.account.stages)]
     rows.append(("on the host", counted.account.host, measured.host))
-    lines = [f"  {'on ' + counted.place:13} {'predicted':>14} {'measured':>14}  bytes"]
+    width = max(len(name) for name, *_ in rows) + 1
+    lines = [f"  {'on ' + counted.place:{width}} {'predicted':>14} {'measured':>14}  bytes"]
     for name, one, other in rows:
         off = f"{(other - one) / one:+.1%}" if one and one != other else ""
-        lines.append(f"  {name:13} {one:>14,} {other:>14,}  {off}".rstrip())
+        lines.append(f"  {name:{width}} {one:>14,} {other:>14,}  {off}".rstrip())
     return [*lines, ""]
 
 
@@ -358,10 +360,11 @@ def _frame(counted: _Counted) -> str:
 def _table(counted: _Counted) -> list[str]:
     account = counted.account
     largest = account.live_bytes
+    width = max(map(len, (_BETWEEN, *account.stages))) + 1
     lines = [f"{counted.job} of {counted.row.name}, {_frame(counted)}", ""]
     for name, size in _in_order(account.stages):
         bar = "#" * round(_BAR * size / largest)
-        lines.append(f"  {name:13} {shown(size):>12}  {bar}")
+        lines.append(f"  {name:{width}} {shown(size):>12}  {bar}")
     lines.append("")
     lines += _components(account)
     lines += ["", f"live at most {shown(largest)}; with the allowance {shown(account.peak_bytes)}", ""]

@@ -160,6 +160,7 @@ class Unit:
         for dtype, length in ends.items():
             self._waiting[dtype] = flat = _room(length, dtype, host)
             mark(flat, WEIGHTS)
+            flat.detach()  # an operation: whoever counts sees the mark
             size, locked = length * dtype.itemsize, 0
             if self.device.type == "cuda" and host.type == "cpu":
                 locked = size if _locked(flat) else 0

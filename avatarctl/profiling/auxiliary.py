@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,7 +14,7 @@ from avatarctl.data.training_set import ToFace
 from avatarctl.families import family_named
 from avatarctl.loading.built_in import build_on_meta
 from avatarctl.loading.fill import on_meta
-from avatarctl.loading.judges import PART_OF, Judges
+from avatarctl.loading.judges import PART_OF, Judges, LossName
 from avatarctl.models.lpips_vgg import LpipsVgg
 from avatarctl.models.stable_syncnet import PUBLISHED_SYNCNET, StableSyncNet
 from avatarctl.models.videomae import PUBLISHED_VIDEOMAE, VideoMae, sinusoids
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from avatarctl.registry import Row
     from avatarctl.training.objective import FlowStep
 
-__all__ = ["CountedAux", "aux_step", "without_caches"]
+__all__ = ["CountedAux", "aux_step", "built_judges", "face_of", "without_caches"]
 
 _JUDGES: Final[Mapping[str, tuple[type[nn.Module], Mapping[str, Any]]]] = {
     "syncnet": (StableSyncNet, PUBLISHED_SYNCNET),
@@ -105,23 +105,36 @@ def aux_step(
     if not names:
         return None
     assert cfg.data.num_frames is not None
-    made: dict[str, Any] = {"vae": build_on_meta(row, cfg.model.channels)["vae"]}
-    for part in (PART_OF[name] for name in names):
-        kind, published = _JUDGES[part]
-        with on_meta():
-            made[part] = kind(**row.network.get(part, published))
-    for network in made.values():
-        fill(network.eval().requires_grad_(False), inside, _float32, device)
-    vae = made.pop("vae")
+    vae: Any = build_on_meta(row, cfg.model.channels)["vae"]
+    fill(vae.eval().requires_grad_(False), inside, _float32, device)
+    made = built_judges(row, names, inside, device)
     judges = Judges(**{name: made[PART_OF[name]] for name in names})
     losses = AuxLosses(names, judges, aux_settings(cfg, cfg.data.num_frames))
-    # As in training: models that start from an image show more than a face.
+    return CountedAux(losses, vae, made, face_of(row, cfg) if "sync" in names else 0, host)
+
+
+def face_of(row: Row, cfg: RunConfig) -> int:
+    """Pixels of a side of an aligned face, 0 where frames are aligned faces: as in training, models that
+    start from an image show more than a face."""
     shows_more = family_named(row.family).takes(cfg) == "image" and cfg.data.faces not in (None, "none")
-    return CountedAux(losses, vae, made, _ALIGNED if "sync" in names and shows_more else 0, host)
+    return _ALIGNED if shows_more else 0
 
 
 def _float32(name: str, tensor: Tensor) -> torch.dtype:
     return torch.float32
+
+
+def built_judges(
+    row: Row, names: Collection[LossName], inside: AbstractContextManager[Any], device: str
+) -> dict[str, Any]:
+    """The networks of some losses by part, frozen, in float32: those of the row, or as large as published."""
+    made: dict[str, Any] = {}
+    for part in (PART_OF[name] for name in names):
+        kind, published = _JUDGES[part]
+        with on_meta():
+            made[part] = kind(**row.network.get(part, published))
+        fill(made[part].eval().requires_grad_(False), inside, _float32, device)
+    return made
 
 
 @contextmanager

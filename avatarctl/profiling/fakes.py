@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ __all__ = ["Mode", "fill", "outside", "slots", "tensor_bytes", "tensors"]
 
 Mode = Literal["fake", "real"]
 """Fake tensors count; real ones, of small networks, are what the count is compared with."""
+
+_SMALL: Final = 1e-3
+"""What real networks are filled with: of zeros a weight norm makes numbers that are not finite."""
 
 DtypeOf = Callable[[str, Tensor], torch.dtype]
 """The dtype that a parameter, by its dotted name, gets."""
@@ -67,8 +70,8 @@ def outside(mode: Mode) -> AbstractContextManager[Any]:
 def fill(
     network: nn.Module, inside: AbstractContextManager[Any], dtype_of: DtypeOf, device: str = "cpu"
 ) -> None:
-    """Replaces every parameter and buffer on meta by zeros, fake or real as `inside` makes them; device:
-    "meta" gives them their dtype and leaves them without numbers.
+    """Replaces every parameter and buffer on meta by small numbers, fake or real as `inside` makes them;
+    device: "meta" gives them their dtype and leaves them without numbers.
 
     The objects are replaced, as a parameter on meta cannot be moved under a fake mode. One that is held in
     two places stays one.
@@ -79,7 +82,8 @@ def fill(
         if id(old) not in made:
             dtype = dtype_of(name, old) if old.is_floating_point() else old.dtype
             with inside:
-                empty = torch.zeros(old.shape, dtype=dtype, device=device)
+                value = _SMALL if old.is_floating_point() else 0
+                empty = torch.full(old.shape, value, dtype=dtype, device=device)
             is_parameter = isinstance(old, nn.Parameter)
             made[id(old)] = nn.Parameter(empty, requires_grad=old.requires_grad) if is_parameter else empty
         held[key] = made[id(old)]

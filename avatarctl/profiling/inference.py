@@ -16,7 +16,7 @@ from avatarctl.conditioning.masking import mask_tensor, mouth_mask
 from avatarctl.config import RunConfig
 from avatarctl.events import silent
 from avatarctl.families import family_named
-from avatarctl.family import Inputs, Modules, Source
+from avatarctl.family import Inputs, Modules, Source, VideoPlan
 from avatarctl.host import HOST
 from avatarctl.live_bytes import LiveBytes
 from avatarctl.loading.built_in import build_on_meta, build_random_modules
@@ -38,7 +38,7 @@ from avatarctl.sampling.denoise import Denoiser
 from avatarctl.sampling.fused import sample_fused
 from avatarctl.timeline import SAMPLES_PER_FRAME
 
-__all__ = ["counted_modules", "profile_inference"]
+__all__ = ["counted_modules", "dtypes_of", "inputs_of", "profile_inference", "run_loop"]
 
 _LOOPS: Final[Mapping[str, Any]] = {"chunks": sample_chunks, "fused": sample_fused}
 
@@ -69,13 +69,14 @@ def counted_modules(
     float32 in float32; the others as `loading.modules` has them on a card."""
     parts = build_on_meta(row, cfg.model.channels)
     for part, network in parts.items():
-        fill(network, inside, _dtypes(network, part, cfg), device)
+        fill(network, inside, dtypes_of(network, part, cfg), device)
         with inside:
             _stored(network, part, cfg)
     return Modules(**parts, device=torch.device(device))  # type: ignore[arg-type]
 
 
-def _dtypes(network: nn.Module, part: str, cfg: RunConfig) -> Callable[[str, Tensor], torch.dtype]:
+def dtypes_of(network: nn.Module, part: str, cfg: RunConfig) -> Callable[[str, Tensor], torch.dtype]:
+    """Of each weight of a part, by its name, as a run has it."""
     half = ("dit", "text") if cfg.runtime.device == "cpu" else ("dit", "text", "vae")
     wanted = dtype_of(cfg.runtime) if part in half else torch.float32
 
@@ -143,9 +144,8 @@ def _counted(row: Row, cfg: RunConfig, recording: Recording, mode: Mode, device:
         for part in PARTS:
             watch(part, getattr(modules, part), phases, repeats)
         denoise = Denoiser(family, modules.dit, family.guidance(cfg), sigmas)
-        inputs = _inputs(family.takes(cfg), cfg, recording.samples)
-        for block in _LOOPS[plan.kind](denoise, modules, inputs, plan, cfg):
-            del block
+        inputs = inputs_of(family.takes(cfg), cfg, recording.samples)
+        run_loop(denoise, modules, inputs, plan, cfg)
         phases.end()
     return Account(phases.peaks, weights, phases.parts, 0)
 
@@ -160,7 +160,7 @@ def _random(row: Row, cfg: RunConfig) -> dict[str, Any]:
         part: network for part in PARTS if (network := getattr(modules, part)) is not None
     }
     for part, network in made.items():
-        own = _dtypes(network, part, cfg)
+        own = dtypes_of(network, part, cfg)
         cast: dict[int, Tensor] = {}  # one that is held in two places stays one
         for name, held, key in slots(network):
             old = held[key]
@@ -198,12 +198,12 @@ def _placed(
             if random:
                 weights[part] = tensor_bytes(network)
             elif mode == "real":
-                fill(network, inside, _dtypes(network, part, cfg), str(place))
+                fill(network, inside, dtypes_of(network, part, cfg), str(place))
                 _stored(network, part, cfg)
                 weights[part] = tensor_bytes(network)
             else:
                 with outside(mode):
-                    fill(network, nullcontext(), _dtypes(network, part, cfg), "meta")
+                    fill(network, nullcontext(), dtypes_of(network, part, cfg), "meta")
                     _stored(network, part, cfg)
                 weights[part] = tensor_bytes(network)
                 if place == device:
@@ -215,9 +215,8 @@ def _placed(
         # When what waits has gone to the host, which is the same memory where tensors are real.
         modules.tell(lambda part, network: live.track(network, name=weights_of(part)))
         denoise = Denoiser(family, modules.later("dit"), family.guidance(cfg), sigmas)
-        inputs = _inputs(family.takes(cfg), cfg, recording.samples)
-        for block in _LOOPS[plan.kind](denoise, modules, inputs, plan, cfg):
-            del block
+        inputs = inputs_of(family.takes(cfg), cfg, recording.samples)
+        run_loop(denoise, modules, inputs, plan, cfg)
         phases.end()
     moves = modules.moves
     waits = {WEIGHTS: moves.host_peak} if moves.host_peak else {}
@@ -232,7 +231,16 @@ def _sized(cfg: RunConfig) -> RunConfig:
     return replace(cfg, output=replace(cfg.output, width=width, height=height))
 
 
-def _inputs(takes: str, cfg: RunConfig, samples: int) -> Inputs:
+def run_loop(
+    denoise: Denoiser, modules: Modules | PlacedModules, inputs: Inputs, plan: VideoPlan, cfg: RunConfig
+) -> None:
+    """The loop of a family's plan; nobody keeps its frames."""
+    for block in _LOOPS[plan.kind](denoise, modules, inputs, plan, cfg):
+        del block
+
+
+def inputs_of(takes: str, cfg: RunConfig, samples: int) -> Inputs:
+    """A black image or video of the size of the output, and silence."""
     height, width = cfg.output.height, cfg.output.width
     assert height is not None and width is not None
     image = source = None

@@ -78,6 +78,7 @@ class Phases:
     parts: dict[str, dict[str, int]] = field(default_factory=dict)
     failed: str | None = None
     _now: str = "loop"
+    _outer: str = ""
     _error: int = 0
     _component: Component = field(default_factory=lambda: Component(_LEAVES["loop"]))
 
@@ -100,17 +101,28 @@ class Phases:
             self._now, self._component = before, outer
             self.live.charge(outer)
 
+    @contextmanager
+    def within(self, name: str) -> Iterator[None]:
+        """A phase whose inner ones have names of their own: "validation" and "validation step"."""
+        before, self._outer = self._outer, f"{name} "
+        try:
+            with self(name):
+                yield
+        finally:
+            self._outer = before
+
     def turn(self, name: str) -> None:
         """The phase that the block is in ends here, and another begins; both end with the block."""
         self._end()
         self._begin(name)
 
     def _begin(self, name: str) -> None:
-        self._now, self._component = name, Component(_WORKS)
+        inner = self._outer and name != self._outer.rstrip()
+        self._now, self._component = f"{self._outer}{name}" if inner else name, Component(_WORKS)
         self.live.charge(self._component)
 
     def _end(self) -> None:
-        self._component.name = _LEAVES.get(self._now, _WORKS)
+        self._component.name = _LEAVES.get(self._now.removeprefix(self._outer), _WORKS)
         self._note()
 
     def end(self) -> None:

@@ -15,7 +15,7 @@ from avatarctl.config import RunConfig
 from avatarctl.errors import NotYetSupported
 from avatarctl.families import family_named
 from avatarctl.family import Draw, TrainableFamily
-from avatarctl.host import HOST
+from avatarctl.host import HOST, is_of_host, to_host
 from avatarctl.live_bytes import LiveBytes
 from avatarctl.loading.built_in import build_on_meta
 from avatarctl.loading.fill import on_meta
@@ -28,6 +28,7 @@ from avatarctl.profiling.extend import extend, shifted, sizes_of
 from avatarctl.profiling.fakes import Mode, fill, outside, tensor_bytes, tensors
 from avatarctl.profiling.phases import GRADIENTS, Phases, weights_of
 from avatarctl.profiling.prepared import Prepared
+from avatarctl.profiling.validating import CountedValidation
 from avatarctl.registry import Row
 from avatarctl.training.aux_losses import active_losses
 from avatarctl.training.network import Network
@@ -98,19 +99,24 @@ def _counted(row: Row, cfg: RunConfig, mode: Mode, *, judge: bool = True, device
     trained = trainables.count
     aux = aux_step(row, cfg, inside, device, host)
     weights |= {} if aux is None else aux.weights
+    encoders: dict[str, Any] = dict(build_on_meta(row, cfg.model.channels)) if cfg.validation.every else {}
     with inside, LiveBytes() as live, without_caches():
+        phases = Phases(live)
+        validation = texts = None
+        if cfg.validation.every:
+            validation = CountedValidation(row, cfg, family, encoders, mode, device, host, live, phases)
+            texts = validation.read_texts()
         if swaps:
             trainables = swap_blocks(dit, trainables, swaps, torch.device(device), host)
         live.track(dit, name=weights_of("dit"))
         for part, judge_network in aux.networks.items() if aux is not None else ():
             live.track(judge_network, name=weights_of(part))
         _watch_gradients(trainables, live)
-        live.reset_peak()
-        phases = Phases(live)
         with phases("load"):
             if aux is not None:
                 aux.make_tables()
         network = Network(dit, layout, trainables, cfg, {}, {}, torch.device(device), host)
+        live.assign(network.averages(), "averaged weights")
         optimizer = Optimizer(trainables.parameters, cfg.train, moments_place(cfg.memory, host))
         first = 0
         if mode == "fake":
@@ -118,8 +124,23 @@ def _counted(row: Row, cfg: RunConfig, mode: Mode, *, judge: bool = True, device
             first = 1
         for step in range(first, _STEPS):
             _step(family, network, optimizer, cfg, prepared, step, phases, mode, aux, judge)
+        with phases("checkpoint"):
+            _save(network, optimizer, host)
+        if validation is not None and texts is not None:
+            validation.run(network, texts)
         phases.end()
     return Account(phases.peaks, weights, phases.parts, trained, live.host_peak, host_parts=live.host_at_peak)
+
+
+def _save(network: Network, optimizer: Optimizer, host: torch.device) -> None:
+    """A checkpoint is held on the host as a whole while it is written."""
+    states = [tensor for state in network.states() for tensor in state.values()]
+    held = [
+        to_host(tensor, host, "a checkpoint that is written")
+        for tensor in (*states, *optimizer.tensors())
+        if not is_of_host(tensor.untyped_storage())
+    ]
+    del held
 
 
 def _watch_gradients(trainables: Trainables, live: LiveBytes) -> None:

@@ -43,7 +43,14 @@ from avatarctl.training.network import Network
 from avatarctl.training.objective import flow_step, training_noise
 from avatarctl.training.run_folder import VALIDATION, RunFolder
 from avatarctl.training.validation_networks import KnownTexts, Precise
-from avatarctl.training.validation_scores import best_offset, mouth_box, mouth_lpips, psnr, sync_curve
+from avatarctl.training.validation_scores import (
+    as_tensor,
+    best_offset,
+    mouth_box,
+    mouth_lpips,
+    psnr,
+    sync_curve,
+)
 from avatarctl.training.validation_sets import Item, ValidationSets
 from avatarctl.training.validation_sheet import Strip, draw_sheet, times_of
 
@@ -52,7 +59,7 @@ if TYPE_CHECKING:
     from avatarctl.loading.sources import Sources
     from avatarctl.registry import Row
 
-__all__ = ["FOLDER", "Scored", "Validation", "make_validation"]
+__all__ = ["FOLDER", "Scored", "Validation", "lips_box", "made_with", "make_validation"]
 
 FOLDER: Final = "validation"
 SHEET: Final = "sheet.png"
@@ -230,14 +237,8 @@ class Validation:
 
     def _plan(self, job: Job) -> JobPlan:
         """One window as long as a training clip."""
-        data, frames = self.cfg.data, self.cfg.data.num_frames
+        cfg, frames = made_with(self.cfg), self.cfg.data.num_frames
         assert frames is not None
-        cfg = replace(
-            self.cfg,
-            output=replace(self.cfg.output, path=None, width=data.width, height=data.height),
-            long_video=replace(self.cfg.long_video, strategy="off", num_frames=frames),
-            sampling=replace(self.cfg.sampling, steps=self.cfg.validation.steps or self.cfg.sampling.steps),
-        )
         surveyed = survey(job.audio)
         samples = min(surveyed.samples, (frames - self._offset) * SAMPLES_PER_FRAME)
         return JobPlan(
@@ -280,15 +281,16 @@ class Validation:
     ) -> Sequence[float]:
         """Fills `numbers`; the curve of the sync judge, empty without one."""
         made = made[self._offset :]
-        ours = _as_tensor(made, self.network.device)
-        theirs = None if truth is None else _as_tensor(truth, self.network.device)
+        device = self.network.device
+        ours = as_tensor(torch.from_numpy(made).to(device))
+        theirs = None if truth is None else as_tensor(torch.from_numpy(truth).to(device))
         if truth is not None:
             count = min(len(made), len(truth))
             if self._wants("psnr"):
                 numbers["psnr"] = psnr(made[:count], truth[:count])
             if judges.lpips is not None and theirs is not None:
                 pair = ours[:, :, :count], theirs[:, :, :count]
-                numbers["lpips"] = mouth_lpips(judges.lpips, *pair, self._box())
+                numbers["lpips"] = float(mouth_lpips(judges.lpips, *pair, lips_box(self.family, self.cfg)))
         if judges.sync is None or len(made) < judges.sync.frames:
             return ()
         align = item.learnt.to_face if item.learnt else None
@@ -306,12 +308,6 @@ class Validation:
                 real = sync_curve(judge, theirs if align is None else align(theirs, 0), audio, stride)
                 numbers["sync_truth"] = float(real[len(real) // 2])
         return curve.tolist()
-
-    def _box(self) -> tuple[slice, slice] | None:
-        if self.family.takes(self.cfg) == "image" and self.cfg.data.mask is None:
-            return None
-        assert self.cfg.data.height is not None and self.cfg.data.width is not None
-        return mouth_box(mask_tensor(run_mask(self.cfg)), (self.cfg.data.height, self.cfg.data.width))
 
     @property
     def _whole_frames(self) -> bool:
@@ -397,6 +393,25 @@ class Validation:
             self.emit(event)
 
 
+def made_with(cfg: RunConfig) -> RunConfig:
+    """The settings of `infer` by which clips are made: one window as long as a training clip."""
+    data = cfg.data
+    return replace(
+        cfg,
+        output=replace(cfg.output, path=None, width=data.width, height=data.height),
+        long_video=replace(cfg.long_video, strategy="off", num_frames=data.num_frames),
+        sampling=replace(cfg.sampling, steps=cfg.validation.steps or cfg.sampling.steps),
+    )
+
+
+def lips_box(family: TrainableFamily, cfg: RunConfig) -> tuple[slice, slice] | None:
+    """Rows and columns that LPIPS looks at; None for the lower halves of a model that knows no mask."""
+    if family.takes(cfg) == "image" and cfg.data.mask is None:
+        return None
+    assert cfg.data.height is not None and cfg.data.width is not None
+    return mouth_box(mask_tensor(run_mask(cfg)), (cfg.data.height, cfg.data.width))
+
+
 def make_validation(
     folder: RunFolder,
     sets: ValidationSets,
@@ -457,11 +472,6 @@ def _job(item: Item, takes: str, cfg: RunConfig, opened: ExitStack) -> tuple[Job
             image = image_from_array(video.read(0, 1)[0], item.name)
     shown = video if takes == "video" else None
     return Job(image, audio, item.prompt, cfg.input.negative_prompt or "", shown), video
-
-
-def _as_tensor(frames: np.ndarray, device: torch.device) -> Tensor:
-    """uint8 [n, H, W, 3] -> [1, 3, n, H, W] in [-1, 1]."""
-    return torch.from_numpy(frames).to(device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
 
 
 def _mean_into(entry: dict[str, Any], name: str, values: Sequence[float]) -> None:

@@ -9,24 +9,31 @@ import torch
 from torch import Tensor, nn
 
 from avatarctl.family import TextEncoder
+from avatarctl.host import HOST, to_device, to_host
 from avatarctl.training.network import Network
 
 __all__ = ["KnownTexts", "Precise"]
 
 
 class KnownTexts:
-    """A text encoder that knows some prompts by heart, so that none need stay in memory."""
+    """A text encoder that knows some prompts by heart, so that none need stay in memory. host: where they
+    wait."""
 
-    def __init__(self, encoder: TextEncoder, prompts: Sequence[str], device: torch.device) -> None:
+    def __init__(
+        self, encoder: TextEncoder, prompts: Sequence[str], device: torch.device, host: torch.device = HOST
+    ) -> None:
         self.text_len = encoder.text_len
         self._tokens = {prompt: encoder.tokens(prompt) for prompt in prompts}
-        self._states = {prompt: encoder.encode(prompt, device).cpu() for prompt in self._tokens}
+        self._states = {
+            prompt: to_host(encoder.encode(prompt, device), host, "text embeddings")
+            for prompt in self._tokens
+        }
 
     def tokens(self, prompt: str) -> int:
         return self._tokens[prompt]
 
     def encode(self, prompt: str, device: torch.device) -> Tensor:
-        return self._states[prompt].to(device)
+        return to_device(self._states[prompt], device)
 
 
 class Precise(nn.Module):

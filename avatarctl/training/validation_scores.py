@@ -21,7 +21,7 @@ from avatarctl.timeline import SAMPLES_PER_FRAME
 from avatarctl.training.frame_losses import ImageJudge, lpips_loss
 from avatarctl.training.sync_loss import sync_starts
 
-__all__ = ["FARTHEST", "best_offset", "mouth_box", "mouth_lpips", "psnr", "sync_curve"]
+__all__ = ["FARTHEST", "as_tensor", "best_offset", "mouth_box", "mouth_lpips", "psnr", "sync_curve"]
 
 FARTHEST: Final = 15
 """Frames by which audio is shifted either way (spec/losses-and-eval.md 6.1)."""
@@ -33,6 +33,11 @@ _SMALLEST_BOX: Final = 32
 _MOST_PSNR: Final = 100.0
 
 Array = np.ndarray
+
+
+def as_tensor(frames: Tensor) -> Tensor:
+    """uint8 [n, H, W, 3] -> float32 [1, 3, n, H, W] in [-1, 1]."""
+    return frames.permute(3, 0, 1, 2)[None].float() / 127.5 - 1
 
 
 @torch.no_grad()
@@ -86,15 +91,15 @@ def mouth_box(mask: Tensor, size: tuple[int, int]) -> tuple[slice, slice]:
 
 
 @torch.no_grad()
-def mouth_lpips(judge: ImageJudge, made: Tensor, truth: Tensor, box: tuple[slice, slice] | None) -> float:
-    """Mean LPIPS over frames inside the box of a mask; of the lower halves where there is none. Both
-    [1, 3, n, H, W] in [-1, 1]."""
+def mouth_lpips(judge: ImageJudge, made: Tensor, truth: Tensor, box: tuple[slice, slice] | None) -> Tensor:
+    """Mean LPIPS over frames inside the box of a mask, a scalar; of the lower halves where there is none.
+    Both [1, 3, n, H, W] in [-1, 1]."""
     if box is None:
-        return float(lpips_loss(judge, made, truth))
+        return lpips_loss(judge, made, truth)
     rows, columns = box
     ours, theirs = (rearrange(each[..., rows, columns], "1 c n h w -> n c h w") for each in (made, truth))
     pairs = zip(ours.split(_AT_ONCE), theirs.split(_AT_ONCE), strict=True)
-    return float(torch.cat([judge(*pair) for pair in pairs]).mean())
+    return torch.cat([judge(*pair) for pair in pairs]).mean()
 
 
 def _side(hit: Tensor) -> slice:

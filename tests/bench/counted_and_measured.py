@@ -1,11 +1,11 @@
-"""Twelve whole configurations of small models at two sizes: live bytes counted on fake tensors beside those
+"""Whole configurations of small models at two sizes: live bytes counted on fake tensors beside those
 of real ones, at most 2 % apart; and accounts that leave work out beside those that do not, equal to the byte.
 
-    python tests/bench/counted_and_measured.py             the twelve, and what is left out on small models
+    python tests/bench/counted_and_measured.py             these, and what is left out on small models
     python tests/bench/counted_and_measured.py large       what is left out at 1.3B and 14B, five minutes
 
 Inference with 33, 36, 49 and 65 input channels, training with 33, 49 and 65; batches of one and two; each
-gradient mode of the decoder, each auxiliary loss, each memory mode.
+gradient mode of the decoder, each auxiliary loss, each memory mode; a validation.
 """
 
 from __future__ import annotations
@@ -59,6 +59,9 @@ TRAINING = {
     "train, 65, LoRA, all three, offload, batch 1": (
         "cartoon-v2v", (*MANY, *ADAPTED, *ONE, "aux.losses=sync,lpips,trepa", "memory.vae_gradient=offload"),
     ),
+    "train, 49, LoRA, LPIPS, average, validation, batch 1": (
+        "cartoon-v2v", (*ADAPTED, *ONE, "aux.losses=lpips", "train.ema=0.99", "validation.every=1"),
+    ),
     "train, 65, LoRA, what can wait on the host, batch 2": (
         "cartoon-v2v",
         (*MANY, *ADAPTED, *TWO, "memory.base_precision=fp8", "memory.swap_blocks=2",
@@ -93,7 +96,7 @@ def apart(counted: Account, measured: Account) -> float:
 
 
 def small() -> bool:
-    """The twelve, counted and measured."""
+    """Counted and measured."""
     # Counted is what a card does, which reads all rows of a text.
     omniavatar.without_padding = lambda text: (text, None)  # type: ignore[attr-defined]
     rows, kept = [], True
@@ -139,6 +142,8 @@ def large() -> bool:
             kept &= both(f"infer {model}, {mode}", profile_inference, find_model(model), cfg, rows)
         cfg = sized(model, ("train.lora_rank=128",), (width, height, 81))
         kept &= both(f"train {model}, LoRA", profile_training, find_model(model), cfg, rows)
+    cfg = sized(model, ("train.lora_rank=128", "validation.every=1"), (width, height, 81))
+    kept &= both(f"train {model}, LoRA, validation", profile_training, find_model(model), cfg, rows)
     print_table("Work that is left out, published sizes", ["", "equal", "CPU s", "CPU s, all of it"], rows)
     return kept
 

@@ -95,6 +95,26 @@ def test_inference_takes_what_was_counted(model: str, layers: int, words: tuple[
     assert counted.parts["loop"]["frames"] % (4 * 3 * 16 * 16) == 0
 
 
+def test_a_validation_takes_what_was_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its clip is made and judged beside what the training holds; texts are read before."""
+    monkeypatch.setattr("avatarctl.models.omniavatar.without_padding", lambda text: (text, None))
+    words = (*SMALL, *ADAPTED, "data.num_frames=17", "train.ema=0.9", "memory.swap_blocks=1")
+    row, cfg = wider("cartoon-v2v", num_layers=4), configure("model.name=cartoon-v2v", *words)
+    without = profile_training(row, cfg)
+    cfg = configure("model.name=cartoon-v2v", *words, "validation.every=1")
+    counted, measured = profile_training(row, cfg), profile_training(row, cfg, "real")
+    require_same(counted, measured)
+    read, step, judged = (counted.parts[f"validation {name}"] for name in ("text", "step", "judges"))
+    assert "weights of text" in read and "weights of dit" not in read
+    held = {"weights of dit", "moments", "averaged weights", "weights of syncnet", "weights of lpips_vgg"}
+    assert held <= step.keys() and held <= judged.keys() and "gradients" not in step
+    # Encoders come module by module, and so does a block that waits.
+    assert "weights of vae" not in step and "weights that come and go" in counted.parts["validation decode"]
+    for stage in ("forward", "backward", "checkpoint"):
+        assert counted.parts[stage] == without.parts[stage]
+    assert counted.host_parts["text embeddings"] == 2 * step["text embeddings"]
+
+
 def test_activations_that_are_made_again_are_not_kept() -> None:
     """Of four blocks one is made again at a time: less than half of what all of them keep."""
     row = wider("cartoon-v2v", num_layers=4)
