@@ -46,11 +46,12 @@ _STEPS: Final = 2
 def profile_training(
     row: Row, cfg: RunConfig, mode: Mode = "fake", *, exact: bool = False, device: str = "cpu"
 ) -> Account:
-    """Counts two optimizer steps on prepared samples: beside the transformer only what auxiliary losses need.
+    """Counts two optimizer steps on prepared samples, the checkpoint that is written behind them, and a
+    validation where the run makes some: beside the transformer only what auxiliary losses and that need.
 
     exact: every block of the network is run; else blocks that are alike are extended, see `extend`, where
-    none of them waits on the host. device: of real tensors. Raises NotYetSupported for weights of which each
-    process holds a part.
+    none of them waits on the host and no clip is made. device: of real tensors. Raises NotYetSupported for
+    weights of which each process holds a part.
     """
     if cfg.memory.shard != "none":
         raise NotYetSupported(
@@ -58,7 +59,8 @@ def profile_training(
             where="memory.shard",
             fix="memory.shard none counts a card that holds all of it",
         )
-    if exact or mode == "real" or cfg.memory.swap_blocks or (sizes := sizes_of(row, cfg)) is None:
+    whole = exact or mode == "real" or cfg.memory.swap_blocks or cfg.validation.every
+    if whole or (sizes := sizes_of(row, cfg)) is None:
         return _counted(row, cfg, mode, device=device)
     small = [_counted(each, cfg, mode, judge=False) for each in sizes.rows]
     extended = extend(small, sizes)

@@ -142,8 +142,6 @@ def large() -> bool:
             kept &= both(f"infer {model}, {mode}", profile_inference, find_model(model), cfg, rows)
         cfg = sized(model, ("train.lora_rank=128",), (width, height, 81))
         kept &= both(f"train {model}, LoRA", profile_training, find_model(model), cfg, rows)
-    cfg = sized(model, ("train.lora_rank=128", "validation.every=1"), (width, height, 81))
-    kept &= both(f"train {model}, LoRA, validation", profile_training, find_model(model), cfg, rows)
     print_table("Work that is left out, published sizes", ["", "equal", "CPU s", "CPU s, all of it"], rows)
     return kept
 

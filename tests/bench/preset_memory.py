@@ -58,7 +58,7 @@ def predicted(name: str) -> str:
 
 def in_words(account: Account, frame: str, packing: int = 0) -> str:
     peak = shown(account.peak_bytes).removesuffix(" GiB")
-    waits = f"; {shown(account.host)} wait on the host" if account.host else ""
+    waits = f"; {shown(account.host)} on the host" if account.host else ""
     if account.host and packing:
         packed = shown(account.host + packing).removesuffix(" GiB")
         waits += f", {packed} while they are packed"
