@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from avatarctl.cli.screen import Screen
-from avatarctl.errors import DoesNotFit
+from avatarctl.errors import AvatarctlError, DoesNotFit
 from avatarctl.events import Notice, Stage
 from avatarctl.placement.host import host_memory
 from avatarctl.placement.seats import ALLOWANCE, shown
@@ -69,7 +69,7 @@ def decided_without_torch(plan: JobPlan) -> tuple[str | None, str]:
 def settled(plan: JobPlan, asked: Mapping[str, Any], screen: Screen) -> JobPlan:
     """The plan in the memory mode that it will run in, which a line says where `auto` chose it.
 
-    Raises DoesNotFit (exit 5) for a run that fits in no mode, or that a card surely has no room for.
+    Raises DoesNotFit (exit 5) for a run that fits in no mode, or in the one that was asked for.
     """
     mode, why = decided_without_torch(plan)
     if mode is not None and (plan.cfg.memory.mode == "auto" or _on_cpu(plan.cfg.runtime.device)):
@@ -78,6 +78,8 @@ def settled(plan: JobPlan, asked: Mapping[str, Any], screen: Screen) -> JobPlan:
     room = free_room(device)
     if plan.cfg.memory.mode != "auto":
         _require_weights_fit(plan, room)
+        if _surely_on_the_card(plan, room)[0] != plan.seating.mode:
+            _require_fit(plan, room, screen)
         return plan
     if device.type == "cpu":
         mode, why = _on_this_host(plan)
@@ -163,6 +165,24 @@ def _require_weights_fit(plan: JobPlan, room: Room) -> None:
     if not room.is_one and need > room.card:
         raise DoesNotFit(
             f"the weights alone take {shown(need)} at once, and {shown(room.card)} are free",
+            where=f"memory mode {plan.seating.mode} on {room.where}",
+            fix="--memory auto finds the mode that fits",
+        )
+
+
+def _require_fit(plan: JobPlan, room: Room, screen: Screen) -> None:
+    """A mode that a person chose, counted. Raises DoesNotFit where what is alive at once is more than is free
+    already; the allowance is a guess, and refuses nobody."""
+    screen(Stage("counting what it needs"))
+    try:
+        account = infer_counter(countable(plan.row, plan), screen, plan.samples)(plan.cfg)
+    except AvatarctlError as error:
+        screen(Notice(f"the run begins without having been counted: {error}", "warning"))
+        return
+    if account.live_bytes > room.card:
+        phase = max(account.stages, key=lambda name: account.stages[name])
+        raise DoesNotFit(
+            f"{shown(account.live_bytes)} are needed at once, in {phase}, and {shown(room.card)} are free",
             where=f"memory mode {plan.seating.mode} on {room.where}",
             fix="--memory auto finds the mode that fits",
         )

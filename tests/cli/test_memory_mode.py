@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from avatarctl.cli import app, memory_mode
 from avatarctl.config import read_config
-from avatarctl.errors import DoesNotFit
+from avatarctl.errors import AvatarctlError, DoesNotFit
 from avatarctl.events import silent
 from avatarctl.pipelines.at_most import weights_of
 from avatarctl.placement.host import HostMemory
@@ -115,11 +115,30 @@ def test_a_mode_that_was_asked_for_stays_and_one_that_cannot_be_is_refused(
     monkeypatch: pytest.MonkeyPatch, counts: list[str]
 ) -> None:
     on_a_card(monkeypatch, MIB)
-    assert settled("memory.mode=sequential") == "sequential"
     with pytest.raises(DoesNotFit, match="memory mode full on cuda: the weights alone take"):
         settled("memory.mode=full")
+    assert not counts
+    on_a_card(monkeypatch, 100 * MIB)  # as much as is alive; the allowance refuses nobody
+    assert settled("memory.mode=sequential") == "sequential" and counts == ["sequential"]
+    with pytest.raises(
+        DoesNotFit, match=r"memory mode group on cuda: 200\.0 MiB are needed at once, in step, and 100"
+    ):
+        settled("memory.mode=group")
+    on_a_card(monkeypatch, 1 << 40)
+    assert settled("memory.mode=full") == "full" and counts == ["sequential", "group"], "arithmetic is enough"
     monkeypatch.undo()
-    assert settled("memory.swap_blocks=2", "runtime.device=cpu") == "model" and not counts
+    assert settled("memory.swap_blocks=2", "runtime.device=cpu") == "model"
+
+
+def test_a_run_that_cannot_be_counted_begins(monkeypatch: pytest.MonkeyPatch, counts: list[str]) -> None:
+    def profile_inference(*_: Any, **__: Any) -> Account:
+        raise AvatarctlError("cannot be counted: aten.nonzero works on real numbers alone")
+
+    on_a_card(monkeypatch, 100 * MIB)
+    monkeypatch.setattr("avatarctl.profiling.inference.profile_inference", profile_inference)
+    lines = Lines()
+    assert settled("memory.mode=sequential", lines=lines) == "sequential"
+    assert lines[-1].startswith("the run begins without having been counted: cannot be counted: aten.nonzero")
 
 
 def test_a_dry_run_says_what_arithmetic_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
