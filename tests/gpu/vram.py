@@ -1,10 +1,10 @@
 """What `vram-profile` predicts beside what a card says; run by hand: `python tests/gpu/vram.py`.
 
-Networks of published sizes are made on the card, zeros in place of weights, so no file is needed. Each row
-is one run of the profiler's own code, once on fake tensors and once on the card: live bytes as predicted and
-as counted, what the allocator gave out and what it reserved. Prints one table and the allowance of the worst
-row; exits 1 where predicted and counted bytes differ by more than 2 %. A row that does not fit says
-so and counts as failed. Unverified until it ran; meant for 80 GB and more, and eight minutes.
+Networks of published sizes are made on the card, one small number in place of weights, so no file is needed.
+Each row is one run of the profiler's own code, once on fake tensors and once on the card: live bytes as
+predicted and as counted, what the allocator gave out and what it reserved; then each phase, and what the
+largest is made of. Prints the allowance of the worst row; exits 1 where predicted and counted bytes of a run
+or a phase differ by more than 2 %. A row that does not fit says so and counts as failed. Unverified until it ran; meant for 80 GB and more, and eight minutes.
 """
 
 from __future__ import annotations
@@ -42,18 +42,28 @@ def counted(job: str, model: str, words: tuple[str, ...], mode: Any, device: str
 def compare(job: str, model: str, words: tuple[str, ...]) -> tuple[bool, float]:
     """Prints one line; whether the prediction was close, and the share that the allocator takes beside it."""
     what = f"| {job} {model}{' with auxiliary losses' if 'aux' in words[-1] else ''} |"
-    predicted = counted(job, model, words, "fake", "cpu").live_bytes
+    fake = counted(job, model, words, "fake", "cpu")
+    predicted = fake.live_bytes
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     try:
-        live = counted(job, model, words, "real", "cuda").live_bytes
+        real = counted(job, model, words, "real", "cuda")
     except torch.OutOfMemoryError:
         print(f"{what} {predicted / 2**30:.2f} | out of memory | | |", flush=True)
         return False, 0.0
+    live = real.live_bytes
     allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     shown = " | ".join(f"{size / 2**30:.2f}" for size in (predicted, live, allocated, reserved))
     print(f"{what} {shown} |", flush=True)
-    return abs(live / predicted - 1) <= CLOSE, reserved / live - 1
+    close = abs(live / predicted - 1) <= CLOSE
+    for stage, size in real.stages.items():
+        told = fake.stages.get(stage, 0)
+        close &= abs(told - size) <= CLOSE * size
+        print(f"|   {stage} | {told / 2**30:.2f} | {size / 2**30:.2f} | | |", flush=True)
+    names = sorted({**fake.components, **real.components})
+    parts = [f"{name} {fake.components.get(name, 0)} / {real.components.get(name, 0)}" for name in names]
+    print(f"|   at the largest, bytes: {'; '.join(parts)} | | | | |", flush=True)
+    return close, reserved / live - 1
 
 
 def main() -> int:
