@@ -4,7 +4,8 @@ Networks of published sizes are made on the card, one small number in place of w
 Each row is one run of the profiler's own code, once on fake tensors and once on the card: live bytes as
 predicted and as counted, what the allocator gave out and what it reserved; then each phase, and what the
 largest is made of. Prints the allowance of the worst row; exits 1 where predicted and counted bytes of a run
-or a phase differ by more than 2 %. A row that does not fit says so and counts as failed. Unverified until it ran; meant for 80 GB and more, and eight minutes.
+or a phase differ by more than 2 %. A row that does not fit says so and counts as failed. Unverified until it
+ran; meant for 80 GB and more, and eight minutes.
 """
 
 from __future__ import annotations
