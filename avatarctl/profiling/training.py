@@ -129,7 +129,7 @@ def _counted(row: Row, cfg: RunConfig, mode: Mode, *, judge: bool = True, device
         with phases("checkpoint"):
             _save(network, optimizer, host)
         if validation is not None and texts is not None:
-            validation.run(network, texts)
+            validation.run(network, texts, {} if aux is None else aux.networks)
         phases.end()
     return Account(phases.peaks, weights, phases.parts, trained, live.host_peak, host_parts=live.host_at_peak)
 

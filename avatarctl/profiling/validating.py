@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from avatarctl.data.training_set import ToFace
 from avatarctl.family import Modules, TrainableFamily
+from avatarctl.loading.judges import PART_OF
 from avatarctl.placement.place import leaf_by_leaf
 from avatarctl.profiling.auxiliary import built_judges, face_of
 from avatarctl.profiling.fakes import Mode, fill, outside
@@ -31,6 +32,8 @@ from avatarctl.training.validation_networks import KnownTexts, Precise
 from avatarctl.training.validation_scores import as_tensor, mouth_lpips, sync_curve
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from avatarctl.config import RunConfig
     from avatarctl.live_bytes import LiveBytes
     from avatarctl.loading.judges import LossName
@@ -68,13 +71,16 @@ class CountedValidation:
             watch("text", text, self.phases)
             return KnownTexts(text, prompts, torch.device(self.device), self.host)
 
-    def run(self, network: Network, texts: KnownTexts) -> None:
-        """Makes a clip, and judges it; beside what the training holds."""
+    def run(self, network: Network, texts: KnownTexts, held: Mapping[str, Any]) -> None:
+        """Makes a clip, and judges it; beside what the training holds. held: judges that are there."""
         training = network.dit.training
         with self.phases.within(_PHASE), network.averaged(), torch.no_grad():
-            judges = built_judges(self.row, self._judges, nullcontext(), self.device)
-            for part, judge in judges.items():
+            lacking = [name for name in self._judges if PART_OF[name] not in held]
+            loaded = built_judges(self.row, lacking, nullcontext(), self.device)
+            for part, judge in loaded.items():
                 self.live.track(judge, name=weights_of(part))
+            parts = [PART_OF[name] for name in self._judges]
+            judges = loaded | {part: held[part] for part in parts if part in held}
             network.dit.eval()
             self._make(network, texts)
             with self.phases("judges"):

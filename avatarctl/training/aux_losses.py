@@ -104,14 +104,14 @@ class AuxLosses:
                 where="aux.window",
             )
         self.names, self.settings = tuple(names), settings
-        self._judges = judges
+        self.judges = judges
         self._again = settings.vae_gradient != "full"
         if judges.trepa is not None:
             judges.trepa.recompute = self._again
 
     @property
     def networks(self) -> list[nn.Module]:
-        return [each for each in vars(self._judges).values() if isinstance(each, nn.Module)]
+        return [each for each in vars(self.judges).values() if isinstance(each, nn.Module)]
 
     def __call__(
         self,
@@ -149,7 +149,7 @@ class AuxLosses:
     def _judge(
         self, frames: Tensor, real: Tensor, waveform: Tensor | None
     ) -> tuple[dict[LossName, Tensor], dict[str, Tensor]]:
-        judges, settings, remember = self._judges, self.settings, self._remember
+        judges, settings, remember = self.judges, self.settings, self._remember
         losses: dict[LossName, Tensor] = {}
         numbers: dict[str, Tensor] = {}
         if "sync" in self.names:

@@ -19,7 +19,7 @@ from avatarctl.data.training_set import TrainingData, TrainingSet, require_going
 from avatarctl.errors import ConfigError, PartlyFailed, UnusableFile, UnusableWeights, UsageError, under_name
 from avatarctl.events import Emit, Notice
 from avatarctl.family import TrainableFamily
-from avatarctl.loading.judges import find_judges, judges_missing, load_judges
+from avatarctl.loading.judges import Judges, find_judges, judges_missing, load_judges
 from avatarctl.loading.sources import Sources, find_sources, weights_missing
 from avatarctl.loading.trained import checkpoints
 from avatarctl.parallel.world import World, waiting_within
@@ -261,7 +261,9 @@ class TrainingRun:
         # Apart: those that share a network wait for each other while it is built.
         with self._world.together():
             trainer = self._made(data, device)
-        trainer.validation = None if validation is None else validation(trainer.network)
+        if validation is not None:
+            held = Judges() if trainer.aux is None else trainer.aux.losses.judges
+            trainer.validation = validation(trainer.network, held)
         self._go_on(trainer, data)
         return trainer
 
@@ -276,7 +278,9 @@ class TrainingRun:
         aux = self._aux(data, device)
         return Trainer(self.folder, cfg, self.family, network, data, self._emit, aux, begun, self._world)
 
-    def _validates(self, data: TrainingData, device: torch.device) -> Callable[[Network], Validation] | None:
+    def _validates(
+        self, data: TrainingData, device: torch.device
+    ) -> Callable[[Network, Judges], Validation] | None:
         """What makes validations of a network; None where none is asked for."""
         if self._validation is None:
             return None

@@ -82,7 +82,8 @@ class Scored:
 @dataclass
 class Validation:
     """items: the clips; constants: artifacts that they share; modules: encoders, each loaded when it is
-    touched; judges: whose networks are here; world: the processes that share the clips."""
+    touched; judges: whose networks are here; world: the processes that share the clips; held: those of the
+    auxiliary losses, which are on the device already."""
 
     folder: RunFolder
     cfg: RunConfig
@@ -97,6 +98,7 @@ class Validation:
     judges: Sequence[LossName]
     emit: Emit
     world: World = field(default_factory=World)
+    held: Judges = field(default_factory=Judges)
 
     def is_due(self, step: int) -> bool:
         """After every `validation.every` steps and the last one, unless the run has it already."""
@@ -322,10 +324,12 @@ class Validation:
         this alone is dropped."""
         modes = {module: module.training for module in self.network.dit.modules()}
         before = set(vars(self.modules))
-        found = find_judges(self.row, self.cfg.model, self.judges, self.cfg.aux.lpips_backend)
-        judges = load_judges(
-            self.row, found, self.judges, self.network.device, _nobody, self.cfg.aux.lpips_backend
-        )
+        there: dict[LossName, Any] = {name: getattr(self.held, name) for name in self.judges}
+        lacking = tuple(name for name, judge in there.items() if judge is None)
+        backend = self.cfg.aux.lpips_backend
+        found = find_judges(self.row, self.cfg.model, lacking, backend)
+        loaded = load_judges(self.row, found, lacking, self.network.device, _nobody, backend)
+        judges = Judges(**(there | {name: getattr(loaded, name) for name in lacking}))
         self.network.dit.eval()
         try:
             yield judges
@@ -334,7 +338,7 @@ class Validation:
                 module.training = mode
             for part in set(vars(self.modules)) - before:
                 self.modules.drop(part)
-            del judges
+            del judges, loaded
             if self.network.device.type == "cuda":
                 gc.collect()
                 torch.cuda.empty_cache()
@@ -422,9 +426,9 @@ def make_validation(
     device: torch.device,
     emit: Emit,
     world: World,
-) -> Callable[[Network], Validation]:
+) -> Callable[[Network, Judges], Validation]:
     """Reads what validations look at, before the first step: artifacts, texts, which judges are here. What
-    comes back takes the network, once there is one.
+    comes back takes the network, once there is one, and the judges of the auxiliary losses.
 
     modules: encoders; that of texts is touched here alone. Raises what `ValidationSets.items` raises.
     """
@@ -435,9 +439,10 @@ def make_validation(
     modules.drop("text")
     judges = _judges_here(cfg, row, emit)
 
-    def with_network(network: Network) -> Validation:
+    def with_network(network: Network, held: Judges) -> Validation:
         return Validation(
-            folder, cfg, row, family, sources, network, items, constants, modules, texts, judges, emit, world
+            folder, cfg, row, family, sources, network, items, constants, modules, texts, judges, emit, world,
+            held,
         )  # fmt: skip
 
     return with_network

@@ -188,7 +188,7 @@ def public_order(base: Path) -> list[tuple[str, ...]]:
     step = flow_step(ours.family, ours.network.dit, condition, timesteps, noise, ours.cfg)
     velocity = step.velocity.detach().requires_grad_()
     assert ours.aux is not None and condition.clean is not None and sample.waveform is not None
-    vae, judges = ours.aux._vae, ours.aux.losses._judges
+    vae, judges = ours.aux._vae, ours.aux.losses.judges
     assert judges.sync is not None and judges.lpips is not None
     waveform = sample.waveform[None]
 

@@ -227,10 +227,12 @@ def test_auxiliary_losses_take_what_was_counted(monkeypatch: pytest.MonkeyPatch)
     """The decoder's gradient and the judges', behind the step of the trainer."""
     monkeypatch.setattr("avatarctl.models.omniavatar.without_padding", lambda text: (text, None))
     words = ("data.width=32", "data.height=32", "data.num_frames=5", "train.batch_size=1", "aux.losses=lpips")
+    words += ("validation.every=1", "validation.metrics=lpips")
     row, cfg = wider("cartoon-v2v", num_layers=4), configure("model.name=cartoon-v2v", *words)
     counted, measured = profile_training(row, cfg), profile_training(row, cfg, "real")
     require_same(counted, measured)
-    assert counted.parts["aux"]["weights of lpips_vgg"] == counted.weights["lpips_vgg"]
+    for stage in ("aux", "validation judges"):  # which take it from there
+        assert counted.parts[stage]["weights of lpips_vgg"] == counted.weights["lpips_vgg"]
     assert counted.stages["aux"] > counted.stages["forward"]
     assert counted.stages["aux backward"] > counted.stages["backward"]
     assert {"vae", "lpips_vgg"} <= counted.weights.keys()

@@ -135,7 +135,7 @@ def judged(
 
 
 def alone(name: LossName, aux: AuxStep) -> AuxStep:
-    return AuxStep(AuxLosses((name,), aux.losses._judges, aux.losses.settings), aux._vae)
+    return AuxStep(AuxLosses((name,), aux.losses.judges, aux.losses.settings), aux._vae)
 
 
 def test_row_2_the_sync_loss_knows_right_from_shifted_and_silent_audio(
@@ -177,7 +177,7 @@ def test_row_3_a_judge_that_fails_ends_the_run(
     def broken(*_: Tensor) -> Tensor:
         raise RuntimeError("judge")
 
-    monkeypatch.setattr(type(aux.losses._judges.sync), "forward", broken)
+    monkeypatch.setattr(type(aux.losses.judges.sync), "forward", broken)
     with pytest.raises(RuntimeError, match="judge"):
         trainer.train(lambda: False)
     assert not (trainer.folder.path / "log.jsonl").exists()
@@ -187,7 +187,7 @@ def test_each_auxiliary_loss_alone_moves_what_is_trained_and_nothing_else(
     judged: tuple[Trainer, AuxStep, list[TrainingSample]],
 ) -> None:
     trainer, aux, batch = judged
-    judges = aux.losses._judges
+    judges = aux.losses.judges
     assert not any(judge is None or judge.training for judge in (judges.sync, judges.lpips, judges.trepa))
     frozen = (judges.sync, judges.lpips, judges.trepa, aux._vae)
     for name in aux.losses.names:
@@ -208,7 +208,7 @@ def test_each_auxiliary_loss_alone_moves_what_is_trained_and_nothing_else(
 def test_a_loss_without_weight_is_not_even_loaded(trainer_of: Trainers, spoken: Path) -> None:
     trainer = trainer_of(*SYNC, "aux.losses=sync,lpips", "aux.sync_weight=0", data=spoken)
     assert trainer.aux is not None and trainer.aux.losses.names == ("lpips",)
-    assert trainer.aux.losses._judges.sync is None
+    assert trainer.aux.losses.judges.sync is None
     (sample,) = batch_of(trainer)
     assert sample.waveform is None
 

@@ -234,6 +234,20 @@ def test_it_stops_within_a_sampling_step_and_puts_everything_back(trainer_of: An
     assert not list((trainer.folder.path / "validation").iterdir())
 
 
+def test_judges_of_the_losses_are_not_read_a_second_time(trainer_of: Any, samples: Path) -> None:
+    """One that no loss has is, and is gone afterwards."""
+    trainer = trainer_of(
+        "validation.every=1",
+        f"validation.sets={samples}",
+        "validation.metrics=sync,lpips",
+        "aux.losses=lpips",
+    )
+    with trainer.validation._aside() as judges:
+        assert judges.lpips is trainer.aux.losses.judges.lpips is not None
+        assert judges.sync is not None and judges.trepa is None
+    assert trainer.aux.losses.judges.lpips is judges.lpips and trainer.aux.losses.judges.sync is None
+
+
 def test_a_clip_that_fails_is_named_and_ends_nothing(
     trainer_of: Any, samples: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
