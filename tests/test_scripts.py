@@ -26,3 +26,19 @@ def test_what_a_script_takes_is_there(script: Path) -> None:
         found = importlib.import_module(module)
         if not hasattr(found, name):  # a name of a package may be a module that nobody imported yet
             importlib.import_module(f"{module}.{name}")
+
+
+@pytest.mark.parametrize(
+    "script", sorted((HERE / "torture").glob("*_mutations.py")), ids=lambda path: path.stem
+)
+def test_each_known_mistake_can_be_made_and_its_test_is_there(
+    script: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line that moved on would end the script before it caught anything."""
+    monkeypatch.syspath_prepend(str(script.parent))
+    for mutation in importlib.import_module(script.stem).MUTATIONS:
+        source = (HERE.parent / "avatarctl" / mutation.file).read_text(encoding="utf-8")
+        assert source.count(mutation.before) == 1, mutation.what
+        file, _, name = mutation.test.partition("::")
+        path = next(each for each in (HERE / file, HERE / "training" / file) if each.is_file())
+        assert f"def {name.partition('[')[0]}(" in path.read_text(encoding="utf-8"), mutation.what
